@@ -1,0 +1,216 @@
+"""The public functions: check, choose a backend, run, trim."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from attanchor_kernels import backends, ops, validate
+from attanchor_kernels.problem import Problem
+
+
+class AnchoredSequence(NamedTuple):
+    """A sequence with its anchors inserted. L is its padded length; without a batch axis in, none out.
+
+    Attributes:
+        embeds: (B, L, D), dtype of the inputs. Bit-identical copies of input rows, zeros in padding; differentiable in
+            both inputs. None from `plan_sequence`.
+        position_ids: (B, L) or (P, B, L) int64 RoPE positions, 0 in padding.
+        attention_mask: (B, L) int64, 1 = real, 0 = padding.
+        source: (B, L) int64, the row of the plain concatenation (`merge_sequence`: the slot) that each output row
+            copies; -1 = padding.
+        is_anchor: (B, L) bool, True where the row is an inserted copy.
+        host: (B, N) int64, the image index that each text token was inserted after, -1 = not inserted.
+            Image-into-text: (B, M), text indices. `merge_sequence`: (B, S), slots.
+        score: float32, the shape of `host`: the mover's best cosine, also where it was not inserted; -inf where it
+            takes no part or has no candidate host.
+    """
+
+    embeds: Tensor | None
+    position_ids: Tensor
+    attention_mask: Tensor
+    source: Tensor
+    is_anchor: Tensor
+    host: Tensor
+    score: Tensor
+
+
+def build_sequence(
+    img: Tensor,
+    txt: Tensor,
+    tau: float,
+    *,
+    img_mask: Tensor | None = None,
+    txt_mask: Tensor | None = None,
+    anchor_mask: Tensor | None = None,
+    max_anchors: int | None = None,
+    direction: str = "text_into_image",
+    positions: str = "sequential",
+    position_ids: Tensor | None = None,
+    padding_side: str = "right",
+    trim: bool = True,
+    backend: str = "auto",
+) -> AnchoredSequence:
+    """Copy each text token to right behind its most similar image token and append the whole text.
+
+    Algorithm 1 of AttAnchor (arXiv 2509.23109); with ``direction="image_into_text"``, Algorithm 2.
+
+    Args:
+        img: (B, M, D) or (M, D) projected image features; float16, bfloat16, float32 or float64.
+        txt: (B, N, D) or (N, D) prompt embeddings, same dtype and device.
+        tau: Cosine threshold, a Python number. A token is inserted if its best cosine is at least tau; ``tau >= 1``
+            inserts nothing.
+        img_mask: (B, M) bool, True = a real token. Masked rows are dropped from the output.
+        txt_mask: (B, N) bool, likewise.
+        anchor_mask: (B, N) bool, the text tokens that take part in matching (image-into-text: that may host).
+            Default: every real one.
+        max_anchors: K >= 0: only the K best-scoring copies of a sample are inserted.
+        direction: "text_into_image" or "image_into_text".
+        positions: "sequential" (0, 1, 2, … over the new sequence: the paper's method), or "inherit": original rows keep
+            their position in the plain concatenation and an anchor takes that of its host.
+        position_ids: (B, M+N) or (P, B, M+N) int64 positions of the plain concatenation; only with "inherit".
+        padding_side: "right" or "left".
+        trim: Cut the output to the longest real sequence of the batch. Costs a device sync; pass False inside a CUDA
+            graph or ``torch.compile(fullgraph=True)`` and get M + N + K rows (K = ``max_anchors``, default N, or M in
+            image-into-text).
+        backend: "auto", "reference", "triton" or "cuda"; beats the environment variable ATTANCHOR_BACKEND.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: a wrong shape, device or option, or a backend that is not available (saying why).
+    """
+    call = validate.build_call(
+        img, txt, tau, img_mask, txt_mask, anchor_mask, max_anchors, direction, positions, position_ids, padding_side
+    )
+    return _run(call, trim, backend)
+
+
+def merge_sequence(
+    text_embeds: Tensor,
+    image_embeds: Tensor,
+    roles: Tensor,
+    tau: float,
+    *,
+    turn: Tensor | None = None,
+    max_anchors: int | None = None,
+    direction: str = "text_into_image",
+    positions: str = "sequential",
+    position_ids: Tensor | None = None,
+    padding_side: str = "right",
+    trim: bool = True,
+    backend: str = "auto",
+) -> AnchoredSequence:
+    """Merge image features into a prompt's placeholders and insert the anchors, in one pass.
+
+    Replaces the ``masked_scatter`` of a vision-language model's embedding merge. All images of a sample host together.
+
+    Args:
+        text_embeds: (B, S, D) or (S, D), the embedding look-up of the prompt; rows at placeholders are ignored.
+        image_embeds: (T, D), the image features of the whole batch, in row-major order of the placeholders.
+        roles: (B, S) or (S,) uint8: 0 padding, 1 text, 2 image placeholder, 3 text that takes part in matching,
+            4 image placeholder that takes no part in it (newline rows).
+        tau: As in `build_sequence`.
+        turn: (B, S) int32: a mover may only use hosts with ``turn[host] >= turn[mover]``.
+        max_anchors, direction, positions, padding_side, trim, backend: As in `build_sequence`; capacity is S + K,
+            K = S by default.
+        position_ids: (B, S) or (P, B, S) int64; only with "inherit".
+
+    Returns:
+        AnchoredSequence: `source` and `host` count slots; `host` and `score` are (B, S).
+
+    Raises:
+        TypeError, ValueError: as `build_sequence`; also an unknown role, or T unequal to the number of placeholders
+            (checked on the CPU, and elsewhere with ``trim=True``).
+    """
+    call = validate.merge_call(
+        text_embeds, image_embeds, roles, tau, turn, max_anchors, direction, positions, position_ids, padding_side
+    )
+    return _run(call, trim, backend)
+
+
+def plan_sequence(
+    text_embeds: Tensor,
+    image_embeds: Tensor,
+    roles: Tensor,
+    tau: float,
+    *,
+    turn: Tensor | None = None,
+    max_anchors: int | None = None,
+    direction: str = "text_into_image",
+    positions: str = "sequential",
+    position_ids: Tensor | None = None,
+    padding_side: str = "right",
+    trim: bool = True,
+    backend: str = "auto",
+) -> AnchoredSequence:
+    """`merge_sequence` without the copy: the same fields, with ``embeds=None``.
+
+    For models that must be given token ids: gather them through `source`.
+    """
+    call = validate.merge_call(
+        text_embeds, image_embeds, roles, tau, turn, max_anchors, direction, positions, position_ids, padding_side
+    )
+    return _run(call, trim, backend, copy=False)
+
+
+def _run(call: validate.Call, trim: bool, backend: str, copy: bool = True) -> AnchoredSequence:
+    if not isinstance(trim, bool):
+        raise TypeError(f"trim is {type(trim).__name__}; it should be a bool")
+    if not torch.compiler.is_compiling():  # the operator chooses again when it runs; here an error comes first
+        backend = backends.choose(backend, call.problem.text.device, call.problem.text.dtype)
+    if trim:
+        return _trimmed(call, backend, copy)
+    if copy:
+        return AnchoredSequence(*ops.construct_at_capacity(call, backend))
+    return AnchoredSequence(None, *ops.plan_at_capacity(call, backend))
+
+
+def _trimmed(call: validate.Call, backend: str, copy: bool) -> AnchoredSequence:
+    """Match, one read of the length, then copy into an output of just that length."""
+    problem = call.problem
+    if torch.compiler.is_compiling():
+        raise ValueError("trim is True, whose result has a data-dependent length; under torch.compile pass trim=False")
+    if problem.text.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise ValueError(
+            "trim is True, which reads the length from the device; under CUDA graph capture pass trim=False"
+        )
+
+    position_ids, attention_mask, source, is_anchor, host, score, places = ops.plan(problem, backend)
+    length = _read_length(problem, attention_mask)
+    if length < problem.capacity:
+        # Right-padded sequences start at row 0, left-padded ones end at the last row.
+        first = problem.capacity - length if problem.pad_left else 0
+        rows = slice(first, first + length)
+        position_ids = position_ids[..., rows].contiguous()
+        attention_mask, source, is_anchor = (
+            field[:, rows].contiguous() for field in (attention_mask, source, is_anchor)
+        )
+        if first:
+            places = shift_places(places, first)
+    embeds = ops.assemble(problem, source, places, backend) if copy else None
+    if embeds is not None and call.unbatched:
+        embeds = embeds.squeeze(0)
+    others = ops.public_fields(
+        (position_ids, attention_mask, source, is_anchor, host, score), call.unbatched, call.flat_positions
+    )
+    return AnchoredSequence(embeds, *others)
+
+
+def _read_length(problem: Problem, attention_mask: Tensor) -> int:
+    """The longest real sequence; where the device must be read anyway, `roles` is checked in the same read."""
+    if attention_mask.numel() == 0:
+        return 0
+    longest = attention_mask.sum(-1).max()
+    if problem.roles is None or problem.text.device.type == "cpu":
+        return int(longest)
+    length, *counts = torch.cat([longest.view(1), validate.count_roles(problem.roles)]).tolist()
+    validate.check_roles(counts, problem.image.shape[0])
+    return length
+
+
+def shift_places(places: Tensor, first: int) -> Tensor:
+    """`places` after the first `first` output rows, all padding, were cut off."""
+    rows, features = places[:, :2], places[:, 2:]
+    return torch.cat([torch.where(rows < 0, rows, rows - first), features], dim=1)

@@ -1,0 +1,156 @@
+"""From a `Problem` to the binary's operators: freshly allocated, fully written tensors out; no wait for the device."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from attanchor_kernels.backends.workspace import zeroed
+from attanchor_kernels.problem import Plan, Problem
+
+_construct = torch.ops.attanchor_cuda.construct.default
+_assemble = torch.ops.attanchor_cuda.assemble.default
+_assemble_backward = torch.ops.attanchor_cuda.assemble_backward.default
+
+# A NaN tau is an error earlier; cosines lie in [-1, 1], so these bounds decide as tau does and fit in float32.
+LEAST_TAU, NEVER = -2.0, 2.0
+
+
+class Tuning(NamedTuple):
+    """How a construct launch is cut into tiles; 0, or -1 for the last two, leaves it to the shape.
+
+    Nothing here changes a decision beyond rounding, nor any row. Only compiled combinations of tile_images and cluster
+    are accepted (csrc/construct_*.cu).
+    """
+
+    tile_images: int = 0  # image rows of a match tile
+    cluster: int = 0  # blocks that share the columns of a match tile
+    tile_rows: int = 0  # slots of an assemble tile, at most 32
+    lag: int = -1  # samples between match and assemble
+    hold: int = -1  # 1: keep tiles on chip between match and copy, 0: read them again
+
+
+BY_SHAPE = Tuning()
+
+
+def construct(problem: Problem) -> tuple[Tensor, Plan]:
+    """The new sequence (B, C, D) at capacity C and the plan that made it, in one launch."""
+    embeds, plan = run(problem, copy=True)
+    assert embeds is not None
+    return embeds, plan
+
+
+def plan(problem: Problem) -> Plan:
+    """The plan alone, in one launch: nothing is copied."""
+    return run(problem, copy=False)[1]
+
+
+def run(problem: Problem, *, copy: bool, tuning: Tuning = BY_SHAPE) -> tuple[Tensor | None, Plan]:
+    """Launch the construct kernel; `tuning` overrides the choice by shape."""
+    batch, slots, capacity, movers = problem.batch, problem.slots, problem.capacity, problem.movers
+    image, text = rows_contiguous(problem.image), rows_contiguous(problem.text)
+    axes = 1 if problem.position_ids is None else problem.position_ids.shape[0]
+    device = text.device
+
+    def empty(*shape: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    embeds = empty(batch, capacity, problem.hidden, dtype=text.dtype) if copy else None
+    made = Plan(
+        position_ids=empty(axes, batch, capacity, dtype=torch.int64),
+        attention_mask=empty(batch, capacity, dtype=torch.int64),
+        source=empty(batch, capacity, dtype=torch.int64),
+        is_anchor=empty(batch, capacity, dtype=torch.bool),
+        host=empty(batch, movers, dtype=torch.int64),
+        score=empty(batch, movers, dtype=torch.float32),
+        places=empty(batch, 3, slots, dtype=torch.int32),
+    )
+    if batch == 0 or capacity == 0:
+        return embeds, made
+
+    budget = movers if problem.max_anchors is None else problem.max_anchors
+    never = problem.tau >= 1 or budget == 0
+    stream = current_stream(device)
+    with on_device(device):
+        # Keys (B, movers), cuts (B,), then 1 + 2 B counters of 32 bits.
+        state = zeroed(device, batch * movers + batch + batch + 1)
+    _construct(
+        image,
+        text,
+        contiguous(problem.roles),
+        contiguous(problem.turn),
+        contiguous(problem.image_mask),
+        contiguous(problem.text_mask),
+        contiguous(problem.anchor_mask),
+        contiguous(problem.position_ids),
+        embeds,
+        *made,
+        state,
+        NEVER if never else max(problem.tau, LEAST_TAU),
+        movers if never else budget,
+        problem.image_into_text,
+        problem.inherit,
+        problem.pad_left,
+        *tuning,
+        stream,
+    )
+    return embeds, made
+
+
+def assemble(image: Tensor, text: Tensor, source: Tensor, places: Tensor) -> Tensor:
+    """(B, L, D): every row copied to its places, zeros in padding."""
+    embeds = torch.empty((*source.shape, text.shape[2]), dtype=text.dtype, device=text.device)
+    if embeds.numel():
+        image, text = rows_contiguous(image), rows_contiguous(text)
+        _assemble(image, text, source.contiguous(), places.contiguous(), embeds, current_stream(text.device))
+    return embeds
+
+
+def assemble_backward(
+    grad: Tensor,
+    source: Tensor,
+    places: Tensor,
+    image_shape: tuple[int, ...],
+    text_shape: tuple[int, ...],
+    need_image: bool,
+    need_text: bool,
+) -> tuple[Tensor, Tensor]:
+    """The transpose of `assemble`, a gather over input rows; (0,) for a gradient that is not needed."""
+    image_grad = grad.new_empty(image_shape if need_image else (0,))
+    text_grad = grad.new_empty(text_shape if need_text else (0,))
+    if image_grad.numel() + text_grad.numel() == 0:
+        return image_grad, text_grad
+    _assemble_backward(
+        rows_contiguous(grad),
+        source.contiguous(),
+        places.contiguous(),
+        # The shape of a gradient that nobody needs still says how the slots are made up; it has one element.
+        image_grad if need_image else grad.new_empty(1).expand(image_shape),
+        text_grad if need_text else grad.new_empty(1).expand(text_shape),
+        need_image,
+        need_text,
+        current_stream(grad.device),
+    )
+    return image_grad, text_grad
+
+
+def rows_contiguous(value: Tensor) -> Tensor:
+    """The tensor, or a copy if the elements of a row do not lie side by side."""
+    return value if value.stride(-1) == 1 or value.shape[-1] <= 1 else value.contiguous()
+
+
+def contiguous(value: Tensor | None) -> Tensor | None:
+    return None if value is None else value.contiguous()
+
+
+def on_device(device: torch.device) -> AbstractContextManager:
+    """Makes `device` the current one, where there is such a thing: it decides whose capture is asked about."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def current_stream(device: torch.device) -> int:
+    """Handle of the stream to launch on."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0

@@ -1,0 +1,111 @@
+"""What travels through the kernels: tuples of pointers, sizes and compile-time config.
+
+The launchers build the tuples of pointers, since a missing tensor (None) then compiles away. Sizes are passed one by
+one, so that a changed length compiles nothing anew, and are put together inside the kernel.
+"""
+
+from typing import Any, NamedTuple
+
+import triton.language as tl
+
+# Values of `roles`; the build form is given the same ones by its masks.
+PADDING = tl.constexpr(0)
+TEXT = tl.constexpr(1)
+IMAGE = tl.constexpr(2)
+ANCHOR_TEXT = tl.constexpr(3)
+SILENT_IMAGE = tl.constexpr(4)
+
+
+class Rows(NamedTuple):
+    """The rows of the plain concatenation, wherever they are; strides in elements, the last one is 1."""
+
+    image: Any  # pointer to (B, M, D), in the merge form to (T, D)
+    text: Any  # pointer to (B, N, D), in the merge form to (B, S, D)
+    image_batch_stride: Any
+    image_row_stride: Any
+    text_batch_stride: Any
+    text_row_stride: Any
+    images: Any  # M; 0 in the merge form
+    features: Any  # rows of `image` over the whole batch
+
+
+class Inputs(NamedTuple):
+    """Pointers to the other tensors of a `Problem`, contiguous; masks are bytes."""
+
+    roles: Any
+    turn: Any
+    image_mask: Any
+    text_mask: Any
+    anchor_mask: Any
+    position_ids: Any
+
+
+class Outputs(NamedTuple):
+    """Pointers to the new sequence and the fields of its `Plan`, all contiguous; no `embeds`, no copy."""
+
+    embeds: Any
+    position_ids: Any
+    attention_mask: Any
+    source: Any
+    is_anchor: Any
+    host: Any
+    score: Any
+    places: Any
+
+
+class State(NamedTuple):
+    """Pointers to what programs tell each other. All zero between launches."""
+
+    keys: Any  # u64 (B, movers): best cosine and host of a mover, 0 = none yet
+    cuts: Any  # u64 (B,): smallest rank key within the budget
+    counters: Any  # i32: [ticket, then `matched`, `left` of every sample, then `parts` of every image tile]
+    scratch: Any  # f32: partial products of split tiles, or None; needs no zeros
+
+
+class Sizes(NamedTuple):
+    """Run-time lengths."""
+
+    batch: Any
+    images: Any  # M; 0 in the merge form
+    texts: Any  # N; S in the merge form
+    slots: Any  # S
+    movers: Any  # keys of a sample
+    capacity: Any
+    axes: Any  # P
+    budget: Any
+    tau: Any
+    image_tiles: Any  # match tiles of a sample
+    row_tiles: Any  # assemble tiles of a sample
+
+
+class Config(NamedTuple):
+    """Compile-time choices of the construct kernel, one constexpr argument."""
+
+    hidden: int
+    alignment: int  # elements that divide the place of every input row
+    merges: bool
+    image_into_text: bool
+    budgeted: bool
+    inherit: bool
+    pad_left: bool
+    interpreted: bool  # the interpreter multiplies bfloat16 wrongly and truncates to it
+    block_images: int
+    block_texts: int
+    block_hidden: int
+    slice_hidden: int  # columns summed in one accumulator
+    slices: int
+    split: bool  # the slices of a tile are work items of their own
+    persistent: bool  # a program goes on taking tickets; otherwise it takes one, and there are as many programs
+    block_rows: int
+    block_columns: int
+
+
+class CopyConfig(NamedTuple):
+    """Compile-time choices of the kernels that only copy; named as in `Config`."""
+
+    hidden: int
+    alignment: int
+    merges: bool
+    interpreted: bool
+    block_rows: int
+    block_columns: int

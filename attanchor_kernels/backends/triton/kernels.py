@@ -1,0 +1,227 @@
+"""The three kernels that are launched: construct (match, plan and copy in one), assemble, and its transpose."""
+
+import triton
+import triton.language as tl
+
+from attanchor_kernels.backends.triton.arguments import Rows, Sizes
+from attanchor_kernels.backends.triton.arrange import assemble_tile
+from attanchor_kernels.backends.triton.match import match_items, match_tile
+from attanchor_kernels.backends.triton.rows import add_copies, copy_rows, slot_rows, zero_rows
+
+LENGTHS = [
+    *("batch", "images", "texts", "slots", "features", "movers", "capacity", "axes", "budget"),
+    *("image_batch_stride", "image_row_stride", "text_batch_stride", "text_row_stride"),
+    *("image_tiles", "row_tiles", "lag"),
+]
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def construct_kernel(
+    image,
+    text,
+    inputs,
+    outputs,
+    state,
+    tau,
+    batch,
+    images,
+    texts,
+    slots,
+    features,
+    movers,
+    capacity,
+    axes,
+    budget,
+    image_batch_stride,
+    image_row_stride,
+    text_batch_stride,
+    text_row_stride,
+    image_tiles,
+    row_tiles,
+    lag,
+    config: tl.constexpr,
+):
+    """Match and assemble every sample in one launch, with any number of programs.
+
+    Work is handed out by tickets: the match tiles of the first `lag` samples, then in turn the match tiles of a sample
+    and the assemble tiles of the one `lag` before it, then the assemble tiles of the last `lag` samples. A program that
+    waits for a sample so holds a later ticket than every match tile of it, and match work never waits: no deadlock,
+    whatever runs at the same time.
+    """
+    rows = Rows(
+        image,
+        text,
+        image_batch_stride,
+        image_row_stride,
+        text_batch_stride,
+        text_row_stride,
+        images,
+        features,
+    )
+    sizes = Sizes(batch, images, texts, slots, movers, capacity, axes, budget, tau, image_tiles, row_tiles)
+    total = batch * (match_items(sizes, config) + row_tiles)
+    ticket = tl.atomic_add(state.counters, 1, sem="relaxed")
+    if config.persistent:
+        while ticket < total:
+            work(rows, inputs, outputs, state, sizes, config, lag, ticket)
+            ticket = tl.atomic_add(state.counters, 1, sem="relaxed")
+        # Every program draws one ticket too many.
+        total += tl.num_programs(0)
+    else:
+        work(rows, inputs, outputs, state, sizes, config, lag, ticket)
+    if ticket == total - 1:
+        tl.store(state.counters, 0)
+
+
+@triton.jit
+def work(rows, inputs, outputs, state, sizes, config: tl.constexpr, lag, ticket):
+    """The work item of a ticket."""
+    parts: tl.constexpr = config.slices if config.split else 1
+    items = match_items(sizes, config)
+    both = items + sizes.row_tiles
+    head = lag * items
+    middle = head + (sizes.batch - lag) * both
+    if ticket < head:
+        sample = ticket // items
+        item = ticket % items
+    elif ticket < middle:
+        item = (ticket - head) % both
+        sample = (ticket - head) // both + tl.where(item < items, lag, 0)
+    else:
+        sample = sizes.batch - lag + (ticket - middle) // sizes.row_tiles
+        item = items + (ticket - middle) % sizes.row_tiles
+    if item < items:
+        match_tile(rows, inputs, state, sizes, config, sample, item // parts, item % parts)
+    else:
+        assemble_tile(rows, inputs, outputs, state, sizes, config, sample, item - items)
+
+
+ASSEMBLE_LENGTHS = [
+    *("images", "features", "slots", "length", "row_tiles"),
+    *("image_batch_stride", "image_row_stride", "text_batch_stride", "text_row_stride"),
+]
+
+
+@triton.jit(do_not_specialize=ASSEMBLE_LENGTHS)
+def assemble_kernel(
+    image,
+    text,
+    source,
+    places,
+    embeds,
+    images,
+    features,
+    slots,
+    length,
+    row_tiles,
+    image_batch_stride,
+    image_row_stride,
+    text_batch_stride,
+    text_row_stride,
+    config: tl.constexpr,
+):
+    """Copy the rows of a tile of slots to their places, and zero the padding in a tile of output rows."""
+    rows = Rows(
+        image,
+        text,
+        image_batch_stride,
+        image_row_stride,
+        text_batch_stride,
+        text_row_stride,
+        images,
+        features,
+    )
+    sample = tl.program_id(0) // row_tiles
+    sample64 = sample.to(tl.int64)
+    index = tl.program_id(0) % row_tiles * config.block_rows + tl.arange(0, config.block_rows)
+    to = embeds + sample64 * length * config.hidden
+    plane = places + sample64 * 3 * slots + index
+    original = tl.load(plane, mask=index < slots, other=-1)
+    copy = tl.load(plane + slots, mask=index < slots, other=-1)
+    feature = tl.load(plane + 2 * tl.cast(slots, tl.int64), mask=index < slots, other=-1)
+    row, exists = slot_rows(rows, config, sample, index, feature)
+    copy_rows(row, exists, to, original, copy, config)
+    padded = tl.load(source + sample64 * length + index, mask=index < length, other=0) < 0
+    zero_rows(to + index.to(tl.int64) * config.hidden, padded, config)
+
+
+TRANSPOSE_LENGTHS = [
+    *("batch", "images", "texts", "features", "slots", "row_tiles"),
+    *("grad_batch_stride", "grad_row_stride"),
+]
+
+
+@triton.jit(do_not_specialize=TRANSPOSE_LENGTHS)
+def transpose_kernel(
+    grad,
+    places,
+    image_grad,
+    text_grad,
+    batch,
+    images,
+    texts,
+    features,
+    slots,
+    row_tiles,
+    grad_batch_stride,
+    grad_row_stride,
+    config: tl.constexpr,
+):
+    """Gather the gradients of a tile of slots from the one or two places of each.
+
+    In the merge form the programs after the last slot zero the features that no placeholder took.
+    """
+    program = tl.program_id(0)
+    if program < batch * row_tiles:
+        sample = program // row_tiles
+        sample64 = sample.to(tl.int64)
+        slot = program % row_tiles * config.block_rows + tl.arange(0, config.block_rows)
+        plane = places + sample64 * 3 * slots + slot
+        original = tl.load(plane, mask=slot < slots, other=-1)
+        copy = tl.load(plane + slots, mask=slot < slots, other=-1)
+        feature = tl.load(plane + 2 * tl.cast(slots, tl.int64), mask=slot < slots, other=-1)
+        ALIGNMENT: tl.constexpr = config.alignment
+        sample_grad = grad + tl.multiple_of(sample64 * grad_batch_stride, ALIGNMENT)
+        is_image = feature >= 0
+        image_to = image_grad
+        text_to = text_grad
+        if image_grad is not None:
+            image_to = image_grad + feature.to(tl.int64) * config.hidden
+        if text_grad is not None:
+            text_to = text_grad + (sample64 * texts + slot - images) * config.hidden
+        if image_grad is None:
+            to = text_to
+            chosen = (slot < slots) & (feature < 0)
+        elif text_grad is None:
+            to = image_to
+            chosen = is_image & (feature < features)
+        else:
+            to = tl.where(is_image, image_to, text_to)
+            # The compiler does not see through the choice of a pointer. Both gradients are fresh, rows side by side.
+            BYTES: tl.constexpr = config.hidden * image_grad.dtype.element_ty.primitive_bitwidth // 8
+            to = tl.multiple_of(to, 16 if BYTES % 16 == 0 else BYTES & -BYTES)
+            chosen = (slot < slots) & (feature < features)
+        add_copies(sample_grad, grad_row_stride, original, copy, to, chosen, config)
+        if config.merges and text_grad is not None:
+            zero_rows(text_to, is_image, config)
+    elif image_grad is not None:
+        used = count_used_features(places, batch, slots)
+        spare = tl.num_programs(0) - batch * row_tiles
+        first = used + (program - batch * row_tiles) * config.block_rows
+        for start in range(first, features, spare * config.block_rows):
+            index = start + tl.arange(0, config.block_rows)
+            zero_rows(image_grad + index.to(tl.int64) * config.hidden, index < features, config)
+
+
+@triton.jit
+def count_used_features(places, batch, slots):
+    """Placeholders of the whole batch: one more than the feature of the last, which is looked for from the end."""
+    PART: tl.constexpr = 1024
+    used = 0
+    left = batch * tl.cdiv(slots, PART)
+    while (left > 0) & (used == 0):
+        left -= 1
+        slot = left % tl.cdiv(slots, PART) * PART + tl.arange(0, PART)
+        plane = places + tl.cast(left // tl.cdiv(slots, PART), tl.int64) * 3 * slots + 2 * tl.cast(slots, tl.int64)
+        used = tl.max(tl.load(plane + slot, mask=slot < slots, other=-1)) + 1
+    return used

@@ -1,0 +1,245 @@
+"""Match: a tile of image rows against all texts of its sample, one 64-bit maximum per mover.
+
+Image rows are the tile and texts the inner loop in both directions; only the axis of the reduction differs.
+"""
+
+import triton
+import triton.language as tl
+
+from attanchor_kernels.backends.triton.arguments import ANCHOR_TEXT, IMAGE
+from attanchor_kernels.backends.triton.convert import widen
+from attanchor_kernels.backends.triton.keys import cut_by_search, encode
+from attanchor_kernels.backends.triton.rows import image_rows, text_rows
+from attanchor_kernels.backends.triton.slots import count_earlier_placeholders, count_ranked, find_slots, load_roles
+
+# Up to so many movers are ranked against each other by everyone who needs to know; above, one program finds the cut.
+RANKED_MOVERS = tl.constexpr(128)
+NORM_FLOOR = tl.constexpr(1e-12)
+NO_INDEX = tl.constexpr(2**31 - 1)
+
+
+@triton.jit
+def multiply(image_row, image_kept, text_row, text_kept, first_slice, end_slice, config: tl.constexpr):
+    """Products and squared norms of a block of image rows and a block of text rows over some slices of the columns.
+
+    Every slice has a fresh accumulator and slices are added in order: this bounds the error of tensor cores at large D,
+    and gives the same sum to the bit whether one program or several compute the slices.
+    """
+    M: tl.constexpr = config.block_images
+    N: tl.constexpr = config.block_texts
+    K: tl.constexpr = config.block_hidden
+    HIDDEN: tl.constexpr = config.hidden
+    product = tl.zeros([M, N], tl.float32)
+    image_square = tl.zeros([M], tl.float32)
+    text_square = tl.zeros([N], tl.float32)
+    for part in range(first_slice, end_slice):
+        dot = tl.zeros([M, N], tl.float32)
+        image_part = tl.zeros([M], tl.float32)
+        text_part = tl.zeros([N], tl.float32)
+        first = part * config.slice_hidden
+        for start in range(first, min(first + config.slice_hidden, HIDDEN), K):
+            column = start + tl.arange(0, K)
+            image_mask = image_kept[:, None]
+            text_mask = text_kept[:, None]
+            if HIDDEN % K != 0:
+                image_mask = image_mask & (column < HIDDEN)[None, :]
+                text_mask = text_mask & (column < HIDDEN)[None, :]
+            image = tl.load(
+                image_row[:, None] + column[None, :], mask=image_mask, other=0.0, eviction_policy="evict_last"
+            )
+            text = tl.load(text_row[:, None] + column[None, :], mask=text_mask, other=0.0, eviction_policy="evict_last")
+            if config.interpreted:  # on a GPU this would cost the tensor cores
+                image = widen(image, True)
+                text = widen(text, True)
+            dot = tl.dot(image, tl.trans(text), dot, input_precision="ieee")
+            image_part += tl.sum(image.to(tl.float32) * image.to(tl.float32), axis=1)
+            text_part += tl.sum(text.to(tl.float32) * text.to(tl.float32), axis=1)
+        product += dot
+        image_square += image_part
+        text_square += text_part
+    return product, image_square, text_square
+
+
+@triton.jit
+def store_partial(at, product, image_square, text_square, config: tl.constexpr):
+    M: tl.constexpr = config.block_images
+    N: tl.constexpr = config.block_texts
+    i = tl.arange(0, M)
+    t = tl.arange(0, N)
+    tl.store(at + i[:, None] * N + t[None, :], product)
+    tl.store(at + M * N + i, image_square)
+    tl.store(at + M * N + M + t, text_square)
+
+
+@triton.jit
+def add_partials(at, config: tl.constexpr):
+    """The sum over slices in their order, as `multiply` adds them."""
+    M: tl.constexpr = config.block_images
+    N: tl.constexpr = config.block_texts
+    i = tl.arange(0, M)
+    t = tl.arange(0, N)
+    product = tl.zeros([M, N], tl.float32)
+    image_square = tl.zeros([M], tl.float32)
+    text_square = tl.zeros([N], tl.float32)
+    for _ in range(config.slices):
+        product += tl.load(at + i[:, None] * N + t[None, :], cache_modifier=".cg")
+        image_square += tl.load(at + M * N + i, cache_modifier=".cg")
+        text_square += tl.load(at + M * N + M + t, cache_modifier=".cg")
+        at += partial_size(config)
+    return product, image_square, text_square
+
+
+@triton.jit
+def partial_size(config: tl.constexpr):
+    return config.block_images * config.block_texts + config.block_images + config.block_texts
+
+
+@triton.jit
+def publish(
+    keys, product, image_square, text_square, image_kept, text_kept, allowed, image, text, config: tl.constexpr
+):
+    """Cosines of a block, and the best host of each of its movers to `keys`. `image` and `text` are the index of each
+    row: a mover's as `keys` counts them, a host's as `host` reports it."""
+    INFINITY: tl.constexpr = float("inf")
+    # Rows whose squared norm is not finite (a NaN compares false) neither move nor host.
+    image_kept = image_kept & (image_square < INFINITY)
+    text_kept = text_kept & (text_square < INFINITY)
+    image_scale = 1.0 / tl.maximum(tl.sqrt(image_square), NORM_FLOOR)
+    text_scale = 1.0 / tl.maximum(tl.sqrt(text_square), NORM_FLOOR)
+    cosine = product * image_scale[:, None] * text_scale[None, :]
+    cosine = tl.where(image_kept[:, None] & text_kept[None, :] & allowed, cosine, float("-inf"))
+    if config.image_into_text:
+        best = tl.max(cosine, axis=1)
+        host = tl.min(tl.where(cosine == best[:, None], text[None, :], NO_INDEX), axis=1)
+        tl.atomic_max(keys + image, encode(best, host), mask=best > float("-inf"), sem="relaxed")
+    else:
+        best = tl.max(cosine, axis=0)
+        host = tl.min(tl.where(cosine == best[None, :], image[:, None], NO_INDEX), axis=0)
+        tl.atomic_max(keys + text, encode(best, host), mask=best > float("-inf"), sem="relaxed")
+
+
+@triton.jit
+def match_tile(rows, inputs, state, sizes, config: tl.constexpr, sample, tile, part):
+    """Match one tile of image rows; if tiles are split, `part` is the slice of columns to do.
+
+    Never waits for another program.
+    """
+    M: tl.constexpr = config.block_images
+    N: tl.constexpr = config.block_texts
+    sample64 = tl.cast(sample, tl.int64)
+    image_rank = tile * M + tl.arange(0, M)
+    if config.merges:
+        image_slot = find_slots(inputs, sizes, config, sample, tile * M, True, M)
+        feature = count_earlier_placeholders(inputs, sizes, sample) + image_rank
+        image_kept = (load_roles(inputs, sizes, config, sample, image_slot) == IMAGE) & (feature < rows.features)
+        image_row = image_rows(rows, config, sample, feature)
+        texts = count_ranked(inputs, sizes, config, sample, False)
+    else:
+        image_slot = image_rank
+        image_kept = (image_rank < sizes.images) & (load_roles(inputs, sizes, config, sample, image_rank) == IMAGE)
+        image_row = image_rows(rows, config, sample, image_rank)
+        texts = sizes.texts
+
+    keys = state.keys + sample64 * sizes.movers
+    unit = sample * sizes.image_tiles + tile
+    blocks = tl.where(tl.max(image_kept.to(tl.int32)) > 0, tl.cdiv(texts, N), 0)
+    for block in range(0, blocks):
+        text_rank = block * N + tl.arange(0, N)
+        if config.merges:
+            text_slot = find_slots(inputs, sizes, config, sample, block * N, False, N)
+            text_kept = text_slot >= 0
+            text_row = text_rows(rows, config, sample, text_slot)
+        else:
+            text_slot = sizes.images + text_rank
+            text_kept = load_roles(inputs, sizes, config, sample, text_slot) == ANCHOR_TEXT
+            text_row = text_rows(rows, config, sample, text_rank)
+
+        # Split tiles: block 0 is shared slice by slice, of the other blocks each program takes its own.
+        first_slice = 0
+        end_slice = config.slices
+        complete = True
+        if config.split:
+            mine = block % config.slices == part
+            first_slice = tl.where(block == 0, part, 0)
+            end_slice = tl.where(block == 0, part + 1, tl.where(mine, config.slices, 0))
+            complete = tl.cast(mine & (block > 0), tl.int1)
+        product, image_square, text_square = multiply(
+            image_row, image_kept, text_row, text_kept, first_slice, end_slice, config
+        )
+        if config.split:  # noqa: SIM102  a compile-time choice, then a run-time one
+            if block == 0:
+                at = state.scratch + tl.cast(unit, tl.int64) * config.slices * partial_size(config)
+                store_partial(at + part * partial_size(config), product, image_square, text_square, config)
+                tl.debug_barrier()
+                parts = state.counters + 1 + 2 * sizes.batch + unit
+                if tl.atomic_add(parts, 1, sem="acq_rel") == config.slices - 1:
+                    tl.debug_barrier()
+                    product, image_square, text_square = add_partials(at, config)
+                    tl.store(parts, 0)
+                    complete = tl.full([], True, tl.int1)
+        if complete:
+            allowed = image_kept[:, None] & text_kept[None, :]
+            if inputs.turn is not None:
+                turn = inputs.turn + sample64 * sizes.slots
+                image_turn = tl.load(turn + image_slot, mask=image_kept, other=0)
+                text_turn = tl.load(turn + text_slot, mask=text_kept, other=0)
+                if config.image_into_text:
+                    allowed = allowed & (text_turn[None, :] >= image_turn[:, None])
+                else:
+                    allowed = allowed & (image_turn[:, None] >= text_turn[None, :])
+            if config.image_into_text:
+                image_index = image_rank
+                text_index = text_slot if config.merges else text_rank
+            else:
+                image_index = image_slot
+                text_index = text_rank
+            publish(
+                keys,
+                product,
+                image_square,
+                text_square,
+                image_kept,
+                text_kept,
+                allowed,
+                image_index,
+                text_index,
+                config,
+            )
+
+    # All threads' maxima are out before one thread says so.
+    tl.debug_barrier()
+    matched = state.counters + 1 + sample
+    arrived = tl.atomic_add(matched, 1, sem="acq_rel")
+    if config.budgeted:  # noqa: SIM102
+        if arrived == match_items(sizes, config) - 1:
+            movers = count_movers(inputs, sizes, config, sample)
+            if movers > RANKED_MOVERS:
+                tl.debug_barrier()
+                tl.store(state.cuts + sample, cut_by_search(keys, movers, sizes.budget, sizes.tau))
+                tl.debug_barrier()
+                tl.atomic_add(matched, 1, sem="release")
+
+
+@triton.jit
+def count_movers(inputs, sizes, config: tl.constexpr, sample):
+    """How many keys the sample uses."""
+    if config.merges:
+        return count_ranked(inputs, sizes, config, sample, config.image_into_text)
+    return sizes.movers
+
+
+@triton.jit
+def match_items(sizes, config: tl.constexpr):
+    """Match work items of a sample."""
+    if config.split:
+        return sizes.image_tiles * config.slices
+    return sizes.image_tiles
+
+
+@triton.jit
+def arrivals(sizes, config: tl.constexpr, movers):
+    """What `matched` counts to before a sample may be assembled."""
+    count = match_items(sizes, config)
+    if config.budgeted:
+        count += (movers > RANKED_MOVERS).to(tl.int32)
+    return count

@@ -1,0 +1,113 @@
+"""Launch configurations, chosen by shape. tests/test_triton_compile.py compiles them for every target and reports their
+registers and spills. Nothing here has been timed on a GPU yet."""
+
+from typing import NamedTuple
+
+import torch
+import triton
+
+
+class Schedule(NamedTuple):
+    """How a construct launch is cut up. It changes no row, and no decision beyond rounding."""
+
+    block_images: int
+    block_texts: int
+    block_hidden: int
+    slice_hidden: int
+    slices: int
+    split: bool
+    persistent: bool
+    programs: int  # of a persistent launch
+    lag: int  # samples between match and assemble
+    block_rows: int
+    block_columns: int
+    num_warps: int
+    num_stages: int
+    registers: int  # most of a thread
+
+
+class Copying(NamedTuple):
+    """Tiles of the kernels that only copy."""
+
+    block_rows: int
+    block_columns: int
+    num_warps: int
+
+
+# Columns up to which one accumulator keeps tensor cores, which truncate, within 2e-5 of the true cosine.
+EXACT_HIDDEN = 8192
+# A slice shorter than this is done before its partial sums are.
+LEAST_SLICE = 512
+# Bytes of partial sums that a launch may use.
+SCRATCH = 7 * 2**19
+# Programs of 256 threads on a multiprocessor, at up to 128 registers a thread.
+RESIDENT = 2
+
+
+def construct(
+    device: torch.device, itemsize: int, batch: int, images: int, texts: int, hidden: int, alignment: int
+) -> Schedule:
+    """The configuration for `batch` samples of at most `images` image and `texts` text rows.
+
+    64 image rows a tile read the text on chip 0.8 times as often as the image and reach the warpgroup tensor cores; 32
+    rows where that would leave multiprocessors idle. Where even these are too few, slices of the columns are shared
+    out. float32 has no tensor cores (TF32 is not exact enough); its smaller blocks keep it from spilling registers.
+    """
+    resident = RESIDENT * multiprocessors(device)
+    half = itemsize == 2
+    block_images = 64 if half and batch * triton.cdiv(images, 64) >= resident else 32
+    block_texts = min(64 if half else 32, max(16, triton.next_power_of_2(texts)))
+    block_hidden = 64 if half else 16
+
+    tiles = max(1, triton.cdiv(images, block_images))
+    partial = 4 * (block_images * block_texts + block_images + block_texts)
+    shares = 1
+    while (
+        half
+        and batch * tiles * shares < resident
+        and hidden >= 2 * shares * LEAST_SLICE
+        and 2 * shares * batch * tiles * partial <= SCRATCH
+    ):
+        shares *= 2
+    slices = max(shares, 1 if hidden <= EXACT_HIDDEN else triton.cdiv(hidden, EXACT_HIDDEN // 2))
+    slice_hidden = max(1, triton.cdiv(triton.cdiv(hidden, slices), block_hidden)) * block_hidden
+    slices = max(1, triton.cdiv(hidden, slice_hidden))
+    split = shares > 1
+    return Schedule(
+        block_images=block_images,
+        block_texts=block_texts,
+        block_hidden=block_hidden,
+        slice_hidden=slice_hidden,
+        slices=slices,
+        split=split,
+        persistent=False,
+        programs=resident,
+        lag=min(batch, triton.cdiv(resident, tiles * (slices if split else 1))),
+        block_rows=32,
+        block_columns=columns(512, itemsize, hidden),
+        num_warps=8,
+        num_stages=5 if block_images == 64 else 4,
+        # 128 let two programs share a multiprocessor, but spill except with the widest loads and no partial sums.
+        registers=128 if block_images == 64 and alignment * itemsize == 16 and not split else 255,
+    )
+
+
+def copying(itemsize: int, hidden: int) -> Copying:
+    """Of `assemble`: 16 rows of 1 kB in flight per program, 128 bytes a thread."""
+    return Copying(block_rows=16, block_columns=columns(1024, itemsize, hidden), num_warps=4)
+
+
+def adding(itemsize: int, hidden: int) -> Copying:
+    """Of its transpose, which holds two such blocks in float32."""
+    return Copying(block_rows=16, block_columns=columns(512, itemsize, hidden), num_warps=4)
+
+
+def columns(most_bytes: int, itemsize: int, hidden: int) -> int:
+    """Columns copied at once: no more than a row has."""
+    return min(most_bytes // itemsize, max(16, triton.next_power_of_2(hidden)))
+
+
+def multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 4
+    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -1,0 +1,297 @@
+"""Schemas, fakes and autograd of `torch.ops.attanchor`. Needs torch alone: no Triton, no binary, no GPU.
+
+Public operators (`build_sequence`, `merge_sequence`, `plan_sequence`) check their arguments and decompose into internal
+ones, which are opaque to the compiler and dispatch to a backend:
+
+    _construct          match + plan + copy, differentiable in image and text
+    _plan               match + plan
+    _assemble           copy rows to their places: linear in image and text
+    _assemble_backward  its transpose: gather, for every input row, the gradients of its one or two copies
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from attanchor_kernels import backends, validate
+from attanchor_kernels.problem import Plan, Problem
+
+_library = torch.library.Library("attanchor", "DEF")
+
+_OPTIONS = (
+    'SymInt? max_anchors=None, str direction="text_into_image", str positions="sequential", '
+    'Tensor? position_ids=None, str padding_side="right"'
+)
+_FIELDS = "Tensor position_ids, Tensor attention_mask, Tensor source, Tensor is_anchor, Tensor host, Tensor score"
+_PROBLEM = (
+    "Tensor image, Tensor text, float tau, Tensor? roles, Tensor? turn, Tensor? image_mask, Tensor? text_mask, "
+    "Tensor? anchor_mask, SymInt? max_anchors, bool image_into_text, bool inherit, Tensor? position_ids, bool pad_left"
+)
+
+_library.define(
+    "build_sequence(Tensor img, Tensor txt, float tau, Tensor? img_mask=None, Tensor? txt_mask=None, "
+    f"Tensor? anchor_mask=None, {_OPTIONS}) -> (Tensor embeds, {_FIELDS})"
+)
+_library.define(
+    "merge_sequence(Tensor text_embeds, Tensor image_embeds, Tensor roles, float tau, Tensor? turn=None, "
+    f"{_OPTIONS}) -> (Tensor embeds, {_FIELDS})"
+)
+_library.define(
+    "plan_sequence(Tensor text_embeds, Tensor image_embeds, Tensor roles, float tau, Tensor? turn=None, "
+    f"{_OPTIONS}) -> ({_FIELDS})"
+)
+_library.define(f"_construct({_PROBLEM}, str backend) -> (Tensor embeds, {_FIELDS}, Tensor places)")
+_library.define(f"_plan({_PROBLEM}, str backend) -> ({_FIELDS}, Tensor places)")
+_library.define("_assemble(Tensor image, Tensor text, Tensor source, Tensor places, str backend) -> Tensor")
+_library.define(
+    "_assemble_backward(Tensor grad, Tensor source, Tensor places, SymInt[] image_shape, SymInt[] text_shape, "
+    "bool need_image, bool need_text, str backend) -> (Tensor, Tensor)"
+)
+
+_construct = torch.ops.attanchor._construct.default
+_plan = torch.ops.attanchor._plan.default
+_assemble = torch.ops.attanchor._assemble.default
+_assemble_backward = torch.ops.attanchor._assemble_backward.default
+
+
+# --- Real implementations: any device, the backend is chosen at run time. -------------------------------------------
+
+
+def _backend(name: str, tensor: Tensor):
+    return backends.load(backends.choose(name, tensor.device, tensor.dtype))
+
+
+@torch.library.impl(_library, "_construct", "CompositeExplicitAutograd")
+def _construct_impl(*arguments) -> tuple[Tensor, ...]:
+    problem, backend = Problem(*arguments[:-1]), arguments[-1]
+    validate.contents(problem)
+    embeds, plan = _backend(backend, problem.text).construct(problem)
+    return embeds, *plan
+
+
+@torch.library.impl(_library, "_plan", "CompositeExplicitAutograd")
+def _plan_impl(*arguments) -> tuple[Tensor, ...]:
+    problem, backend = Problem(*arguments[:-1]), arguments[-1]
+    validate.contents(problem)
+    return tuple(_backend(backend, problem.text).plan(problem))
+
+
+@torch.library.impl(_library, "_assemble", "CompositeExplicitAutograd")
+def _assemble_impl(image: Tensor, text: Tensor, source: Tensor, places: Tensor, backend: str) -> Tensor:
+    return _backend(backend, text).assemble(image, text, source, places)
+
+
+@torch.library.impl(_library, "_assemble_backward", "CompositeExplicitAutograd")
+def _assemble_backward_impl(
+    grad: Tensor,
+    source: Tensor,
+    places: Tensor,
+    image_shape: list[int],
+    text_shape: list[int],
+    need_image: bool,
+    need_text: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    return _backend(backend, grad).assemble_backward(
+        grad, source, places, tuple(image_shape), tuple(text_shape), need_image, need_text
+    )
+
+
+# --- Fakes: shapes and dtypes alone. ---------------------------------------------------------------------------------
+
+
+def _fake_plan(problem: Problem) -> Plan:
+    batch, capacity, movers = problem.batch, problem.capacity, problem.movers
+    axes = 1 if problem.position_ids is None else problem.position_ids.shape[0]
+    new = problem.text.new_empty
+    return Plan(
+        position_ids=new((axes, batch, capacity), dtype=torch.int64),
+        attention_mask=new((batch, capacity), dtype=torch.int64),
+        source=new((batch, capacity), dtype=torch.int64),
+        is_anchor=new((batch, capacity), dtype=torch.bool),
+        host=new((batch, movers), dtype=torch.int64),
+        score=new((batch, movers), dtype=torch.float32),
+        places=new((batch, 3, problem.slots), dtype=torch.int32),
+    )
+
+
+@torch.library.register_fake("attanchor::_construct", lib=_library)
+def _construct_fake(*arguments) -> tuple[Tensor, ...]:
+    problem = Problem(*arguments[:-1])
+    return problem.text.new_empty((problem.batch, problem.capacity, problem.hidden)), *_fake_plan(problem)
+
+
+@torch.library.register_fake("attanchor::_plan", lib=_library)
+def _plan_fake(*arguments) -> tuple[Tensor, ...]:
+    return tuple(_fake_plan(Problem(*arguments[:-1])))
+
+
+@torch.library.register_fake("attanchor::_assemble", lib=_library)
+def _assemble_fake(image: Tensor, text: Tensor, source: Tensor, places: Tensor, backend: str) -> Tensor:
+    return text.new_empty((*source.shape, text.shape[-1]))
+
+
+@torch.library.register_fake("attanchor::_assemble_backward", lib=_library)
+def _assemble_backward_fake(grad, source, places, image_shape, text_shape, need_image, need_text, backend):
+    return grad.new_empty(image_shape if need_image else (0,)), grad.new_empty(text_shape if need_text else (0,))
+
+
+# --- Autograd. -------------------------------------------------------------------------------------------------------
+
+
+def _setup_construct(ctx, inputs, output) -> None:
+    image, text, backend = inputs[0], inputs[1], inputs[-1]
+    source, places = output[3], output[7]
+    ctx.save_for_backward(source, places)
+    ctx.image_shape, ctx.text_shape, ctx.backend = image.shape, text.shape, backend
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _setup_assemble(ctx, inputs, output) -> None:
+    image, text, source, places, backend = inputs
+    ctx.save_for_backward(source, places)
+    ctx.image_shape, ctx.text_shape, ctx.backend = image.shape, text.shape, backend
+
+
+def _row_gradients(ctx, grad: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of image and text from the gradient of the sequence, each only where it is asked for."""
+    need_image, need_text = ctx.needs_input_grad[:2]
+    if grad is None or not (need_image or need_text):
+        return None, None
+    image_grad, text_grad = _assemble_backward(
+        grad, *ctx.saved_tensors, ctx.image_shape, ctx.text_shape, need_image, need_text, ctx.backend
+    )
+    return (image_grad if need_image else None), (text_grad if need_text else None)
+
+
+def _construct_backward(ctx, grad: Tensor | None, *_ignored):
+    return *_row_gradients(ctx, grad), *[None] * 12
+
+
+def _assemble_autograd(ctx, grad: Tensor | None):
+    return *_row_gradients(ctx, grad), None, None, None
+
+
+def _setup_assemble_backward(ctx, inputs, output) -> None:
+    _, source, places, ctx.image_shape, ctx.text_shape, ctx.need_image, ctx.need_text, ctx.backend = inputs
+    ctx.save_for_backward(source, places)
+
+
+def _assemble_backward_autograd(ctx, image_tangent: Tensor | None, text_tangent: Tensor | None):
+    """The transpose of the transpose: the tangents of the input rows, laid out as the sequence."""
+    source, places = ctx.saved_tensors
+    like = image_tangent if image_tangent is not None else text_tangent
+    if like is None:
+        return (None,) * 8
+    if not ctx.need_image or image_tangent is None:
+        image_tangent = like.new_zeros(ctx.image_shape)
+    if not ctx.need_text or text_tangent is None:
+        text_tangent = like.new_zeros(ctx.text_shape)
+    return _assemble(image_tangent, text_tangent, source, places, ctx.backend), *[None] * 7
+
+
+torch.library.register_autograd(
+    "attanchor::_construct", _construct_backward, setup_context=_setup_construct, lib=_library
+)
+torch.library.register_autograd("attanchor::_assemble", _assemble_autograd, setup_context=_setup_assemble, lib=_library)
+torch.library.register_autograd(
+    "attanchor::_assemble_backward",
+    _assemble_backward_autograd,
+    setup_context=_setup_assemble_backward,
+    lib=_library,
+)
+
+
+# --- Public operators: always at capacity, no device sync. ------------------------------------------------------------
+
+
+def public_fields(fields: tuple[Tensor, ...], unbatched: bool, flat_positions: bool) -> tuple[Tensor, ...]:
+    """Internal fields (position_ids first) in the caller's shape."""
+    positions, *others = fields
+    if unbatched:
+        positions, others = positions.squeeze(1), [field.squeeze(0) for field in others]
+    return (positions.squeeze(0) if flat_positions else positions), *others
+
+
+@torch.library.impl(_library, "build_sequence", "CompositeImplicitAutograd")
+def _build_sequence_impl(
+    img: Tensor,
+    txt: Tensor,
+    tau: float,
+    img_mask: Tensor | None = None,
+    txt_mask: Tensor | None = None,
+    anchor_mask: Tensor | None = None,
+    max_anchors: int | None = None,
+    direction: str = "text_into_image",
+    positions: str = "sequential",
+    position_ids: Tensor | None = None,
+    padding_side: str = "right",
+) -> tuple[Tensor, ...]:
+    call = validate.build_call(
+        img, txt, tau, img_mask, txt_mask, anchor_mask, max_anchors, direction, positions, position_ids, padding_side
+    )
+    return construct_at_capacity(call, "auto")
+
+
+@torch.library.impl(_library, "merge_sequence", "CompositeImplicitAutograd")
+def _merge_sequence_impl(
+    text_embeds: Tensor,
+    image_embeds: Tensor,
+    roles: Tensor,
+    tau: float,
+    turn: Tensor | None = None,
+    max_anchors: int | None = None,
+    direction: str = "text_into_image",
+    positions: str = "sequential",
+    position_ids: Tensor | None = None,
+    padding_side: str = "right",
+) -> tuple[Tensor, ...]:
+    call = validate.merge_call(
+        text_embeds, image_embeds, roles, tau, turn, max_anchors, direction, positions, position_ids, padding_side
+    )
+    return construct_at_capacity(call, "auto")
+
+
+@torch.library.impl(_library, "plan_sequence", "CompositeImplicitAutograd")
+def _plan_sequence_impl(
+    text_embeds: Tensor,
+    image_embeds: Tensor,
+    roles: Tensor,
+    tau: float,
+    turn: Tensor | None = None,
+    max_anchors: int | None = None,
+    direction: str = "text_into_image",
+    positions: str = "sequential",
+    position_ids: Tensor | None = None,
+    padding_side: str = "right",
+) -> tuple[Tensor, ...]:
+    call = validate.merge_call(
+        text_embeds, image_embeds, roles, tau, turn, max_anchors, direction, positions, position_ids, padding_side
+    )
+    return plan_at_capacity(call, "auto")
+
+
+def construct_at_capacity(call: validate.Call, backend: str) -> tuple[Tensor, ...]:
+    """The seven public fields, (…, C, …), in the caller's shape."""
+    embeds, *fields, _places = _construct(*call.problem, backend)
+    embeds = embeds.squeeze(0) if call.unbatched else embeds
+    return embeds, *public_fields(tuple(fields), call.unbatched, call.flat_positions)
+
+
+def plan_at_capacity(call: validate.Call, backend: str) -> tuple[Tensor, ...]:
+    """The six public fields without `embeds`, in the caller's shape."""
+    *fields, _places = plan(call.problem, backend)
+    return public_fields(tuple(fields), call.unbatched, call.flat_positions)
+
+
+def plan(problem: Problem, backend: str) -> Plan:
+    """The plan at capacity, outside any graph: none of its fields carries a gradient."""
+    problem = problem._replace(image=problem.image.detach(), text=problem.text.detach())
+    return Plan(*_plan(*problem, backend))
+
+
+def assemble(problem: Problem, source: Tensor, places: Tensor, backend: str) -> Tensor:
+    """(B, L, D): the rows of a plan, possibly trimmed; differentiable in image and text."""
+    return _assemble(problem.image, problem.text, source, places, backend)

@@ -1,0 +1,91 @@
+"""The one normal form that every backend works on.
+
+`build_sequence` and `merge_sequence` differ only in how a sample's S *slots* (the rows of the plain concatenation) are
+described: by masks over `[image; text]`, or by a role per slot. Everything after that is the same.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+# Values of `roles` (merge_sequence).
+PADDING, TEXT, IMAGE, ANCHOR_TEXT, SILENT_IMAGE = range(5)
+
+
+class Problem(NamedTuple):
+    """Validated, batched inputs. `roles is None` means the build form: image (B, M, D), text (B, N, D), S = M + N.
+
+    In the merge form image is (T, D), the features of the whole batch in row-major order of the placeholders, and text
+    is (B, S, D).
+    """
+
+    image: Tensor
+    text: Tensor
+    tau: float
+    roles: Tensor | None = None  # (B, S) uint8
+    turn: Tensor | None = None  # (B, S) int32
+    image_mask: Tensor | None = None  # (B, M) bool, None = all real
+    text_mask: Tensor | None = None  # (B, N) bool, None = all real
+    anchor_mask: Tensor | None = None  # (B, N) bool, None = every real text token
+    max_anchors: int | None = None
+    image_into_text: bool = False
+    inherit: bool = False  # positions="inherit"
+    position_ids: Tensor | None = None  # (P, B, S) int64, only with inherit
+    pad_left: bool = False
+
+    @property
+    def merges(self) -> bool:
+        return self.roles is not None
+
+    @property
+    def batch(self) -> int:
+        return self.text.shape[0]
+
+    @property
+    def slots(self) -> int:
+        """S, the number of rows of one sample of the plain concatenation."""
+        return self.text.shape[1] + (0 if self.merges else self.image.shape[1])
+
+    @property
+    def movers(self) -> int:
+        """Length of `host` and `score`: S in the merge form, N or M in the build form."""
+        if self.merges:
+            return self.slots
+        return (self.image if self.image_into_text else self.text).shape[1]
+
+    @property
+    def mover_offset(self) -> int:
+        """Slot of mover 0."""
+        return 0 if self.merges or self.image_into_text else self.image.shape[1]
+
+    @property
+    def host_offset(self) -> int:
+        """Slot of host 0, as `host` counts them."""
+        return self.image.shape[1] if self.image_into_text and not self.merges else 0
+
+    @property
+    def capacity(self) -> int:
+        return self.slots + (self.movers if self.max_anchors is None else self.max_anchors)
+
+    @property
+    def hidden(self) -> int:
+        return self.text.shape[2]
+
+
+class Plan(NamedTuple):
+    """Where every output row comes from, at capacity C; fields as in `AnchoredSequence`, positions always with P axis.
+
+    `places` (B, 3, S) int32 is the inverse of `source`: the output row of each slot's original, the output row of its
+    copy (-1 = none), and the feature row that an image slot holds, counted over the batch (-1 = a text slot; T or
+    more = a placeholder for which there is no feature).
+    """
+
+    position_ids: Tensor  # (P, B, C) int64
+    attention_mask: Tensor  # (B, C) int64
+    source: Tensor  # (B, C) int64
+    is_anchor: Tensor  # (B, C) bool
+    host: Tensor  # (B, movers) int64
+    score: Tensor  # (B, movers) float32
+    places: Tensor  # (B, 3, S) int32

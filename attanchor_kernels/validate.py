@@ -1,0 +1,245 @@
+"""Argument checks: errors come before anything runs, and say what was wrong and what would be right."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from attanchor_kernels.problem import IMAGE, SILENT_IMAGE, Problem
+
+T = TypeVar("T", Tensor, Tensor | None)
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+DIRECTIONS = ("text_into_image", "image_into_text")
+POSITIONS = ("sequential", "inherit")
+PADDING_SIDES = ("right", "left")
+
+
+class Call(NamedTuple):
+    """A batched problem and how to shape its results for the caller."""
+
+    problem: Problem
+    unbatched: bool  # the inputs had no batch axis
+    flat_positions: bool  # position_ids come without the P axis
+
+
+def _floating(name: str, value: Tensor) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} is {type(value).__name__}; it should be a torch.Tensor")
+    if value.dtype not in DTYPES:
+        raise TypeError(f"{name} has dtype {value.dtype}; it should be float16, bfloat16, float32 or float64")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name} has layout {value.layout}; it should be a dense tensor")
+
+
+def _pair(first_name: str, first: Tensor, second_name: str, second: Tensor) -> None:
+    _floating(first_name, first)
+    _floating(second_name, second)
+    if first.dim() and first.shape[-1] == 0:
+        raise ValueError(f"{first_name} has shape {tuple(first.shape)}; its hidden size D should be at least 1")
+    if first.dtype != second.dtype:
+        raise TypeError(
+            f"{second_name} has dtype {second.dtype} and {first_name} has {first.dtype}; they should be the same"
+        )
+    _refuse_forward_mode(first_name, first)
+    _refuse_forward_mode(second_name, second)
+    if first.device != second.device:
+        raise ValueError(
+            f"{second_name} is on {second.device} and {first_name} is on {first.device}; they should be on one device"
+        )
+
+
+def _refuse_forward_mode(name: str, value: Tensor) -> None:
+    """PyTorch would give the result no tangent, without a word."""
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:  # outside of any dual_level
+        return
+    if forward_ad.unpack_dual(value).tangent is not None:
+        raise RuntimeError(
+            f"{name} is a dual tensor; embeds can be differentiated in reverse mode alone (torch.autograd.grad)"
+        )
+
+
+def _companion(name: str, value: Tensor | None, dtype: torch.dtype, shape: tuple[int, ...], like: Tensor) -> None:
+    """An optional tensor that goes with the embeddings: its dtype, shape and device."""
+    if value is None:
+        return
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} is {type(value).__name__}; it should be a torch.Tensor or None")
+    if value.dtype != dtype:
+        raise TypeError(f"{name} has dtype {value.dtype}; it should be {dtype}")
+    if value.shape != shape:
+        raise ValueError(f"{name} has shape {tuple(value.shape)}; it should be {tuple(shape)}")
+    if value.device != like.device:
+        raise ValueError(f"{name} is on {value.device}; it should be on {like.device}, where the embeddings are")
+
+
+def _options(tau, max_anchors, direction: str, positions: str, position_ids, padding_side: str) -> None:
+    if isinstance(tau, bool) or not isinstance(tau, (int, float)):
+        raise TypeError(f"tau is {type(tau).__name__}; it should be a Python float (reading a tensor would sync)")
+    if tau != tau:  # NaN; math.isnan cannot be traced
+        raise ValueError("tau is NaN; it should be a number (tau >= 1 inserts nothing)")
+    if max_anchors is not None:
+        if isinstance(max_anchors, bool) or not isinstance(max_anchors, (int, torch.SymInt)):
+            raise TypeError(f"max_anchors is {type(max_anchors).__name__}; it should be an int or None")
+        if max_anchors < 0:
+            raise ValueError(f"max_anchors is {max_anchors}; it should be 0 or more, or None for no budget")
+    for name, value, allowed in (
+        ("direction", direction, DIRECTIONS),
+        ("positions", positions, POSITIONS),
+        ("padding_side", padding_side, PADDING_SIDES),
+    ):
+        if value not in allowed:
+            raise ValueError(f"{name} is {value!r}; it should be {allowed[0]!r} or {allowed[1]!r}")
+    if position_ids is not None and positions != "inherit":
+        raise ValueError(
+            f"position_ids is given with positions={positions!r}, which counts its own; "
+            "pass positions='inherit' or leave position_ids out"
+        )
+
+
+def _positions(position_ids: Tensor | None, shape: tuple[int, ...], like: Tensor) -> None:
+    """`position_ids` is `shape`, or (P, *shape) with P >= 1."""
+    if position_ids is None:
+        return
+    if not isinstance(position_ids, Tensor):
+        raise TypeError(f"position_ids is {type(position_ids).__name__}; it should be a torch.Tensor or None")
+    axes = position_ids.shape[: position_ids.dim() - len(shape)]
+    if len(axes) > 1 or 0 in axes or position_ids.shape[len(axes) :] != shape:
+        raise ValueError(
+            f"position_ids has shape {tuple(position_ids.shape)}; it should be {tuple(shape)}, or "
+            f"(P, {', '.join(map(str, shape))}) with P >= 1"
+        )
+    _companion("position_ids", position_ids, torch.int64, position_ids.shape, like)
+
+
+def build_call(
+    img,
+    txt,
+    tau,
+    img_mask,
+    txt_mask,
+    anchor_mask,
+    max_anchors,
+    direction,
+    positions,
+    position_ids,
+    padding_side,
+) -> Call:
+    """Check the arguments of `build_sequence` and give them the batch axis."""
+    _pair("img", img, "txt", txt)
+    if img.dim() not in (2, 3):
+        raise ValueError(f"img has shape {tuple(img.shape)}; it should be (B, M, D) or (M, D)")
+    if txt.dim() != img.dim() or txt.shape[-1] != img.shape[-1] or txt.shape[:-2] != img.shape[:-2]:
+        expected = ", ".join(map(str, (*img.shape[:-2], "N", img.shape[-1])))
+        raise ValueError(f"txt has shape {tuple(txt.shape)}; with img {tuple(img.shape)} it should be ({expected})")
+    _options(tau, max_anchors, direction, positions, position_ids, padding_side)
+    _companion("img_mask", img_mask, torch.bool, img.shape[:-1], img)
+    _companion("txt_mask", txt_mask, torch.bool, txt.shape[:-1], img)
+    _companion("anchor_mask", anchor_mask, torch.bool, txt.shape[:-1], img)
+    _positions(position_ids, (*img.shape[:-2], img.shape[-2] + txt.shape[-2]), img)
+
+    unbatched = img.dim() == 2
+    problem = Problem(
+        image=_batched(img, unbatched),
+        text=_batched(txt, unbatched),
+        tau=float(tau),
+        image_mask=_batched(img_mask, unbatched),
+        text_mask=_batched(txt_mask, unbatched),
+        anchor_mask=_batched(anchor_mask, unbatched),
+        **_shared(max_anchors, direction, positions, padding_side),
+        position_ids=_with_axis(position_ids, unbatched),
+    )
+    return Call(problem, unbatched, position_ids is None or position_ids.dim() == img.dim() - 1)
+
+
+def merge_call(
+    text_embeds,
+    image_embeds,
+    roles,
+    tau,
+    turn,
+    max_anchors,
+    direction,
+    positions,
+    position_ids,
+    padding_side,
+) -> Call:
+    """Check the arguments of `merge_sequence` or `plan_sequence` and give them the batch axis."""
+    _pair("text_embeds", text_embeds, "image_embeds", image_embeds)
+    if text_embeds.dim() not in (2, 3):
+        raise ValueError(f"text_embeds has shape {tuple(text_embeds.shape)}; it should be (B, S, D) or (S, D)")
+    hidden = text_embeds.shape[-1]
+    if image_embeds.dim() != 2 or image_embeds.shape[-1] != hidden:
+        raise ValueError(f"image_embeds has shape {tuple(image_embeds.shape)}; it should be (T, {hidden})")
+    _options(tau, max_anchors, direction, positions, position_ids, padding_side)
+    if not isinstance(roles, Tensor):
+        raise TypeError(f"roles is {type(roles).__name__}; it should be a torch.Tensor")
+    slots = text_embeds.shape[:-1]
+    _companion("roles", roles, torch.uint8, slots, text_embeds)
+    _companion("turn", turn, torch.int32, slots, text_embeds)
+    _positions(position_ids, tuple(slots), text_embeds)
+
+    unbatched = text_embeds.dim() == 2
+    problem = Problem(
+        image=image_embeds,
+        text=_batched(text_embeds, unbatched),
+        tau=float(tau),
+        roles=_batched(roles, unbatched),
+        turn=_batched(turn, unbatched),
+        **_shared(max_anchors, direction, positions, padding_side),
+        position_ids=_with_axis(position_ids, unbatched),
+    )
+    return Call(problem, unbatched, position_ids is None or position_ids.dim() == text_embeds.dim() - 1)
+
+
+def _shared(max_anchors, direction: str, positions: str, padding_side: str) -> dict:
+    return {
+        "max_anchors": max_anchors,
+        "image_into_text": direction == "image_into_text",
+        "inherit": positions == "inherit",
+        "pad_left": padding_side == "left",
+    }
+
+
+def _batched(value: T, unbatched: bool) -> T:
+    return value.unsqueeze(0) if unbatched and value is not None else value
+
+
+def _with_axis(position_ids: Tensor | None, unbatched: bool) -> Tensor | None:
+    """(P, B, S) from (S,), (P, S), (B, S) or (P, B, S)."""
+    if position_ids is None:
+        return None
+    if unbatched:
+        position_ids = position_ids.unsqueeze(-2)
+    return position_ids.unsqueeze(0) if position_ids.dim() == 2 else position_ids
+
+
+def count_roles(roles: Tensor) -> Tensor:
+    """(2,) int64 on the device of `roles`: the number of placeholders, the largest role."""
+    placeholders = ((roles == IMAGE) | (roles == SILENT_IMAGE)).sum()
+    largest = roles.max().long() if roles.numel() else placeholders.new_zeros(())
+    return torch.stack([placeholders, largest])
+
+
+def check_roles(counts: Tensor | list[int], features: int) -> None:
+    """Hold the contents of `roles`, as `count_roles` found them, to what `merge_sequence` demands."""
+    placeholders, largest = counts.tolist() if isinstance(counts, Tensor) else counts
+    if largest > SILENT_IMAGE:
+        raise ValueError(
+            f"roles holds {largest}; it should hold 0 (padding), 1 (text), 2 (image placeholder), "
+            "3 (text that is matched) or 4 (image placeholder that is not matched)"
+        )
+    if placeholders != features:
+        raise ValueError(
+            f"image_embeds has {features} rows; it should have {placeholders}, "
+            "one for each placeholder (2 or 4) in roles"
+        )
+
+
+def contents(problem: Problem) -> None:
+    """Checks that read a tensor: made on the CPU alone, since elsewhere they would cost a device sync."""
+    if problem.roles is not None and problem.text.device.type == "cpu":
+        check_roles(count_roles(problem.roles), problem.image.shape[0])

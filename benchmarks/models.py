@@ -1,0 +1,149 @@
+"""Vision-language models of transformers at their real sizes with random weights, and the same at toy sizes."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from attanchor_kernels.testing.inputs import SHAPES, Shape
+from benchmarks.accounting import Language
+
+TOY_LANGUAGE = Language(layers=2, hidden=64, inner=128, heads=4, kv_heads=2, vocabulary=96)
+IMAGE_TOKEN = 1
+
+
+class Spec(NamedTuple):
+    """One model: its class in transformers, the sizes of its language model, its prompt."""
+
+    name: str
+    kind: str  # model_type
+    language: Language
+    shape: Shape
+
+    @property
+    def attachable(self) -> bool:
+        """Whether `attach` is measured too, with the whole model around it."""
+        return self.kind == "llava"
+
+    def toy(self) -> Spec:
+        """The same class with so little of everything that a CPU takes a moment."""
+        name = f"{self.name}-toy"
+        return self._replace(name=name, language=TOY_LANGUAGE, shape=Shape(name, 16, 10, TOY_LANGUAGE.hidden))
+
+
+_SHAPE = {shape.name: shape for shape in SHAPES}
+_LLAMA_7B = Language(layers=32, hidden=4096, inner=11008, heads=32, kv_heads=32, vocabulary=32064)
+SPECS = {
+    spec.name: spec
+    for spec in (
+        Spec("tinyllava-1b", "llava", Language(22, 2048, 5632, 32, 4, 32064), _SHAPE["tinyllava-1b"]),
+        Spec("llava-7b", "llava", _LLAMA_7B, _SHAPE["llava-7b"]),
+        Spec("qwen2.5-vl-3b", "qwen2_5_vl", Language(36, 2048, 11008, 16, 2, 151936), _SHAPE["qwen2.5-vl-3b"]),
+        Spec("llava-next-7b", "llava_next", _LLAMA_7B, _SHAPE["llava-next-7b"]),
+    )
+}
+
+
+def _text_config(language: Language, **more: Any) -> dict[str, Any]:
+    return {
+        "vocab_size": language.vocabulary,
+        "hidden_size": language.hidden,
+        "intermediate_size": language.inner,
+        "num_hidden_layers": language.layers,
+        "num_attention_heads": language.heads,
+        "num_key_value_heads": language.kv_heads,
+        "max_position_embeddings": 16384,
+        "pad_token_id": 0,
+        "bos_token_id": 2,
+        "eos_token_id": 3,
+        **more,
+    }
+
+
+def _config(spec: Spec, toy: bool) -> Any:
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaNextConfig, Qwen2_5_VLConfig
+
+    language = spec.language
+    if spec.kind == "qwen2_5_vl":
+        head = language.head
+        sections = [head // 8, head * 3 // 16, head // 2 - head // 8 - head * 3 // 16]
+        rope = {"rope_type": "default", "mrope_section": sections, "rope_theta": 1e6}
+        vision = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16}
+        if toy:
+            vision = {"depth": 2, "hidden_size": 64, "intermediate_size": 128, "num_heads": 4}
+        config = Qwen2_5_VLConfig(
+            text_config=_text_config(language, rope_parameters=rope),
+            vision_config={**vision, "out_hidden_size": language.hidden},
+            image_token_id=IMAGE_TOKEN,
+        )
+        return config
+    clip: dict[str, Any] = {
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+    }
+    clip |= {"image_size": 336, "patch_size": 14, "projection_dim": 768}
+    if toy:
+        clip |= {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+        clip |= {"image_size": 16, "patch_size": 4}
+    text = LlamaConfig(**_text_config(language))
+    common: dict[str, Any] = {"vision_config": CLIPVisionConfig(**clip), "text_config": text}
+    common |= {
+        "image_token_index": IMAGE_TOKEN,
+        "vision_feature_layer": -2,
+        "vision_feature_select_strategy": "default",
+    }
+    if spec.kind == "llava_next":
+        return LlavaNextConfig(**common)
+    return LlavaConfig(**common, image_seq_length=(clip["image_size"] // clip["patch_size"]) ** 2)
+
+
+def build(spec: Spec, device: torch.device, dtype: torch.dtype, toy: bool) -> Any:
+    """The model in evaluation mode, weights drawn on the device."""
+    from transformers import AutoModelForImageTextToText
+
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = AutoModelForImageTextToText.from_config(_config(spec, toy), dtype=dtype)
+    return model.to(device).eval()
+
+
+class Decoder:
+    """The language model alone: fed with embeddings, as every merge feeds it."""
+
+    def __init__(self, model: Any) -> None:
+        self.language = model.model.language_model
+        self.head = model.lm_head
+        self.embed = model.get_input_embeddings()
+        self.config = model.config.get_text_config()
+
+    @torch.no_grad()
+    def prefill(self, embeds: Tensor, positions: Tensor | None = None, cache: Any = None) -> Tensor:
+        """Logits (B, 1, V) of the last token."""
+        from transformers import DynamicCache
+
+        if cache is None:
+            cache = DynamicCache(config=self.config)
+        output = self.language(
+            inputs_embeds=embeds, position_ids=positions, past_key_values=cache, use_cache=True
+        ).last_hidden_state
+        return self.head(output[:, -1:])
+
+    @torch.no_grad()
+    def filled_cache(self, embeds: Tensor, positions: Tensor | None, new_tokens: int) -> Any:
+        """A static cache that holds the prompt and has room for `new_tokens`."""
+        from transformers import StaticCache
+
+        cache = StaticCache(config=self.config, max_cache_len=embeds.shape[1] + new_tokens)
+        self.prefill(embeds, positions, cache)
+        return cache
+
+    @torch.no_grad()
+    def decode(self, token: Tensor, position: Tensor, cache: Any) -> Tensor:
+        """One greedy step: (B, 1) tokens to the next, at a cache that is put back to where it was."""
+        logits = self.prefill(self.embed(token), position, cache)
+        torch._foreach_sub_([layer.cumulative_length for layer in cache.layers], 1)
+        return logits.argmax(-1)

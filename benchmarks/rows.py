@@ -1,0 +1,129 @@
+"""Results as JSON lines: every row says by itself what was measured, on what, with which versions."""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+Row = dict[str, Any]
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def _output_of(*command: str) -> str:
+    try:
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _processor() -> str:
+    """The CPU's name: `platform` knows only its architecture on Linux."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+@functools.cache
+def environment(device: str = "cpu") -> Row:
+    """Commit, device, driver and versions: part of every row.
+
+    The commit is "unknown" outside a checkout; GIT_COMMIT names it where the files travel without their history.
+    """
+    commit = _output_of("git", "rev-parse", "--short=12", "HEAD") or os.environ.get("GIT_COMMIT", "unknown")
+    changed = _output_of("git", "status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")
+    row: Row = {
+        "commit": commit + ("+changes" if changed else ""),
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
+        "gpu": "none",
+        "driver": "none",
+        "cuda": torch.version.cuda or torch.version.hip or "none",
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "transformers": _version("transformers"),
+        "python": platform.python_version(),
+        "processor": _processor(),
+        "threads": torch.get_num_threads(),
+    }
+    if device != "cpu" and torch.cuda.is_available():
+        row["gpu"] = torch.cuda.get_device_name()
+        query = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        row["driver"] = _output_of(*query).splitlines()[0] if _output_of(*query) else "unknown"
+    return row
+
+
+def write_text(path: Path, text: str) -> None:
+    """The whole file or nothing: written under a temporary name in the same folder, then renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name + ".")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def write(path: Path, rows: Iterable[Row]) -> None:
+    """One JSON object a line, keys in the order in which they were put in."""
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def read(path: Path) -> list[Row]:
+    """The rows of one file, or of every .jsonl file of a folder; none if there is no such file or folder.
+
+    Raises:
+        ValueError: a line is no JSON object, naming file and line.
+    """
+    files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path] if path.exists() else []
+    found: list[Row] = []
+    for file in files:
+        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{file}, line {number} is no JSON: {error}") from error
+            if not isinstance(row, dict):
+                raise ValueError(f"{file}, line {number} is {type(row).__name__}; it should be a JSON object")
+            found.append(row)
+    return found
+
+
+class Store:
+    """The rows of one run. The file is rewritten after every row, so that a run cut short keeps what it measured."""
+
+    def __init__(self, path: Path, device: str, run: str) -> None:
+        self.path, self.device, self.run = path, device, run
+        self.rows: list[Row] = []
+
+    def add(self, row: Row) -> Row:
+        row = {"run": self.run, **row, **environment(self.device)}
+        self.rows.append(row)
+        write(self.path, self.rows)
+        return row

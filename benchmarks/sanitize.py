@@ -1,0 +1,123 @@
+"""Every kernel under compute-sanitizer: memory, races in shared memory, barriers. `python -m benchmarks.sanitize`.
+
+The three tools run at once, each over a small program that launches every kernel of every backend on small ragged
+shapes and compares with the reference. Exit status 0 clean, 1 an error was found, 3 the tool is not here or cannot run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+TOOLS = ("memcheck", "racecheck", "synccheck")
+FOUND, UNAVAILABLE = 86, 3
+CANNOT_RUN = ("Device not supported", "Unable to find injection library", "Failed to initialize", "not supported on")
+
+
+def find_binary() -> str | None:
+    """compute-sanitizer on the PATH or in the CUDA toolkit that PyTorch finds."""
+    found = shutil.which("compute-sanitizer")
+    if found:
+        return found
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    for folder in ("bin", "compute-sanitizer"):
+        candidate = Path(CUDA_HOME or "") / folder / "compute-sanitizer"
+        if CUDA_HOME and candidate.is_file():
+            return str(candidate)
+    return None
+
+
+def work() -> None:
+    """What runs under the tool."""
+    import torch
+
+    from attanchor_kernels import build_sequence, merge_sequence, plan_sequence
+    from attanchor_kernels.testing.inputs import TAU, Shape, merge_form
+    from benchmarks.cases import Case, make_inputs
+    from benchmarks.roofline import kernel_backends
+
+    # Few, since every one is compiled anew for Triton; together they take every branch of the launchers.
+    configurations: tuple[tuple[torch.dtype, Shape, int, dict[str, Any]], ...] = (
+        (torch.bfloat16, Shape("ragged", 75, 21, 136), 3, {"max_anchors": 4}),
+        (torch.float32, Shape("odd", 33, 12, 37), 2, {"direction": "image_into_text", "padding_side": "left"}),
+    )
+    device = torch.device("cuda")
+    for backend in kernel_backends(device):
+        for dtype, shape, batch, options in configurations:
+            made = make_inputs(Case("forward", shape, batch, dtype, 2), device, 0)
+            results = []
+            for name, where in ((backend, device), ("reference", torch.device("cpu"))):
+                image, text = (rows.to(where).requires_grad_() for rows in (made.image, made.text))
+                built = build_sequence(image, text, TAU, trim=False, backend=name, **options)
+                assert built.embeds is not None
+                gradients = torch.autograd.grad(built.embeds, [image, text], torch.ones_like(built.embeds))
+                merge = merge_form(image.detach(), text.detach(), before=3)
+                merged = merge_sequence(*merge, TAU, trim=True, backend=name, **options)
+                planned = plan_sequence(*merge, TAU, trim=False, backend=name, **options)
+                fields = (*built[:6], *gradients, *merged[:6], *planned[1:6])
+                results.append([field.detach().cpu() for field in fields if field is not None])
+            for one, other in zip(*results, strict=True):
+                assert torch.equal(one, other), f"{backend}, {dtype}, {shape}, {options}: wrong"
+        print(f"{backend}: right", flush=True)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the tools side by side and say what each found."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.sanitize", description=__doc__)
+    parser.add_argument("--limit", type=float, default=100, help="seconds for each tool (default: %(default)s)")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.worker:
+        work()
+        return 0
+    binary = find_binary()
+    if binary is None:
+        print("compute-sanitizer is not here; it comes with the CUDA toolkit")
+        return UNAVAILABLE
+    worker = [sys.executable, "-m", "benchmarks.sanitize", "--worker"]
+    # Without the cache every tensor is an allocation of its own, beyond which memcheck sees.
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    end = time.monotonic() + options.limit
+    with tempfile.TemporaryDirectory() as folder:
+        running = {}
+        for tool in TOOLS:
+            log = (Path(folder) / tool).open("w+")
+            command = [binary, "--tool", tool, "--error-exitcode", str(FOUND), *worker]
+            process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+            running[tool] = (process, log)
+        outcomes = [_outcome(tool, *running[tool], end) for tool in TOOLS]
+    return max(outcomes, key=lambda status: (status == 1, status))
+
+
+def _outcome(tool: str, process: subprocess.Popen, log, end: float) -> int:
+    try:
+        status = process.wait(max(1.0, end - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+        status = -1
+    log.seek(0)
+    text = log.read()
+    log.close()
+    if status == 0:
+        verdict, result = "clean", 0
+    elif any(sign in text for sign in CANNOT_RUN):
+        verdict, result = "cannot run on this machine", UNAVAILABLE
+    else:
+        verdict, result = {FOUND: "errors found", -1: "ran past its limit"}.get(status, f"exit status {status}"), 1
+    print(f"{tool}: {verdict}")
+    if status != 0:
+        print("\n".join(f"    {line}" for line in text.splitlines()[-40:]))
+    return result
+
+
+if __name__ == "__main__":
+    sys.exit(main())

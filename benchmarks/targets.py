@@ -1,0 +1,199 @@
+"""Every target of the kernels' design, judged by the stored rows: met, missed by how much, or not measured."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+from benchmarks.rows import Row, read
+
+SHAPES = ("tinyllava-1b", "llava-7b", "qwen2.5-vl-3b", "llava-next-7b")
+LARGE_MODELS = ("llava-7b", "llava-next-7b")
+LARGE_BATCHES = (32, 64)
+NOT_MEASURED = "not measured"
+
+
+class Verdict(NamedTuple):
+    """One target at one size. `value` is None where it is not measured; `limit` None where a figure is only given."""
+
+    target: str
+    where: str
+    limit: float | None
+    at_most: bool
+    unit: str
+    value: float | None
+    note: str = ""
+
+    @property
+    def met(self) -> bool | None:
+        if self.value is None or self.limit is None:
+            return None
+        return self.value <= self.limit if self.at_most else self.value >= self.limit
+
+    @property
+    def outcome(self) -> str:
+        if self.value is None:
+            return NOT_MEASURED
+        if self.limit is None:
+            return "given"
+        if self.met:
+            return "met"
+        apart = self.value / self.limit - 1 if self.at_most else 1 - self.value / self.limit
+        return f"missed by {100 * apart:.1f} %"
+
+
+class Measured:
+    """The rows of the newest set of a GPU, looked up by what they measure. Rows of CPUs judge no target here."""
+
+    def __init__(self, rows: list[Row]) -> None:
+        self.rows = [row for row in rows if row.get("gpu", "none") != "none"]
+
+    def find(self, **wanted: object) -> Row | None:
+        """The last row with these values; without `measure` those that measure time."""
+        wanted.setdefault("measure", None)
+        matching = [row for row in self.rows if all(row.get(key) == value for key, value in wanted.items())]
+        return matching[-1] if matching else None
+
+    def kernel(self, operation: str, shape: str, batch: int, backend: str | None = None) -> Row | None:
+        """A kernel's row; of the fastest backend if none is named."""
+        names = (backend,) if backend else ("cuda", "triton")
+        found = [
+            self.find(run="roofline", operation=operation, shape=shape, batch=batch, backend=name) for name in names
+        ]
+        return min((row for row in found if row), key=lambda row: row["us"], default=None)
+
+
+def _value(row: Row | None, key: str) -> float | None:
+    return None if row is None else row.get(key)
+
+
+def _of_floor(measured: Measured) -> Iterator[Verdict]:
+    for operation in ("forward", "backward"):
+        for shape in SHAPES:
+            for batch in (8, *LARGE_BATCHES):
+                row = measured.kernel(operation, shape, batch)
+                note = f"{row['backend']}" if row else ""
+                limit = 1.25 if batch == 8 else 1.15
+                where = f"{shape}, B={batch}"
+                yield Verdict(f"{operation}, fastest", where, limit, True, "x floor", _value(row, "ratio"), note)
+    for shape in SHAPES:
+        for batch in (8, *LARGE_BATCHES):
+            row = measured.kernel("forward", shape, batch, "triton")
+            limit = 1.5 if batch == 8 else 1.25
+            yield Verdict("forward, Triton", f"{shape}, B={batch}", limit, True, "x floor", _value(row, "ratio"))
+
+
+def _one_sample(measured: Measured) -> Iterator[Verdict]:
+    for shape, limit in (("llava-7b", 10.0), ("tinyllava-1b", 8.0)):
+        row = measured.kernel("forward", shape, 1)
+        note = f"{row['backend']}" if row else ""
+        if row and "us_less_empty" in row:
+            note += f", {row['us_less_empty']:.2f} us less an empty kernel"
+        yield Verdict("forward, fastest", f"{shape}, B=1", limit, True, "us", _value(row, "us"), note)
+
+
+def _speedup(measured: Measured, title: str, baseline: str, at_one: float, at_more: float) -> Iterator[Verdict]:
+    for shape in SHAPES:
+        for batch in (1, 8, 32):
+            kernel = measured.kernel("forward", shape, batch)
+            other = measured.find(run="roofline", operation="forward", shape=shape, batch=batch, backend=baseline)
+            value = other["us"] / kernel["us"] if kernel and other else None
+            limit = at_one if batch == 1 else at_more
+            yield Verdict(title, f"{shape}, B={batch}", limit, False, "x faster", value)
+
+
+def _share_of_prefill(measured: Measured) -> Iterator[Verdict]:
+    title = "construction over prefill of the same model"
+    for batch in (8, 1):
+        for shape in SHAPES:
+            row = measured.find(run="overhead", model=shape, batch=batch, new_tokens=1)
+            limit = 0.1 if batch == 8 or shape in LARGE_MODELS else None
+            value = 100 * row["construction_us"] / row["plain_us"] if row else None
+            note = f"prefill by {row['method']}" if row else ""
+            yield Verdict(title, f"{shape}, B={batch}", limit, True, "%", value, note)
+
+
+def _against_merge(measured: Measured) -> Iterator[Verdict]:
+    for shape in SHAPES:
+        for batch in (1, 8):
+            kernel = measured.kernel("merge", shape, batch)
+            other = measured.find(run="roofline", operation="merge", shape=shape, batch=batch, backend="masked_scatter")
+            value = other["us"] / kernel["us"] if kernel and other else None
+            yield Verdict("merge_sequence against masked_scatter", f"{shape}, B={batch}", 1.0, False, "x faster", value)
+
+
+def _memory(measured: Measured) -> Iterator[Verdict]:
+    for backend, limit in (("cuda", 1.0), ("triton", 4.0)):
+        for shape in SHAPES:
+            row = measured.find(
+                run="roofline", measure="memory", operation="forward", shape=shape, batch=8, backend=backend
+            )
+            value = row["peak_bytes"] / 1e6 if row else None
+            yield Verdict(f"memory beside outputs, {backend}", f"{shape}, B=8", limit, True, "MB", value)
+
+
+GROUPS: tuple[Callable[[Measured], Iterator[Verdict]], ...] = (
+    _of_floor,
+    _one_sample,
+    lambda measured: _speedup(measured, "against the eager reference, device time", "reference", 10, 3),
+    lambda measured: _speedup(measured, "against the eager reference, launches included", "reference, eager", 10, 3),
+    lambda measured: _speedup(
+        measured, "against torch.compile (default, float32 matmul)", "compile (default, float32 matmul)", 3, 1.5
+    ),
+    lambda measured: _speedup(
+        measured, "against torch.compile (default, bfloat16 matmul)", "compile (default, bfloat16 matmul)", 3, 1.5
+    ),
+    _share_of_prefill,
+    _against_merge,
+    _memory,
+)
+
+
+def judge(rows: list[Row]) -> list[Verdict]:
+    """Every target at every size that it is about."""
+    measured = Measured(rows)
+    return [verdict for group in GROUPS for verdict in group(measured)]
+
+
+def _figure(value: float) -> str:
+    return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
+
+
+def table(verdicts: list[Verdict]) -> str:
+    """All of them as a Markdown table."""
+    lines = ["| target | size | wanted | measured | outcome |", "|---|---|---|---|---|"]
+    for one in verdicts:
+        wanted = "the figure" if one.limit is None else f"{'≤' if one.at_most else '≥'} {one.limit:g} {one.unit}"
+        measured = "" if one.value is None else f"{_figure(one.value)} {one.unit}"
+        note = f" ({one.note})" if one.note else ""
+        lines.append(f"| {one.target} | {one.where} | {wanted} | {measured}{note} | {one.outcome} |")
+    return "\n".join(lines)
+
+
+def summary(verdicts: list[Verdict]) -> str:
+    """One line for each target: how many sizes are met, missed, not measured."""
+    lines = ["| target | wanted | met | missed | not measured |", "|---|---|---|---|---|"]
+    for target in dict.fromkeys(one.target for one in verdicts):
+        group = [one for one in verdicts if one.target == target]
+        limits = dict.fromkeys((one.limit, one.at_most, one.unit) for one in group if one.limit is not None)
+        wanted = ", ".join(f"{'≤' if at_most else '≥'} {limit:g} {unit}" for limit, at_most, unit in limits)
+        met, missed = (sum(one.met is outcome for one in group) for outcome in (True, False))
+        unmeasured = sum(one.value is None for one in group)
+        worst = max((one.outcome for one in group if one.met is False), key=_percent, default="")
+        lines.append(f"| {target} | {wanted} | {met} | {f'{missed} ({worst})' if missed else 0} | {unmeasured} |")
+    return "\n".join(lines)
+
+
+def _percent(outcome: str) -> float:
+    return float(outcome.removeprefix("missed by ").removesuffix(" %"))
+
+
+def main(options: argparse.Namespace) -> int:
+    """Print the table and a line that counts. A missed target is a result, not an error of this command."""
+    verdicts = judge(read(options.results))
+    print(table(verdicts))
+    met, missed = (sum(one.met is outcome for one in verdicts) for outcome in (True, False))
+    unmeasured = sum(one.value is None for one in verdicts)
+    print(f"\n{met} met, {missed} missed, {unmeasured} not measured, of {len(verdicts)}")
+    return 0

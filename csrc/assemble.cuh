@@ -1,0 +1,128 @@
+// Assemble: the plan of a tile of consecutive slots, and the copy of their rows from global memory.
+//
+// Tile t writes the rows of its slots, wherever they go, and the t-th stretch of the padding.
+#pragma once
+
+#include "copy.cuh"
+#include "plan.cuh"
+
+namespace attanchor {
+
+constexpr int TILE_ROWS = 32;  // at most: lane r of warp 0 works out slot r
+
+struct AssembleShared {
+  word64 rank[RANKED_MOVERS + 1];
+  RowJob copy[TILE_ROWS];
+  RowJob padding[TILE_ROWS];
+  word64 key[TILE_ROWS];
+  int mover[TILE_ROWS];       // -1: is not inserted
+  int copy_place[TILE_ROWS];  // relative to the beginning of the sequence, -1: no copy
+  int host_real[TILE_ROWS];   // real slots through the host
+  int hosted[TILE_ROWS];      // inserted movers with this host
+  int scratch[6 * WARPS];
+  unsigned arrived;
+};
+
+struct AssembleTile {
+  const Problem& p;
+  AssembleShared& s;
+  const Plan plan;
+
+  ATTANCHOR_DEVICE AssembleTile(const Problem& problem, AssembleShared& shared, int sample)
+      : p(problem), s(shared), plan(problem, sample) {}
+
+  // `arrivals` match items are waited for.
+  ATTANCHOR_DEVICE void run(int tile, int feature_base, unsigned arrivals) {
+    const int at = arch::thread(), first_slot = tile * p.tile_rows;
+    const Counts counts = count_slots(p, plan.sample, first_slot, s.scratch);
+    const int movers = !p.rows.merges ? p.movers : p.image_into_text ? counts.images : counts.texts;
+    Slot own = {};
+    if (arch::warp() == 0) {
+      own = describe(first_slot + at, counts, feature_base);
+      s.hosted[at] = 0;
+      s.copy_place[at] = -1;
+    }
+    plan.wait(arrivals, movers);
+
+    const word64 cut = plan.find_cut(movers, s.rank);
+    int sums[2] = {};  // inserted movers, those with a host before the tile
+    for (int mover = at; mover < movers; mover += THREADS) {
+      const word64 key = arch::load_fresh(plan.keys() + mover);
+      if (!plan.inserted(key, mover, cut)) continue;
+      const int host = plan.host_slot(key);
+      sums[0]++;
+      sums[1] += host < first_slot;
+      if (host >= first_slot && host < first_slot + p.tile_rows) arch::add_shared(s.hosted + (host - first_slot), 1);
+    }
+    block_sum(sums, s.scratch);
+    if (arch::warp() == 0) {
+      s.key[at] = own.moves ? arch::load_fresh(plan.keys() + own.mover) : 0;
+      s.mover[at] = own.moves && plan.inserted(s.key[at], own.mover, cut) ? own.mover : -1;
+    }
+    arch::sync_block();
+    for (int row = arch::warp(); row < p.tile_rows; row += WARPS) {
+      if (s.mover[row] < 0) continue;
+      const int host = plan.host_slot(s.key[row]), real = count_real_through(p, plan.sample, host);
+      const int place = plan.order_copy(movers, cut, s.mover[row], host, real);
+      if (arch::lane() > 0) continue;
+      s.copy_place[row] = place;
+      s.host_real[row] = real;
+    }
+    arch::sync_block();
+    plan.leave(movers, 1, p.assemble_tiles, &s.arrived);
+
+    const int length = counts.real + sums[0], first = p.pad_left ? p.capacity - length : 0;
+    if (arch::warp() == 0) {
+      const int hosted_before = sums[1] + warp_sum_before(s.hosted[at]);
+      write_slot(own, own.real ? own.real_before + hosted_before : -1, first);
+      write_padding(first_slot + at, length);
+    }
+    if (p.embeds == nullptr) return;
+    arch::sync_block();
+    for (int row = arch::warp(); row < p.tile_rows; row += WARPS) {
+      run_row_job(s.copy[row], p.rows);
+      run_row_job(s.padding[row], p.rows);
+    }
+  }
+
+ private:
+  // By warp 0, lane r for slot r of the tile.
+  ATTANCHOR_DEVICE Slot describe(int slot, const Counts& counts, int feature_base) const {
+    const bool in_tile = arch::lane() < p.tile_rows;
+    const int role = in_tile ? load_role(p, plan.sample, slot) : PADDING;
+    const uint32_t below = (1u << arch::lane()) - 1;
+    Slot own = {};
+    own.slot = slot;
+    own.exists = in_tile && slot < p.rows.slots;
+    own.real = is_real(role);
+    own.real_before = counts.real_before + arch::count_bits(arch::ballot(own.real) & below);
+    const int image = counts.images_before + arch::count_bits(arch::ballot(is_placeholder(role)) & below);
+    const int text = counts.texts_before + arch::count_bits(arch::ballot(role == ANCHOR_TEXT) & below);
+    own.complete(p, plan.sample, role, image, text, feature_base);
+    return own;
+  }
+
+  // By warp 0: the fields of one slot, and what is made of its row.
+  ATTANCHOR_DEVICE void write_slot(const Slot& own, int original, int first) {
+    const int at = arch::lane(), copy = s.copy_place[at];
+    plan.write_slot(own, {original, copy, plan.host_slot(s.key[at]), s.host_real[at], s.key[at]}, first);
+    RowJob& job = s.copy[at];
+    job.to[0] = original >= 0 ? plan.sequence_row(first + original) : nullptr;
+    job.to[1] = copy >= 0 ? plan.sequence_row(first + copy) : nullptr;
+    const bool missing = own.feature >= p.rows.features;
+    job.filling = missing ? Filling::nan : Filling::none;
+    job.from = own.real && !missing ? slot_row(p.rows, plan.sample, own.slot, own.feature) : nullptr;
+  }
+
+  // By warp 0: lane r for row `nth` of the padding.
+  ATTANCHOR_DEVICE void write_padding(int nth, int length) {
+    RowJob& job = s.padding[arch::lane()];
+    job = {nullptr, {nullptr, nullptr}, Filling::zero};
+    if (arch::lane() >= p.tile_rows || nth >= p.capacity - length) return;
+    const int place = p.pad_left ? nth : length + nth;
+    plan.write_padding(place);
+    job.to[0] = plan.sequence_row(place);
+  }
+};
+
+}  // namespace attanchor

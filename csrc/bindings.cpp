@@ -1,0 +1,225 @@
+// torch.ops.attanchor_cuda: from tensors to plain structures. PyTorch's stable ABI alone, so one binary serves PyTorch
+// 2.10 and later, and Python's limited API, so it serves Python 3.10 and later.
+//
+// Arguments have been checked and outputs allocated by attanchor_kernels/backends/cuda, the only caller.
+#include <Python.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <optional>
+#include <stdexcept>
+#include <string>
+
+#include "problem.h"
+
+// The tests build this file over an emulated device whose tensors are on the CPU.
+#ifndef ATTANCHOR_DISPATCH_KEY
+#define ATTANCHOR_DISPATCH_KEY CUDA
+#endif
+
+namespace {
+
+using attanchor::Copy;
+using attanchor::Problem;
+using attanchor::Rows;
+using attanchor::Scalar;
+using attanchor::Tuning;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Optional = std::optional<Tensor>;
+
+template <class T>
+T* data(const Tensor& tensor) {
+  return static_cast<T*>(tensor.mutable_data_ptr());
+}
+
+template <class T>
+T* data(const Optional& tensor) {
+  return tensor.has_value() ? data<T>(*tensor) : nullptr;
+}
+
+Scalar scalar_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float: return Scalar::float32;
+    case ScalarType::Half: return Scalar::float16;
+    case ScalarType::BFloat16: return Scalar::bfloat16;
+    default: throw std::runtime_error("attanchor_cuda takes float16, bfloat16 and float32");
+  }
+}
+
+int64_t stride_of(const Tensor& tensor, int64_t axis) {
+  return tensor.stride(axis) * static_cast<int64_t>(tensor.element_size());
+}
+
+// The largest of 16, 8, 4, 2 that divides everything it is shown.
+struct Width {
+  uint64_t bits = 16;
+
+  Width& with(int64_t value) {
+    bits |= static_cast<uint64_t>(value);
+    return *this;
+  }
+  Width& with(const void* pointer) { return with(static_cast<int64_t>(reinterpret_cast<uintptr_t>(pointer))); }
+  Width& with(const Tensor& tensor) {
+    with(tensor.mutable_data_ptr());
+    for (int64_t axis = 0; axis + 1 < tensor.dim(); axis++) {
+      if (tensor.size(axis) > 1) with(stride_of(tensor, axis));
+    }
+    return *this;
+  }
+  int get() const { return static_cast<int>(bits & -bits); }
+};
+
+// Image (B, M, D) or, in the merge form, (T, D); text (B, N, D) or (B, S, D). A missing one is empty.
+Rows rows_of(const Tensor& image, const Tensor& text, int64_t slots, int64_t hidden) {
+  const bool merges = image.dim() == 2;
+  Rows rows = {};
+  rows.merges = merges;
+  rows.image = image.numel() > 0 ? data<uint8_t>(image) : nullptr;
+  rows.text = text.numel() > 0 ? data<uint8_t>(text) : nullptr;
+  rows.image_batch_stride = merges ? 0 : stride_of(image, 0);
+  rows.image_row_stride = stride_of(image, merges ? 0 : 1);
+  rows.text_batch_stride = stride_of(text, 0);
+  rows.text_row_stride = stride_of(text, 1);
+  rows.row_bytes = hidden * static_cast<int64_t>(text.element_size());
+  rows.images = merges ? 0 : static_cast<int>(image.size(1));
+  rows.features = static_cast<int>(merges ? image.size(0) : image.size(0) * image.size(1));
+  rows.slots = static_cast<int>(slots);
+  rows.nan = text.scalar_type() == ScalarType::Float  ? 0x7fc00000u
+             : text.scalar_type() == ScalarType::Half ? 0x7e007e00u
+                                                      : 0x7fc07fc0u;
+  return rows;
+}
+
+void check(const char* error, const char* what) {
+  if (error != nullptr) throw std::runtime_error(std::string("attanchor_cuda.") + what + ": " + error);
+}
+
+// Makes the tensor's device the current one until it goes out of scope.
+struct OnDevice {
+  std::optional<torch::stable::accelerator::DeviceGuard> guard;
+  explicit OnDevice(const Tensor& tensor) {
+    if (tensor.is_cuda()) guard.emplace(tensor.get_device_index());
+  }
+};
+
+void construct(Tensor image, Tensor text, Optional roles, Optional turn, Optional image_mask, Optional text_mask,
+               Optional anchor_mask, Optional position_ids, Optional embeds, Tensor new_position_ids,
+               Tensor attention_mask, Tensor source, Tensor is_anchor, Tensor host, Tensor score, Tensor places,
+               Tensor state, double tau, int64_t budget, bool image_into_text, bool inherit, bool pad_left,
+               int64_t tile_images, int64_t cluster, int64_t tile_rows, int64_t lag, int64_t hold, int64_t stream) {
+  const OnDevice on_device(text);
+  const int64_t batch = text.size(0), movers = host.size(1);
+  Problem p = {};
+  p.rows = rows_of(image, text, places.size(2), text.size(2));
+  Width width;
+  width.with(image).with(text).with(p.rows.row_bytes);
+  if (embeds.has_value()) width.with(embeds->mutable_data_ptr());
+  p.rows.width = width.get();
+
+  auto* words = data<unsigned long long>(state);
+  p.state.keys = words;
+  p.state.cuts = words + batch * movers;
+  p.state.ticket = reinterpret_cast<unsigned*>(p.state.cuts + batch);
+  p.state.matched = p.state.ticket + 1;
+  p.state.left = p.state.matched + batch;
+
+  p.roles = data<const uint8_t>(roles);
+  p.turn = data<const int32_t>(turn);
+  p.image_mask = data<const uint8_t>(image_mask);
+  p.text_mask = data<const uint8_t>(text_mask);
+  p.anchor_mask = data<const uint8_t>(anchor_mask);
+  p.position_ids = data<const int64_t>(position_ids);
+  p.embeds = data<uint8_t>(embeds);
+  p.new_position_ids = data<int64_t>(new_position_ids);
+  p.attention_mask = data<int64_t>(attention_mask);
+  p.source = data<int64_t>(source);
+  p.is_anchor = data<uint8_t>(is_anchor);
+  p.host = data<int64_t>(host);
+  p.score = data<float>(score);
+  p.places = data<int32_t>(places);
+
+  p.batch = static_cast<int>(batch);
+  p.texts = static_cast<int>(text.size(1));
+  p.movers = static_cast<int>(movers);
+  p.capacity = static_cast<int>(source.size(1));
+  p.axes = static_cast<int>(new_position_ids.size(0));
+  p.budget = static_cast<int>(budget < movers ? budget : movers);
+  p.tau = static_cast<float>(tau);
+  p.image_into_text = image_into_text;
+  p.budgeted = budget < movers;
+  p.inherit = inherit;
+  p.pad_left = pad_left;
+  Tuning tuning;
+  tuning.tile_images = static_cast<int>(tile_images);
+  tuning.cluster = static_cast<int>(cluster);
+  tuning.tile_rows = static_cast<int>(tile_rows);
+  tuning.lag = static_cast<int>(lag);
+  tuning.hold = static_cast<int>(hold);
+  check(launch_construct(p, scalar_of(text), tuning, reinterpret_cast<void*>(stream)), "construct");
+}
+
+// What assemble and its transpose share. A tensor of no elements stands for one that is not there.
+Copy copy_of(const Tensor& image, const Tensor& text, const Tensor& source, const Tensor& places,
+             const Tensor& sequence) {
+  Copy copy = {};
+  copy.rows = rows_of(image, text, places.size(2), sequence.size(2));
+  copy.rows.width = Width().with(image).with(text).with(sequence).with(copy.rows.row_bytes).get();
+  copy.source = data<const int64_t>(source);
+  copy.places = data<const int32_t>(places);
+  copy.sequence = data<uint8_t>(sequence);
+  copy.sequence_batch_stride = stride_of(sequence, 0);
+  copy.sequence_row_stride = stride_of(sequence, 1);
+  copy.batch = static_cast<int>(source.size(0));
+  copy.texts = static_cast<int>(text.size(1));
+  copy.length = static_cast<int>(source.size(1));
+  return copy;
+}
+
+void assemble(Tensor image, Tensor text, Tensor source, Tensor places, Tensor embeds, int64_t stream) {
+  const OnDevice on_device(text);
+  const Copy copy = copy_of(image, text, source, places, embeds);
+  check(launch_assemble(copy, reinterpret_cast<void*>(stream)), "assemble");
+}
+
+void assemble_backward(Tensor grad, Tensor source, Tensor places, Tensor image_grad, Tensor text_grad, bool need_image,
+                       bool need_text, int64_t stream) {
+  const OnDevice on_device(grad);
+  Copy copy = copy_of(image_grad, text_grad, source, places, grad);
+  if (!need_image) copy.rows.image = nullptr;
+  if (!need_text) copy.rows.text = nullptr;
+  check(launch_backward(copy, scalar_of(grad), reinterpret_cast<void*>(stream)), "assemble_backward");
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(attanchor_cuda, library) {
+  library.def(
+      "construct(Tensor image, Tensor text, Tensor? roles, Tensor? turn, Tensor? image_mask, Tensor? text_mask, "
+      "Tensor? anchor_mask, Tensor? position_ids, Tensor(a!)? embeds, Tensor(b!) new_position_ids, "
+      "Tensor(c!) attention_mask, Tensor(d!) source, Tensor(e!) is_anchor, Tensor(f!) host, Tensor(g!) score, "
+      "Tensor(h!) places, Tensor(i!) state, float tau, int budget, bool image_into_text, bool inherit, bool pad_left, "
+      "int tile_images, int cluster, int tile_rows, int lag, int hold, int stream) -> ()");
+  library.def(
+      "assemble(Tensor image, Tensor text, Tensor source, Tensor places, Tensor(a!) embeds, int stream) -> ()");
+  library.def(
+      "assemble_backward(Tensor grad, Tensor source, Tensor places, Tensor(a!) image_grad, Tensor(b!) text_grad, "
+      "bool need_image, bool need_text, int stream) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(attanchor_cuda, ATTANCHOR_DISPATCH_KEY, library) {
+  library.impl("construct", TORCH_BOX(&construct));
+  library.impl("assemble", TORCH_BOX(&assemble));
+  library.impl("assemble_backward", TORCH_BOX(&assemble_backward));
+}
+
+// Importing attanchor_kernels._C registers the operators.
+PyMODINIT_FUNC PyInit__C(void) {
+  static PyModuleDef definition = {};
+  definition.m_base = PyModuleDef_HEAD_INIT;
+  definition.m_name = "_C";
+  definition.m_size = -1;
+  return PyModule_Create(&definition);
+}

@@ -1,0 +1,97 @@
+// Which variant of the construct kernel a call gets, how its work is cut into tiles, and the launch.
+//
+// The rules are estimates until they have been measured.
+#include "construct_held.cuh"
+
+namespace attanchor {
+namespace {
+
+int divide_up(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
+
+// The image rows that a sample may have.
+int most_images(const Rows& rows) {
+  if (!rows.merges) return rows.images;
+  return rows.features < rows.slots ? rows.features : rows.slots;
+}
+
+// Blocks in a cluster: as many as leave each at least six chunks of columns, four where the device would not fill.
+int wanted_cluster(const Problem& p) {
+  constexpr int FEW_BLOCKS = 128;
+  const int64_t chunks = (p.rows.row_bytes + CHUNK_BYTES - 1) / CHUNK_BYTES;
+  const bool few = static_cast<int64_t>(p.batch) * divide_up(most_images(p.rows), 32) * 4 < FEW_BLOCKS;
+  return chunks >= (few ? 32 : 48) ? 8 : chunks >= 16 ? 4 : 1;
+}
+
+struct Choice {
+  const Variant* variant = nullptr;
+  int shared_bytes = 0;
+  int resident = 0;  // blocks
+};
+
+// Of the variants with this cluster, large tiles where they keep every multiprocessor busy, small ones otherwise.
+Choice choose(const Variants& variants, int cluster, const Problem& p, const Tuning& tuning) {
+  Choice best;
+  for (int i = 0; i < variants.count; i++) {
+    const Variant& v = variants.list[i];
+    const int tiles = divide_up(most_images(p.rows), v.images);
+    if (v.cluster != cluster || (tuning.tile_images && v.images != tuning.tile_images)) continue;
+    if (v.holds && tiles > MOST_HELD_TILES) continue;
+    const int shared = v.shared_bytes + (v.holds ? held_bytes(p.rows.row_bytes, v.images, cluster) : 0);
+    const int resident = arch::resident_blocks(v.kernel, THREADS, shared, cluster);
+    if (resident == 0) continue;
+    const bool busy = static_cast<int64_t>(p.batch) * tiles * cluster >= resident;
+    if (best.variant == nullptr || (busy && v.images > best.variant->images)) best = {&v, shared, resident};
+  }
+  return best;
+}
+
+// Clusters that hold their tile where the device has them and a tile fits; otherwise rows are read again through L2.
+Choice choose(const Problem& p, Scalar scalar, const Tuning& tuning) {
+  const bool halves = scalar == Scalar::float16;
+  const Variants held = scalar == Scalar::float32 ? held_float_variants()
+                        : halves                  ? held_half_variants()
+                                                  : held_bfloat_variants();
+  const Variants plain = scalar == Scalar::float32 ? float_variants() : halves ? half_variants() : bfloat_variants();
+  const bool may_hold = tuning.hold != 0 && p.rows.width == 16 && p.embeds != nullptr;
+  const int wanted = tuning.cluster ? tuning.cluster : wanted_cluster(p);
+  for (const bool hold : {true, false}) {
+    if (hold ? !may_hold : tuning.hold == 1) continue;
+    for (const int cluster : {8, 4, 1}) {
+      if (cluster > wanted) continue;
+      const Choice choice = choose(hold ? held : plain, cluster, p, tuning);
+      if (choice.variant != nullptr) return choice;
+    }
+  }
+  return {};
+}
+
+int choose_tile_rows(const Problem& p, int resident) {
+  for (int rows = TILE_ROWS; rows > 8; rows /= 2) {
+    if (static_cast<int64_t>(p.batch) * divide_up(p.capacity, rows) >= resident) return rows;
+  }
+  return 8;
+}
+
+}  // namespace
+
+const char* launch_construct(Problem p, Scalar scalar, Tuning tuning, void* stream) {
+  if (p.batch == 0 || p.capacity == 0) return nullptr;
+  const Choice choice = choose(p, scalar, tuning);
+  if (choice.variant == nullptr) {
+    return "no construct kernel that was asked for runs on this device; rebuild attanchor_kernels with "
+           "ATTANCHOR_CUDA_ARCHS naming its compute capability";
+  }
+  const Variant& v = *choice.variant;
+  const int images = most_images(p.rows), clusters = choice.resident / v.cluster;
+  p.match_tiles = images > v.images ? divide_up(images, v.images) : 1;
+  p.tile_rows = tuning.tile_rows ? tuning.tile_rows : choose_tile_rows(p, choice.resident);
+  p.assemble_tiles = v.holds ? 0 : divide_up(p.capacity, p.tile_rows);
+  // So many samples between match and assemble as are matched at once: nobody waits, and little leaves the L2 cache.
+  const int lag = tuning.lag >= 0 ? tuning.lag : divide_up(clusters, p.match_tiles);
+  p.lag = lag < 1 ? 1 : lag > p.batch ? p.batch : lag;
+  const int64_t items = static_cast<int64_t>(p.batch) * (p.match_tiles + divide_up(p.assemble_tiles, v.cluster));
+  const int blocks = static_cast<int>(items < clusters ? items : clusters) * v.cluster;
+  return arch::launch(v.kernel, blocks, THREADS, choice.shared_bytes, v.cluster, stream, p);
+}
+
+}  // namespace attanchor

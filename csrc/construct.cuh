@@ -1,0 +1,145 @@
+// Match, plan and copy of every sample in one launch, with any number of blocks.
+//
+// Work is handed out by tickets: the match tiles of the first `lag` samples, then the match tiles of a sample mixed
+// with the assemble tiles of the one `lag` before it, then the assemble tiles of the last `lag` samples. Whoever waits
+// for a sample so holds a later ticket than every match tile of it, and match work never waits: the unfinished item
+// with the lowest ticket always goes on. No deadlock, whatever the grid and whatever else runs on the device.
+#pragma once
+
+#include "assemble.cuh"
+#include "match.cuh"
+
+namespace attanchor {
+
+struct Work {
+  bool matches;
+  int sample;
+  int item;
+};
+
+// What a ticket below the total stands for. `assemble_items` are those of a sample, a cluster's worth of tiles each.
+ATTANCHOR_DEVICE Work work_of(const Problem& p, int assemble_items, unsigned ticket) {
+  const unsigned matches = p.match_tiles, assembles = assemble_items, both = matches + assembles;
+  const unsigned head = p.lag * matches, middle = (p.batch - p.lag) * both;
+  if (ticket < head) return {true, static_cast<int>(ticket / matches), static_cast<int>(ticket % matches)};
+  ticket -= head;
+  if (ticket < middle) {
+    const int group = ticket / both;
+    const uint64_t nth = ticket % both;
+    const unsigned before = nth * matches / both, through = (nth + 1) * matches / both;
+    if (through > before) return {true, p.lag + group, static_cast<int>(before)};
+    return {false, group, static_cast<int>(nth - before)};
+  }
+  ticket -= middle;
+  return {false, p.batch - p.lag + static_cast<int>(ticket / assembles), static_cast<int>(ticket % assembles)};
+}
+
+template <class E, int IMAGES, int CLUSTER>
+struct ConstructShared {
+  union {
+    typename MatchTile<E, IMAGES, CLUSTER, false>::Shared match;
+    AssembleShared assemble;
+  };
+  unsigned ticket[2];
+};
+
+// The next work item of a cluster, to all its blocks.
+template <int CLUSTER>
+ATTANCHOR_DEVICE unsigned draw_ticket(const Problem& p, unsigned* slot, int rank, unsigned total) {
+  if (rank == 0 && arch::thread() == 0) {
+    const unsigned drawn = arch::add(p.state.ticket, 1);
+    // Every cluster draws one ticket that is too high; with the last of them nobody will draw again.
+    if (drawn == total + arch::blocks() / CLUSTER - 1) *p.state.ticket = 0;
+    for (int block = 0; block < CLUSTER; block++) *arch::peer<CLUSTER>(slot, block) = drawn;
+  }
+  arch::sync_cluster<CLUSTER>();
+  return *slot;
+}
+
+// A match tile is done: the last one of a sample with a large budget also finds the cut.
+template <class Shared>
+ATTANCHOR_DEVICE void finish_match(const Problem& p, Shared& s, int sample, int movers, unsigned items) {
+  arch::sync_block();  // every thread's maxima are out before one thread says so
+  if (arch::thread() == 0) {
+    arch::fence();
+    s.arrived = arch::add(p.state.matched + sample, 1);
+    arch::fence();
+  }
+  if (!publishes_cut(p, movers)) return;
+  arch::sync_block();
+  if (s.arrived != items - 1) return;
+  int* histogram = reinterpret_cast<int*>(s.best);
+  const word64* keys = p.state.keys + static_cast<int64_t>(sample) * p.movers;
+  const word64 cut = cut_by_selection(keys, movers, p.budget, p.tau, histogram, s.scratch);
+  if (arch::thread() == 0) {
+    p.state.cuts[sample] = cut;
+    arch::fence();
+    arch::add(p.state.matched + sample, 1);
+  }
+}
+
+template <class E, int IMAGES, int CLUSTER>
+ATTANCHOR_DEVICE void construct(const Problem& p) {
+  auto& s = *reinterpret_cast<ConstructShared<E, IMAGES, CLUSTER>*>(arch::shared_memory());
+  const int rank = arch::cluster_rank<CLUSTER>();
+  const int assemble_items = ceil_div(p.assemble_tiles, CLUSTER);
+  const unsigned total = p.batch * static_cast<unsigned>(p.match_tiles + assemble_items);
+  const unsigned arrivals = p.match_tiles * CLUSTER;
+  FeatureBase match_base, assemble_base;
+  for (unsigned turn = 0;; turn++) {
+    const unsigned ticket = draw_ticket<CLUSTER>(p, s.ticket + turn % 2, rank, total);
+    if (ticket >= total) return;
+    const Work work = work_of(p, assemble_items, ticket);
+    if (work.matches) {
+      const int base = p.rows.merges ? match_base.advance(p, work.sample, s.match.scratch) : 0;
+      MatchTile<E, IMAGES, CLUSTER, false> tile(p, s.match, rank, work.sample, nullptr);
+      const int movers = tile.run(work.item, base);
+      finish_match(p, s.match, work.sample, movers, arrivals);
+    } else {
+      const int base = p.rows.merges ? assemble_base.advance(p, work.sample, s.assemble.scratch) : 0;
+      const int tile = work.item * CLUSTER + rank;
+      if (tile < p.assemble_tiles) AssembleTile(p, s.assemble, work.sample).run(tile, base, arrivals);
+    }
+  }
+}
+
+// Two blocks share a multiprocessor: one copies while the other waits.
+template <class E, int IMAGES, int CLUSTER>
+ATTANCHOR_KERNEL(THREADS, 2) construct_kernel(ATTANCHOR_ARGUMENT(Problem) p) {
+  if constexpr (CLUSTER <= arch::LARGEST_CLUSTER) {
+    construct<E, IMAGES, CLUSTER>(p);
+  } else {
+    arch::fail();
+  }
+}
+
+// --- The launch ------------------------------------------------------------------------------------------------------
+
+// One compiled shape of the kernel.
+struct Variant {
+  int images;
+  int cluster;
+  bool holds;  // keeps its tile in shared memory, beyond shared_bytes
+  int shared_bytes;
+  void (*kernel)(Problem);
+};
+
+template <class E, int IMAGES, int CLUSTER>
+Variant variant() {
+  constexpr int shared = static_cast<int>(sizeof(ConstructShared<E, IMAGES, CLUSTER>));
+  return {IMAGES, CLUSTER, false, shared, construct_kernel<E, IMAGES, CLUSTER>};
+}
+
+// The variants of an element type, and how many there are; each in a file of its own, to compile side by side.
+struct Variants {
+  const Variant* list;
+  int count;
+};
+Variants float_variants();
+Variants half_variants();
+Variants bfloat_variants();
+Variants held_float_variants();
+Variants held_half_variants();
+Variants held_bfloat_variants();
+
+}  // namespace attanchor

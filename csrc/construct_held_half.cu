@@ -1,0 +1,15 @@
+#include "construct_held.cuh"
+
+namespace attanchor {
+
+Variants held_half_variants() {
+  static const Variant list[] = {
+      held_variant<arch::Half, 32, 4>(),
+      held_variant<arch::Half, 64, 4>(),
+      held_variant<arch::Half, 32, 8>(),
+      held_variant<arch::Half, 64, 8>(),
+  };
+  return {list, 4};
+}
+
+}  // namespace attanchor

@@ -1,0 +1,107 @@
+// What the kernels are told: pointers, sizes and options of one call. Plain data, so that it is passed by value.
+#pragma once
+
+#include <cstdint>
+
+namespace attanchor {
+
+// Values of `roles`; the build form is given the same ones by its masks. Anything above is padding.
+enum Role : int { PADDING = 0, TEXT = 1, IMAGE = 2, ANCHOR_TEXT = 3, SILENT_IMAGE = 4 };
+
+enum class Scalar : int { float32 = 0, float16 = 1, bfloat16 = 2 };
+
+// Where the rows of the plain concatenation are. Strides in bytes; the elements of a row lie side by side.
+struct Rows {
+  const uint8_t* image;  // (B, M, D), in the merge form (T, D)
+  const uint8_t* text;   // (B, N, D), in the merge form (B, S, D)
+  int64_t image_batch_stride;  // 0 in the merge form
+  int64_t image_row_stride;
+  int64_t text_batch_stride;
+  int64_t text_row_stride;
+  int64_t row_bytes;
+  int images;    // M; 0 in the merge form
+  int features;  // rows of `image` over the whole batch
+  int slots;     // S
+  int width;     // bytes, a power of two up to 16 that divides row_bytes, every address and every stride
+  uint32_t nan;  // two 16-bit NaNs or one 32-bit NaN, for a feature that is not there
+  bool merges;
+};
+
+// Device memory that is all zero between launches; every launch puts back what it used.
+struct State {
+  unsigned long long* keys;  // (B, movers): best cosine and host of a mover, 0 = none yet
+  unsigned long long* cuts;  // (B,): smallest rank key within the budget
+  unsigned* ticket;          // next work item
+  unsigned* matched;         // (B,): finished match items of a sample
+  unsigned* left;            // (B,): assemble items of a sample that have read its keys
+};
+
+struct Problem {
+  Rows rows;
+  State state;
+
+  const uint8_t* roles;         // (B, S), or null: the build form
+  const int32_t* turn;          // (B, S) or null
+  const uint8_t* image_mask;    // (B, M) or null
+  const uint8_t* text_mask;     // (B, N) or null
+  const uint8_t* anchor_mask;   // (B, N) or null
+  const int64_t* position_ids;  // (P, B, S) or null
+
+  uint8_t* embeds;  // (B, C, D), or null: the plan alone
+  int64_t* new_position_ids;  // (P, B, C)
+  int64_t* attention_mask;    // (B, C)
+  int64_t* source;            // (B, C)
+  uint8_t* is_anchor;         // (B, C)
+  int64_t* host;              // (B, movers)
+  float* score;               // (B, movers)
+  int32_t* places;            // (B, 3, S)
+
+  int batch;
+  int texts;   // N; S in the merge form
+  int movers;  // keys of a sample: N or M; S in the merge form
+  int capacity;
+  int axes;  // P
+  int budget;
+  float tau;
+  bool image_into_text;
+  bool budgeted;
+  bool inherit;
+  bool pad_left;
+
+  int match_tiles;     // of a sample
+  int assemble_tiles;  // of a sample
+  int tile_rows;       // slots of an assemble tile, at most 32
+  int lag;             // samples between match and assemble
+};
+
+// The copy alone, and its transpose.
+struct Copy {
+  Rows rows;              // assemble: the inputs; backward: the gradients of the inputs, to be written
+  const int64_t* source;  // (B, L)
+  const int32_t* places;  // (B, 3, S)
+  uint8_t* sequence;      // (B, L, D): assemble writes it, backward reads it
+  int64_t sequence_batch_stride;
+  int64_t sequence_row_stride;
+  int batch;
+  int texts;
+  int length;  // L
+  int tiles;   // of a sample
+  int tile_rows;
+  int tail;  // backward: work items that clear the features which no placeholder takes
+};
+
+// What a caller may fix instead of leaving it to the shape; tests and tuning use it.
+struct Tuning {
+  int tile_images = 0;  // image rows of a match tile, 0 = by shape
+  int cluster = 0;      // programs that share a match tile's columns, 0 = by shape
+  int tile_rows = 0;
+  int lag = -1;
+  int hold = -1;  // 1: only kernels that keep their tile on chip, 0: none of them, -1: by shape
+};
+
+// Launch on `stream` of the current device. Null, or what went wrong.
+const char* launch_construct(Problem problem, Scalar scalar, Tuning tuning, void* stream);
+const char* launch_assemble(Copy copy, void* stream);
+const char* launch_backward(Copy copy, Scalar scalar, void* stream);
+
+}  // namespace attanchor

@@ -1,0 +1,60 @@
+"""What AttAnchor knows about each family of models. A new family is one module here and one line below."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedModel
+
+from attanchor_vlm.adapters.base import FamilyAdapter
+from attanchor_vlm.adapters.gemma3 import Gemma3Adapter
+from attanchor_vlm.adapters.idefics3 import Idefics3Adapter
+from attanchor_vlm.adapters.internvl import InternVLAdapter
+from attanchor_vlm.adapters.llava import LlavaAdapter
+from attanchor_vlm.adapters.llava_next import LlavaNextAdapter
+from attanchor_vlm.adapters.llava_onevision import LlavaOnevisionAdapter
+from attanchor_vlm.adapters.paligemma import PaliGemmaAdapter
+from attanchor_vlm.adapters.qwen2_vl import Qwen2VLAdapter
+from attanchor_vlm.adapters.qwen3_vl import Qwen3VLAdapter
+
+_REGISTRY: dict[str, FamilyAdapter] = {}
+
+
+def register(adapter: FamilyAdapter) -> None:
+    """Make a family known to `attach`, under every ``config.model_type`` that the adapter names."""
+    if not adapter.model_types:
+        raise ValueError(f"{type(adapter).__name__}.model_types is empty; it should name the family's model_type")
+    for model_type in adapter.model_types:
+        _REGISTRY[model_type] = adapter
+
+
+def adapter_for(model: PreTrainedModel) -> FamilyAdapter:
+    """The adapter of a model's family.
+
+    Raises:
+        ValueError: there is none; the message says what one needs.
+    """
+    model_type = getattr(model.config, "model_type", None)
+    if model_type in _REGISTRY:
+        return _REGISTRY[model_type]
+    raise ValueError(
+        f"AttAnchor has no adapter for model_type {model_type!r} ({type(model).__name__}); it knows "
+        f"{', '.join(sorted(_REGISTRY))}. An adapter is a subclass of attanchor_vlm.adapters.FamilyAdapter, passed to "
+        "attanchor_vlm.adapters.register, that says: which arguments of forward hold the image "
+        "(image_arguments), how they become one (T, D) tensor of projected features in the order of the placeholders "
+        "(encode_images, feature_rows), where the placeholders are (placeholders), which features are no image content "
+        "(silent_features), the position ids of the plain prompt if tokens have several (positions_per_token, "
+        "plain_positions), the per-token inputs that must grow with the prompt (token_types), and the routes that the "
+        "model allows (routes)"
+    )
+
+
+register(LlavaAdapter())
+register(LlavaNextAdapter())
+register(LlavaOnevisionAdapter())
+register(Qwen2VLAdapter())
+register(Qwen3VLAdapter())
+register(InternVLAdapter())
+register(Idefics3Adapter())
+register(PaliGemmaAdapter())
+register(Gemma3Adapter())
+
+__all__ = ["FamilyAdapter", "adapter_for", "register"]

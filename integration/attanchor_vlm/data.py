@@ -1,0 +1,269 @@
+"""Read LLaVA-Instruct rows and an image folder, and find every bad row before training starts."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, UnidentifiedImageError
+from tqdm import tqdm
+
+PLACEHOLDER = "<image>"
+_SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
+_SHOWN = 10  # bad rows printed in an error; the others are counted
+
+
+@dataclass(frozen=True)
+class Row:
+    """A checked conversation.
+
+    Attributes:
+        number: Counts the rows of the file from 1.
+        messages: (role, text) in turn, user first, assistant last, the placeholders still in the user's text.
+        images: In the order of the placeholders.
+    """
+
+    number: int
+    messages: tuple[tuple[str, str], ...]
+    images: tuple[Path, ...]
+
+
+@dataclass(frozen=True)
+class BadRow:
+    file: Path
+    number: int
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.file}, row {self.number}: {self.reason}"
+
+
+class DataError(ValueError):
+    """The data cannot be trained on as it is. `bad` lists the rows at fault."""
+
+    def __init__(self, message: str, bad: Iterable[BadRow] = ()):
+        super().__init__(message)
+        self.bad = tuple(bad)
+
+
+def read_rows(
+    file: Path, images: Path, skip_bad: bool = False, progress: bool = False
+) -> tuple[list[Row], list[BadRow]]:
+    """Read `file` (a JSON list, or one object a line in a .jsonl) and check every row and every image it names.
+
+    A row is ``{"image": "name.png", "conversations": [{"from": "human", "value": "<image>\\n…"}, {"from": "gpt",
+    "value": "…"}]}``; `image` may be a list, and is absent in rows of text alone. Other keys are ignored. Images are
+    looked up under `images` and decoded once, in threads.
+
+    Returns:
+        The good rows, and the bad ones if `skip_bad`.
+
+    Raises:
+        DataError: the file cannot be read, a row is bad (unless `skip_bad`), or no good row is left.
+    """
+    if not images.is_dir():
+        raise DataError(f"{images} is not a folder; --images should name the folder with the images of {file.name}")
+    rows: list[Row] = []
+    bad: list[BadRow] = []
+    for number, raw in enumerate(_load(file), start=1):
+        try:
+            rows.append(_check(number, raw, images))
+        except ValueError as error:
+            bad.append(BadRow(file, number, str(error)))
+    unreadable = _unreadable({path for row in rows for path in row.images}, progress)
+    for row in rows:
+        reasons = [unreadable[path] for path in row.images if path in unreadable]
+        if reasons:
+            bad.append(BadRow(file, row.number, reasons[0]))
+    rows = [row for row in rows if not any(path in unreadable for path in row.images)]
+    bad.sort(key=lambda one: one.number)
+    if bad and not skip_bad:
+        raise DataError(_report(bad, len(rows) + len(bad)), bad)
+    if not rows:
+        raise DataError(f"{file} has no usable row" + (f"; {bad[0]}" if bad else ""), bad)
+    return rows, bad
+
+
+def _report(bad: list[BadRow], total: int) -> str:
+    lines = [str(one) for one in bad[:_SHOWN]]
+    if len(bad) > _SHOWN:
+        lines.append(f"… and {len(bad) - _SHOWN} more")
+    lines.append(f"{len(bad)} of {total} rows are bad: mend them, or leave them out with --skip-bad")
+    return "\n".join(lines)
+
+
+def _load(file: Path) -> list[object]:
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else f"not UTF-8 text ({error.reason})"
+        raise DataError(f"{file} cannot be read: {reason}") from error
+    if file.suffix == ".jsonl":
+        rows = []
+        for line, part in enumerate(text.splitlines(), start=1):
+            if part.strip():
+                rows.append(_parse(file, part, line))
+        return rows
+    rows = _parse(file, text, 1)
+    if not isinstance(rows, list):
+        raise DataError(f"{file} holds a JSON {type(rows).__name__}; it should hold a list of rows")
+    return rows
+
+
+def _parse(file: Path, text: str, first_line: int):
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        line = first_line + error.lineno - 1
+        raise DataError(f"{file}, line {line}, column {error.colno}: not valid JSON ({error.msg})") from error
+
+
+def _check(number: int, raw: object, folder: Path) -> Row:
+    """A row, or a ValueError that says what is wrong with it."""
+    if not isinstance(raw, dict):
+        raise ValueError(f"the row is a {type(raw).__name__}; it should be an object")
+    turns = raw.get("conversations")
+    if not isinstance(turns, list) or not turns:
+        raise ValueError('"conversations" is missing or empty; it should be a list of turns')
+    messages = tuple(_turn(index, turn) for index, turn in enumerate(turns, start=1))
+    for index, (role, text) in enumerate(messages, start=1):
+        expected = "user" if index % 2 else "assistant"
+        if role != expected:
+            raise ValueError(f"turn {index} is by the {role}; turns should alternate, beginning with the user")
+        if role == "assistant":
+            if not text.strip():
+                raise ValueError(f"turn {index}, an answer, is empty")
+            if PLACEHOLDER in text:
+                raise ValueError(f"turn {index}, an answer, holds {PLACEHOLDER}; only questions may")
+    if len(messages) % 2:
+        raise ValueError("the last turn is a question without an answer")
+    paths = _images(raw.get("image"), folder)
+    placeholders = sum(text.count(PLACEHOLDER) for _, text in messages)
+    if placeholders != len(paths):
+        raise ValueError(
+            f"{placeholders} {PLACEHOLDER} placeholder{'s' * (placeholders != 1)} for {len(paths)} "
+            f"image{'s' * (len(paths) != 1)}; there should be one for each"
+        )
+    return Row(number, messages, paths)
+
+
+def _turn(index: int, turn: object) -> tuple[str, str]:
+    if not isinstance(turn, dict) or not isinstance(turn.get("value"), str) or not isinstance(turn.get("from"), str):
+        raise ValueError(f'turn {index} should be an object with "from" and "value", both text')
+    if turn["from"] not in _SPEAKERS:
+        raise ValueError(f'turn {index} is "from" {turn["from"]!r}; it should be "human" or "gpt"')
+    return _SPEAKERS[turn["from"]], turn["value"]
+
+
+def _images(named: object, folder: Path) -> tuple[Path, ...]:
+    if named is None:
+        return ()
+    names: list[Any] = named if isinstance(named, list) else [named]
+    for name in names:
+        if not isinstance(name, str) or not name:
+            raise ValueError(f'"image" is {name!r}; it should be the name of a file')
+        if not (folder / name).is_file():
+            raise ValueError(f"image {folder / name} does not exist")
+    return tuple(folder / name for name in names)
+
+
+def _unreadable(paths: set[Path], progress: bool) -> dict[Path, str]:
+    """Decode every image once and say which cannot be."""
+
+    def why(path: Path) -> str | None:
+        try:
+            with Image.open(path) as image:
+                # A JPEG is read whole but decoded at an eighth of its size: quick, and truncation shows.
+                image.draft("RGB", (max(image.width // 8, 1), max(image.height // 8, 1)))
+                image.load()
+        except UnidentifiedImageError:
+            return f"image {path} is not an image that can be read"
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            return f"image {path} cannot be read: {error}"
+        return None
+
+    ordered = sorted(paths)
+    with ThreadPoolExecutor() as pool:
+        reasons = tqdm(
+            pool.map(why, ordered), "checking images", len(ordered), unit="", disable=not progress, leave=False
+        )
+        return {path: reason for path, reason in zip(ordered, reasons, strict=True) if reason is not None}
+
+
+def split_rows(rows: list[Row], fraction: float, seed: int) -> tuple[list[Row], list[Row]]:
+    """Training and validation rows. An image is on one side only, so that validation sees no image of the training.
+
+    Raises:
+        DataError: `fraction` is above 0 but leaves one side empty.
+    """
+    if fraction == 0:
+        return rows, []
+    groups: dict[object, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row.images or row.number, []).append(row)
+    keys = list(groups)
+    random.Random(seed).shuffle(keys)
+    validation: set[int] = set()
+    for key in keys:
+        if len(validation) >= fraction * len(rows):
+            break
+        validation.update(row.number for row in groups[key])
+    train = [row for row in rows if row.number not in validation]
+    if not train or not validation:
+        raise DataError(
+            f"val_fraction {fraction} of {len(rows)} rows about {len(keys)} images leaves "
+            f"{'no row to train on' if not train else 'none to validate on'}; give --val-data or another --val-fraction"
+        )
+    return train, [row for row in rows if row.number in validation]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What the model is given at once: `messages` up to an answer, of which the last (or every) one is supervised."""
+
+    row: int
+    messages: tuple[tuple[str, str], ...]
+    images: tuple[Path, ...]
+
+
+def samples(rows: Iterable[Row], turns: str) -> Iterator[Sample]:
+    """One sample for each answer (turns="each"), or one for each row (turns="all").
+
+    "each" is what inference does, where every token of the last question may be copied into the image. In "all", only
+    the first question can be: a later one would show the earlier answers what comes next, so the operators forbid it.
+    """
+    for row in rows:
+        ends = range(2, len(row.messages) + 1, 2) if turns == "each" else (len(row.messages),)
+        for end in ends:
+            messages = row.messages[:end]
+            count = sum(text.count(PLACEHOLDER) for _, text in messages)
+            yield Sample(row.number, messages, row.images[:count])
+
+
+def parts(text: str) -> list[dict[str, str]]:
+    """A turn's text as the content parts of a chat template: images at the placeholders, stripped text between."""
+    content: list[dict[str, str]] = []
+    for index, piece in enumerate(text.split(PLACEHOLDER)):
+        if index:
+            content.append({"type": "image"})
+        if piece.strip():
+            content.append({"type": "text", "text": piece.strip()})
+    return content
+
+
+def load_image(path: Path) -> Image.Image:
+    """An RGB image.
+
+    Raises:
+        DataError: it can no longer be read.
+    """
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError) as error:
+        raise DataError(f"image {path} cannot be read any more: {error}") from error

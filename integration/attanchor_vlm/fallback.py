@@ -1,0 +1,90 @@
+"""Which tokens may be copied when a call has ids alone, as from an evaluation harness. A mask that is given wins."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from attanchor_vlm.config import AttAnchorConfig
+
+_MARKERS = ("vision_start_token_id", "vision_end_token_id", "boi_token_index", "eoi_token_index")
+_NAMES = ("bos_token_id", "eos_token_id", "pad_token_id", "image_token_id", "video_token_id", *_MARKERS)
+
+
+def mask_from_ids(
+    model: PreTrainedModel, settings: AttAnchorConfig, input_ids: Tensor, is_real: Tensor, is_image: Tensor
+) -> Tensor:
+    """(B, S) bool: everything after a sample's first image, less special tokens and the generation prompt.
+
+    Coarser than the masks of `encode_chat`, which know the user's text: markers that are ordinary text, such as
+    "ASSISTANT:" in the middle of a conversation, stay in.
+    """
+    after_image = is_image.cumsum(-1) > 0
+    special = sorted({*settings.special_token_ids, *_named_token_ids(model)})
+    is_special = torch.isin(input_ids, torch.tensor(special, dtype=input_ids.dtype, device=input_ids.device))
+    mask = after_image & is_real & ~is_image & ~is_special
+    if settings.generation_prompt_ids:
+        mask &= ~_ends_with(input_ids, is_real, settings.generation_prompt_ids)
+    return mask
+
+
+def with_tokens_of(config: AttAnchorConfig, processor: Any) -> AttAnchorConfig:
+    """`config` with the special tokens and the generation prompt of a processor or tokenizer, for calls without masks.
+
+    Args:
+        processor: A processor or tokenizer; without a chat template there is no generation prompt to know.
+    """
+    tokenizer = getattr(processor, "tokenizer", processor)
+    return dataclasses.replace(
+        config,
+        special_token_ids=tuple(sorted(set(tokenizer.all_special_ids))),
+        generation_prompt_ids=_generation_prompt(processor, tokenizer),
+    )
+
+
+def _generation_prompt(processor: Any, tokenizer: Any) -> tuple[int, ...]:
+    if not (getattr(processor, "chat_template", None) or getattr(tokenizer, "chat_template", None)):
+        return ()
+    question = [{"role": "user", "content": [{"type": "text", "text": "a question"}]}]
+    plain, prompted = (
+        processor.apply_chat_template(question, tokenize=False, add_generation_prompt=prompt)
+        for prompt in (False, True)
+    )
+    if not prompted.startswith(plain):
+        return ()
+    # Tokenized where it stands: on its own, a tokenizer may put a space before it.
+    whole = tokenizer(prompted, add_special_tokens=False).input_ids
+    before = tokenizer(plain, add_special_tokens=False).input_ids
+    same = 0
+    while same < min(len(before), len(whole)) and before[same] == whole[same]:
+        same += 1
+    return tuple(whole[same:])
+
+
+def _named_token_ids(model: PreTrainedModel) -> Iterable[int]:
+    for config in (model.config, model.config.get_text_config(), model.generation_config):
+        for name in _NAMES:
+            value = getattr(config, name, None)
+            if isinstance(value, int):
+                yield value
+            elif value is not None:
+                yield from value
+
+
+def _ends_with(input_ids: Tensor, is_real: Tensor, suffix: tuple[int, ...]) -> Tensor:
+    """(B, S) bool: the last tokens of each sample, where they are `suffix`."""
+    batch, slots = input_ids.shape
+    if len(suffix) > slots:
+        return torch.zeros_like(is_real)
+    # The index of each of a sample's last len(suffix) real tokens, whichever side the padding is on.
+    slot = torch.arange(slots, device=input_ids.device).expand(batch, slots)
+    last = slot.masked_fill(~is_real, -1).topk(len(suffix), dim=-1).values.flip(-1)
+    wanted = torch.tensor(suffix, dtype=input_ids.dtype, device=input_ids.device)
+    matches = ((input_ids.gather(1, last.clamp(min=0)) == wanted) & (last >= 0)).all(-1, keepdim=True)
+    # Where nothing matches, index 0 is written with what it holds, False.
+    return torch.zeros_like(is_real).scatter(1, last.clamp(min=0), matches.expand_as(last))

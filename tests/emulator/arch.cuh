@@ -1,0 +1,329 @@
+// The functions of csrc/arch.cuh on a CPU: every thread of the device is a fiber, and nothing runs in parallel.
+//
+// What it is stricter about than a GPU: fibers go on in random order after every meeting point; asynchronous copies
+// arrive at random, as late as they may or as early; maxima become visible to other blocks no sooner than a fence that
+// a block barrier separates from them; shared memory starts as garbage; warp functions insist that all 32 lanes are
+// there; a device runs only as many blocks at once as it is told to, and reports a deadlock instead of hanging.
+// What it does not model: caches, and the order in which plain stores reach other blocks.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <vector>
+
+#define ATTANCHOR_DEVICE inline
+#define ATTANCHOR_RARE inline
+#define ATTANCHOR_KERNEL(threads, blocks) void
+#define ATTANCHOR_ARGUMENT(type) const type
+#define ATTANCHOR_UNROLL
+
+namespace attanchor::arch {
+
+using word64 = unsigned long long;
+
+struct alignas(16) Vector {
+  uint32_t x, y, z, w;
+};
+
+namespace emulator {
+
+struct Thread;
+
+// A place where fibers wait for each other.
+struct Barrier {
+  int expected = 0;
+  uint64_t generation = 0;
+  std::vector<Thread*> waiting;
+};
+
+constexpr int MESSAGE_BYTES = 64;
+
+struct Warp {
+  Barrier barrier;
+  alignas(16) uint8_t message[2][32][MESSAGE_BYTES];
+  int kind[2][32];
+};
+
+struct Block {
+  int index = 0;
+  Barrier barrier;
+  Barrier* cluster_barrier = nullptr;
+  Block* const* cluster = nullptr;  // the blocks of its cluster
+  uint8_t* shared = nullptr;
+  Warp* warps = nullptr;
+};
+
+struct Thread {
+  int index = 0;
+  Block* block = nullptr;
+  uint64_t meetings = 0;  // warp functions passed
+};
+
+extern Thread* current;
+extern int grid_blocks, resident_limit;
+
+void wait(Barrier& barrier);
+void pause();
+void maybe_switch();
+void fail(const char* reason);
+void queue_copy(void* to, const void* from, int bytes, int size);
+void commit_copies();
+void wait_copies(int pending);
+void maximize(word64* word, word64 value);
+void publish_maxima();
+const char* run(int blocks, int threads, int shared, int cluster, const std::function<void()>& kernel);
+
+inline Warp& warp() { return current->block->warps[current->index / 32]; }
+
+// All lanes of a warp show each other a value; returns the messages, which stay until the next meeting but one.
+template <class T>
+const T* meet(const T& value, int kind) {
+  static_assert(sizeof(T) <= MESSAGE_BYTES && MESSAGE_BYTES % alignof(T) == 0);
+  Warp& w = warp();
+  const int lane = current->index % 32, turn = current->meetings++ % 2;
+  std::memcpy(w.message[turn][lane], &value, sizeof(T));
+  w.kind[turn][lane] = kind;
+  wait(w.barrier);
+  for (int other = 0; other < 32; other++) {
+    if (w.kind[turn][other] != kind) fail("lanes of a warp meet in different functions");
+  }
+  return reinterpret_cast<const T*>(w.message[turn][0]);
+}
+
+template <class T>
+const T& message(const T* first, int lane) {
+  return *reinterpret_cast<const T*>(reinterpret_cast<const uint8_t*>(first) + lane * MESSAGE_BYTES);
+}
+
+}  // namespace emulator
+
+// --- Element types -----------------------------------------------------------------------------------------------
+
+struct Half {
+  uint16_t bits;
+};
+struct BFloat {
+  uint16_t bits;
+};
+
+inline uint32_t float_bits(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  return bits;
+}
+inline float bits_float(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+inline float widen(float value) { return value; }
+inline float widen(Half value) {
+  // Converted once: many processors need a long routine for it.
+  static const std::vector<float> table = [] {
+    std::vector<float> all(65536);
+    for (int bits = 0; bits < 65536; bits++) {
+      const auto pattern = static_cast<uint16_t>(bits);
+      _Float16 half;
+      std::memcpy(&half, &pattern, 2);
+      all[bits] = half;
+    }
+    return all;
+  }();
+  return table[value.bits];
+}
+inline float widen(BFloat value) { return bits_float(static_cast<uint32_t>(value.bits) << 16); }
+
+template <class E>
+E narrow(float value);
+template <>
+inline float narrow<float>(float value) {
+  return value;
+}
+template <>
+inline Half narrow<Half>(float value) {
+  const _Float16 half = static_cast<_Float16>(value);
+  Half result;
+  std::memcpy(&result.bits, &half, 2);
+  return result;
+}
+template <>
+inline BFloat narrow<BFloat>(float value) {
+  const uint32_t bits = float_bits(value);
+  if (value != value) return {static_cast<uint16_t>(0x7fff)};
+  return {static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1)) >> 16)};
+}
+
+inline float multiply_add(float a, float b, float c) { return std::fmaf(a, b, c); }
+inline float square_root(float value) { return std::sqrt(value); }
+
+// --- Where a thread is -------------------------------------------------------------------------------------------
+
+inline int thread() { return emulator::current->index; }
+inline int lane() { return emulator::current->index % 32; }
+inline int warp() { return emulator::current->index / 32; }
+inline int block() { return emulator::current->block->index; }
+inline int blocks() { return emulator::grid_blocks; }
+inline uint8_t* shared_memory() { return emulator::current->block->shared; }
+
+// --- Inside a warp and a block -----------------------------------------------------------------------------------
+
+inline void sync_block() { emulator::wait(emulator::current->block->barrier); }
+
+inline uint32_t ballot(bool vote) {
+  const bool* votes = emulator::meet(vote, 1);
+  uint32_t word = 0;
+  for (int lane = 0; lane < 32; lane++) word |= static_cast<uint32_t>(emulator::message(votes, lane)) << lane;
+  return word;
+}
+template <class T>
+T shuffle(T value, int source) {
+  return emulator::message(emulator::meet(value, 2), source & 31);
+}
+template <class T>
+T shuffle_xor(T value, int mask) {
+  return emulator::message(emulator::meet(value, 3), lane() ^ mask);
+}
+inline int count_bits(uint32_t word) { return __builtin_popcount(word); }
+inline void add_shared(int* counter, int amount) {
+  emulator::maybe_switch();
+  *counter += amount;
+}
+
+// --- Between blocks ----------------------------------------------------------------------------------------------
+
+inline void maximize(word64* word, word64 value) { emulator::maximize(word, value); }
+inline unsigned add(unsigned* counter, unsigned amount) {
+  emulator::maybe_switch();
+  const unsigned before = *counter;
+  *counter += amount;
+  emulator::maybe_switch();
+  return before;
+}
+inline void fence() {
+  emulator::publish_maxima();
+  emulator::maybe_switch();
+}
+inline unsigned load_now(const unsigned* word) { return *word; }
+inline word64 load_fresh(const word64* word) {
+  emulator::maybe_switch();
+  return *word;
+}
+inline void pause() { emulator::pause(); }
+
+// --- Clusters -------------------------------------------------------------------------------------------------------
+
+constexpr int LARGEST_CLUSTER = 8;
+
+inline void fail() { emulator::fail("the kernel was not compiled for this device"); }
+
+template <int CLUSTER>
+int cluster_rank() {
+  return emulator::current->block->index % CLUSTER;
+}
+template <int CLUSTER>
+void sync_cluster() {
+  emulator::wait(*emulator::current->block->cluster_barrier);
+}
+template <int CLUSTER, class T>
+T* peer(T* own, int rank) {
+  emulator::Block& block = *emulator::current->block;
+  const auto offset = reinterpret_cast<const volatile uint8_t*>(own) - block.shared;
+  return reinterpret_cast<T*>(block.cluster[rank]->shared + offset);
+}
+
+// --- Global to shared memory ------------------------------------------------------------------------------------------
+
+using Policy = int;
+inline Policy keep_in_l2() { return 0; }
+inline Policy drop_from_l2() { return 0; }
+
+template <int SIZE>
+void copy_async(void* to, const void* from, int bytes, Policy) {
+  if (reinterpret_cast<uintptr_t>(to) % SIZE || reinterpret_cast<uintptr_t>(from) % SIZE) {
+    emulator::fail("an asynchronous copy is not aligned");
+  }
+  emulator::queue_copy(to, from, bytes, SIZE);
+}
+inline void commit_copies() { emulator::commit_copies(); }
+template <int PENDING>
+void wait_copies() {
+  emulator::wait_copies(PENDING);
+}
+
+// --- Streaming access ---------------------------------------------------------------------------------------------------
+
+template <class V>
+V load_stream(const V* from, Policy) {
+  if (reinterpret_cast<uintptr_t>(from) % sizeof(V)) emulator::fail("a load is not aligned");
+  return *from;
+}
+template <class V>
+void store_stream(V* to, V value, Policy) {
+  if (reinterpret_cast<uintptr_t>(to) % sizeof(V)) emulator::fail("a store is not aligned");
+  *to = value;
+}
+
+// --- Tensor cores ---------------------------------------------------------------------------------------------------
+
+inline void load_matrices(uint32_t (&r)[4], const void* row) {
+  if (reinterpret_cast<uintptr_t>(row) % 16) emulator::fail("a matrix row is not aligned");
+  const void* const* rows = emulator::meet(row, 4);
+  for (int matrix = 0; matrix < 4; matrix++) {
+    const void* from = emulator::message(rows, matrix * 8 + lane() / 4);
+    std::memcpy(&r[matrix], static_cast<const uint8_t*>(from) + lane() % 4 * 4, 4);
+  }
+  // Before any lane goes on and overwrites what others have yet to read.
+  emulator::wait(emulator::warp().barrier);
+}
+
+namespace emulator {
+
+struct Fragments {
+  uint32_t a[4], b[2];
+};
+
+template <class E>
+double element(uint32_t word, int half) {
+  return widen(E{static_cast<uint16_t>(word >> (half * 16))});
+}
+
+// Tensor cores add with truncation: the sum is rounded towards zero, so that errors do not cancel.
+inline float truncated(double sum) {
+  const float rounded = static_cast<float>(sum);
+  if (!std::isfinite(rounded) || std::fabs(static_cast<double>(rounded)) <= std::fabs(sum)) return rounded;
+  return std::nextafterf(rounded, 0.0f);
+}
+
+}  // namespace emulator
+
+template <class E>
+void multiply_matrices(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
+  const emulator::Fragments* all = emulator::meet(emulator::Fragments{{a0, a1, a2, a3}, {b0, b1}}, 5);
+  for (int i = 0; i < 4; i++) {
+    const int row = lane() / 4, below = i / 2, column = lane() % 4 * 2 + i % 2;
+    double sum = c[i];
+    for (int k = 0; k < 16; k++) {
+      const uint32_t a = emulator::message(all, row * 4 + k % 8 / 2).a[below + k / 8 * 2];
+      const uint32_t b = emulator::message(all, column * 4 + k % 8 / 2).b[k / 8];
+      sum += emulator::element<E>(a, k % 2) * emulator::element<E>(b, k % 2);
+    }
+    c[i] = emulator::truncated(sum);
+  }
+}
+
+// --- Launch -----------------------------------------------------------------------------------------------------------
+
+template <class K>
+int resident_blocks(K, int, int, int cluster) {
+  return emulator::resident_limit < cluster ? 0 : emulator::resident_limit / cluster * cluster;
+}
+
+template <class Argument>
+const char* launch(void (*kernel)(Argument), int blocks, int threads, int shared, int cluster, void*,
+                   const Argument& argument) {
+  return emulator::run(blocks, threads, shared, cluster, [&] { kernel(argument); });
+}
+
+}  // namespace attanchor::arch

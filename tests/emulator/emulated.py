@@ -1,0 +1,111 @@
+"""Compile csrc/ with the C++ compiler, over the emulated device of this folder, into a module like the real binary."""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import hashlib
+import importlib.machinery
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent.parent
+CSRC = ROOT / "csrc"
+CACHE = ROOT / "build" / "emulator"
+FLAGS = ["-std=c++17", "-O2", "-g1", "-fPIC", "-U_FORTIFY_SOURCE", "-Wno-unknown-pragmas", f"-I{HERE}", f"-I{CSRC}"]
+TORCH = Path(torch.__file__).parent
+BINDING_FLAGS = [
+    "-DATTANCHOR_DISPATCH_KEY=CPU",
+    "-DTORCH_TARGET_VERSION=0x020a000000000000",
+    "-DPy_LIMITED_API=0x030a0000",
+    f"-I{TORCH / 'include'}",
+    f"-I{sysconfig.get_paths()['include']}",
+]
+
+
+def missing() -> str | None:
+    """Why the emulator cannot be built here, or None."""
+    if compiler() is None:
+        return "no C++ compiler (g++) on the PATH"
+    if not (Path(sysconfig.get_paths()["include"]) / "Python.h").exists():
+        return "Python's headers are not installed"
+    return None
+
+
+def compiler() -> str | None:
+    return shutil.which(os.environ.get("CXX", "g++"))
+
+
+def build() -> Path:
+    """The module's path; compiled only if a source or the PyTorch version has changed."""
+    sources = sorted([*CSRC.glob("*.cu"), *CSRC.glob("*.c*"), *CSRC.glob("*.h"), *HERE.glob("*.c*"), Path(__file__)])
+    digest = hashlib.sha256(f"{torch.__version__} {sys.version} {FLAGS} {BINDING_FLAGS}".encode())
+    for source in sources:
+        digest.update(source.name.encode() + source.read_bytes())
+    folder = CACHE / digest.hexdigest()[:16]
+    module = folder / "_C.abi3.so"
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not module.exists():
+            _compile(folder, module)
+    return module
+
+
+def _compile(folder: Path, module: Path) -> None:
+    units: list[tuple[Path, list[str]]] = [(source, ["-x", "c++"]) for source in sorted(CSRC.glob("*.cu"))]
+    units += [(HERE / "emulator.cpp", []), (CSRC / "bindings.cpp", BINDING_FLAGS)]
+    objects = []
+    for source, flags in units:
+        objects.append(str(folder / f"{source.name}.o"))
+        _run([compiler(), *FLAGS, *flags, "-c", str(source), "-o", objects[-1]])
+    unfinished = folder / "unfinished.so"
+    _run([compiler(), "-shared", *objects, "-o", str(unfinished), f"-L{TORCH / 'lib'}", "-ltorch_cpu"])
+    unfinished.rename(module)
+
+
+def _run(command: list) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
+
+
+class Emulator:
+    """The emulated device and the CUDA backend over it, whose tensors are on the CPU."""
+
+    def __init__(self) -> None:
+        path = str(build())
+        name = "attanchor_kernels._C"
+        # The name is taken for the import of the backend alone (loading it takes it already): elsewhere the binary must
+        # look as present or absent as it is.
+        before = sys.modules.get(name)
+        loader = importlib.machinery.ExtensionFileLoader(name, path)
+        spec = importlib.util.spec_from_file_location(name, path, loader=loader)
+        assert spec is not None
+        module: ModuleType = importlib.util.module_from_spec(spec)
+        loader.exec_module(module)
+        self._library = ctypes.CDLL(path)
+        self._library.attanchor_emulate.argtypes = [ctypes.c_int, ctypes.c_uint64]
+        sys.modules[name] = module
+        try:
+            self.backend = importlib.import_module("attanchor_kernels.backends.cuda")
+            self.launch = importlib.import_module("attanchor_kernels.backends.cuda.launch")
+            self.workspace = importlib.import_module("attanchor_kernels.backends.workspace")
+        finally:
+            if before is None:
+                del sys.modules[name]
+            else:
+                sys.modules[name] = before
+
+    def configure(self, resident: int, seed: int) -> None:
+        """From now on so many blocks run at once, and things happen in the order that the seed gives."""
+        self._library.attanchor_emulate(resident, seed)

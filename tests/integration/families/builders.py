@@ -1,0 +1,436 @@
+"""Small random models of every family with prompts for them: what differs between families, as a table.
+
+Images are random tensors in the shapes that each family's processor makes; no processor is needed. How many
+placeholders an image takes is asked of the model itself.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import torch
+import transformers
+from torch import Tensor
+
+PAD, BOS, EOS, IMAGE, VIDEO, START, END = range(7)
+FIRST_WORD, VOCABULARY = 8, 64
+SIDE, PATCH = 16, 4
+QWEN_PATCH = 4
+
+Image = dict[str, Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """What the tests need to know of a family.
+
+    Attributes:
+        name: `config.model_type`.
+        build: A random model.
+        image: One random image, as the tensors that forward takes for it; the index varies its shape.
+        routes: The routes that must work.
+        inherits: M-RoPE: positions are inherited by default.
+        newlines: Features hold newline rows.
+        stack: From the images of each sample to forward's tensors.
+        token_types: Name of a (B, S) input that tells image tokens, or "".
+        prefix_types: As PaliGemma has them: 0 in the prompt, 1 in what is learned or generated.
+    """
+
+    name: str
+    build: Callable[[], transformers.PreTrainedModel]
+    image: Callable[[torch.Generator, int], Image]
+    routes: tuple[str, ...] = ("embeds", "ids")
+    inherits: bool = False
+    newlines: bool = False
+    stack: Callable[[list[list[Image]]], Image] = lambda samples: _concatenate(samples)
+    token_types: str = ""
+    prefix_types: bool = False
+
+    def __str__(self) -> str:
+        return self.name
+
+    def model(self, seed: int = 0) -> transformers.PreTrainedModel:
+        """Random weights of a size that makes every part matter; evaluation mode, generation never stops."""
+        torch.manual_seed(seed)
+        model = self.build().eval()
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if parameter.dim() > 1:
+                    fan_in = parameter[0].numel() if "projection_weight" not in name else len(parameter)
+                    parameter.normal_(0, fan_in**-0.5, generator=generator)
+                elif name.endswith("bias") or "newline" in name:
+                    parameter.normal_(0, 0.2, generator=generator)
+            model.lm_head.weight[:FIRST_WORD] = 0  # never the most likely: a generated placeholder has no image
+        model.generation_config.pad_token_id, model.generation_config.eos_token_id = PAD, None
+        return model
+
+    def prompts(self, images: list[int], side: str = "right", seed: int = 0) -> tuple[Image, list[Image]]:
+        """A batch with `images[b]` images in sample b, and each of its samples alone. Lengths differ.
+
+        `anchor_mask` selects the text behind the first image, less the last two tokens.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        rows, masks, pictures = [], [], []
+        for sample, count in enumerate(images):
+            row = [BOS, *_words(2 + sample, generator)]
+            mask = [False] * len(row)
+            pictures.append([self.image(generator, sample + index) for index in range(count)])
+            for picture in pictures[-1]:
+                text = _words(6 + sample, generator)
+                placeholders = _rows_of(self, picture)
+                row += [START, *[IMAGE] * placeholders, END, *text]
+                mask += [False] * (placeholders + 2) + [True] * (len(text) - 2) + [False] * 2
+            rows.append(row)
+            masks.append(mask)
+        length = max(map(len, rows))
+        batch = self._batch(
+            [_pad(row, PAD, length, side) for row in rows],
+            [_pad([1] * len(row), 0, length, side) for row in rows],
+            [_pad(mask, False, length, side) for mask in masks],
+            pictures,
+        )
+        alone = [
+            self._batch([row], [[1] * len(row)], [mask], [own])
+            for row, mask, own in zip(rows, masks, pictures, strict=True)
+        ]
+        return batch, alone
+
+    def _batch(self, ids: list, real: list, masks: list, pictures: list[list[Image]]) -> Image:
+        batch = {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(real)}
+        if any(pictures):
+            batch |= {"anchor_mask": torch.tensor(masks), **self.stack(pictures)}
+        if self.token_types:
+            types = batch["input_ids"] == IMAGE
+            batch[self.token_types] = torch.zeros_like(types).long() if self.prefix_types else types.long()
+        return batch
+
+    def with_labels(self, batch: Image, answers: int = 2) -> Image:
+        """The batch with the last `answers` tokens of each sample supervised."""
+        rank = batch["attention_mask"].flip(-1).cumsum(-1).flip(-1)
+        supervised = (rank <= answers) & batch["attention_mask"].bool()
+        batch = {**batch, "labels": batch["input_ids"].masked_fill(~supervised, -100)}
+        if self.prefix_types:
+            batch[self.token_types] = supervised.long()
+        return batch
+
+    def longer(self, batch: Image, tokens: Tensor) -> Image:
+        """The batch with generated tokens behind it."""
+        ones, batch = torch.ones_like(tokens), dict(batch)
+        further = {"input_ids": tokens, "attention_mask": ones, "anchor_mask": ones.bool() & False}
+        if self.token_types:
+            further[self.token_types] = ones * self.prefix_types
+        for name, values in further.items():
+            if name in batch:
+                batch[name] = torch.cat([batch[name], values], 1)
+        return batch
+
+
+def plain(batch: Image) -> Image:
+    """The batch as a model without anchors takes it."""
+    return {name: value for name, value in batch.items() if name != "anchor_mask"}
+
+
+def features(model: transformers.PreTrainedModel, batch: Image) -> Tensor:
+    """(T, D) image features of a batch, by the model's own method."""
+    own = ("input_ids", "attention_mask", "anchor_mask", "labels", "token_type_ids", "mm_token_type_ids")
+    with torch.no_grad():
+        output = model.get_image_features(**{k: v for k, v in batch.items() if k not in own}, return_dict=True)
+    return torch.cat([part.reshape(-1, part.shape[-1]) for part in output.pooler_output])
+
+
+def _rows_of(family: Family, picture: Image) -> int:
+    shapes = tuple((name, tuple(value.shape)) for name, value in picture.items())
+    sizes = tuple(int(x) for name, value in picture.items() if not value.is_floating_point() for x in value.flatten())
+    key = (family.name, shapes, sizes)
+    if key not in _known_rows:
+        _known_rows[key] = len(features(_any_model(family.name), family.stack([[picture]])))
+    return _known_rows[key]
+
+
+_known_rows: dict[tuple, int] = {}
+
+
+@functools.cache
+def _any_model(name: str) -> transformers.PreTrainedModel:
+    return next(family for family in FAMILIES if family.name == name).model()
+
+
+def _words(count: int, generator: torch.Generator) -> list[int]:
+    return torch.randint(FIRST_WORD, VOCABULARY, (count,), generator=generator).tolist()
+
+
+def _pad(values: list, value: object, length: int, side: str) -> list:
+    filler = [value] * (length - len(values))
+    return filler + values if side == "left" else values + filler
+
+
+# --- Images. ---------------------------------------------------------------------------------------------------------
+
+
+def _concatenate(samples: list[list[Image]]) -> Image:
+    """One row per image. Images of several tiles (4-D) are padded to as many tiles."""
+    pictures = [picture for sample in samples for picture in sample]
+    stacked = {}
+    for name in pictures[0]:
+        values = [picture[name] for picture in pictures]
+        if values[0].dim() == 5:
+            tiles = max(value.shape[1] for value in values)
+            values = [_pad_tiles(value, 1, tiles) for value in values]
+        stacked[name] = torch.cat(values)
+    return stacked
+
+
+def _tiles_per_sample(samples: list[list[Image]]) -> Image:
+    """As Idefics3 takes them: (B, tiles, …), short samples filled with zeros."""
+    first = next(picture for sample in samples for picture in sample)
+    stacked = {}
+    for name, value in first.items():
+        rows = [torch.cat([picture[name] for picture in own], 1) if own else value[:, :0] for own in samples]
+        tiles = max(row.shape[1] for row in rows)
+        stacked[name] = torch.cat([_pad_tiles(row, 1, tiles) for row in rows])
+    return stacked
+
+
+def _pad_tiles(value: Tensor, axis: int, count: int) -> Tensor:
+    shape = list(value.shape)
+    shape[axis] = count - shape[axis]
+    return torch.cat([value, value.new_zeros(shape)], axis)
+
+
+def _square(generator: torch.Generator, index: int) -> Image:
+    return {"pixel_values": torch.randn(1, 3, SIDE, SIDE, generator=generator)}
+
+
+def _tiled(generator: torch.Generator, index: int) -> Image:
+    """Any resolution: a base view and the tiles of the best grid, in an image that is not a square."""
+    height, width = [(16, 30), (32, 14), (28, 32)][index % 3]
+    tiles = 1 + -(-height // SIDE) * -(-width // SIDE)
+    return {
+        "pixel_values": torch.randn(1, tiles, 3, SIDE, SIDE, generator=generator),
+        "image_sizes": torch.tensor([[height, width]]),
+    }
+
+
+def _grid(generator: torch.Generator, index: int) -> Image:
+    height, width = [(4, 6), (6, 4), (8, 4)][index % 3]
+    patches = torch.randn(height * width, 3 * 2 * QWEN_PATCH**2, generator=generator)
+    return {"pixel_values": patches, "image_grid_thw": torch.tensor([[1, height, width]])}
+
+
+def _split(generator: torch.Generator, index: int) -> Image:
+    """One or two tiles, the last one with a padded margin."""
+    tiles = 1 + index % 2
+    mask = torch.ones(1, tiles, SIDE, SIDE, dtype=torch.bool)
+    mask[:, -1, SIDE - PATCH :] = False
+    return {
+        "pixel_values": torch.randn(1, tiles, 3, SIDE, SIDE, generator=generator),
+        "pixel_attention_mask": mask,
+    }
+
+
+# --- Models. ---------------------------------------------------------------------------------------------------------
+
+TOWER = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": SIDE,
+    "patch_size": PATCH,
+}
+TEXT = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 1024,
+    "pad_token_id": PAD,
+    "bos_token_id": BOS,
+    "eos_token_id": EOS,
+    "tie_word_embeddings": False,
+}
+# Sections of a head's frequencies for time, height and width.
+MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}}
+PINPOINTS = [[16, 32], [32, 16], [32, 32]]
+VISION_IDS = {"vision_start_token_id": START, "vision_end_token_id": END}
+
+
+def _llava():
+    config = transformers.LlavaConfig(
+        vision_config=transformers.CLIPVisionConfig(**TOWER, projection_dim=32),
+        text_config=transformers.LlamaConfig(**TEXT),
+        image_token_index=IMAGE,
+        tie_word_embeddings=False,
+    )
+    return transformers.LlavaForConditionalGeneration(config)
+
+
+def _llava_next():
+    config = transformers.LlavaNextConfig(
+        vision_config=transformers.CLIPVisionConfig(**TOWER, projection_dim=32),
+        text_config=transformers.LlamaConfig(**TEXT),
+        image_token_index=IMAGE,
+        image_grid_pinpoints=PINPOINTS,
+        tie_word_embeddings=False,
+    )
+    return transformers.LlavaNextForConditionalGeneration(config)
+
+
+def _llava_onevision():
+    config = transformers.LlavaOnevisionConfig(
+        vision_config=transformers.SiglipVisionConfig(**TOWER),
+        text_config=transformers.Qwen2Config(**TEXT),
+        image_token_index=IMAGE,
+        video_token_index=VIDEO,
+        image_grid_pinpoints=PINPOINTS,
+        tie_word_embeddings=False,
+    )
+    return transformers.LlavaOnevisionForConditionalGeneration(config)
+
+
+def _qwen2_vl():
+    vision = {"depth": 2, "embed_dim": 32, "hidden_size": 32, "num_heads": 2, "mlp_ratio": 2, "patch_size": QWEN_PATCH}
+    config = transformers.Qwen2VLConfig(
+        vision_config={**vision, "spatial_merge_size": 2, "temporal_patch_size": 2},
+        text_config={**TEXT, **MROPE},
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        tie_word_embeddings=False,
+        **VISION_IDS,
+    )
+    return transformers.Qwen2VLForConditionalGeneration(config)
+
+
+def _qwen2_5_vl():
+    vision = {
+        "depth": 2,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_heads": 2,
+        "out_hidden_size": 32,
+        "patch_size": QWEN_PATCH,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+        "window_size": 16,
+        "fullatt_block_indexes": [1],
+    }
+    config = transformers.Qwen2_5_VLConfig(
+        vision_config=vision,
+        text_config={**TEXT, **MROPE},
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        tie_word_embeddings=False,
+        **VISION_IDS,
+    )
+    return transformers.Qwen2_5_VLForConditionalGeneration(config)
+
+
+def _qwen3_vl():
+    vision = {
+        "depth": 2,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_heads": 2,
+        "out_hidden_size": 32,
+        "patch_size": QWEN_PATCH,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+        "num_position_embeddings": 64,
+        "deepstack_visual_indexes": [0, 1],
+    }
+    config = transformers.Qwen3VLConfig(
+        vision_config=vision,
+        text_config={**TEXT, **MROPE},
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        tie_word_embeddings=False,
+        **VISION_IDS,
+    )
+    return transformers.Qwen3VLForConditionalGeneration(config)
+
+
+def _internvl():
+    config = transformers.InternVLConfig(
+        vision_config=transformers.InternVLVisionConfig(
+            **{**TOWER, "image_size": [SIDE, SIDE], "patch_size": [PATCH, PATCH]}
+        ),
+        text_config=transformers.Qwen2Config(**TEXT),
+        image_token_id=IMAGE,
+        tie_word_embeddings=False,
+    )
+    return transformers.InternVLForConditionalGeneration(config)
+
+
+def _idefics3():
+    config = transformers.Idefics3Config(
+        vision_config=transformers.Idefics3VisionConfig(**TOWER),
+        text_config=transformers.LlamaConfig(**TEXT),
+        image_token_id=IMAGE,
+        scale_factor=2,
+        pad_token_id=PAD,
+        tie_word_embeddings=False,
+    )
+    return transformers.Idefics3ForConditionalGeneration(config)
+
+
+def _smolvlm():
+    config = transformers.SmolVLMConfig(
+        vision_config=transformers.SmolVLMVisionConfig(**TOWER),
+        text_config=transformers.LlamaConfig(**TEXT),
+        image_token_id=IMAGE,
+        scale_factor=2,
+        pad_token_id=PAD,
+        tie_word_embeddings=False,
+    )
+    return transformers.SmolVLMForConditionalGeneration(config)
+
+
+def _paligemma():
+    config = transformers.PaliGemmaConfig(
+        vision_config=transformers.SiglipVisionConfig(**TOWER, vision_use_head=False),
+        text_config=transformers.GemmaConfig(**TEXT),
+        projection_dim=32,
+        image_token_index=IMAGE,
+        tie_word_embeddings=False,
+    )
+    return transformers.PaliGemmaForConditionalGeneration(config)
+
+
+def _gemma3():
+    config = transformers.Gemma3Config(
+        vision_config=transformers.SiglipVisionConfig(**TOWER, vision_use_head=False),
+        # A window shorter than the prompts, on one of the two layers.
+        text_config=transformers.Gemma3TextConfig(
+            **TEXT, sliding_window=24, layer_types=["sliding_attention", "full_attention"], query_pre_attn_scalar=8
+        ),
+        mm_tokens_per_image=4,
+        image_token_index=IMAGE,
+        boi_token_index=START,
+        eoi_token_index=END,
+        tie_word_embeddings=False,
+    )
+    return transformers.Gemma3ForConditionalGeneration(config)
+
+
+QWEN = {"image": _grid, "inherits": True, "token_types": "mm_token_type_ids"}
+TILES = {"image": _split, "stack": _tiles_per_sample}
+
+FAMILIES = [
+    Family("llava", _llava, _square),
+    Family("llava_next", _llava_next, _tiled, newlines=True),
+    Family("llava_onevision", _llava_onevision, _tiled, newlines=True),
+    Family("qwen2_vl", _qwen2_vl, **QWEN),
+    Family("qwen2_5_vl", _qwen2_5_vl, **QWEN),
+    Family("qwen3_vl", _qwen3_vl, routes=("ids",), **QWEN),
+    Family("internvl", _internvl, _square),
+    Family("idefics3", _idefics3, **TILES),
+    Family("smolvlm", _smolvlm, **TILES),
+    Family("paligemma", _paligemma, _square, routes=("ids",), token_types="token_type_ids", prefix_types=True),
+    Family("gemma3", _gemma3, _square, routes=("ids",), token_types="token_type_ids"),
+]

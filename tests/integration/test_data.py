@@ -1,0 +1,220 @@
+"""The reader finds every kind of bad row before anything is trained, and batches hold what rows say."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from attanchor_vlm import collate, data, scenes, small_llava
+
+
+def row(image="a.png", question="<image>\nWhat is it?", answer="a cat", **more):
+    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+    return {"id": "1", "image": image, "conversations": turns, **more}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    images = tmp_path / "images"
+    images.mkdir()
+    pixels = np.random.default_rng(0).integers(0, 255, (40, 50, 3), dtype=np.uint8)
+    for name in ("a.png", "b.jpg", "c.png"):
+        Image.fromarray(pixels).save(images / name)
+    return tmp_path
+
+
+def write(folder, rows, name="data.json"):
+    path = folder / name
+    path.write_text(json.dumps(rows), encoding="utf-8")
+    return path
+
+
+def turns(*pairs):
+    return [{"from": speaker, "value": value} for speaker, value in pairs]
+
+
+BAD_ROWS = {
+    "missing image": (row(image="gone.png"), "gone.png does not exist"),
+    "image without placeholder": (row(question="What is it?"), "0 <image> placeholders for 1 image"),
+    "placeholder without image": (row(image=None), "1 <image> placeholder for 0 images"),
+    "two placeholders": (row(question="<image><image>?"), "2 <image> placeholders for 1 image"),
+    "placeholder in an answer": (row(question="What?", answer="<image> it"), "an answer, holds <image>"),
+    "image is no name": (row(image=7), '"image" is 7'),
+    "not an object": ("text", "the row is a str"),
+    "no turns": ({"image": "a.png"}, '"conversations" is missing'),
+    "empty turns": (row(conversations=[]), '"conversations" is missing or empty'),
+    "turn without value": (
+        row(conversations=[{"from": "human"}]),
+        'turn 1 should be an object with "from" and "value"',
+    ),
+    "unknown speaker": (row(conversations=turns(("bot", "hi"))), "turn 1 is \"from\" 'bot'"),
+    "answer first": (row(conversations=turns(("gpt", "hi"))), "turn 1 is by the assistant"),
+    "two questions": (row(conversations=turns(("human", "<image>a"), ("human", "b"))), "turn 2 is by the user"),
+    "no answer": (row(conversations=turns(("human", "<image>a"))), "a question without an answer"),
+    "empty answer": (row(answer=" "), "turn 2, an answer, is empty"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_ROWS)
+def test_a_bad_row_is_named(folder, name):
+    bad, reason = BAD_ROWS[name]
+    path = write(folder, [row(), bad, row()])
+    with pytest.raises(data.DataError) as caught:
+        data.read_rows(path, folder / "images")
+    first = str(caught.value).splitlines()[0]
+    assert first.startswith(f"{path}, row 2: ")
+    assert reason in first
+    assert "1 of 3 rows are bad" in str(caught.value)
+    assert "--skip-bad" in str(caught.value)
+    assert [one.number for one in caught.value.bad] == [2]
+
+
+@pytest.mark.parametrize("damage", ["not an image", "truncated png", "truncated jpg", "empty"])
+def test_an_image_that_cannot_be_decoded_is_named(folder, damage):
+    name = "b.jpg" if damage.endswith("jpg") else "c.png"
+    file = folder / "images" / name
+    whole = file.read_bytes()
+    file.write_bytes({"not an image": b"hello", "empty": b""}.get(damage, whole[: len(whole) // 2]))
+    path = write(folder, [row(), row(image=name)])
+    with pytest.raises(data.DataError, match=rf"row 2: image .*{name}"):
+        data.read_rows(path, folder / "images")
+
+
+def test_skip_bad_keeps_the_good_and_lists_the_bad(folder):
+    (folder / "images" / "c.png").write_bytes(b"")
+    rows = [row(), row(image="c.png"), row(image="b.jpg"), row(answer="")]
+    good, bad = data.read_rows(write(folder, rows), folder / "images", skip_bad=True)
+    assert [one.number for one in good] == [1, 3]
+    assert [one.number for one in bad] == [2, 4]
+    with pytest.raises(data.DataError, match=r"no usable row.*row 1"):
+        data.read_rows(write(folder, [row(image="gone.png")]), folder / "images", skip_bad=True)
+
+
+def test_many_bad_rows_are_counted_not_all_printed(folder):
+    with pytest.raises(data.DataError) as caught:
+        data.read_rows(write(folder, [row(image="gone.png")] * 25), folder / "images")
+    assert len(caught.value.bad) == 25
+    assert len(str(caught.value).splitlines()) == 12
+    assert "and 15 more" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "reason"),
+    [
+        ('[{"a": 1},\n {"b" 2}]', "data.json", "line 2, column 7: not valid JSON"),
+        ('{"a": 1}', "data.json", "holds a JSON dict"),
+        ('{"image": null}\n{nonsense\n', "data.jsonl", "line 2, column 2: not valid JSON"),
+    ],
+)
+def test_a_file_that_is_no_list_of_rows_is_refused(folder, text, name, reason):
+    path = folder / name
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(data.DataError, match=reason):
+        data.read_rows(path, folder / "images")
+
+
+def test_missing_files_and_folders_are_named(folder):
+    with pytest.raises(data.DataError, match=r"gone\.json cannot be read: No such file"):
+        data.read_rows(folder / "gone.json", folder / "images")
+    with pytest.raises(data.DataError, match="pictures is not a folder"):
+        data.read_rows(write(folder, [row()]), folder / "pictures")
+    (folder / "latin.json").write_bytes(b'["\xe9"]')
+    with pytest.raises(data.DataError, match="not UTF-8"):
+        data.read_rows(folder / "latin.json", folder / "images")
+
+
+def test_what_llava_instruct_holds_is_read(folder):
+    several = row(
+        conversations=turns(("human", "First?\n<image>"), ("gpt", "one"), ("human", "Second?"), ("gpt", "two"))
+    )
+    two_images = row(image=["a.png", "b.jpg"], question="<image><image>\nAlike?")
+    text_only = {"conversations": turns(("human", "Hello"), ("gpt", "Hi"))}
+    path = folder / "data.jsonl"
+    path.write_text("\n".join(map(json.dumps, (several, two_images, text_only))) + "\n\n", encoding="utf-8")
+    rows, bad = data.read_rows(path, folder / "images")
+    assert not bad
+    assert [len(one.images) for one in rows] == [1, 2, 0]
+    assert data.parts(rows[0].messages[0][1]) == [{"type": "text", "text": "First?"}, {"type": "image"}]
+
+    each = list(data.samples(rows[:1], "each"))
+    assert [len(sample.messages) for sample in each] == [2, 4]
+    assert [sample.messages[-1][1] for sample in each] == ["one", "two"]
+    assert [len(sample.messages) for sample in data.samples(rows[:1], "all")] == [4]
+
+
+def test_the_split_keeps_every_image_on_one_side():
+    rows = [data.Row(n, (("user", "q"), ("assistant", "a")), (f"{n // 3}.png",)) for n in range(90)]
+    train, validation = data.split_rows(rows, 0.2, seed=3)
+    assert {r.images for r in train}.isdisjoint({r.images for r in validation})
+    assert len(train) + len(validation) == 90
+    assert 18 <= len(validation) <= 20
+    assert data.split_rows(rows, 0.2, seed=3) == (train, validation)
+    assert data.split_rows(rows, 0.2, seed=4) != (train, validation)
+    assert data.split_rows(rows, 0, seed=3) == (rows, [])
+    with pytest.raises(data.DataError, match="leaves no row to train on"):
+        data.split_rows(rows[:3], 0.2, seed=0)
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return small_llava.build_processor()
+
+
+def test_batches_learn_the_answer_and_offer_the_question(folder, processor):
+    path = write(
+        folder, [row(question="<image>\nWhere is the red ring?", answer="top left"), row(image="b.jpg", answer="yes")]
+    )
+    rows, _ = data.read_rows(path, folder / "images")
+    batch = collate.Collator(processor, "each")(list(data.samples(rows, "each")))
+    words = processor.tokenizer.convert_ids_to_tokens
+    ids, labels = batch["input_ids"][0], batch["labels"][0]
+    assert words(ids[batch["anchor_mask"][0]].tolist()) == ["Where", "Ġis", "Ġthe", "Ġred", "Ġring", "?"]
+    assert words(labels[labels != -100].tolist()) == ["Ġtop", "Ġleft", "</s>"]
+    assert torch.equal(ids[labels != -100], labels[labels != -100])
+    assert batch["pixel_values"].shape == (2, 3, small_llava.SIDE, small_llava.SIDE)
+    assert not (batch["anchor_mask"] & (batch["labels"] != -100)).any()
+
+
+def test_every_turn_or_the_last_is_learned(folder, processor):
+    several = row(
+        conversations=turns(
+            ("human", "<image>\nIs there a ring?"), ("gpt", "yes"), ("human", "Where?"), ("gpt", "left")
+        )
+    )
+    rows, _ = data.read_rows(write(folder, [several]), folder / "images")
+    learned = {}
+    for kind in ("each", "all"):
+        batch = collate.Collator(processor, kind)(list(data.samples(rows, kind))[-1:])
+        labels = batch["labels"][0]
+        learned[kind] = processor.tokenizer.decode(labels[labels != -100], skip_special_tokens=True).split()
+    assert learned == {"each": ["left"], "all": ["yes", "left"]}
+
+
+def test_a_batch_of_text_alone_has_no_anchor_mask(processor):
+    sample = data.Sample(1, (("user", "Hello"), ("assistant", "yes")), ())
+    batch = collate.Collator(processor, "each")([sample])
+    assert "anchor_mask" not in batch
+    assert "pixel_values" not in batch
+
+
+def test_an_image_that_vanishes_later_is_named(folder, processor):
+    sample = data.Sample(5, (("user", "<image>\nHello"), ("assistant", "yes")), (folder / "images" / "gone.png",))
+    with pytest.raises(data.DataError, match=r"gone\.png cannot be read any more"):
+        collate.Collator(processor, "each")([sample])
+
+
+def test_rows_that_the_model_cannot_take_are_found_by_their_text(processor):
+    rows = [
+        data.Row(1, (("user", "<image>\nShort?"), ("assistant", "yes")), ("a.png",)),
+        data.Row(2, (("user", "<image>\n" + "word " * 60), ("assistant", "yes")), ("a.png",)),
+    ]
+    cells = scenes.GRID**2
+    good, bad = collate.check_texts("data.json", rows, processor, context=cells + 40)
+    assert [one.number for one in good] == [1]
+    assert bad[0].number == 2
+    assert f"more than the model's context, {cells + 40}" in str(bad[0])
+    assert collate.check_texts("data.json", rows, processor, context=None) == (rows, [])

@@ -1,0 +1,161 @@
+"""Every CUDA file compiled to machine code without a GPU, and what its kernels take: registers, spills, shared memory.
+
+`python tests/test_cuda_build.py` prints the table for all files and targets.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+CSRC = ROOT / "csrc"
+CACHE = ROOT / "build" / "cuda"
+TARGETS = ("80", "90a", "100a")
+
+
+def is_tested(source: str, target: str) -> bool:
+    """float16 differs from bfloat16 in one instruction: one target stands for it. Clusters begin with sm_90."""
+    if "half" in source:
+        return target == "90a"
+    return "held" not in source or target != "80"
+
+
+CASES = [
+    (path.name, target) for path in sorted(CSRC.glob("*.cu")) for target in TARGETS if is_tested(path.name, target)
+]
+
+
+class Usage(NamedTuple):
+    kernel: str
+    target: str
+    registers: int
+    spill_bytes: int
+
+
+def nvcc() -> str | None:
+    home = os.environ.get("CUDA_HOME")
+    return str(Path(home, "bin", "nvcc")) if home else shutil.which("nvcc")
+
+
+needs_nvcc = pytest.mark.skipif(nvcc() is None, reason="left out: there is no nvcc on the PATH or in CUDA_HOME")
+
+
+def compile_report(source: str, target: str) -> str:
+    """What ptxas says of a file; compiled again only if a source or the compiler has changed."""
+    compiler = nvcc()
+    assert compiler is not None
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
+    digest = hashlib.sha256(version.encode())
+    for path in [CSRC / source, *sorted(CSRC.glob("*.cuh")), *sorted(CSRC.glob("*.h"))]:
+        digest.update(path.read_bytes())
+    kept = CACHE / f"{source}.{target}.{digest.hexdigest()[:16]}.txt"
+    if not kept.exists():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        cubin = CACHE / f"{source}.{target}.{os.getpid()}.o"
+        flags = ["-std=c++17", "-O3", "-Werror=all-warnings", "-Xptxas=-v", f"-I{CSRC}"]
+        command = [compiler, *flags, f"-gencode=arch=compute_{target},code=sm_{target}", "-c", str(CSRC / source)]
+        done = subprocess.run([*command, "-o", str(cubin)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        cubin.unlink()
+        unfinished = kept.with_suffix(f".{os.getpid()}")
+        unfinished.write_text(done.stderr)
+        unfinished.rename(kept)
+    return kept.read_text()
+
+
+def usage(source: str, target: str) -> list[Usage]:
+    """Registers and spilled bytes of every kernel of a file, the functions that it calls counted in."""
+    kernels: list[Usage] = []
+    for line in compile_report(source, target).splitlines():
+        if found := re.search(r"Compiling entry function '(\S+)'", line):
+            kernels.append(Usage(readable(found.group(1)), target, 0, 0))
+        elif found := re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", line):
+            spilled = kernels[-1].spill_bytes + int(found.group(1)) + int(found.group(2))
+            kernels[-1] = kernels[-1]._replace(spill_bytes=spilled)
+        elif found := re.search(r"Used (\d+) registers", line):
+            kernels[-1] = kernels[-1]._replace(registers=int(found.group(1)))
+    return kernels
+
+
+def readable(mangled: str) -> str:
+    """A kernel's name and template arguments, such as "construct_kernel BFloat 64 8"."""
+    name = re.search(r"\d((?:construct|construct_held|assemble|backward)_kernel)", mangled)
+    assert name is not None, mangled
+    element = re.search(r"kernelI(?:NS_4arch\d(\w+?)E|(f))", mangled)
+    kind = [(element.group(1) or "float")] if element else []
+    return " ".join([name.group(1), *kind, *re.findall(r"Li(\d+)E", mangled)])
+
+
+@needs_nvcc
+@pytest.mark.parametrize(("source", "target"), CASES)
+def test_compiles_without_spills_where_it_is_tuned(source, target):
+    """Every file compiles without a warning; the forward keeps its registers on sm_90a, and fits twice on an SM."""
+    kernels = usage(source, target)
+    for kernel in kernels:
+        name = f"{kernel.kernel:<36} sm_{kernel.target:<5}"
+        print(f"{name} {kernel.registers:>4} registers {kernel.spill_bytes:>4} bytes spilled")
+        if target == "90a":
+            assert kernel.spill_bytes == 0, f"{kernel.kernel} spills {kernel.spill_bytes} bytes"
+        if kernel.kernel.startswith("construct"):
+            assert kernel.registers <= 128, f"{kernel.kernel} does not fit twice: {kernel.registers} registers"
+    assert kernels or source == "construct.cu"
+
+
+def test_bindings_compile_on_the_stable_abi(tmp_path):
+    """The registration needs neither CUDA's headers nor anything of PyTorch outside its stable ABI of 2.10."""
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    if compiler is None:
+        pytest.skip("left out: there is no C++ compiler")
+    includes = [Path(torch.__file__).parent / "include", sysconfig.get_paths()["include"]]
+    flags = ["-std=c++17", "-fPIC", "-Wall", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-DPy_LIMITED_API=0x030a0000"]
+    made = tmp_path / "bindings.o"
+    command = [compiler, *flags, *(f"-I{path}" for path in includes), "-c", str(CSRC / "bindings.cpp"), "-o", str(made)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    if shutil.which("nm") is None:
+        return
+    symbols = subprocess.run(["nm", "-uC", made], capture_output=True, text=True, check=True).stdout
+    assert "aoti_torch_create_device_guard" in symbols
+    assert not re.findall(r" (at|c10|torch)::\S+", symbols), symbols
+
+
+@pytest.mark.parametrize(
+    ("wish", "says"),
+    [
+        ("0", "the CUDA extension is left out: ATTANCHOR_BUILD_CUDA=0"),
+        ("1", "ATTANCHOR_BUILD_CUDA=1, but PyTorch"),
+        ("maybe", "ATTANCHOR_BUILD_CUDA is 'maybe'; it should be 0, 1 or unset"),
+        ("", "the CUDA extension is left out: PyTorch"),
+    ],
+)
+def test_build_says_what_it_does(wish, says):
+    """Left out by wish or by need, it says why; forced and impossible, it fails."""
+    if torch.version.cuda is not None and wish != "0":
+        pytest.skip("PyTorch is a CUDA build: here the extension can be built")
+    environment = {**os.environ, "ATTANCHOR_BUILD_CUDA": wish}
+    command = [sys.executable, "setup.py", "--version"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert says in done.stderr
+    assert (done.returncode == 0) == (wish in ("", "0"))
+
+
+def main() -> None:
+    for path in sorted(CSRC.glob("*.cu")):
+        for target in TARGETS:
+            for kernel in usage(path.name, target) if is_tested(path.name, target) else []:
+                print(f"| {kernel.kernel} | sm_{target} | {kernel.registers} | {kernel.spill_bytes} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,261 @@
+"""The CUDA kernels' own source, run on a CPU over an emulated device, against the float64 oracle and the reference."""
+
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from strategies import KERNEL_DTYPES, build_arguments, merge_arguments
+from torch import Tensor
+
+from attanchor_kernels import AnchoredSequence, reference, validate
+from attanchor_kernels.api import shift_places
+from attanchor_kernels.problem import Problem
+from attanchor_kernels.testing.checks import assert_keeps_contract
+from attanchor_kernels.testing.inputs import TAU, Shape, matched_pair, random_roles
+
+sys.path.insert(0, str(Path(__file__).parent / "emulator"))
+import emulated
+
+if torch.cuda.is_available():
+    pytest.skip("the kernels themselves run here: tests/gpu", allow_module_level=True)
+if emulated.missing():
+    pytest.skip(f"the emulator was left out: {emulated.missing()}", allow_module_level=True)
+
+emulator = emulated.Emulator()
+launch = emulator.launch
+# Of every compiled kernel: image rows of a tile, blocks of a cluster, whether it holds its tile on chip.
+_HALF = [(16, 1, 0), (64, 1, 0)] + [(rows, cluster, hold) for rows in (32, 64) for cluster in (4, 8) for hold in (0, 1)]
+VARIANTS = {
+    torch.float32: [(32, 1, 0), (32, 8, 0), (32, 8, 1)],
+    torch.float16: _HALF,
+    torch.bfloat16: _HALF,
+}
+
+
+@st.composite
+def schedules(draw, problem: Problem):
+    """A compiled variant, tile sizes, and a device that runs few blocks at once in a random order."""
+    tile_images, cluster, hold = draw(st.sampled_from(VARIANTS[problem.text.dtype]))
+    # Tiles are held by 16-byte copies alone: where rows are not aligned, the launcher takes another variant.
+    tuning = launch.Tuning(tile_images, cluster, draw(st.sampled_from([1, 3, 8, 32])), draw(st.integers(1, 3)), -hold)
+    return tuning, cluster * draw(st.sampled_from([1, 2, 5])), draw(st.integers(0, 2**32))
+
+
+def run(problem: Problem, schedule) -> tuple[AnchoredSequence, Tensor]:
+    """Construct and plan over the emulated device: they must agree, and leave the workspace as they found it."""
+    tuning, resident, seed = schedule
+    emulator.configure(resident, seed)
+    embeds, made = launch.run(problem, copy=True, tuning=tuning)
+    planned = launch.run(problem, copy=False, tuning=tuning._replace(hold=0))[1]
+    for one, other in zip(made, planned, strict=True):
+        assert torch.equal(one, other)
+    assert not any(words.any() for words in emulator.workspace.held(torch.device("cpu")))
+    return AnchoredSequence(embeds, *made[:-1]), made.places
+
+
+def check(problem: Problem, schedule) -> None:
+    result, places = run(problem, schedule)
+    assert_keeps_contract(result, problem, trimmed=False)
+    check_rows(problem, result, places)
+
+
+def check_rows(problem: Problem, result: AnchoredSequence, places: Tensor) -> None:
+    """The copy alone and its transpose, at capacity and trimmed, do what the reference does, bit for bit."""
+    image, text, source, embeds = problem.image, problem.text, result.source, result.embeds
+    longest = int(result.attention_mask.sum(-1).max()) if source.numel() else 0
+    cut = problem.capacity - longest if problem.pad_left else 0
+    trimmed = source[:, cut : cut + longest], shift_places(places, cut), embeds[:, cut : cut + longest]
+    for source_, places_, embeds_ in ((source, places, embeds), trimmed):
+        assert same_bits(emulator.backend.assemble(image, text, source_, places_), embeds_)
+        check_transpose(problem, source_, places_)
+
+
+def check_transpose(problem: Problem, source: Tensor, places: Tensor) -> None:
+    image, text = problem.image, problem.text
+    generator = torch.Generator().manual_seed(1)
+    upstream = torch.randn((*source.shape, problem.hidden), generator=generator).to(text.dtype)
+    if problem.batch % 2:  # an upstream gradient need not be contiguous
+        upstream = upstream.repeat_interleave(2, dim=1)[:, ::2]
+    for need_image, need_text in ((True, True), (True, False), (False, True)):
+        arguments = upstream, source, places, tuple(image.shape), tuple(text.shape), need_image, need_text
+        got, expected = emulator.backend.assemble_backward(*arguments), reference.assemble_backward(*arguments)
+        for one, other in zip(got, expected, strict=True):
+            assert torch.equal(one, other)
+
+
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    nan = one.isnan() & other.isnan()
+    return torch.equal(one.masked_fill(nan, 0), other.masked_fill(nan, 0)) and one.shape == other.shape
+
+
+@settings(max_examples=120, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_build(poisoned_empty, data):
+    """Every option of build_sequence, ragged and empty inputs, any strides, on every variant and a random device."""
+    arguments = data.draw(build_arguments(KERNEL_DTYPES))
+    problem = validate.build_call(**arguments).problem
+    check(problem, data.draw(schedules(problem)))
+
+
+@settings(max_examples=120, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_merge(poisoned_empty, data):
+    """Every option of merge_sequence and plan_sequence, roles in any order."""
+    arguments = data.draw(merge_arguments(KERNEL_DTYPES))
+    problem = validate.merge_call(**arguments).problem
+    check(problem, data.draw(schedules(problem)))
+
+
+@pytest.mark.parametrize("direction", ["text_into_image", "image_into_text"])
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
+def test_more_than_a_tile(poisoned_empty, dtype, direction):
+    """Several tiles, blocks of texts, chunks and slices of columns, twins far apart: every variant, one result."""
+    generator = torch.Generator().manual_seed(5)
+    image = torch.randn(2, 70, 560, generator=generator)
+    text = torch.randn(2, 66, 560, generator=generator)
+    text[:, ::9] += image[:, 3::8][:, :8]
+    image[:, 68], text[:, 65] = image[:, 3], text[:, 9]  # equal hosts, equal movers
+    arguments = None, None, None, 6, direction, "inherit", None, "left"
+    problem = validate.build_call(image.to(dtype), text.to(dtype), 0.3, *arguments).problem
+    results = []
+    for tile_images, cluster, hold in VARIANTS[dtype]:
+        schedule = launch.Tuning(tile_images, cluster, 16, 1, hold), cluster * 3, 11
+        results.append(run(problem, schedule))
+    assert_keeps_contract(results[0][0], problem, trimmed=False)
+    check_rows(problem, *results[0])
+    for result, _ in results[1:]:
+        assert torch.equal(result.source, results[0][0].source)
+        assert torch.equal(result.host, results[0][0].host)
+        assert (result.score - results[0][0].score).abs().max() < 2e-5
+
+
+@pytest.mark.parametrize("direction", ["text_into_image", "image_into_text"])
+@pytest.mark.parametrize("budget", [1, 150, 299])
+def test_large_budget(poisoned_empty, direction, budget):
+    """More movers than are ranked against each other: one block selects the cut, exactly, with many equal scores."""
+    generator = torch.Generator().manual_seed(budget)
+    movers, hosts = (torch.randint(-1, 2, (1, count, 5), generator=generator).float() for count in (300, 20))
+    image, text = (hosts, movers) if direction == "text_into_image" else (movers, hosts)
+    arguments = None, None, None, budget, direction, "sequential", None, "right"
+    problem = validate.build_call(image, text, 0.0, *arguments).problem
+    check(problem, (launch.Tuning(32, 1, hold=0), 4, budget))
+
+
+def test_merge_of_many_samples(poisoned_empty):
+    """Features of a sample begin after those of all samples before it, however blocks meet the samples."""
+    generator = torch.Generator().manual_seed(2)
+    roles = random_roles(9, 333, generator)
+    features = int(((roles == 2) | (roles == 4)).sum())
+    text = torch.randn(9, 333, 24, generator=generator, dtype=torch.bfloat16)
+    image = torch.randn(features, 24, generator=generator, dtype=torch.bfloat16)
+    turn = torch.randint(0, 3, roles.shape, generator=generator, dtype=torch.int32).sort(1).values
+    for seed, direction in enumerate(("text_into_image", "image_into_text")):
+        problem = validate.merge_call(*(text, image, roles, 0.5, turn, 20, direction, "inherit", None, "right")).problem
+        for features_there in (features, features - 40):  # with 40 fewer, the last placeholders hold NaN
+            check(problem._replace(image=image[:features_there]), (launch.Tuning(lag=2), 3, seed))
+        unknown = torch.where(roles == 0, torch.randint(5, 256, roles.shape, generator=generator), roles)
+        result, _ = run(problem._replace(roles=unknown.to(torch.uint8)), (launch.Tuning(), 2, seed))
+        expected, _ = run(problem, (launch.Tuning(), 2, seed))
+        for one, other in zip(result, expected, strict=True):
+            assert torch.equal(one.nan_to_num(0), other.nan_to_num(0))
+
+
+@pytest.mark.parametrize("resident", [1, 2, 5])
+@pytest.mark.parametrize("direction", ["text_into_image", "image_into_text"])
+def test_held_tiles(poisoned_empty, direction, resident):
+    """Clusters with more tiles of a sample than they can hold give some up and read them again; none waits for ever."""
+    generator = torch.Generator().manual_seed(resident)
+    roles = random_roles(4, 260, generator)
+    roles[1] = 2  # a sample of images alone, one without any, one of padding
+    roles[2][roles[2] != 0] = 3
+    roles[3] = 0
+    image = torch.randn(int(((roles == 2) | (roles == 4)).sum()), 32, generator=generator, dtype=torch.bfloat16)
+    text = torch.randn(4, 260, 32, generator=generator, dtype=torch.bfloat16)
+    merge = validate.merge_call(*(text, image, roles, 0.5, None, 9, direction, "inherit", None, "left")).problem
+    image, text = (torch.randn(3, count, 32, generator=generator, dtype=torch.bfloat16) for count in (150, 90))
+    mask = torch.rand(3, 150, generator=generator) < 0.7
+    arguments = None, None, None, direction, "sequential", None, "right"
+    build = validate.build_call(image, text, 0.5, mask, *arguments).problem
+    for problem in (merge, build):
+        for cluster in (4, 8):
+            check(problem, (launch.Tuning(32, cluster, hold=1), cluster * resident, resident))
+
+
+def test_surplus_features_get_no_gradient(poisoned_empty):
+    """Features beyond the last placeholder: ignored forward, zero gradient backward."""
+    generator = torch.Generator().manual_seed(3)
+    roles = random_roles(2, 40, generator)
+    image = torch.randn(90, 12, generator=generator)
+    text = torch.randn(2, 40, 12, generator=generator)
+    problem = validate.merge_call(text, image, roles, 0.1, None, None, *_PLAIN).problem
+    check(problem, (launch.Tuning(), 3, 4))
+
+
+def test_large_d_in_slices(poisoned_empty):
+    """At D = 9000, with sums that truncate, a text equal to an image scores 1 within the band."""
+    image = torch.rand(1, 3, 9000, generator=torch.Generator().manual_seed(6)).bfloat16()
+    problem = validate.build_call(image, image.clone(), 0.9, None, None, None, None, *_PLAIN).problem
+    for tile_images, cluster, hold in ((16, 1, 0), (64, 8, 0), (64, 8, 1)):
+        result, _ = run(problem, (launch.Tuning(tile_images, cluster, hold=hold), 8, 1))
+        assert (result.score - 1).abs().max() < 2e-5
+        assert result.host.tolist() == [[0, 1, 2]]
+
+
+@pytest.mark.parametrize(("tile_images", "cluster"), [(32, 4), (64, 4), (64, 8), (0, 0)])
+def test_long_rows(poisoned_empty, tile_images, cluster):
+    """The pipeline well under way in every block of a cluster: the reference's very rows and places."""
+    image, text = matched_pair(2, Shape("long rows", 100, 20, 3200), dtype=torch.bfloat16)
+    problem = validate.build_call(image, text, TAU, None, None, None, 8, *_PLAIN).problem
+    expected_rows, expected = reference.construct(problem)
+    for hold in (0, 1):
+        result, places = run(problem, (launch.Tuning(tile_images, cluster, hold=hold), 16, hold))
+        assert result.is_anchor.any()
+        assert torch.equal(result.embeds, expected_rows)
+        assert torch.equal(places, expected.places)
+        assert (result.score - expected.score).abs().max() < 2e-6
+
+
+@pytest.mark.parametrize("resident", [1, 2, 3, 5, 16])
+def test_barrier_on_any_device(resident):
+    """More match tiles than blocks run at once, several samples, every lag: no deadlock, one result."""
+    generator = torch.Generator().manual_seed(7)
+    image = torch.randn(5, 70, 8, generator=generator, dtype=torch.float16)
+    text = torch.randn(5, 6, 8, generator=generator, dtype=torch.float16)
+    problem = validate.build_call(image, text, 0.3, None, None, None, 3, *_PLAIN).problem
+    results = []
+    for seed in range(4):
+        for lag in (1, 2, 5):
+            results.append(run(problem, (launch.Tuning(16, 1, tile_rows=4, lag=lag), resident, seed))[0])
+    assert_keeps_contract(results[0], problem, trimmed=False)
+    for result in results[1:]:
+        assert all(torch.equal(one, other) for one, other in zip(result, results[0], strict=True))
+
+
+def test_nothing_is_written_outside(poisoned_empty):
+    """Outputs lie in larger buffers whose rims stay as they were."""
+    generator = torch.Generator().manual_seed(8)
+    image, text = torch.randn(2, 37, 19, generator=generator), torch.randn(2, 9, 19, generator=generator)
+    arguments = None, None, None, 4, "text_into_image", "inherit", None, "left"
+    problem = validate.build_call(image, text, 0.1, *arguments).problem
+    rims: list[Tensor] = []
+
+    def rimmed(shape, dtype, device):
+        count = math.prod(shape)
+        buffer = torch.full((count + 256,), 77, device=device).to(dtype)
+        rims.extend([buffer[:128], buffer[128 + count :]])
+        return buffer[128 : 128 + count].view(shape)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch.torch, "empty", rimmed)
+        emulator.configure(3, 9)
+        embeds, made = launch.run(problem, copy=True)
+    assert_keeps_contract(AnchoredSequence(embeds, *made[:-1]), problem, trimmed=False)
+    assert rims
+    assert all((rim == torch.tensor(77).to(rim.dtype)).all() for rim in rims)
+
+
+_PLAIN = ("text_into_image", "sequential", None, "right")

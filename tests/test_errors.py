@@ -1,0 +1,136 @@
+"""Every error of the contract: its type, and that the message names the argument, what it was and what it should be."""
+
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from attanchor_kernels import build_sequence, merge_sequence, plan_sequence
+
+IMAGE, TEXT = torch.randn(2, 5, 8), torch.randn(2, 3, 8)
+SLOTS, FEATURES = torch.randn(2, 4, 8), torch.randn(3, 8)
+ROLES = torch.tensor([[2, 2, 3, 1], [2, 3, 0, 0]], dtype=torch.uint8)
+
+BUILD_ERRORS = [
+    ({"img": [1]}, TypeError, "img is list; it should be a torch.Tensor"),
+    ({"img": IMAGE.to_sparse()}, TypeError, "img has layout torch.sparse_coo; it should be a dense tensor"),
+    ({"img": IMAGE.int()}, TypeError, "img has dtype torch.int32"),
+    ({"txt": TEXT.half()}, TypeError, "txt has dtype torch.float16 and img has torch.float32"),
+    ({"img": IMAGE[None]}, ValueError, r"img has shape \(1, 2, 5, 8\); it should be \(B, M, D\) or \(M, D\)"),
+    ({"img": IMAGE[:, :, :0], "txt": TEXT[:, :, :0]}, ValueError, "its hidden size D should be at least 1"),
+    ({"txt": TEXT[0]}, ValueError, r"txt has shape \(3, 8\); with img \(2, 5, 8\) it should be \(2, N, 8\)"),
+    ({"txt": TEXT[:, :, :7]}, ValueError, r"txt has shape \(2, 3, 7\)"),
+    ({"txt": TEXT[:1]}, ValueError, r"txt has shape \(1, 3, 8\)"),
+    ({"txt": torch.empty(2, 3, 8, device="meta")}, ValueError, "txt is on meta and img is on cpu"),
+    ({"tau": torch.tensor(0.1)}, TypeError, "tau is Tensor; it should be a Python float"),
+    ({"tau": True}, TypeError, "tau is bool"),
+    ({"tau": math.nan}, ValueError, "tau is NaN"),
+    ({"img_mask": torch.ones(2, 5)}, TypeError, "img_mask has dtype torch.float32; it should be torch.bool"),
+    ({"img_mask": [True]}, TypeError, "img_mask is list"),
+    ({"txt_mask": torch.ones(2, 5).bool()}, ValueError, r"txt_mask has shape \(2, 5\); it should be \(2, 3\)"),
+    ({"anchor_mask": torch.ones(3).bool()}, ValueError, r"anchor_mask has shape \(3,\); it should be \(2, 3\)"),
+    ({"anchor_mask": torch.ones(2, 3, device="meta").bool()}, ValueError, "anchor_mask is on meta"),
+    ({"max_anchors": -1}, ValueError, "max_anchors is -1; it should be 0 or more"),
+    ({"max_anchors": 2.0}, TypeError, "max_anchors is float; it should be an int"),
+    ({"direction": "up"}, ValueError, "direction is 'up'; it should be 'text_into_image' or 'image_into_text'"),
+    ({"positions": "flat"}, ValueError, "positions is 'flat'; it should be 'sequential' or 'inherit'"),
+    ({"padding_side": "top"}, ValueError, "padding_side is 'top'; it should be 'right' or 'left'"),
+    ({"position_ids": torch.zeros(2, 8).long()}, ValueError, "position_ids is given with positions='sequential'"),
+    (
+        {"position_ids": torch.zeros(2, 8), "positions": "inherit"},
+        TypeError,
+        "position_ids has dtype torch.float32; it should be torch.int64",
+    ),
+    (
+        {"position_ids": torch.zeros(2, 9).long(), "positions": "inherit"},
+        ValueError,
+        r"position_ids has shape \(2, 9\); it should be \(2, 8\), or \(P, 2, 8\) with P >= 1",
+    ),
+    ({"position_ids": torch.zeros(0, 2, 8).long(), "positions": "inherit"}, ValueError, "with P >= 1"),
+    ({"trim": 1}, TypeError, "trim is int; it should be a bool"),
+    ({"backend": "numpy"}, ValueError, "backend is 'numpy'; it should be one of 'auto', 'reference', 'triton', 'cuda'"),
+    ({"backend": "cuda"}, ValueError, "backend is 'cuda', which is not available: .*ATTANCHOR_BUILD_CUDA=1"),
+    (
+        {"img": IMAGE.double(), "txt": TEXT.double(), "backend": "triton"},
+        ValueError,
+        "backend is 'triton' and the inputs are float64",
+    ),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "message"), BUILD_ERRORS)
+def test_build_sequence(change, error, message):
+    if change.get("backend") == "cuda" and torch.cuda.is_available():
+        pytest.skip("the CUDA kernels may be built here")
+    with pytest.raises(error, match=message):
+        build_sequence(**{"img": IMAGE, "txt": TEXT, "tau": 0.1, **change})
+
+
+MERGE_ERRORS = [
+    ({"roles": ROLES.long()}, TypeError, "roles has dtype torch.int64; it should be torch.uint8"),
+    ({"roles": None}, TypeError, "roles is NoneType"),
+    ({"roles": ROLES[:, :3]}, ValueError, r"roles has shape \(2, 3\); it should be \(2, 4\)"),
+    ({"roles": ROLES + 3}, ValueError, "roles holds 6; it should hold 0"),
+    ({"image_embeds": FEATURES[:2]}, ValueError, "image_embeds has 2 rows; it should have 3"),
+    ({"image_embeds": torch.randn(4, 8)}, ValueError, "image_embeds has 4 rows; it should have 3"),
+    ({"image_embeds": FEATURES[None]}, ValueError, r"image_embeds has shape \(1, 3, 8\); it should be \(T, 8\)"),
+    ({"text_embeds": SLOTS[None]}, ValueError, r"text_embeds has shape \(1, 2, 4, 8\)"),
+    ({"text_embeds": SLOTS.bfloat16()}, TypeError, "image_embeds has dtype torch.float32 and text_embeds has"),
+    ({"turn": torch.zeros(2, 4).long()}, TypeError, "turn has dtype torch.int64; it should be torch.int32"),
+    ({"turn": torch.zeros(2, 3).int()}, ValueError, r"turn has shape \(2, 3\)"),
+    ({"max_anchors": -3}, ValueError, "max_anchors is -3"),
+]
+
+
+@pytest.mark.parametrize("operator", [merge_sequence, plan_sequence])
+@pytest.mark.parametrize(("change", "error", "message"), MERGE_ERRORS)
+def test_merge_and_plan_sequence(operator, change, error, message):
+    with pytest.raises(error, match=message):
+        operator(**{"text_embeds": SLOTS, "image_embeds": FEATURES, "roles": ROLES, "tau": 0.1, **change})
+
+
+def test_forward_mode_is_refused_rather_than_without_a_tangent():
+    def embeds(text):
+        return build_sequence(IMAGE, text, 0.1).embeds
+
+    with pytest.raises(RuntimeError, match="txt is a dual tensor; embeds can be differentiated in reverse mode alone"):
+        torch.func.jvp(embeds, (TEXT,), (torch.ones_like(TEXT),))
+    with torch.autograd.forward_ad.dual_level():
+        assert embeds(TEXT) is not None
+        with pytest.raises(RuntimeError, match="txt is a dual tensor"):
+            embeds(torch.autograd.forward_ad.make_dual(TEXT, torch.ones_like(TEXT)))
+
+
+def test_the_raw_operators_check_too():
+    with pytest.raises(ValueError, match="max_anchors is -1"):
+        torch.ops.attanchor.build_sequence(IMAGE, TEXT, 0.1, max_anchors=-1)
+    with pytest.raises(ValueError, match="image_embeds has 2 rows"):
+        torch.ops.attanchor.merge_sequence(SLOTS, FEATURES[:2], ROLES, 0.1)
+
+
+def test_the_environment_variable_is_read_at_each_call_and_the_argument_beats_it(monkeypatch):
+    monkeypatch.setenv("ATTANCHOR_BACKEND", "nonsense")
+    with pytest.raises(ValueError, match="ATTANCHOR_BACKEND is 'nonsense'"):
+        build_sequence(IMAGE, TEXT, 0.1)
+    with pytest.raises(ValueError, match="ATTANCHOR_BACKEND is 'nonsense'"):
+        torch.ops.attanchor.build_sequence(IMAGE, TEXT, 0.1)
+    build_sequence(IMAGE, TEXT, 0.1, backend="reference")
+    monkeypatch.setenv("ATTANCHOR_BACKEND", "")
+    build_sequence(IMAGE, TEXT, 0.1)
+
+
+@pytest.mark.parametrize("late", ["", "import triton, os; os.environ['TRITON_INTERPRET'] = '1'\n"])
+def test_triton_on_cpu_tensors_says_how(late):
+    """Also where TRITON_INTERPRET is set too late, after the import."""
+    code = late + (
+        "import torch, attanchor_kernels as a\n"
+        "try: a.build_sequence(torch.randn(2, 4), torch.randn(2, 4), 0.1, backend='triton')\n"
+        "except ValueError as error: print(error)"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert "backend is 'triton', which is not available" in run.stdout
+    assert "TRITON_INTERPRET=1" in run.stdout

@@ -1,0 +1,218 @@
+"""The registration: opcheck, gradcheck twice over, partial gradients, compilation, what the raw operators never do."""
+
+import pytest
+import torch
+from torch.autograd import gradcheck, gradgradcheck
+
+from attanchor_kernels import build_sequence, merge_sequence
+from attanchor_kernels.testing.inputs import merge_form
+
+OPS = torch.ops.attanchor
+DIRECTIONS = ["text_into_image", "image_into_text"]
+
+
+def pair(batch: int = 2, image: int = 7, text: int = 4, hidden: int = 5, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(0)
+    return (
+        torch.randn(batch, image, hidden, generator=generator, dtype=dtype, requires_grad=True),
+        torch.randn(batch, text, hidden, generator=generator, dtype=dtype, requires_grad=True),
+    )
+
+
+def merge_pair(**sizes):
+    text_embeds, image_embeds, roles = merge_form(*(rows.detach() for rows in pair(**sizes)), before=1)
+    return text_embeds.requires_grad_(), image_embeds.requires_grad_(), roles
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("options", [{}, {"max_anchors": 2, "padding_side": "left"}, {"positions": "inherit"}])
+def test_opcheck_build(direction, options):
+    image, text = pair(dtype=torch.float32)
+    torch.library.opcheck(OPS.build_sequence, (image, text, 0.0), {"direction": direction, **options})
+    torch.library.opcheck(OPS.build_sequence, (image[0].detach(), text[0].detach(), 0.0), {"direction": direction})
+
+
+@pytest.mark.parametrize("operator", ["merge_sequence", "plan_sequence"])
+def test_opcheck_merge(operator):
+    text, image, roles = merge_pair(dtype=torch.float32)
+    turn = torch.zeros(roles.shape, dtype=torch.int32)
+    positions = torch.arange(3 * roles.numel()).view(3, *roles.shape)
+    options = {"turn": turn, "max_anchors": 2, "positions": "inherit", "position_ids": positions}
+    torch.library.opcheck(getattr(OPS, operator), (text, image, roles, 0.0), options)
+
+
+def test_opcheck_of_the_internal_linear_operators():
+    image, text = pair(dtype=torch.float32)
+    *_, places = OPS._plan(image, text, 0.0, None, None, None, None, None, None, False, False, None, False, "reference")
+    source = OPS.build_sequence(image, text, 0.0)[3]
+    torch.library.opcheck(OPS._assemble, (image, text, source, places, "reference"))
+    grad = torch.randn(*source.shape, 5, requires_grad=True)
+    for needs in ((True, True), (True, False), (False, True)):
+        torch.library.opcheck(OPS._assemble_backward, (grad, source, places, [2, 7, 5], [2, 4, 5], *needs, "reference"))
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("trim", [True, False])
+@pytest.mark.parametrize("operator", ["build", "merge"])
+def test_gradcheck_first_and_second_order(direction, trim, operator):
+    """In float64, and again through the backward, which is a linear operator of its own."""
+    options = {"direction": direction, "trim": trim}
+    if operator == "build":
+        rows = pair()
+
+        def embeds(image, text):
+            return build_sequence(image, text, 0.0, **options).embeds
+    else:
+        *rows, roles = merge_pair()
+
+        def embeds(text, image):
+            return merge_sequence(text, image, roles, 0.0, **options).embeds
+
+    assert gradcheck(embeds, rows)
+    assert gradgradcheck(embeds, rows)
+
+
+def test_a_gradient_of_a_gradient_that_is_not_zero():
+    """Second-order terms through embeds: d/dx of |d/dx sum(w * e^2)|^2."""
+    image, text = pair()
+    embeds = build_sequence(image, text, -2.0).embeds
+    weight = torch.randn_like(embeds)
+    (first,) = torch.autograd.grad((weight * embeds.square()).sum(), [text], create_graph=True)
+    (second,) = torch.autograd.grad(first.square().sum(), [text])
+    source = build_sequence(image, text, -2.0).source - 7
+    per_row = torch.zeros(2, 4, 5, dtype=torch.float64)
+    for sample in range(2):
+        for place, row in enumerate(source[sample].tolist()):
+            if row >= 0:
+                per_row[sample, row] += weight[sample, place]
+    torch.testing.assert_close(second, 8 * per_row.square() * text.detach())
+
+
+@pytest.mark.parametrize("wanted", [0, 1])
+def test_a_gradient_only_where_it_is_asked_for(wanted):
+    rows = [row.detach() for row in pair()]
+    rows[wanted].requires_grad_()
+    result = build_sequence(*rows, 0.0)
+    result.embeds.backward(torch.randn_like(result.embeds))
+    assert rows[wanted].grad is not None
+    assert rows[1 - wanted].grad is None
+    assert not any(field.requires_grad for field in result[1:])
+
+
+def test_no_graph_without_a_gradient():
+    image, text = pair()
+    with torch.no_grad():
+        assert not build_sequence(image, text, 0.0).embeds.requires_grad
+    assert not OPS.plan_sequence(*merge_pair(), 0.0)[0].requires_grad
+
+
+def test_masked_rows_and_placeholder_rows_get_zero_gradient_whatever_they_hold():
+    image, text = pair()
+    mask = torch.ones(2, 7, dtype=torch.bool)
+    mask[:, 3] = False
+    embeds = build_sequence(image, text, 0.0, img_mask=mask).embeds
+    (grad,) = torch.autograd.grad(embeds, [image], torch.randn_like(embeds))
+    assert not grad[:, 3].any()
+    assert grad[:, 2].any()
+
+    text_embeds, image_embeds, roles = merge_pair()
+    with torch.no_grad():
+        text_embeds[roles == 2] = torch.nan
+    embeds = merge_sequence(text_embeds, image_embeds, roles, 0.0).embeds
+    assert embeds.isfinite().all()
+    (grad,) = torch.autograd.grad(embeds, [text_embeds], torch.randn_like(embeds))
+    assert not grad[roles == 2].any()
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_compiles_to_one_graph_forward_and_backward(direction):
+    def embed(image, text):
+        result = build_sequence(image, text, 0.0, direction=direction, trim=False)
+        return result.embeds * 2, result.source
+
+    image, text = pair()
+    upstream = torch.randn(2, 7 + 4 + (4 if direction == "text_into_image" else 7), 5, dtype=torch.float64)
+    expected, expected_source = embed(image, text)
+    got, source = torch.compile(embed, fullgraph=True, backend="aot_eager")(image, text)
+    assert torch.equal(got, expected)
+    assert torch.equal(source, expected_source)
+    for one, other in zip(
+        torch.autograd.grad(got, [image, text], upstream),
+        torch.autograd.grad(expected, [image, text], upstream),
+        strict=True,
+    ):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("form", ["build", "merge", "raw"])
+def test_at_most_one_recompile_over_changing_lengths(form):
+    torch._dynamo.reset()
+    graphs = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+
+    @torch.compile(fullgraph=True, backend=graphs)
+    def run(*arguments):
+        if form == "build":
+            return build_sequence(*arguments, 0.0, max_anchors=3, trim=False).embeds
+        if form == "merge":
+            return merge_sequence(*arguments, 0.0, max_anchors=3, trim=False).embeds
+        return OPS.build_sequence(*arguments, 0.0, max_anchors=3)[0]
+
+    for image, text in ((7, 4), (9, 5), (12, 6), (30, 11), (8, 13)):
+        make = merge_pair if form == "merge" else pair
+        embeds = run(*make(image=image, text=text))
+        assert embeds.shape == (2, image + text + 3, 5)
+        embeds.backward(torch.randn_like(embeds))
+    assert graphs.frame_count <= 2
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_tau_may_change_under_compilation(dynamic):
+    torch._dynamo.reset()
+    image, text = pair()
+    run = torch.compile(
+        lambda i, t, tau: build_sequence(i, t, tau, trim=False).is_anchor,
+        fullgraph=True,
+        backend="eager",
+        dynamic=dynamic,
+    )
+    for tau in (0.1, -0.2, 0.9):
+        assert torch.equal(run(image, text, tau), build_sequence(image, text, tau, trim=False).is_anchor)
+
+
+def test_inductor_runs_it():
+    """The default compiler, not only its front end."""
+    image, text = (row.detach() for row in pair(dtype=torch.float32))
+    run = torch.compile(lambda i, t: OPS.build_sequence(i, t, 0.0)[0].sin(), fullgraph=True)
+    torch.testing.assert_close(run(image, text), OPS.build_sequence(image, text, 0.0)[0].sin())
+
+
+def test_trimming_under_fullgraph_says_what_to_do():
+    image, text = pair()
+    with pytest.raises(Exception, match="pass trim=False"):
+        torch.compile(lambda i, t: build_sequence(i, t, 0.0).embeds, fullgraph=True, backend="eager")(image, text)
+
+
+def test_trimming_under_plain_compile_falls_back():
+    torch._dynamo.reset()
+    image, text = pair()
+    got = torch.compile(lambda i, t: build_sequence(i, t, 0.0).embeds, backend="eager")(image, text)
+    assert torch.equal(got, build_sequence(image, text, 0.0).embeds)
+
+
+def test_export():
+    class Module(torch.nn.Module):
+        def forward(self, image, text):
+            return OPS.build_sequence(image, text, 0.0, max_anchors=2)[0]
+
+    image, text = (row.detach() for row in pair())
+    exported = torch.export.export(Module(), (image, text))
+    assert torch.equal(exported.module()(image, text), Module()(image, text))
+
+
+def test_inputs_are_left_alone_and_outputs_do_not_alias_them():
+    image, text = (row.detach() for row in pair())
+    before = image.clone(), text.clone()
+    embeds = build_sequence(image, text, 2.0).embeds
+    embeds.zero_()
+    assert torch.equal(image, before[0])
+    assert torch.equal(text, before[1])

@@ -1,0 +1,112 @@
+"""Every backend against the float64 oracle, on random problems of every kind."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from strategies import KERNEL_DTYPES, build_arguments, merge_arguments
+
+from attanchor_kernels import AnchoredSequence, build_sequence, merge_sequence, plan_sequence, validate
+from attanchor_kernels.testing.checks import assert_keeps_contract
+
+DTYPES = [*KERNEL_DTYPES, torch.float64]
+
+
+def with_axis(result: AnchoredSequence) -> AnchoredSequence:
+    flat = result.position_ids.dim() == 2
+    return result._replace(position_ids=result.position_ids.unsqueeze(0)) if flat else result
+
+
+def check_build(arguments: dict, trim: bool, backend: str) -> None:
+    problem = validate.build_call(**arguments).problem
+    result = build_sequence(**arguments, trim=trim, backend=backend)
+    assert_keeps_contract(with_axis(result), problem, trimmed=trim)
+
+
+def check_merge(arguments: dict, trim: bool, backend: str) -> None:
+    problem = validate.merge_call(**arguments).problem
+    result = merge_sequence(**arguments, trim=trim, backend=backend)
+    assert_keeps_contract(with_axis(result), problem, trimmed=trim)
+    planned = plan_sequence(**arguments, trim=trim, backend=backend)
+    for field, merged in zip(planned[1:], result[1:], strict=True):
+        assert torch.equal(field, merged)
+
+
+@settings(max_examples=400)
+@given(build_arguments(DTYPES), st.booleans())
+def test_reference_build(arguments, trim):
+    """The reference keeps the contract of build_sequence."""
+    check_build(arguments, trim, "reference")
+
+
+@settings(max_examples=400)
+@given(merge_arguments(DTYPES), st.booleans())
+def test_reference_merge(arguments, trim):
+    """The reference keeps the contract of merge_sequence and plan_sequence."""
+    check_merge(arguments, trim, "reference")
+
+
+@settings(max_examples=120)
+@given(build_arguments(KERNEL_DTYPES), st.booleans())
+def test_triton_build(arguments, trim):
+    """The Triton kernels (interpreted where there is no GPU) keep the contract of build_sequence."""
+    check_build(arguments, trim, "triton")
+
+
+@settings(max_examples=120)
+@given(merge_arguments(KERNEL_DTYPES), st.booleans())
+def test_triton_merge(arguments, trim):
+    """The Triton kernels keep the contract of merge_sequence and plan_sequence."""
+    check_merge(arguments, trim, "triton")
+
+
+def _gradient_problem(dtype: torch.dtype, merge: bool):
+    generator = torch.Generator().manual_seed(3)
+    image = torch.randn(2, 21, 19, generator=generator)
+    text = torch.randn(2, 9, 19, generator=generator)
+    text[:, 3], text[:, 5] = image[:, 7], image[:, 7]
+    if not merge:
+        mask = torch.rand(2, 21, generator=generator) < 0.8
+        return build_sequence, [image.to(dtype), text.to(dtype)], {"tau": 0.1, "img_mask": mask}
+    roles = torch.full((2, 30), 3, dtype=torch.uint8)
+    roles[:, 2:23], roles[:, 0], roles[1, 25:] = 2, 1, 0
+    text_embeds = torch.cat([image[:, :21] * 0, text], 1)
+    return merge_sequence, [text_embeds.to(dtype), image.reshape(-1, 19).to(dtype)], {"roles": roles, "tau": 0.1}
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
+@pytest.mark.parametrize("merge", [False, True], ids=["build", "merge"])
+@pytest.mark.parametrize("direction", ["text_into_image", "image_into_text"])
+@pytest.mark.parametrize("trim", [False, True], ids=["capacity", "trim"])
+def test_gradients_are_the_sums_over_copies(backend, dtype, merge, direction, trim):
+    """Against float32 index arithmetic on the result's own map, with a random upstream gradient, rounded once."""
+    operator, rows, options = _gradient_problem(dtype, merge)
+    rows = [row.requires_grad_() for row in rows]
+    result = operator(*rows, **options, direction=direction, trim=trim, backend=backend)
+    assert result.is_anchor.any()
+    upstream = torch.randn(result.embeds.shape, generator=torch.Generator().manual_seed(4)).to(dtype)
+    got = torch.autograd.grad(result.embeds, rows, upstream)
+
+    slots = 30
+    expected = torch.zeros(2, slots + 1, 19)
+    index = torch.where(result.source < 0, slots, result.source)
+    expected.scatter_add_(1, index.unsqueeze(-1).expand_as(upstream), upstream.float())
+    expected = expected[:, :slots]
+    if merge:
+        is_image = options["roles"] == 2
+        wanted = [expected.masked_fill(is_image.unsqueeze(-1), 0), expected[is_image]]
+    else:
+        wanted = list(expected.split([21, 9], dim=1))
+    for one, other in zip(got, wanted, strict=True):
+        assert torch.equal(one, other.to(dtype))
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_bitwise_repeatable(backend):
+    """Ten runs, one result."""
+    arguments = {"img": torch.randn(2, 70, 33), "txt": torch.randn(2, 20, 33), "tau": 0.05, "max_anchors": 6}
+    first = build_sequence(**arguments, backend=backend)
+    for _ in range(9):
+        again = build_sequence(**arguments, backend=backend)
+        assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))

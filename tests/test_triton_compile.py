@@ -1,0 +1,270 @@
+"""Every Triton kernel to machine code for every target, on a machine without a GPU; registers and spills.
+
+Run as a script it prints a line per kernel: `python tests/test_triton_compile.py [sm_80 sm_90 sm_100 gfx942]`. In a
+process where TRITON_INTERPRET is set `triton.jit` makes no compilable functions, so the tests run this script in a
+process of its own.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import pytest
+
+TARGETS = {
+    "sm_80": ("cuda", 80, 32),
+    "sm_90": ("cuda", 90, 32),
+    "sm_100": ("cuda", 100, 32),
+    "gfx942": ("hip", "gfx942", 64),
+}
+MULTIPROCESSORS = 132
+# name -> (dtype, B, D, options of the problem); M = 576, N = 50. Few and many samples get different configurations.
+CONSTRUCT = {
+    "build": ("bf16", 32, 4096, {}),
+    "build, split": ("bf16", 1, 4096, {}),
+    "build, plan alone": ("fp16", 32, 4096, {"copy": False}),
+    "build, masks, image into text": ("fp16", 8, 2048, {"masks": True, "image_into_text": True}),
+    "build, D = 4098": ("bf16", 32, 4098, {"budgeted": False}),
+    "build, D = 10240": ("bf16", 64, 10240, {}),
+    "build, float32": ("fp32", 8, 4096, {"masks": True, "inherit": True}),
+    "merge": ("bf16", 32, 4096, {"merges": True, "turn": True, "inherit": True}),
+    "merge, split, left": ("bf16", 1, 4096, {"merges": True, "pad_left": True}),
+    "merge, float32": ("fp32", 1, 4098, {"merges": True, "turn": True, "image_into_text": True}),
+}
+COPIES = {"assemble": "bf16", "assemble, float32": "fp32", "transpose": "bf16", "transpose, float32": "fp32"}
+# Targets other than sm_90 differ in the backend alone; a selection of the cases keeps this file short.
+EVERYWHERE = ["build", "build, split", "build, float32", "merge", "assemble", "transpose"]
+
+
+def cases(target: str) -> list[str]:
+    return [*CONSTRUCT, *COPIES] if target == "sm_90" else EVERYWHERE
+
+
+# --- In the process without TRITON_INTERPRET. ------------------------------------------------------------------------
+
+
+def _source(kernel, pointers: dict, config):
+    """`kernel` with aligned pointers (None where there is none), one constexpr and int32 for everything else."""
+    from triton.compiler import ASTSource
+
+    signature, constants, attributes = {}, {}, {}
+    for position, name in enumerate(kernel.arg_names):
+        value = pointers.get(name, "constexpr" if name == "config" else "i32")
+        if name == "config":
+            constants[(position,)] = config
+        elif name in pointers and isinstance(value, tuple):
+            for field, pointer in enumerate(value):
+                if pointer is None:
+                    constants[(position, field)] = None
+                else:
+                    attributes[(position, field)] = [["tt.divisibility", 16]]
+            value = type(value)(*(pointer or "constexpr" for pointer in value))
+        elif value.startswith("*"):
+            attributes[(position,)] = [["tt.divisibility", 16]]
+        signature[name] = value
+    return ASTSource(kernel, signature=signature, constexprs=constants, attrs=attributes)
+
+
+def _construct(dtype: str, batch: int, hidden: int, problem: dict):
+    """Source and compiler options of a construct launch, configured as the launcher would on a GPU of 132 units."""
+    import torch
+
+    from attanchor_kernels.backends.triton import kernels, launch, schedule
+    from attanchor_kernels.backends.triton.arguments import Config, Inputs, Outputs, State
+
+    schedule.multiprocessors = lambda device: MULTIPROCESSORS
+    get = problem.get
+    itemsize = 4 if dtype == "fp32" else 2
+    aligned = 16 // itemsize if hidden * itemsize % 16 == 0 else 4 // itemsize
+    chosen = schedule.construct(torch.device("cpu"), itemsize, batch, 576, 50, hidden, aligned)
+    row, mask = f"*{dtype}", "*u8" if get("masks") else None
+    pointers = {
+        "image": row,
+        "text": row,
+        "inputs": Inputs(
+            roles="*u8" if get("merges") else None,
+            turn="*i32" if get("turn") else None,
+            image_mask=mask,
+            text_mask=mask,
+            anchor_mask=mask,
+            position_ids="*i64" if get("inherit") else None,
+        ),
+        "outputs": Outputs(row if get("copy", True) else None, "*i64", "*i64", "*i64", "*u8", "*i64", "*fp32", "*i32"),
+        "state": State("*u64", "*u64", "*i32", "*fp32" if chosen.split else None),
+        "tau": "fp32",
+    }
+    config = Config(
+        hidden=hidden,
+        alignment=aligned,
+        merges=get("merges", False),
+        image_into_text=get("image_into_text", False),
+        budgeted=get("budgeted", True),
+        inherit=get("inherit", False),
+        pad_left=get("pad_left", False),
+        interpreted=False,
+        **{name: value for name, value in chosen._asdict().items() if name in Config._fields},
+    )
+    compilation = launch.compilation(chosen.num_warps, chosen.num_stages, chosen.registers)
+    return _source(kernels.construct_kernel, pointers, config), compilation
+
+
+def _copy(name: str, dtype: str):
+    from attanchor_kernels.backends.triton import kernels, launch, schedule
+    from attanchor_kernels.backends.triton.arguments import CopyConfig
+
+    itemsize = 4 if dtype == "fp32" else 2
+    tiles = (schedule.copying if name.startswith("assemble") else schedule.adding)(itemsize, 4096)
+    names = ["image", "text", "embeds"] if name.startswith("assemble") else ["grad", "image_grad", "text_grad"]
+    pointers = {**dict.fromkeys(names, f"*{dtype}"), "source": "*i64", "places": "*i32"}
+    kernel = kernels.assemble_kernel if name.startswith("assemble") else kernels.transpose_kernel
+    pointers = {key: value for key, value in pointers.items() if key in kernel.arg_names}
+    config = CopyConfig(4096, 16 // itemsize, True, False, tiles.block_rows, tiles.block_columns)
+    return _source(kernel, pointers, config), launch.compilation(tiles.num_warps)
+
+
+def _compile(work: tuple[str, str]) -> dict:
+    """Compile one case for one target: the size of its machine code and, from NVIDIA, its resources."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    target, case = work
+    source, options = _construct(*CONSTRUCT[case]) if case in CONSTRUCT else _copy(case, COPIES[case])
+    if target == "gfx942":
+        options.pop("maxnreg", None)
+    compiled = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
+    row = {"target": target, "case": case, "shared": compiled.metadata.shared}
+    if target == "gfx942":
+        assembly = compiled.asm["amdgcn"]
+        registers = int(re.search(r"\.vgpr_count:\s+(\d+)", assembly)[1])
+        spills = int(re.search(r"\.vgpr_spill_count:\s+(\d+)", assembly)[1])
+        return {**row, "bytes": len(compiled.asm["hsaco"]), "registers": registers, "spills": spills}
+    # Loads and stores of one 16-bit element, as rows are copied when the compiler has lost sight of their alignment.
+    row["narrow"] = len(re.findall(r"\b(?:ld|st)\.global(?!\S*\.v\d)\S*\.b16\b", compiled.asm["ptx"]))
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+    # Nothing in these kernels lives in local memory but what was spilled: the stack is the spill.
+    return {**row, "bytes": len(compiled.asm["cubin"]), "registers": registers, "spills": stack}
+
+
+def _main(targets: list[str]) -> None:
+    work = [(target, case) for target in targets for case in cases(target)]
+    with ProcessPoolExecutor(max_workers=min(2, os.cpu_count() or 1)) as pool:
+        for row in pool.map(_compile, work):
+            print(json.dumps(row), flush=True)
+
+
+def _launchers() -> None:
+    """Run the launchers with a driver that compiles and does not launch; print how often each kernel was compiled.
+
+    This binds and specialises the arguments as on a GPU, which neither the interpreter nor `triton.compile` does.
+    """
+    import torch
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime.driver import driver
+
+    from attanchor_kernels.backends.triton import kernels, launch
+    from attanchor_kernels.problem import Problem
+
+    class Driver:
+        def get_current_target(self):
+            return GPUTarget(*TARGETS["sm_90"])
+
+        def get_current_device(self):
+            return 0
+
+        def get_current_stream(self, device):
+            return 0
+
+    class Compiled:
+        def __init__(self, kernel):
+            self.kernel, self.made = kernel, set()
+
+        def __getitem__(self, grid):
+            assert len(grid) == 1
+            assert grid[0] > 0
+            return lambda *arguments, **named: self.made.add(self.kernel.warmup(*arguments, grid=grid, **named).hash)
+
+    driver.set_active(Driver())
+    launched = {}
+    for name in ("construct_kernel", "assemble_kernel", "transpose_kernel"):
+        launched[name] = Compiled(getattr(kernels, name))
+        setattr(launch, name, launched[name])
+    for batch, images, texts in [(2, 16, 17), (2, 33, 20), (1, 64, 32), (3, 65, 25)]:
+        image, text = torch.zeros(batch, images, 64).half(), torch.zeros(batch, texts, 64).half()
+        embeds, plan = launch.construct(Problem(image, text, 0.5, max_anchors=3))
+        launch.assemble(image, text, plan.source, plan.places)
+        launch.assemble_backward(embeds, plan.source, plan.places, image.shape, text.shape, True, True)
+    print(json.dumps({name: len(kernel.made) for name, kernel in launched.items()}))
+
+
+# --- In pytest. ------------------------------------------------------------------------------------------------------
+
+
+def _run(cache: Path, *arguments: str) -> list[dict]:
+    """This file as a script, with an empty cache and without the interpreter."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(cache)
+    command = [sys.executable, __file__, *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory) -> dict[tuple[str, str], dict]:
+    """All cases, compiled once."""
+    rows = _run(tmp_path_factory.mktemp("triton"))
+    print("\n" + table(rows))
+    return {(row["target"], row["case"]): row for row in rows}
+
+
+def table(rows: list[dict]) -> str:
+    lines = [f"{'target':8}{'kernel':32}{'registers':>10}{'spill bytes':>12}{'shared':>8}"]
+    lines += [f"{r['target']:8}{r['case']:32}{r['registers']:10}{r['spills']:12}{r['shared']:8}" for r in rows]
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_kernel_compiles(compiled, target):
+    """Machine code for every kernel and configuration."""
+    for case in cases(target):
+        assert compiled[target, case]["bytes"] > 1000, case
+
+
+def test_forward_spills_nothing_on_sm_90(compiled):
+    """No register of a forward kernel goes to memory, and the fast path leaves room for two programs."""
+    for case in [*CONSTRUCT, "assemble", "assemble, float32"]:
+        assert compiled["sm_90", case]["spills"] == 0, compiled["sm_90", case]
+    for case in ("build", "merge"):
+        row = compiled["sm_90", case]
+        assert row["registers"] <= 128, row
+        assert 2 * row["shared"] <= 227 * 1024, row
+
+
+def test_rows_of_16_bytes_are_moved_16_bytes_at_a_time(compiled):
+    """At D = 4096 no element of a row is loaded or stored by itself."""
+    for case in ("build", "build, split", "merge", "assemble", "transpose"):
+        assert compiled["sm_90", case]["narrow"] == 0, compiled["sm_90", case]
+
+
+def test_launchers_bind_and_compile_once_over_lengths(tmp_path):
+    """The launchers' calls fit the kernels, and new B, M and N compile nothing anew."""
+    assert _run(tmp_path, "launchers") == [{"construct_kernel": 1, "assemble_kernel": 1, "transpose_kernel": 1}]
+
+
+if __name__ == "__main__":
+    # Where the kernels are, whatever is installed.
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    if sys.argv[1:] == ["launchers"]:
+        _launchers()
+    else:
+        _main(sys.argv[1:] or list(TARGETS))

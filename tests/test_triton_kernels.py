@@ -1,0 +1,230 @@
+"""What is peculiar to the Triton backend: tickets and barrier, workspace, tiles. Parity is in test_parity.py."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from attanchor_kernels import reference
+from attanchor_kernels.backends import triton as backend
+from attanchor_kernels.backends import workspace
+from attanchor_kernels.backends.triton import launch, schedule
+from attanchor_kernels.problem import Plan, Problem
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+SCHEDULE = schedule.Schedule(
+    block_images=16,
+    block_texts=16,
+    block_hidden=16,
+    slice_hidden=48,
+    slices=1,
+    split=False,
+    persistent=True,
+    programs=3,
+    lag=1,
+    block_rows=16,
+    block_columns=32,
+    num_warps=4,
+    num_stages=2,
+    registers=255,
+)
+
+
+def random_rows(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype).to(DEVICE)
+
+
+def build_problem(dtype: torch.dtype = torch.float32, **options) -> Problem:
+    """Two samples of 26 image and 18 text rows with ragged masks and some exact copies."""
+    image, text = random_rows(2, 26, 40, seed=0, dtype=dtype), random_rows(2, 18, 40, seed=1, dtype=dtype)
+    text[:, 4] = text[:, 9] = image[:, 17]
+    image[1, 21] = image[1, 17]
+    kept = torch.rand(2, 44, generator=torch.Generator().manual_seed(2)).to(DEVICE) < 0.85
+    kept[:, [17, 30, 35]] = True
+    masks = {"image_mask": kept[:, :26], "text_mask": kept[:, 26:]}
+    return Problem(image, text, **{"tau": 0.2, "max_anchors": 6, **masks, **options})
+
+
+def merge_problem(dtype: torch.dtype = torch.float32, **options) -> Problem:
+    """Three prompts of 37 slots; sample 1 has no image."""
+    generator = torch.Generator().manual_seed(5)
+    roles = torch.randint(0, 5, (3, 37), generator=generator, dtype=torch.uint8)
+    roles[1] = torch.where((roles[1] == 2) | (roles[1] == 4), 3, roles[1])
+    features = int(((roles == 2) | (roles == 4)).sum())
+    turn = torch.randint(0, 2, (3, 37), generator=generator, dtype=torch.int32).sort(1).values
+    image, text = random_rows(features, 40, seed=6, dtype=dtype), random_rows(3, 37, 40, seed=7, dtype=dtype)
+    return Problem(
+        image, text, **{"tau": 0.1, "max_anchors": 5, "roles": roles.to(DEVICE), "turn": turn.to(DEVICE), **options}
+    )
+
+
+PROBLEMS = {
+    "build": lambda: build_problem(),
+    "image into text": lambda: build_problem(image_into_text=True, pad_left=True),
+    "no budget": lambda: build_problem(torch.bfloat16, max_anchors=None, inherit=True),
+    "merge": lambda: merge_problem(),
+    "merge, image into text": lambda: merge_problem(torch.float16, image_into_text=True, max_anchors=None),
+}
+problems = pytest.mark.parametrize("make", PROBLEMS.values(), ids=PROBLEMS.keys())
+
+
+def assert_same(result: tuple[Tensor | None, Plan], expected: tuple[Tensor | None, Plan]) -> None:
+    """Bit for bit."""
+    for name, one, other in zip(Plan._fields, result[1], expected[1], strict=True):
+        assert torch.equal(one, other), name
+    if result[0] is not None and expected[0] is not None:
+        assert torch.equal(result[0].view(torch.uint8), expected[0].view(torch.uint8))
+
+
+def assert_workspace_zero() -> None:
+    kept = workspace.held(DEVICE)
+    assert kept
+    assert all(not words.any() for words in kept)
+
+
+@problems
+def test_any_grid_and_lag(make):
+    """Any number of programs, any lag: the same bits, the reference's decisions, and all state back at zero."""
+    problem = make()
+    expected = reference.construct(problem)
+    single = launch.run(problem, copy=True, schedule=SCHEDULE._replace(persistent=False))
+    assert_same((single[0], single[1]._replace(score=expected[1].score)), expected)
+    torch.testing.assert_close(single[1].score, expected[1].score, rtol=0, atol=2e-6)
+    assert_workspace_zero()
+    for programs, lag in [(1, 0), (3, 1), (11, 0), (11, 2)]:
+        got = launch.run(problem, copy=True, schedule=SCHEDULE._replace(programs=programs, lag=lag))
+        assert_same(got, single)
+        assert_workspace_zero()
+
+
+@problems
+@pytest.mark.parametrize("split", [False, True], ids=["one program", "split"])
+def test_slices_of_the_columns(make, split):
+    """Sums over slices make the same decisions, and the same bits whether slices are shared out or not."""
+    problem = make()
+    whole = launch.run(problem, copy=True, schedule=SCHEDULE)
+    sliced = SCHEDULE._replace(slice_hidden=16, slices=3)
+    got = launch.run(problem, copy=True, schedule=sliced._replace(split=split))
+    assert_same(got, launch.run(problem, copy=True, schedule=sliced))
+    assert_same((got[0], got[1]._replace(score=whole[1].score)), whole)
+    torch.testing.assert_close(got[1].score, whole[1].score, rtol=0, atol=1e-6)
+    assert_workspace_zero()
+
+
+@problems
+def test_plan_and_assemble_alone(make):
+    """The plan without the copy, and the copy without the plan, are what construct makes in one launch."""
+    problem = make()
+    embeds, made = backend.construct(problem)
+    assert_same((None, backend.plan(problem)), (None, made))
+    alone = backend.assemble(problem.image, problem.text, made.source, made.places)
+    assert torch.equal(alone.view(torch.uint8), embeds.view(torch.uint8))
+
+
+@problems
+def test_outputs_are_fully_written(make, poisoned_empty):
+    """Whatever memory the outputs are given holds nothing of it afterwards."""
+    problem = make()
+    embeds, made = expected = reference.construct(problem)
+    got = backend.construct(problem)
+    assert_same((got[0], got[1]._replace(score=made.score)), expected)
+    grad = random_rows(*embeds.shape, seed=8, dtype=embeds.dtype)
+    arguments = (grad, made.source, made.places, tuple(problem.image.shape), tuple(problem.text.shape), True, True)
+    for one, other in zip(backend.assemble_backward(*arguments), reference.assemble_backward(*arguments), strict=True):
+        assert torch.equal(one, other)
+
+
+@problems
+def test_repeatable(make):
+    """Three runs, one result."""
+    problem = make()
+    first = backend.construct(problem)
+    for _ in range(2):
+        assert_same(backend.construct(problem), first)
+
+
+@pytest.mark.parametrize("max_anchors", [1, 130, 200])
+@pytest.mark.parametrize("image_into_text", [False, True])
+def test_budget_of_many_movers(max_anchors, image_into_text):
+    """Above 128 movers the budget's cut is searched by one program: exact also among equal scores."""
+    many, few = random_rows(2, 300, 8, seed=9), random_rows(2, 20, 8, seed=10)
+    many[:, 100:160] = many[:, 40:100]
+    image, text = (many, few) if image_into_text else (few, many)
+    problem = Problem(image, text, tau=0.3, max_anchors=max_anchors, image_into_text=image_into_text)
+    made = backend.plan(problem)
+    inserted = reference.select(made.score, problem.tau, max_anchors)
+    assert torch.equal(made.host >= 0, inserted)
+    assert inserted.sum(1).tolist() == [max_anchors] * 2
+    assert_workspace_zero()
+
+
+def test_more_text_blocks_than_one():
+    """Texts beyond one block, split and not: equal texts in different blocks score the same bits."""
+    text = random_rows(1, 70, 40, seed=11)
+    text[:, 64] = text[:, 3]
+    problem = Problem(random_rows(1, 33, 40, seed=12), text, tau=-1.0, max_anchors=9)
+    for split in (False, True):
+        made = launch.run(problem, copy=False, schedule=SCHEDULE._replace(slice_hidden=16, slices=3, split=split))[1]
+        assert made.score[0, 64] == made.score[0, 3]
+        reverse = problem._replace(image_into_text=True)
+        hosts = launch.run(reverse, copy=False, schedule=SCHEDULE._replace(slice_hidden=16, slices=3, split=split))[1]
+        expected = reference.plan(reverse)
+        assert torch.equal(hosts.host, expected.host)
+        assert 64 not in hosts.host
+
+
+def test_missing_features_are_nan_and_surplus_ones_get_no_gradient():
+    """The raw operator on a GPU cannot count: what it makes of too few and of too many features."""
+    problem = merge_problem()
+    count = len(problem.image)
+    short = problem._replace(image=problem.image[: count - 2])
+    embeds, made = backend.construct(short)
+    missing = made.places[:, 2] >= count - 2
+    assert int(missing.sum()) == 2
+    assert not (made.host[missing] >= 0).any()
+    at = made.places[:, 0][missing].long()
+    sample = missing.nonzero()[:, 0]
+    assert embeds[sample, at].isnan().all()
+    assert int(embeds.isnan().any(-1).sum()) == 2
+
+    surplus = problem._replace(image=torch.cat([problem.image, problem.image[:3]]))
+    embeds, made = backend.construct(surplus)
+    assert torch.equal(embeds, backend.construct(problem)[0])
+    shapes = tuple(surplus.image.shape), tuple(surplus.text.shape)
+    grad = random_rows(*embeds.shape, seed=13)
+    image_grad, text_grad = backend.assemble_backward(grad, made.source, made.places, *shapes, True, True)
+    assert not image_grad[count:].any()
+    assert image_grad[:count].abs().sum(1).min() > 0
+    only_image, nothing = backend.assemble_backward(grad, made.source, made.places, *shapes, True, False)
+    assert torch.equal(only_image, image_grad)
+    assert nothing.shape == (0,)
+    nothing, only_text = backend.assemble_backward(grad, made.source, made.places, *shapes, False, True)
+    assert torch.equal(only_text, text_grad)
+    assert nothing.shape == (0,)
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 3, 8), (2, 0, 0, 8), (2, 0, 3, 8), (2, 4, 0, 8), (2, 4, 3, 0)])
+@pytest.mark.parametrize("max_anchors", [None, 2])
+def test_empty_inputs(shape, max_anchors, poisoned_empty):
+    """No samples, no rows, no columns."""
+    batch, images, texts, hidden = shape
+    problem = Problem(
+        random_rows(batch, images, hidden, seed=0),
+        random_rows(batch, texts, hidden, seed=1),
+        tau=-1.0,
+        max_anchors=max_anchors,
+    )
+    embeds, made = backend.construct(problem)
+    assert_same((None, made), (None, reference.plan(problem)))
+    rows = torch.cat([problem.image, problem.text], 1)
+    at = made.source.clamp_min(0).unsqueeze(-1).expand(-1, -1, hidden)
+    expected = rows.gather(1, at) if rows.numel() else torch.zeros_like(embeds)
+    assert torch.equal(embeds, expected.masked_fill((made.source < 0).unsqueeze(-1), 0))
+
+
+def test_large_hidden_is_accumulated_in_slices():
+    """Above 8192 columns no accumulator runs over all of them."""
+    for itemsize in (2, 4):
+        chosen = schedule.construct(DEVICE, itemsize, 999, 576, 50, 12288, 16 // itemsize)
+        assert chosen.slices >= 3
+        assert chosen.slice_hidden <= 4096
+        assert chosen.slices * chosen.slice_hidden >= 12288
