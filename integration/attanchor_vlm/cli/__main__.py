@@ -1,0 +1,5 @@
+import sys
+
+from attanchor_vlm.cli import main
+
+sys.exit(main())

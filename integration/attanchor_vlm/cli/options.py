@@ -1,0 +1,64 @@
+"""Options that several commands share, and what commands do before their heavy imports."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+class Direction(str, Enum):
+    text_into_image = "text_into_image"
+    image_into_text = "image_into_text"
+
+
+class Positions(str, Enum):
+    sequential = "sequential"
+    inherit = "inherit"
+
+
+class Route(str, Enum):
+    embeds = "embeds"
+    ids = "ids"
+
+
+class Dtype(str, Enum):
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+    float32 = "float32"
+
+
+class Turns(str, Enum):
+    each = "each"
+    all = "all"
+
+
+MODEL = Annotated[str, typer.Option(help="Folder of a saved model, or a Hugging Face Hub id.")]
+DATA = Annotated[Path, typer.Option(help="LLaVA-Instruct rows: a .json list, or .jsonl.")]
+IMAGES = Annotated[Path, typer.Option(help="Folder that the rows' images are in.")]
+SKIP_BAD = Annotated[bool, typer.Option("--skip-bad", help="Leave bad rows out and list them, instead of stopping.")]
+
+
+def has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def to_gpu(model):
+    return model.to("cuda") if has_gpu() else model
+
+
+def quiet() -> None:
+    """Keep transformers' own chatter out of the output; errors still come through."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    # What one library of Hugging Face says to another about its names.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|accelerate)\.")
