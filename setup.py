@@ -104,7 +104,7 @@ def extension() -> dict:
         depends=sorted(map(str, [*Path("csrc").glob("*.cuh"), *Path("csrc").glob("*.h")])),
         define_macros=[("TORCH_TARGET_VERSION", f"0x{LEAST_TORCH[0]:02x}{LEAST_TORCH[1]:02x}000000000000")],
         extra_compile_args={
-            "cxx": ["-O3", "-g0", "-std=c++17"],
+            "cxx": ["-O3", "-g0", "-std=c++17", f"-DATTANCHOR_ARCHS={'_'.join(archs)}"],
             "nvcc": ["-O3", "-std=c++17", "--threads=4", *code_flags(archs)],
         },
         py_limited_api=True,

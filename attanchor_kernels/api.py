@@ -25,7 +25,8 @@ class AnchoredSequence(NamedTuple):
         host: (B, N) int64, the image index that each text token was inserted after, -1 = not inserted.
             Image-into-text: (B, M), text indices. `merge_sequence`: (B, S), slots.
         score: float32, the shape of `host`: the mover's best cosine, also where it was not inserted; -inf where it
-            takes no part or has no candidate host.
+            takes no part or has no candidate host. For float64 inputs it is rounded after the decision, which is made
+            in float64: a score may so equal float32(tau) and its mover stand on either side of tau.
     """
 
     embeds: Tensor | None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import os
 import platform
@@ -26,6 +27,10 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             found[package] = "not installed"
     found["cuda (of torch)"] = torch.version.cuda or "none: a CPU build"
+    try:
+        found["CUDA kernels for"] = importlib.import_module("attanchor_kernels._C").architectures.replace("_", ", ")
+    except ImportError:
+        found["CUDA kernels for"] = "not built"
     found["system"] = f"{platform.system()} {platform.machine()}"
     return found
 
@@ -69,7 +74,7 @@ def main() -> int:
         kind = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu"
         print(f"\n{device} ({kind})")
         for backend in backends.NAMES[1:]:
-            reason = backends.why_not(backend, device.type)
+            reason = backends.why_not(backend, device.type, device.index)
             outcome = f"not available: {reason}" if reason else f"available, self-test {self_test(backend, device)}"
             failed |= "FAILED" in outcome
             print(f"  {backend:<12}{outcome}")

@@ -101,30 +101,15 @@ def _assemble_backward_impl(
 # --- Fakes: shapes and dtypes alone. ---------------------------------------------------------------------------------
 
 
-def _fake_plan(problem: Problem) -> Plan:
-    batch, capacity, movers = problem.batch, problem.capacity, problem.movers
-    axes = 1 if problem.position_ids is None else problem.position_ids.shape[0]
-    new = problem.text.new_empty
-    return Plan(
-        position_ids=new((axes, batch, capacity), dtype=torch.int64),
-        attention_mask=new((batch, capacity), dtype=torch.int64),
-        source=new((batch, capacity), dtype=torch.int64),
-        is_anchor=new((batch, capacity), dtype=torch.bool),
-        host=new((batch, movers), dtype=torch.int64),
-        score=new((batch, movers), dtype=torch.float32),
-        places=new((batch, 3, problem.slots), dtype=torch.int32),
-    )
-
-
 @torch.library.register_fake("attanchor::_construct", lib=_library)
 def _construct_fake(*arguments) -> tuple[Tensor, ...]:
     problem = Problem(*arguments[:-1])
-    return problem.text.new_empty((problem.batch, problem.capacity, problem.hidden)), *_fake_plan(problem)
+    return problem.text.new_empty((problem.batch, problem.capacity, problem.hidden)), *Plan.empty(problem)
 
 
 @torch.library.register_fake("attanchor::_plan", lib=_library)
 def _plan_fake(*arguments) -> tuple[Tensor, ...]:
-    return tuple(_fake_plan(Problem(*arguments[:-1])))
+    return tuple(Plan.empty(Problem(*arguments[:-1])))
 
 
 @torch.library.register_fake("attanchor::_assemble", lib=_library)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 # Values of `roles` (merge_sequence).
@@ -89,3 +90,19 @@ class Plan(NamedTuple):
     host: Tensor  # (B, movers) int64
     score: Tensor  # (B, movers) float32
     places: Tensor  # (B, 3, S) int32
+
+    @classmethod
+    def empty(cls, problem: Problem) -> Plan:
+        """Of the right shapes and dtypes on the problem's device, unwritten."""
+        batch, capacity, movers = problem.batch, problem.capacity, problem.movers
+        axes = 1 if problem.position_ids is None else problem.position_ids.shape[0]
+        device = problem.text.device
+        return cls(
+            position_ids=torch.empty((axes, batch, capacity), dtype=torch.int64, device=device),
+            attention_mask=torch.empty((batch, capacity), dtype=torch.int64, device=device),
+            source=torch.empty((batch, capacity), dtype=torch.int64, device=device),
+            is_anchor=torch.empty((batch, capacity), dtype=torch.bool, device=device),
+            host=torch.empty((batch, movers), dtype=torch.int64, device=device),
+            score=torch.empty((batch, movers), dtype=torch.float32, device=device),
+            places=torch.empty((batch, 3, problem.slots), dtype=torch.int32, device=device),
+        )

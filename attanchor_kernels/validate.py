@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -16,6 +17,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 DIRECTIONS = ("text_into_image", "image_into_text")
 POSITIONS = ("sequential", "inherit")
 PADDING_SIDES = ("right", "left")
+MOST_ANCHORS = 2**30  # rows are counted in 32 bits
 
 
 class Call(NamedTuple):
@@ -76,16 +78,11 @@ def _companion(name: str, value: Tensor | None, dtype: torch.dtype, shape: tuple
         raise ValueError(f"{name} is on {value.device}; it should be on {like.device}, where the embeddings are")
 
 
-def _options(tau, max_anchors, direction: str, positions: str, position_ids, padding_side: str) -> None:
+def _options(tau, direction: str, positions: str, position_ids, padding_side: str) -> None:
     if isinstance(tau, bool) or not isinstance(tau, (int, float)):
         raise TypeError(f"tau is {type(tau).__name__}; it should be a Python float (reading a tensor would sync)")
     if tau != tau:  # NaN; math.isnan cannot be traced
         raise ValueError("tau is NaN; it should be a number (tau >= 1 inserts nothing)")
-    if max_anchors is not None:
-        if isinstance(max_anchors, bool) or not isinstance(max_anchors, (int, torch.SymInt)):
-            raise TypeError(f"max_anchors is {type(max_anchors).__name__}; it should be an int or None")
-        if max_anchors < 0:
-            raise ValueError(f"max_anchors is {max_anchors}; it should be 0 or more, or None for no budget")
     for name, value, allowed in (
         ("direction", direction, DIRECTIONS),
         ("positions", positions, POSITIONS),
@@ -98,6 +95,23 @@ def _options(tau, max_anchors, direction: str, positions: str, position_ids, pad
             f"position_ids is given with positions={positions!r}, which counts its own; "
             "pass positions='inherit' or leave position_ids out"
         )
+
+
+def _budget(max_anchors):
+    """`max_anchors` as an int (or a SymInt under compilation); None stays None."""
+    if max_anchors is None or isinstance(max_anchors, torch.SymInt):
+        return max_anchors
+    try:
+        if isinstance(max_anchors, (bool, Tensor)):  # reading a tensor would sync
+            raise TypeError
+        count = max_anchors if isinstance(max_anchors, int) else operator.index(max_anchors)
+    except TypeError:
+        raise TypeError(f"max_anchors is {type(max_anchors).__name__}; it should be an int or None") from None
+    if not 0 <= count <= MOST_ANCHORS:
+        raise ValueError(
+            f"max_anchors is {count}; it should be 0 or more and at most {MOST_ANCHORS}, or None for no budget"
+        )
+    return count
 
 
 def _positions(position_ids: Tensor | None, shape: tuple[int, ...], like: Tensor) -> None:
@@ -135,7 +149,8 @@ def build_call(
     if txt.dim() != img.dim() or txt.shape[-1] != img.shape[-1] or txt.shape[:-2] != img.shape[:-2]:
         expected = ", ".join(map(str, (*img.shape[:-2], "N", img.shape[-1])))
         raise ValueError(f"txt has shape {tuple(txt.shape)}; with img {tuple(img.shape)} it should be ({expected})")
-    _options(tau, max_anchors, direction, positions, position_ids, padding_side)
+    _options(tau, direction, positions, position_ids, padding_side)
+    max_anchors = _budget(max_anchors)
     _companion("img_mask", img_mask, torch.bool, img.shape[:-1], img)
     _companion("txt_mask", txt_mask, torch.bool, txt.shape[:-1], img)
     _companion("anchor_mask", anchor_mask, torch.bool, txt.shape[:-1], img)
@@ -174,7 +189,8 @@ def merge_call(
     hidden = text_embeds.shape[-1]
     if image_embeds.dim() != 2 or image_embeds.shape[-1] != hidden:
         raise ValueError(f"image_embeds has shape {tuple(image_embeds.shape)}; it should be (T, {hidden})")
-    _options(tau, max_anchors, direction, positions, position_ids, padding_side)
+    _options(tau, direction, positions, position_ids, padding_side)
+    max_anchors = _budget(max_anchors)
     if not isinstance(roles, Tensor):
         raise TypeError(f"roles is {type(roles).__name__}; it should be a torch.Tensor")
     slots = text_embeds.shape[:-1]

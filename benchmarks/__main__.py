@@ -79,6 +79,7 @@ def parser() -> argparse.ArgumentParser:
     run = command("cpu-reference", "the reference on a CPU against its unavoidable work and a literal loop")
     run.add_argument("--output", type=Path, default=RESULTS / "cpu-reference.jsonl", help="default: %(default)s")
     run.add_argument("--rounds", type=int, default=15, help="interleaved measurements (default: %(default)s)")
+    run.add_argument("--toy", action="store_true", help="a small shape, to see that the command runs")
 
     run = command("store-demo", "store what `make demo` wrote, for the README")
     run.add_argument("demo", type=Path, help="folder that `make demo` wrote")

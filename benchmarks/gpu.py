@@ -25,6 +25,8 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from benchmarks.rows import ROOT, read, write_text
 
 TOTAL = 525.0  # seconds for everything, by default
@@ -63,53 +65,99 @@ except OSError as error:
 """
 
 
-def steps(python: str, device: str, output: Path) -> list[Step]:
-    """All steps, the most valuable first."""
-    on_gpu = device == "cuda"
+PROBE = """
+import json, torch
+gpu = torch.cuda.get_device_properties(0) if torch.cuda.is_available() else None
+print(json.dumps([gpu.name, gpu.major, gpu.minor, gpu.total_memory] if gpu else None))
+"""
+
+
+class Gpu(NamedTuple):
+    """What the steps depend on: compute capability, and memory in bytes."""
+
+    name: str
+    major: int
+    minor: int
+    memory: int
+
+
+def find_gpu(python: str, limit: float = 60.0) -> Gpu | None:
+    """The first GPU, or None. Asked in a process of its own: a driver that hangs must not hang the run.
+
+    Raises:
+        RuntimeError: PyTorch gave no answer.
+    """
+    try:
+        done = subprocess.run([python, "-c", PROBE], capture_output=True, text=True, timeout=limit, check=True)
+        found = json.loads(done.stdout.splitlines()[-1])
+    except subprocess.TimeoutExpired:
+        raise RuntimeError(f"PyTorch did not say within {limit:.0f} s whether there is a GPU") from None
+    except subprocess.CalledProcessError as error:
+        raise RuntimeError(f"PyTorch cannot be asked for a GPU:\n{error.stderr[-2000:]}") from None
+    return Gpu(*found) if found else None
+
+
+def steps(python: str, gpu: Gpu | None, output: Path) -> list[Step]:
+    """All steps, the most valuable first; without a GPU at toy sizes."""
+    device = "cpu" if gpu is None else "cuda"
 
     def benchmark(name: str, file: str, *more: str) -> tuple[str, ...]:
         return (python, "-m", "benchmarks", name, "--device", device, "--output", str(output / file), *more)
 
-    workers = _workers() if on_gpu else ()
-    hang = ("--timeout", "100", "--timeout-method", "thread") if importlib.util.find_spec("pytest_timeout") else ()
     # The repository's own options name plugins that a GPU machine may lack.
-    pytest = (python, "-m", "pytest", "-q", "-o", "addopts=-ra", "-p", "no:cacheprovider", "--durations", "10")
-    pytest += (*workers, *hang)
+    pytest = (python, "-m", "pytest", "-o", "addopts=-ra", "-p", "no:cacheprovider")
+    tests = (
+        *pytest,
+        "-v",
+        "--durations",
+        "10",
+        "-o",
+        "faulthandler_timeout=90",
+        *_workers(gpu),
+        *_hangs(),
+        "tests/gpu",
+    )
+    quick = ("--benchmark-max-time", "0.05", "--benchmark-min-rounds", "3", "--benchmark-warmup", "off")
+    timed = (*pytest, "-q", "--benchmark-enable", *quick, "benchmarks/test_operators.py")
     build: tuple[tuple[str, ...], ...]
-    forced = (("ATTANCHOR_BUILD_CUDA", "1"), *_architecture()) if on_gpu else ()
     build = ((python, "setup.py", "build_ext", "--inplace"), (python, "-c", "import attanchor_kernels._C"))
-    if not on_gpu:
+    if gpu is None:
         build = ((python, "-c", f"print('nothing to build without a GPU'); raise SystemExit({UNAVAILABLE})"),)
     return [
         Step("environment", ((python, "-c", ENVIRONMENT),), 40),
-        Step("build", build, 150, environment=forced),
+        Step("build", build, 150, environment=_build_environment(gpu)),
         Step("doctor", ((python, "-m", "attanchor_kernels.doctor"),), 60),
-        Step("tests", ((*pytest, "tests/gpu"),), 240),
+        # compute-sanitizer has a step of its own.
+        Step("tests", ((*tests, "--ignore", "tests/gpu/test_gpu_sanitizer.py"),), 240),
         Step("roofline", (benchmark("roofline", "roofline.jsonl", "--passes", "kernels"),), 150),
         Step("overhead", (benchmark("overhead", "overhead.jsonl"),), 170, 2),
         Step("baselines", (benchmark("roofline", "roofline-baselines.jsonl", "--passes", "baselines"),), 180, 2),
         Step("sanitizer", ((python, "-m", "benchmarks.sanitize", "--limit", "90"),), 100, 2),
         Step("training", (benchmark("training", "training.jsonl"),), 80, 2),
         Step("sweep", (benchmark("overhead", "sweep.jsonl", "--sweep"),), 80, 2),
+        Step("launches", (timed,), 60, 2),
     ]
 
 
-def _architecture() -> tuple[tuple[str, str], ...]:
-    """What the build should compile for: the GPU that is here, unless the caller says otherwise."""
-    import torch
-
-    if "ATTANCHOR_CUDA_ARCHS" in os.environ:
+def _build_environment(gpu: Gpu | None) -> tuple[tuple[str, str], ...]:
+    """The build is forced, for the GPU that is here unless the caller names architectures."""
+    if gpu is None:
         return ()
-    major = torch.cuda.get_device_capability(0)[0]
-    return (("ATTANCHOR_CUDA_ARCHS", {9: "90a", 10: "100a"}.get(major, "80+PTX")),)
+    forced = (("ATTANCHOR_BUILD_CUDA", "1"),)
+    if "ATTANCHOR_CUDA_ARCHS" in os.environ:
+        return forced
+    return (*forced, ("ATTANCHOR_CUDA_ARCHS", {(9, 0): "90a", (10, 0): "100a"}.get(gpu[1:3], "80+PTX")))
 
 
-def _workers() -> tuple[str, ...]:
+def _workers(gpu: Gpu | None) -> tuple[str, ...]:
     """Test processes that share the GPU, so that one compiles while another runs: as many as its memory holds."""
-    import torch
-
-    count = min(8, os.cpu_count() or 1, torch.cuda.get_device_properties(0).total_memory // 2**34)
+    count = min(8, os.cpu_count() or 1, gpu.memory // 2**34) if gpu else 0
     return ("-n", str(count)) if count > 1 and importlib.util.find_spec("xdist") else ()
+
+
+def _hangs() -> tuple[str, ...]:
+    """Where pytest-timeout is there, a test that hangs costs itself alone."""
+    return ("--timeout", "100", "--timeout-method", "thread") if importlib.util.find_spec("pytest_timeout") else ()
 
 
 def run(step: Step, log: Path, limit: float) -> Outcome:
@@ -212,25 +260,27 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", choices=["auto", "cuda", "cpu"], default="auto")
     options = parser.parse_args(arguments)
 
-    import torch
-
-    device = options.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        gpu = None if options.device == "cpu" else find_gpu(sys.executable)
+    except RuntimeError as error:
+        print(error, file=sys.stderr)
+        return 1
+    if gpu is None and options.device == "cuda":
+        print("--device is cuda; PyTorch finds no GPU here", file=sys.stderr)
+        return 1
     output = options.output.resolve()
-    chosen = [step for step in steps(sys.executable, device, output) if options.part in (None, step.part)]
+    chosen = [step for step in steps(sys.executable, gpu, output) if options.part in (None, step.part)]
     if options.steps:
         names = options.steps.split(",")
         if unknown := sorted(set(names) - {step.name for step in chosen}):
             parser.error(f"--steps has {', '.join(unknown)}; known are {', '.join(step.name for step in chosen)}")
         chosen = [step for step in chosen if step.name in names]
-    if device == "cpu":
+    if gpu is None:
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         print("no GPU is used: a rehearsal at toy sizes, whose figures mean nothing")
     _prepare(output)
-    outcomes = run_all(
-        chosen, output, options.total, {"device": device, "part": options.part, "torch": torch.__version__}
-    )
+    about = {"gpu": gpu.name if gpu else "none", "part": options.part, "torch": torch.__version__}
+    outcomes = run_all(chosen, output, options.total, about)
 
     from benchmarks import targets
 

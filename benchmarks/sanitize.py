@@ -13,12 +13,22 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
+
+from attanchor_kernels.testing.inputs import Shape
 
 TOOLS = ("memcheck", "racecheck", "synccheck")
 FOUND, UNAVAILABLE = 86, 3
 CANNOT_RUN = ("Device not supported", "Unable to find injection library", "Failed to initialize", "not supported on")
+# Few, since every one is compiled anew for Triton; together they take every branch of the launchers.
+CONFIGURATIONS: tuple[tuple[torch.dtype, Shape, int, dict[str, Any]], ...] = (
+    (torch.bfloat16, Shape("ragged", 75, 21, 136), 3, {"max_anchors": 4}),
+    (torch.float32, Shape("odd", 33, 12, 37), 2, {"direction": "image_into_text", "padding_side": "left"}),
+)
 
 
 def find_binary() -> str | None:
@@ -35,23 +45,19 @@ def find_binary() -> str | None:
     return None
 
 
-def work() -> None:
-    """What runs under the tool."""
-    import torch
+def work(device: torch.device, names: Sequence[str]) -> None:
+    """What runs under the tool: every operator of these backends, held to the reference.
+
+    Raises:
+        AssertionError: a result is wrong.
+    """
 
     from attanchor_kernels import build_sequence, merge_sequence, plan_sequence
-    from attanchor_kernels.testing.inputs import TAU, Shape, merge_form
+    from attanchor_kernels.testing.inputs import TAU, merge_form
     from benchmarks.cases import Case, make_inputs
-    from benchmarks.roofline import kernel_backends
 
-    # Few, since every one is compiled anew for Triton; together they take every branch of the launchers.
-    configurations: tuple[tuple[torch.dtype, Shape, int, dict[str, Any]], ...] = (
-        (torch.bfloat16, Shape("ragged", 75, 21, 136), 3, {"max_anchors": 4}),
-        (torch.float32, Shape("odd", 33, 12, 37), 2, {"direction": "image_into_text", "padding_side": "left"}),
-    )
-    device = torch.device("cuda")
-    for backend in kernel_backends(device):
-        for dtype, shape, batch, options in configurations:
+    for backend in names:
+        for dtype, shape, batch, options in CONFIGURATIONS:
             made = make_inputs(Case("forward", shape, batch, dtype, 2), device, 0)
             results = []
             for name, where in ((backend, device), ("reference", torch.device("cpu"))):
@@ -76,7 +82,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.worker:
-        work()
+        from benchmarks.roofline import kernel_backends
+
+        device = torch.device("cuda")
+        work(device, kernel_backends(device))
         return 0
     binary = find_binary()
     if binary is None:

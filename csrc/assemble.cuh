@@ -3,7 +3,6 @@
 // Tile t writes the rows of its slots, wherever they go, and the t-th stretch of the padding.
 #pragma once
 
-#include "copy.cuh"
 #include "plan.cuh"
 
 namespace attanchor {
@@ -106,12 +105,7 @@ struct AssembleTile {
   ATTANCHOR_DEVICE void write_slot(const Slot& own, int original, int first) {
     const int at = arch::lane(), copy = s.copy_place[at];
     plan.write_slot(own, {original, copy, plan.host_slot(s.key[at]), s.host_real[at], s.key[at]}, first);
-    RowJob& job = s.copy[at];
-    job.to[0] = original >= 0 ? plan.sequence_row(first + original) : nullptr;
-    job.to[1] = copy >= 0 ? plan.sequence_row(first + copy) : nullptr;
-    const bool missing = own.feature >= p.rows.features;
-    job.filling = missing ? Filling::nan : Filling::none;
-    job.from = own.real && !missing ? slot_row(p.rows, plan.sample, own.slot, own.feature) : nullptr;
+    s.copy[at] = plan.row_job(own, original, copy, first);
   }
 
   // By warp 0: lane r for row `nth` of the padding.

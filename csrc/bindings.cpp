@@ -19,6 +19,13 @@
 #define ATTANCHOR_DISPATCH_KEY CUDA
 #endif
 
+// What the kernels are built for, with underscores between, such as 80+PTX_90a: a word that no shell minds.
+#ifndef ATTANCHOR_ARCHS
+#define ATTANCHOR_ARCHS none
+#endif
+#define ATTANCHOR_TEXT(name) #name
+#define ATTANCHOR_TEXT_OF(name) ATTANCHOR_TEXT(name)
+
 namespace {
 
 using attanchor::Copy;
@@ -215,11 +222,17 @@ STABLE_TORCH_LIBRARY_IMPL(attanchor_cuda, ATTANCHOR_DISPATCH_KEY, library) {
   library.impl("assemble_backward", TORCH_BOX(&assemble_backward));
 }
 
-// Importing attanchor_kernels._C registers the operators.
+// Importing attanchor_kernels._C registers the operators. `architectures` says what the kernels were built for.
 PyMODINIT_FUNC PyInit__C(void) {
   static PyModuleDef definition = {};
   definition.m_base = PyModuleDef_HEAD_INIT;
   definition.m_name = "_C";
   definition.m_size = -1;
-  return PyModule_Create(&definition);
+  PyObject* module = PyModule_Create(&definition);
+  if (module == nullptr) return nullptr;
+  if (PyModule_AddStringConstant(module, "architectures", ATTANCHOR_TEXT_OF(ATTANCHOR_ARCHS)) < 0) {
+    Py_DECREF(module);
+    return nullptr;
+  }
+  return module;
 }

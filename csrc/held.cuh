@@ -8,7 +8,6 @@
 // entry behind it, and a sum over the buckets gives each entry the number of items before it.
 #pragma once
 
-#include "copy.cuh"
 #include "match.cuh"
 #include "plan.cuh"
 
@@ -174,12 +173,7 @@ struct HeldTile {
     if (own.exists && at % CLUSTER == rank) {
       plan.write_slot(own, {original, copy, plan.host_slot(s.key[at]), s.host_real[at], s.key[at]}, start);
     }
-    RowJob& job = s.job[at];
-    job.to[0] = original >= 0 ? plan.sequence_row(start + original) : nullptr;
-    job.to[1] = copy >= 0 ? plan.sequence_row(start + copy) : nullptr;
-    const bool missing = own.feature >= p.rows.features;
-    job.filling = missing ? Filling::nan : Filling::none;
-    job.from = own.real && !missing ? slot_row(p.rows, plan.sample, own.slot, own.feature) : nullptr;
+    s.job[at] = plan.row_job(own, original, copy, start);
   }
 
   // This tile's share of the padding: fields by one block of the cluster each, zeros by all.

@@ -8,6 +8,7 @@
 // so no block needs more than the movers' keys, and none needs a sum over other blocks' results.
 #pragma once
 
+#include "copy.cuh"
 #include "keys.cuh"
 #include "slots.cuh"
 
@@ -144,6 +145,14 @@ struct Plan {
       const int64_t plane = static_cast<int64_t>(axis) * p.batch + sample;
       p.new_position_ids[plane * p.capacity + place] = p.position_ids[plane * p.rows.slots + seat];
     }
+  }
+
+  // What is made of a slot's row; both places relative to row `first`.
+  ATTANCHOR_DEVICE RowJob row_job(const Slot& own, int original, int copy, int first) const {
+    const bool missing = own.feature >= p.rows.features;
+    return {own.real && !missing ? slot_row(p.rows, sample, own.slot, own.feature) : nullptr,
+            {original >= 0 ? sequence_row(first + original) : nullptr, copy >= 0 ? sequence_row(first + copy) : nullptr},
+            missing ? Filling::nan : Filling::none};
   }
 
   ATTANCHOR_DEVICE void write_padding(int place) const {

@@ -11,9 +11,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest  # noqa: E402
-from hypothesis import settings  # noqa: E402
+from hypothesis import HealthCheck, settings  # noqa: E402
 
-settings.register_profile("repository", deadline=None, derandomize=True, print_blob=True)
+# No test may fail for a slow machine: no deadline, and drawing examples may take its time. The fixture that poisons
+# memory is the same for all examples of a test.
+PATIENT = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+settings.register_profile("repository", deadline=None, derandomize=True, print_blob=True, suppress_health_check=PATIENT)
 settings.load_profile("repository")
 
 

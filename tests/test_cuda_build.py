@@ -112,6 +112,55 @@ def test_compiles_without_spills_where_it_is_tuned(source, target):
     assert kernels or source == "construct.cu"
 
 
+# Of a PTX instruction, what it means for the barrier between blocks; the first that fits.
+EVENTS = {
+    "maximum": r"(atom|red)\.\S*max\.u64",
+    "add": r"(atom|red)\.(?!shared)\S*add\.u32",
+    "fence": r"fence\.acq_rel\.gpu",
+    "poll": r"ld\.(volatile|relaxed)\.\S*u32",
+    "barrier": r"(bar|barrier)\S*\.sync|barrier\.cluster\.wait",
+    "key": r"ld\.global\.(cg|relaxed\S*)\.u64",
+}
+
+
+def barrier_faults(ptx: str) -> list[str]:
+    """What the kernels of a PTX file lack of the barrier between blocks, in the order of its lines.
+
+    Arrivals (matched, left) stand between fences for the whole GPU behind a barrier of the block; a wait polls, fences
+    and meets at a barrier before a key is read, which passes by the first-level cache.
+    """
+    faults = []
+    for entry in re.split(r"^(?:\.visible )?\.(?=entry|func)", ptx, flags=re.MULTILINE)[1:]:
+        if not entry.startswith("entry"):
+            continue
+        lines = (re.sub(r"^@!?%p\d+\s+", "", line.strip()) for line in entry.splitlines())
+        found = (next((name for name, pattern in EVENTS.items() if re.match(pattern, line)), "") for line in lines)
+        order = " ".join(filter(None, found))
+        wanted = {
+            "maxima before an arrival": r"maximum barrier (?:barrier )*fence add fence",
+            "arrivals": r"barrier fence add fence barrier",
+            "waits": r"poll (?:poll )*fence barrier (?:barrier )*key",
+        }
+        counts = {name: len(re.findall(pattern, order)) for name, pattern in wanted.items()}
+        if counts != (expected := {"maxima before an arrival": 1, "arrivals": 2, "waits": 1}):
+            faults.append(f"{readable(entry.split('(')[0])}: {counts}, expected {expected}")
+    return faults
+
+
+@needs_nvcc
+@pytest.mark.parametrize("source", ["construct_float.cu", "construct_held_float.cu"])
+def test_the_barrier_is_in_the_code(source, tmp_path):
+    """Fences for the whole GPU around arrivals and behind waits; and the check would see them go."""
+    made = tmp_path / "made.ptx"
+    command = [str(nvcc()), "-std=c++17", "-O3", f"-I{CSRC}", "-arch=compute_90a", "-ptx", str(CSRC / source)]
+    done = subprocess.run([*command, "-o", str(made)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    ptx = made.read_text()
+    assert barrier_faults(ptx) == []
+    for planted in (("fence.acq_rel.gpu", "fence.acq_rel.cta"), ("ld.global.cg.u64", "ld.global.u64")):
+        assert barrier_faults(ptx.replace(*planted)), planted
+
+
 def test_bindings_compile_on_the_stable_abi(tmp_path):
     """The registration needs neither CUDA's headers nor anything of PyTorch outside its stable ABI of 2.10."""
     compiler = shutil.which(os.environ.get("CXX", "g++"))

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from limits import LIMITS
 from strategies import KERNEL_DTYPES, build_arguments, merge_arguments
 from torch import Tensor
 
@@ -92,7 +93,7 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
     return torch.equal(one.masked_fill(nan, 0), other.masked_fill(nan, 0)) and one.shape == other.shape
 
 
-@settings(max_examples=120, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=120)
 @given(st.data())
 def test_build(poisoned_empty, data):
     """Every option of build_sequence, ragged and empty inputs, any strides, on every variant and a random device."""
@@ -101,7 +102,7 @@ def test_build(poisoned_empty, data):
     check(problem, data.draw(schedules(problem)))
 
 
-@settings(max_examples=120, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=120)
 @given(st.data())
 def test_merge(poisoned_empty, data):
     """Every option of merge_sequence and plan_sequence, roles in any order."""
@@ -131,6 +132,17 @@ def test_more_than_a_tile(poisoned_empty, dtype, direction):
         assert torch.equal(result.source, results[0][0].source)
         assert torch.equal(result.host, results[0][0].host)
         assert (result.score - results[0][0].score).abs().max() < 2e-5
+
+
+@pytest.mark.parametrize("make", LIMITS.values(), ids=LIMITS.keys())
+def test_limit(poisoned_empty, make):
+    """Just below, at and above the sizes at which a kernel changes its way."""
+    problem = make()
+    check(problem, (launch.Tuning(), 8, 12))
+    if problem.hidden * problem.text.element_size() % 16 == 0:
+        tile_images, cluster, _ = VARIANTS[problem.text.dtype][-1]
+        result, _ = run(problem, (launch.Tuning(tile_images, cluster, hold=1), 8, 13))
+        assert_keeps_contract(result, problem, trimmed=False)
 
 
 @pytest.mark.parametrize("direction", ["text_into_image", "image_into_text"])
@@ -183,6 +195,11 @@ def test_held_tiles(poisoned_empty, direction, resident):
     for problem in (merge, build):
         for cluster in (4, 8):
             check(problem, (launch.Tuning(32, cluster, hold=1), cluster * resident, resident))
+
+
+def test_the_binary_says_what_it_was_built_for():
+    """As setup.py tells it, through the preprocessor."""
+    assert emulator.binary.architectures.split("_") == ["80+PTX", "90a"]
 
 
 def test_surplus_features_get_no_gradient(poisoned_empty):

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -34,7 +35,13 @@ BUILD_ERRORS = [
     ({"anchor_mask": torch.ones(3).bool()}, ValueError, r"anchor_mask has shape \(3,\); it should be \(2, 3\)"),
     ({"anchor_mask": torch.ones(2, 3, device="meta").bool()}, ValueError, "anchor_mask is on meta"),
     ({"max_anchors": -1}, ValueError, "max_anchors is -1; it should be 0 or more"),
+    ({"max_anchors": np.int64(-1)}, ValueError, "max_anchors is -1; it should be 0 or more"),
+    ({"max_anchors": 2**63}, ValueError, "max_anchors is 9223372036854775808; it should be 0 or more and at most"),
     ({"max_anchors": 2.0}, TypeError, "max_anchors is float; it should be an int"),
+    ({"max_anchors": True}, TypeError, "max_anchors is bool"),
+    ({"max_anchors": np.float32(2)}, TypeError, "max_anchors is float32"),
+    ({"max_anchors": np.array(1.5)}, TypeError, "max_anchors is ndarray"),
+    ({"max_anchors": torch.tensor(2)}, TypeError, "max_anchors is Tensor"),
     ({"direction": "up"}, ValueError, "direction is 'up'; it should be 'text_into_image' or 'image_into_text'"),
     ({"positions": "flat"}, ValueError, "positions is 'flat'; it should be 'sequential' or 'inherit'"),
     ({"padding_side": "top"}, ValueError, "padding_side is 'top'; it should be 'right' or 'left'"),
@@ -69,6 +76,14 @@ def test_build_sequence(change, error, message):
         build_sequence(**{"img": IMAGE, "txt": TEXT, "tau": 0.1, **change})
 
 
+@pytest.mark.parametrize("count", [np.int64(1), np.uint8(1), np.array(1)], ids=repr)
+def test_any_integer_is_a_budget(count):
+    one = build_sequence(IMAGE, TEXT, -1.0, max_anchors=1)
+    assert one.is_anchor.sum() == 2
+    other = build_sequence(IMAGE, TEXT, -1.0, max_anchors=count)
+    assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
 MERGE_ERRORS = [
     ({"roles": ROLES.long()}, TypeError, "roles has dtype torch.int64; it should be torch.uint8"),
     ({"roles": None}, TypeError, "roles is NoneType"),
@@ -82,6 +97,7 @@ MERGE_ERRORS = [
     ({"turn": torch.zeros(2, 4).long()}, TypeError, "turn has dtype torch.int64; it should be torch.int32"),
     ({"turn": torch.zeros(2, 3).int()}, ValueError, r"turn has shape \(2, 3\)"),
     ({"max_anchors": -3}, ValueError, "max_anchors is -3"),
+    ({"max_anchors": 2**31}, ValueError, "max_anchors is 2147483648"),
 ]
 
 

@@ -179,6 +179,21 @@ def test_tau_may_change_under_compilation(dynamic):
         assert torch.equal(run(image, text, tau), build_sequence(image, text, tau, trim=False).is_anchor)
 
 
+def test_a_budget_may_change_under_compilation():
+    """One graph for all budgets where the compiler takes them for dynamic."""
+    torch._dynamo.reset()
+    graphs = torch._dynamo.testing.CompileCounterWithBackend("eager")
+    image, text = pair()
+
+    @torch.compile(fullgraph=True, backend=graphs, dynamic=True)
+    def run(count):
+        return build_sequence(image, text, -1.0, max_anchors=count, trim=False).is_anchor
+
+    for count in (2, 3, 7):
+        assert torch.equal(run(count), build_sequence(image, text, -1.0, max_anchors=count, trim=False).is_anchor)
+    assert graphs.frame_count == 1
+
+
 def test_inductor_runs_it():
     """The default compiler, not only its front end."""
     image, text = (row.detach() for row in pair(dtype=torch.float32))

@@ -5,6 +5,7 @@ process where TRITON_INTERPRET is set `triton.jit` makes no compilable functions
 process of its own.
 """
 
+import argparse
 import json
 import os
 import re
@@ -35,10 +36,12 @@ CONSTRUCT = {
     "merge": ("bf16", 32, 4096, {"merges": True, "turn": True, "inherit": True}),
     "merge, split, left": ("bf16", 1, 4096, {"merges": True, "pad_left": True}),
     "merge, float32": ("fp32", 1, 4098, {"merges": True, "turn": True, "image_into_text": True}),
+    "match": ("bf16", 32, 4096, {"match": True}),
+    "match, merge, split": ("bf16", 1, 4096, {"match": True, "merges": True, "turn": True}),
 }
 COPIES = {"assemble": "bf16", "assemble, float32": "fp32", "transpose": "bf16", "transpose, float32": "fp32"}
 # Targets other than sm_90 differ in the backend alone; a selection of the cases keeps this file short.
-EVERYWHERE = ["build", "build, split", "build, float32", "merge", "assemble", "transpose"]
+EVERYWHERE = ["build", "build, split", "build, float32", "merge", "match", "assemble", "transpose"]
 
 
 def cases(target: str) -> list[str]:
@@ -70,7 +73,7 @@ def _source(kernel, pointers: dict, config):
     return ASTSource(kernel, signature=signature, constexprs=constants, attrs=attributes)
 
 
-def _construct(dtype: str, batch: int, hidden: int, problem: dict):
+def _construct(target: str, dtype: str, batch: int, hidden: int, problem: dict):
     """Source and compiler options of a construct launch, configured as the launcher would on a GPU of 132 units."""
     import torch
 
@@ -83,6 +86,9 @@ def _construct(dtype: str, batch: int, hidden: int, problem: dict):
     aligned = 16 // itemsize if hidden * itemsize % 16 == 0 else 4 // itemsize
     chosen = schedule.construct(torch.device("cpu"), itemsize, batch, 576, 50, hidden, aligned)
     row, mask = f"*{dtype}", "*u8" if get("masks") else None
+    outputs = Outputs(row if get("copy", True) else None, "*i64", "*i64", "*i64", "*u8", "*i64", "*fp32", "*i32")
+    if get("match"):
+        outputs = Outputs(*[None] * len(outputs))._replace(host=outputs.host, score=outputs.score)
     pointers = {
         "image": row,
         "text": row,
@@ -94,7 +100,7 @@ def _construct(dtype: str, batch: int, hidden: int, problem: dict):
             anchor_mask=mask,
             position_ids="*i64" if get("inherit") else None,
         ),
-        "outputs": Outputs(row if get("copy", True) else None, "*i64", "*i64", "*i64", "*u8", "*i64", "*fp32", "*i32"),
+        "outputs": outputs,
         "state": State("*u64", "*u64", "*i32", "*fp32" if chosen.split else None),
         "tau": "fp32",
     }
@@ -103,10 +109,11 @@ def _construct(dtype: str, batch: int, hidden: int, problem: dict):
         alignment=aligned,
         merges=get("merges", False),
         image_into_text=get("image_into_text", False),
-        budgeted=get("budgeted", True),
+        budgeted=get("budgeted", not get("match")),
         inherit=get("inherit", False),
         pad_left=get("pad_left", False),
         interpreted=False,
+        amd="gfx9" if target == "gfx942" else "",
         **{name: value for name, value in chosen._asdict().items() if name in Config._fields},
     )
     compilation = launch.compilation(chosen.num_warps, chosen.num_stages, chosen.registers)
@@ -127,17 +134,88 @@ def _copy(name: str, dtype: str):
     return _source(kernel, pointers, config), launch.compilation(tiles.num_warps)
 
 
+# Of an instruction, what it means for the barrier; the first that fits. Others mean nothing.
+PTX_EVENTS = {
+    "maximum": r"(atom|red)\.\S*\bmax\b",
+    "ticket": r"atom\.\S*relaxed\S*\badd\b",
+    "arrival": r"atom\.(?=\S*acq_rel)(?=\S*\bgpu\b)\S*\badd\b",
+    "cut": r"(atom|red)\.(?=\S*release)(?=\S*\bgpu\b)\S*\badd\b",
+    "poll": r"ld\.volatile\.global",
+    "acquire": r"(ld|atom)\.(?=\S*acquire)(?=\S*\bgpu\b)",
+    "barrier": r"(bar|barrier)\S*\.sync",
+    "access": r"(ld|st|cp\.async)\S*\.global|atom|red\.",
+}
+AMD_EVENTS = {
+    "release": r"buffer_wbl2 sc1",
+    "acquire": r"buffer_inv sc1",
+    "drained": r"s_waitcnt vmcnt\(0\)",
+    "arrival": r"global_atomic_add .* sc0",
+    "barrier": r"s_barrier",
+    "access": r"(global|buffer|flat)_(load|store|atomic)",
+}
+
+
+def _events(assembly: str, known: dict[str, str]) -> list[str]:
+    lines = (re.sub(r"^@!?%p\d+\s+", "", line.strip()) for line in assembly.splitlines())
+    found = (next((name for name, pattern in known.items() if re.match(pattern, line)), None) for line in lines)
+    return [event for event in found if event is not None]
+
+
+def barrier_faults(assembly: str, target: str, arrivals: int, waits: int) -> list[str]:
+    """What machine code lacks of the barrier in the order of its lines.
+
+    An arrival is an acquire-release add for the whole GPU behind a barrier of the program (AMD: before which every
+    wavefront has drained). A wait polls, acquires for the whole GPU, and meets at a barrier before anything is read.
+    """
+    amd = target == "gfx942"
+    events = _events(assembly, AMD_EVENTS if amd else PTX_EVENTS)
+    order, faults = " ".join(events), []
+    arrival = r"drained (?:barrier )+release drained arrival drained acquire" if amd else r"barrier arrival"
+    # (AMD: the meeting may stand at the head of the loop, above.)
+    waiting = r"barrier access drained acquire" if amd else r"poll (?:barrier )?acquire barrier"
+    for name, pattern, least in (("arrivals", arrival, arrivals), ("waits", waiting, waits)):
+        if (count := len(re.findall(pattern, order))) != least:
+            faults.append(f"{count} {name} of {least}")
+    return faults
+
+
+# Changes that weaken the barrier; the last is one to a wait.
+PLANTED = {
+    "ptx": [("acq_rel", "relaxed"), ("acq_rel", "release"), (".gpu.", ".cta."), ("acquire", "relaxed")],
+    "amdgcn": [
+        ("buffer_wbl2", "s_nop"),
+        ("ASMSTART\n\ts_waitcnt", "ASMSTART\n\ts_nop"),
+        ("sc0\n\ts_waitcnt", "sc0\n\ts_nop"),
+        ("buffer_inv", "s_nop"),
+    ],
+}
+
+
+def _barrier(assembly: str, target: str, source) -> dict:
+    """Faults of a construct kernel's barrier, and whether each of some planted ones would be found."""
+    from attanchor_kernels.backends.triton.arguments import Config
+
+    split = any(isinstance(value, Config) and value.split for value in source.constants.values())
+    plans = source.signature["outputs"].source != "constexpr"
+    wanted = {"arrivals": 1 + plans + split, "waits": int(plans)}
+    changes = PLANTED["amdgcn" if target == "gfx942" else "ptx"]
+    planted = [bool(barrier_faults(assembly.replace(*change), target, **wanted)) for change in changes[: 3 + plans]]
+    return {"barrier": barrier_faults(assembly, target, **wanted), "planted": planted}
+
+
 def _compile(work: tuple[str, str]) -> dict:
     """Compile one case for one target: the size of its machine code and, from NVIDIA, its resources."""
     import triton
     from triton.backends.compiler import GPUTarget
 
     target, case = work
-    source, options = _construct(*CONSTRUCT[case]) if case in CONSTRUCT else _copy(case, COPIES[case])
+    source, options = _construct(target, *CONSTRUCT[case]) if case in CONSTRUCT else _copy(case, COPIES[case])
     if target == "gfx942":
         options.pop("maxnreg", None)
     compiled = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
     row = {"target": target, "case": case, "shared": compiled.metadata.shared}
+    if case in CONSTRUCT:
+        row |= _barrier(compiled.asm["amdgcn" if target == "gfx942" else "ptx"], target, source)
     if target == "gfx942":
         assembly = compiled.asm["amdgcn"]
         registers = int(re.search(r"\.vgpr_count:\s+(\d+)", assembly)[1])
@@ -155,8 +233,13 @@ def _compile(work: tuple[str, str]) -> dict:
     return {**row, "bytes": len(compiled.asm["cubin"]), "registers": registers, "spills": stack}
 
 
-def _main(targets: list[str]) -> None:
-    work = [(target, case) for target in targets for case in cases(target)]
+def _main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("targets", nargs="*", default=list(TARGETS))
+    parser.add_argument("--cases", help="only these, with semicolons between")
+    options = parser.parse_args(arguments)
+    chosen = options.cases.split(";") if options.cases else None
+    work = [(target, case) for target in options.targets for case in chosen or cases(target)]
     with ProcessPoolExecutor(max_workers=min(2, os.cpu_count() or 1)) as pool:
         for row in pool.map(_compile, work):
             print(json.dumps(row), flush=True)
@@ -200,6 +283,7 @@ def _launchers() -> None:
         setattr(launch, name, launched[name])
     for batch, images, texts in [(2, 16, 17), (2, 33, 20), (1, 64, 32), (3, 65, 25)]:
         image, text = torch.zeros(batch, images, 64).half(), torch.zeros(batch, texts, 64).half()
+        launch.match(Problem(image, text, 0.5))
         embeds, plan = launch.construct(Problem(image, text, 0.5, max_anchors=3))
         launch.assemble(image, text, plan.source, plan.places)
         launch.assemble_backward(embeds, plan.source, plan.places, image.shape, text.shape, True, True)
@@ -250,6 +334,15 @@ def test_forward_spills_nothing_on_sm_90(compiled):
         assert 2 * row["shared"] <= 227 * 1024, row
 
 
+def test_the_barrier_is_in_the_machine_code(compiled):
+    """Arrivals release and acquire, waits acquire, for the whole GPU: what a compiler could weaken unseen."""
+    for (target, case), row in compiled.items():
+        if case not in CONSTRUCT:
+            continue
+        assert row["barrier"] == [], (target, case, row["barrier"])
+        assert all(row["planted"]), (target, case, row["planted"])
+
+
 def test_rows_of_16_bytes_are_moved_16_bytes_at_a_time(compiled):
     """At D = 4096 no element of a row is loaded or stored by itself."""
     for case in ("build", "build, split", "merge", "assemble", "transpose"):
@@ -258,7 +351,7 @@ def test_rows_of_16_bytes_are_moved_16_bytes_at_a_time(compiled):
 
 def test_launchers_bind_and_compile_once_over_lengths(tmp_path):
     """The launchers' calls fit the kernels, and new B, M and N compile nothing anew."""
-    assert _run(tmp_path, "launchers") == [{"construct_kernel": 1, "assemble_kernel": 1, "transpose_kernel": 1}]
+    assert _run(tmp_path, "launchers") == [{"construct_kernel": 2, "assemble_kernel": 1, "transpose_kernel": 1}]
 
 
 if __name__ == "__main__":
@@ -267,4 +360,4 @@ if __name__ == "__main__":
     if sys.argv[1:] == ["launchers"]:
         _launchers()
     else:
-        _main(sys.argv[1:] or list(TARGETS))
+        _main(sys.argv[1:])

@@ -1,5 +1,7 @@
 """What is peculiar to the Triton backend: tickets and barrier, workspace, tiles. Parity is in test_parity.py."""
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,6 +11,8 @@ from attanchor_kernels.backends import triton as backend
 from attanchor_kernels.backends import workspace
 from attanchor_kernels.backends.triton import launch, schedule
 from attanchor_kernels.problem import Plan, Problem
+from attanchor_kernels.testing.checks import BAND
+from attanchor_kernels.testing.oracle import Sample
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SCHEDULE = schedule.Schedule(
@@ -120,6 +124,38 @@ def test_plan_and_assemble_alone(make):
     assert torch.equal(alone.view(torch.uint8), embeds.view(torch.uint8))
 
 
+def assert_matches(problem: Problem, score: Tensor, host: Tensor) -> None:
+    """Against the float64 oracle: the best cosine of every mover, a host that reaches it, the first of equal ones."""
+    problem = problem._replace(**{name: v.cpu() for name, v in problem._asdict().items() if isinstance(v, Tensor)})
+    for index in range(problem.batch):
+        sample = Sample(problem, index)
+        for mover, (got, at) in enumerate(zip(score[index].tolist(), host[index].tolist(), strict=True)):
+            cosines = sample.cosines.get(mover + problem.mover_offset, {})
+            if not cosines:
+                assert (got, at) == (-math.inf, -1)
+                continue
+            assert abs(got - max(cosines.values())) <= BAND
+            found = at + problem.host_offset
+            assert cosines[found] >= max(cosines.values()) - BAND
+            assert not any(torch.equal(sample.rows[h], sample.rows[found]) for h in cosines if h < found)
+
+
+@problems
+@pytest.mark.parametrize("schedule", [None, SCHEDULE, SCHEDULE._replace(slice_hidden=16, slices=3, split=True)])
+def test_match_alone(make, schedule, poisoned_empty):
+    """Score and host of every mover before threshold and budget, below tau and at tau >= 1 too."""
+    problem = make()
+    score, host = launch.match(problem, schedule=schedule)
+    assert_matches(problem, score, host)
+    assert_workspace_zero()
+    again = launch.match(problem._replace(tau=2.0, max_anchors=0), schedule=schedule)
+    assert torch.equal(again[0], score)
+    assert torch.equal(again[1], host)
+    made = launch.run(problem, copy=False, schedule=schedule)[1]
+    assert torch.equal(made.score, score)
+    assert torch.equal(made.host, torch.where(made.host >= 0, host, -1))
+
+
 @problems
 def test_outputs_are_fully_written(make, poisoned_empty):
     """Whatever memory the outputs are given holds nothing of it afterwards."""
@@ -215,6 +251,7 @@ def test_empty_inputs(shape, max_anchors, poisoned_empty):
     )
     embeds, made = backend.construct(problem)
     assert_same((None, made), (None, reference.plan(problem)))
+    assert torch.equal(backend.match(problem)[0], made.score)
     rows = torch.cat([problem.image, problem.text], 1)
     at = made.source.clamp_min(0).unsqueeze(-1).expand(-1, -1, hidden)
     expected = rows.gather(1, at) if rows.numel() else torch.zeros_like(embeds)

@@ -19,19 +19,24 @@ from types import ModuleType
 
 import torch
 
+from attanchor_kernels.backends.architectures import runs_on
+
 NAMES = ("auto", "reference", "triton", "cuda")
 ENVIRONMENT_VARIABLE = "ATTANCHOR_BACKEND"
 OLDEST_TRITON = (3, 5)
 
 
 @functools.cache
-def why_not(name: str, device_type: str) -> str | None:
-    """Why a backend cannot run on a device type ("cpu", "cuda", …), or None if it can."""
+def why_not(name: str, device_type: str, index: int | None = None) -> str | None:
+    """Why a backend cannot run on a device type ("cpu", "cuda", …), or None if it can.
+
+    `index` is that of the device, by default the current one: GPUs of one machine may differ.
+    """
     if name == "reference":
         return None
     if name == "triton":
         return _why_not_triton(device_type)
-    return _why_not_cuda(device_type)
+    return _why_not_cuda(device_type, index)
 
 
 def _why_not_triton(device_type: str) -> str | None:
@@ -56,9 +61,9 @@ def _why_not_triton(device_type: str) -> str | None:
     )
 
 
-def _why_not_cuda(device_type: str) -> str | None:
+def _why_not_cuda(device_type: str, index: int | None) -> str | None:
     try:
-        importlib.import_module("attanchor_kernels._C")
+        binary = importlib.import_module("attanchor_kernels._C")
     except ImportError as error:
         return (
             f"the CUDA extension attanchor_kernels._C cannot be imported ({error}); "
@@ -66,6 +71,13 @@ def _why_not_cuda(device_type: str) -> str | None:
         )
     if device_type != "cuda":
         return f"the CUDA kernels run on CUDA tensors, these are on {device_type!r}"
+    built = binary.architectures.split("_")
+    capability = torch.cuda.get_device_capability(index)
+    if not runs_on(built, capability):
+        return (
+            f"the CUDA kernels were built for {', '.join(built)} and this GPU has compute capability "
+            f"{capability[0]}.{capability[1]}; build them anew with ATTANCHOR_CUDA_ARCHS unset, or naming it"
+        )
     return None
 
 
@@ -90,8 +102,8 @@ def requested(argument: str) -> str:
 def choose(argument: str, device: torch.device, dtype: torch.dtype) -> str:
     """The name of the backend that a call gets.
 
-    `auto` takes the reference on a CPU and for float64, otherwise CUDA where it is built, else Triton, else the
-    reference.
+    `auto` takes the reference on a CPU and for float64, otherwise CUDA where it is built for the GPU, else Triton, else
+    the reference. That CUDA comes first rests on no measurement yet: docs/kernels.md says what the rule is to become.
 
     Raises:
         ValueError: the backend asked for is unknown, cannot run here, or does not do this dtype.
@@ -100,12 +112,12 @@ def choose(argument: str, device: torch.device, dtype: torch.dtype) -> str:
     if name == "auto":
         if device.type == "cpu" or dtype == torch.float64:
             return "reference"
-        return next(n for n in ("cuda", "triton", "reference") if why_not(n, device.type) is None)
+        return next(n for n in ("cuda", "triton", "reference") if why_not(n, device.type, device.index) is None)
     if name != "reference" and dtype == torch.float64:
         raise ValueError(
             f"backend is {name!r} and the inputs are float64; the kernels do not do float64: use 'reference'"
         )
-    reason = why_not(name, device.type)
+    reason = why_not(name, device.type, device.index)
     if reason is not None:
         raise ValueError(f"backend is {name!r}, which is not available: {reason}")
     return name

@@ -27,6 +27,7 @@ BINDING_FLAGS = [
     "-DATTANCHOR_DISPATCH_KEY=CPU",
     "-DTORCH_TARGET_VERSION=0x020a000000000000",
     "-DPy_LIMITED_API=0x030a0000",
+    "-DATTANCHOR_ARCHS=80+PTX_90a",
     f"-I{TORCH / 'include'}",
     f"-I{sysconfig.get_paths()['include']}",
 ]
@@ -93,6 +94,7 @@ class Emulator:
         assert spec is not None
         module: ModuleType = importlib.util.module_from_spec(spec)
         loader.exec_module(module)
+        self.binary = module
         self._library = ctypes.CDLL(path)
         self._library.attanchor_emulate.argtypes = [ctypes.c_int, ctypes.c_uint64]
         sys.modules[name] = module

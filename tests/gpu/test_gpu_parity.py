@@ -4,10 +4,12 @@ import pytest
 import torch
 from gpu_checks import DEVICE, OPS, assert_same, check_contract, moved, planted, problem_of, reference
 from hypothesis import given, seed, settings
+from limits import LIMITS
 from strategies import KERNEL_DTYPES, build_arguments, merge_arguments
 
-from attanchor_kernels import build_sequence, merge_sequence, plan_sequence
-from attanchor_kernels.testing.checks import BAND
+from attanchor_kernels import AnchoredSequence, backends, build_sequence, merge_sequence, plan_sequence
+from attanchor_kernels.problem import Problem
+from attanchor_kernels.testing.checks import BAND, assert_keeps_contract
 from attanchor_kernels.testing.inputs import SHAPES, TAU, matched_pair, merge_form
 
 # Triton compiles anew for nearly every random problem, seconds each; the interpreter runs many more of them elsewhere.
@@ -55,6 +57,31 @@ def test_merge_and_plan_keep_the_contract(backend, dtype, part):
                 assert torch.equal(field, merged)
 
     check()
+
+
+@pytest.mark.parametrize("make", LIMITS.values(), ids=LIMITS.keys())
+def test_limits_of_tiles_and_scans(backend, make):
+    """Just below, at and above the sizes at which a kernel changes its way, against the float64 oracle."""
+    problem = make()
+    embeds, made = backends.load(backend).construct(Problem(**moved(problem._asdict())))
+    assert made.is_anchor.any()
+    result = AnchoredSequence(*(field.cpu() for field in (embeds, *made[:-1])))
+    assert_keeps_contract(result, problem, trimmed=False)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.name)
+@pytest.mark.parametrize("direction", ["text_into_image", "image_into_text"])
+def test_match_alone(shape, direction):
+    """Triton's match without plan and copy: the plan's scores, the hosts of what is inserted."""
+    triton = pytest.importorskip("attanchor_kernels.backends.triton")
+    image, text = planted(3, shape)
+    problem = Problem(image, text, TAU, image_into_text=direction == "image_into_text")
+    made = triton.plan(problem)
+    score, host = triton.match(problem)
+    assert (made.host >= 0).any()
+    assert torch.equal(score, made.score)
+    assert torch.equal(made.host, torch.where(made.host >= 0, host, -1))
+    assert ((host >= 0) == score.isfinite()).all()
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.name)

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from attanchor_kernels.backends.launching import (
+    contiguous,
+    empty_embeds,
+    empty_gradients,
+    on_device,
+    rows_contiguous,
+    selection,
+)
 from attanchor_kernels.backends.workspace import zeroed
 from attanchor_kernels.problem import Plan, Problem
 
 _construct = torch.ops.attanchor_cuda.construct.default
 _assemble = torch.ops.attanchor_cuda.assemble.default
 _assemble_backward = torch.ops.attanchor_cuda.assemble_backward.default
-
-# A NaN tau is an error earlier; cosines lie in [-1, 1], so these bounds decide as tau does and fit in float32.
-LEAST_TAU, NEVER = -2.0, 2.0
 
 
 class Tuning(NamedTuple):
@@ -50,29 +54,14 @@ def plan(problem: Problem) -> Plan:
 
 def run(problem: Problem, *, copy: bool, tuning: Tuning = BY_SHAPE) -> tuple[Tensor | None, Plan]:
     """Launch the construct kernel; `tuning` overrides the choice by shape."""
-    batch, slots, capacity, movers = problem.batch, problem.slots, problem.capacity, problem.movers
+    batch, movers, device = problem.batch, problem.movers, problem.text.device
     image, text = rows_contiguous(problem.image), rows_contiguous(problem.text)
-    axes = 1 if problem.position_ids is None else problem.position_ids.shape[0]
-    device = text.device
-
-    def empty(*shape: int, dtype: torch.dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=device)
-
-    embeds = empty(batch, capacity, problem.hidden, dtype=text.dtype) if copy else None
-    made = Plan(
-        position_ids=empty(axes, batch, capacity, dtype=torch.int64),
-        attention_mask=empty(batch, capacity, dtype=torch.int64),
-        source=empty(batch, capacity, dtype=torch.int64),
-        is_anchor=empty(batch, capacity, dtype=torch.bool),
-        host=empty(batch, movers, dtype=torch.int64),
-        score=empty(batch, movers, dtype=torch.float32),
-        places=empty(batch, 3, slots, dtype=torch.int32),
-    )
-    if batch == 0 or capacity == 0:
+    embeds = empty_embeds(problem) if copy else None
+    made = Plan.empty(problem)
+    if batch == 0 or problem.capacity == 0:
         return embeds, made
 
-    budget = movers if problem.max_anchors is None else problem.max_anchors
-    never = problem.tau >= 1 or budget == 0
+    chosen = selection(problem)
     stream = current_stream(device)
     with on_device(device):
         # Keys (B, movers), cuts (B,), then 1 + 2 B counters of 32 bits.
@@ -89,8 +78,8 @@ def run(problem: Problem, *, copy: bool, tuning: Tuning = BY_SHAPE) -> tuple[Ten
         embeds,
         *made,
         state,
-        NEVER if never else max(problem.tau, LEAST_TAU),
-        movers if never else budget,
+        chosen.tau,
+        chosen.budget,
         problem.image_into_text,
         problem.inherit,
         problem.pad_left,
@@ -119,8 +108,7 @@ def assemble_backward(
     need_text: bool,
 ) -> tuple[Tensor, Tensor]:
     """The transpose of `assemble`, a gather over input rows; (0,) for a gradient that is not needed."""
-    image_grad = grad.new_empty(image_shape if need_image else (0,))
-    text_grad = grad.new_empty(text_shape if need_text else (0,))
+    image_grad, text_grad = empty_gradients(grad, image_shape, text_shape, need_image, need_text)
     if image_grad.numel() + text_grad.numel() == 0:
         return image_grad, text_grad
     _assemble_backward(
@@ -135,20 +123,6 @@ def assemble_backward(
         current_stream(grad.device),
     )
     return image_grad, text_grad
-
-
-def rows_contiguous(value: Tensor) -> Tensor:
-    """The tensor, or a copy if the elements of a row do not lie side by side."""
-    return value if value.stride(-1) == 1 or value.shape[-1] <= 1 else value.contiguous()
-
-
-def contiguous(value: Tensor | None) -> Tensor | None:
-    return None if value is None else value.contiguous()
-
-
-def on_device(device: torch.device) -> AbstractContextManager:
-    """Makes `device` the current one, where there is such a thing: it decides whose capture is asked about."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def current_stream(device: torch.device) -> int:

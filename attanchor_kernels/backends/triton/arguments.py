@@ -41,7 +41,10 @@ class Inputs(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """Pointers to the new sequence and the fields of its `Plan`, all contiguous; no `embeds`, no copy."""
+    """Pointers to the new sequence and the fields of its `Plan`, all contiguous.
+
+    No `embeds`, no copy; nothing but `host` and `score`, no plan: then they say what each mover matches best.
+    """
 
     embeds: Any
     position_ids: Any
@@ -89,6 +92,7 @@ class Config(NamedTuple):
     inherit: bool
     pad_left: bool
     interpreted: bool  # the interpreter multiplies bfloat16 wrongly and truncates to it
+    amd: str  # "gfx9" (CDNA), "gfx1" (RDNA), "" elsewhere: what a barrier of the program orders differs
     block_images: int
     block_texts: int
     block_hidden: int

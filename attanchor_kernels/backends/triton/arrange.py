@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from attanchor_kernels.backends.triton.arguments import ANCHOR_TEXT, IMAGE
+from attanchor_kernels.backends.triton.barrier import arrive, wait
 from attanchor_kernels.backends.triton.keys import cut_by_ranking, decode_index, decode_score, rank_keys
 from attanchor_kernels.backends.triton.match import RANKED_MOVERS, arrivals
 from attanchor_kernels.backends.triton.rows import copy_rows, slot_rows, zero_rows
@@ -26,15 +27,6 @@ from attanchor_kernels.backends.triton.slots import (
 )
 
 MOVER_BLOCK = tl.constexpr(64)
-
-
-@triton.jit
-def wait(counter, count):
-    """Until `counter` has reached `count`; then what was written before is visible to every thread."""
-    while tl.load(counter, volatile=True) < count:
-        pass
-    tl.atomic_add(counter, 0, sem="acquire")
-    tl.debug_barrier()
 
 
 @triton.jit
@@ -91,7 +83,7 @@ def assemble_tile(rows, inputs, outputs, state, sizes, config: tl.constexpr, sam
         report = mover
 
     matched = state.counters + 1 + sample
-    wait(matched, arrivals(sizes, config, movers))
+    wait(matched, arrivals(sizes, config, movers), config)
     keys = state.keys + sample64 * sizes.movers
     cut = tl.full([], 0, tl.uint64)
     if config.budgeted:
@@ -122,9 +114,8 @@ def assemble_tile(rows, inputs, outputs, state, sizes, config: tl.constexpr, sam
         first = sizes.capacity - length
 
     # The keys have been read: the last tile of the sample puts everything back to zero for the next launch.
-    tl.debug_barrier()
     left = state.counters + 1 + sizes.batch + sample
-    if tl.atomic_add(left, 1, sem="acq_rel") == sizes.row_tiles - 1:
+    if arrive(left, config) == sizes.row_tiles - 1:
         tl.debug_barrier()
         for start in range(0, movers, 1024):
             at = start + tl.arange(0, 1024)

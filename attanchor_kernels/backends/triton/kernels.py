@@ -1,11 +1,15 @@
-"""The three kernels that are launched: construct (match, plan and copy in one), assemble, and its transpose."""
+"""The three kernels that are launched: construct (match, plan and copy in one), assemble, and its transpose.
+
+Construct makes what its outputs have pointers for: without `embeds` it plans and does not copy, without `source` it
+matches and does not plan.
+"""
 
 import triton
 import triton.language as tl
 
 from attanchor_kernels.backends.triton.arguments import Rows, Sizes
 from attanchor_kernels.backends.triton.arrange import assemble_tile
-from attanchor_kernels.backends.triton.match import match_items, match_tile
+from attanchor_kernels.backends.triton.match import match_items, match_tile, report_matches
 from attanchor_kernels.backends.triton.rows import add_copies, copy_rows, slot_rows, zero_rows
 
 LENGTHS = [
@@ -48,16 +52,7 @@ def construct_kernel(
     waits for a sample so holds a later ticket than every match tile of it, and match work never waits: no deadlock,
     whatever runs at the same time.
     """
-    rows = Rows(
-        image,
-        text,
-        image_batch_stride,
-        image_row_stride,
-        text_batch_stride,
-        text_row_stride,
-        images,
-        features,
-    )
+    rows = Rows(image, text, image_batch_stride, image_row_stride, text_batch_stride, text_row_stride, images, features)
     sizes = Sizes(batch, images, texts, slots, movers, capacity, axes, budget, tau, image_tiles, row_tiles)
     total = batch * (match_items(sizes, config) + row_tiles)
     ticket = tl.atomic_add(state.counters, 1, sem="relaxed")
@@ -90,7 +85,10 @@ def work(rows, inputs, outputs, state, sizes, config: tl.constexpr, lag, ticket)
     else:
         sample = sizes.batch - lag + (ticket - middle) // sizes.row_tiles
         item = items + (ticket - middle) % sizes.row_tiles
-    if item < items:
+    if outputs.source is None:  # all tickets are match tiles
+        if match_tile(rows, inputs, state, sizes, config, sample, item // parts, item % parts):
+            report_matches(inputs, outputs, state, sizes, config, sample)
+    elif item < items:
         match_tile(rows, inputs, state, sizes, config, sample, item // parts, item % parts)
     else:
         assemble_tile(rows, inputs, outputs, state, sizes, config, sample, item - items)
@@ -121,16 +119,7 @@ def assemble_kernel(
     config: tl.constexpr,
 ):
     """Copy the rows of a tile of slots to their places, and zero the padding in a tile of output rows."""
-    rows = Rows(
-        image,
-        text,
-        image_batch_stride,
-        image_row_stride,
-        text_batch_stride,
-        text_row_stride,
-        images,
-        features,
-    )
+    rows = Rows(image, text, image_batch_stride, image_row_stride, text_batch_stride, text_row_stride, images, features)
     sample = tl.program_id(0) // row_tiles
     sample64 = sample.to(tl.int64)
     index = tl.program_id(0) % row_tiles * config.block_rows + tl.arange(0, config.block_rows)

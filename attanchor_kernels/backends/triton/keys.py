@@ -30,7 +30,7 @@ def decode_score(key):
 
 @triton.jit
 def decode_index(key):
-    """The index of a key; meaningless for an empty one."""
+    """The index of a key, -1 for an empty one."""
     return ~(key & LOW_WORD).to(tl.uint32).to(tl.int32, bitcast=True)
 
 

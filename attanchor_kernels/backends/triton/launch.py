@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager
 
 import torch
 import triton
 from torch import Tensor
 
+from attanchor_kernels.backends.launching import (
+    contiguous,
+    empty_embeds,
+    empty_gradients,
+    on_device,
+    rows_contiguous,
+    selection,
+)
 from attanchor_kernels.backends.triton import schedule as schedules
 from attanchor_kernels.backends.triton import workspace
 from attanchor_kernels.backends.triton.arguments import Config, CopyConfig, Inputs, Outputs
@@ -16,8 +23,6 @@ from attanchor_kernels.backends.triton.kernels import assemble_kernel, construct
 from attanchor_kernels.problem import Plan, Problem
 
 INTERPRETED = triton.knobs.runtime.interpret
-# A NaN tau is an error earlier; cosines lie in [-1, 1], so these bounds decide as tau does and fit in float32.
-LEAST_TAU, NEVER = -2.0, 2.0
 TAIL_PROGRAMS = 64
 
 
@@ -35,43 +40,45 @@ def plan(problem: Problem) -> Plan:
 
 def run(problem: Problem, *, copy: bool, schedule: schedules.Schedule | None = None) -> tuple[Tensor | None, Plan]:
     """Launch the construct kernel; `schedule` overrides the choice by shape."""
-    batch, slots, capacity, hidden = problem.batch, problem.slots, problem.capacity, problem.hidden
+    embeds = empty_embeds(problem) if copy else None
+    made = Plan.empty(problem)
+    if problem.batch and problem.capacity:
+        fields = made._replace(is_anchor=made.is_anchor.view(torch.uint8))
+        _launch(problem, Outputs(embeds, *fields), schedule)
+    return embeds, made
+
+
+def match(problem: Problem, *, schedule: schedules.Schedule | None = None) -> tuple[Tensor, Tensor]:
+    """The match alone, in one launch: what every mover is most similar to, before threshold and budget.
+
+    Returns:
+        score: (B, movers) float32, the best cosine; -inf where a mover takes no part or has no candidate.
+        host: (B, movers) int64, the host that it is reached at, counted as in `Plan`; -1 where there is none.
+    """
+    made = Plan.empty(problem)
+    if made.score.numel():
+        nothing = Outputs(*[None] * len(Outputs._fields))
+        _launch(problem, nothing._replace(host=made.host, score=made.score), schedule)
+    return made.score, made.host
+
+
+def _launch(problem: Problem, outputs: Outputs, schedule: schedules.Schedule | None) -> None:
+    """The construct kernel, which makes what `outputs` has a tensor for."""
+    batch, slots, hidden, merges = problem.batch, problem.slots, problem.hidden, problem.merges
     image, text = rows_contiguous(problem.image), rows_contiguous(problem.text)
-    axes = 1 if problem.position_ids is None else problem.position_ids.shape[0]
-    device = text.device
     aligned = alignment(image, text)
-
-    def empty(*shape: int, dtype: torch.dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=device)
-
-    embeds = empty(batch, capacity, hidden, dtype=text.dtype) if copy else None
-    made = Plan(
-        position_ids=empty(axes, batch, capacity, dtype=torch.int64),
-        attention_mask=empty(batch, capacity, dtype=torch.int64),
-        source=empty(batch, capacity, dtype=torch.int64),
-        is_anchor=empty(batch, capacity, dtype=torch.bool),
-        host=empty(batch, problem.movers, dtype=torch.int64),
-        score=empty(batch, problem.movers, dtype=torch.float32),
-        places=empty(batch, 3, slots, dtype=torch.int32),
-    )
-    if batch == 0 or capacity == 0:
-        return embeds, made
-
-    merges = problem.merges
     images = min(slots, image.shape[0]) if merges else image.shape[1]
     if schedule is None:
-        schedule = schedules.construct(device, text.element_size(), batch, images, text.shape[1], hidden, aligned)
+        schedule = schedules.construct(text.device, text.element_size(), batch, images, text.shape[1], hidden, aligned)
     image_tiles = max(1, triton.cdiv(images, schedule.block_images))
-    row_tiles = triton.cdiv(capacity, schedule.block_rows)
-    lag = min(schedule.lag, batch)
     items = image_tiles * (schedule.slices if schedule.split else 1)
-    image_batch_stride, image_row_stride = (0, image.stride(0)) if merges else image.stride()[:2]
-    budget = problem.movers if problem.max_anchors is None else problem.max_anchors
-    tau = NEVER if problem.tau >= 1 or budget == 0 else max(problem.tau, LEAST_TAU)
+    assembles = outputs.source is not None
+    row_tiles = triton.cdiv(problem.capacity, schedule.block_rows) if assembles else 0
+    chosen = selection(problem)
 
-    with on_device(device):
+    with on_device(text.device):
         state = workspace.state(
-            device,
+            text.device,
             batch,
             problem.movers,
             tiles=image_tiles if schedule.split else 0,
@@ -86,36 +93,32 @@ def run(problem: Problem, *, copy: bool, schedule: schedules.Schedule | None = N
                 image_mask=as_bytes(problem.image_mask),
                 text_mask=as_bytes(problem.text_mask),
                 anchor_mask=as_bytes(problem.anchor_mask),
-                position_ids=contiguous(problem.position_ids),
+                position_ids=contiguous(problem.position_ids) if assembles else None,
             ),
-            Outputs(embeds, *made._replace(is_anchor=made.is_anchor.view(torch.uint8))),
+            outputs,
             state,
-            tau,
+            chosen.tau,
             batch=batch,
-            images=0 if merges else image.shape[1],
             texts=text.shape[1],
             slots=slots,
-            features=image.shape[0] if merges else batch * image.shape[1],
             movers=problem.movers,
-            capacity=capacity,
-            axes=axes,
-            budget=budget,
-            image_batch_stride=image_batch_stride,
-            image_row_stride=image_row_stride,
-            text_batch_stride=text.stride(0),
-            text_row_stride=text.stride(1),
+            capacity=problem.capacity,
+            axes=1 if problem.position_ids is None else problem.position_ids.shape[0],
+            budget=chosen.budget,
+            **row_places(image, text),
             image_tiles=image_tiles,
             row_tiles=row_tiles,
-            lag=lag,
+            lag=min(schedule.lag, batch) if assembles else batch,
             config=Config(
                 hidden=hidden,
                 alignment=aligned,
                 merges=merges,
                 image_into_text=problem.image_into_text,
-                budgeted=tau != NEVER and budget < problem.movers,
-                inherit=problem.inherit,
-                pad_left=problem.pad_left,
+                budgeted=chosen.budgeted and assembles,
+                inherit=problem.inherit and assembles,
+                pad_left=problem.pad_left and assembles,
                 interpreted=INTERPRETED,
+                amd=amd_generation(text.device),
                 block_images=schedule.block_images,
                 block_texts=schedule.block_texts,
                 block_hidden=schedule.block_hidden,
@@ -128,7 +131,6 @@ def run(problem: Problem, *, copy: bool, schedule: schedules.Schedule | None = N
             ),
             **compilation(schedule.num_warps, schedule.num_stages, schedule.registers),
         )
-    return embeds, made
 
 
 def assemble(image: Tensor, text: Tensor, source: Tensor, places: Tensor) -> Tensor:
@@ -139,8 +141,6 @@ def assemble(image: Tensor, text: Tensor, source: Tensor, places: Tensor) -> Ten
     if embeds.numel() == 0:
         return embeds
     image, text = rows_contiguous(image), rows_contiguous(text)
-    merges = image.dim() == 2
-    image_batch_stride, image_row_stride = (0, image.stride(0)) if merges else image.stride()[:2]
     tiles = schedules.copying(text.element_size(), hidden)
     row_tiles = triton.cdiv(max(slots, length), tiles.block_rows)
     with on_device(text.device):
@@ -150,17 +150,12 @@ def assemble(image: Tensor, text: Tensor, source: Tensor, places: Tensor) -> Ten
             source.contiguous(),
             places.contiguous(),
             embeds,
-            images=0 if merges else image.shape[1],
-            features=image.shape[0] if merges else batch * image.shape[1],
             slots=slots,
             length=length,
             row_tiles=row_tiles,
-            image_batch_stride=image_batch_stride,
-            image_row_stride=image_row_stride,
-            text_batch_stride=text.stride(0),
-            text_row_stride=text.stride(1),
+            **row_places(image, text),
             config=CopyConfig(
-                hidden, alignment(image, text), merges, INTERPRETED, tiles.block_rows, tiles.block_columns
+                hidden, alignment(image, text), image.dim() == 2, INTERPRETED, tiles.block_rows, tiles.block_columns
             ),
             **compilation(tiles.num_warps),
         )
@@ -178,8 +173,7 @@ def assemble_backward(
 ) -> tuple[Tensor, Tensor]:
     """The transpose of `assemble`, a gather over input rows; (0,) for a gradient that is not needed."""
     batch, slots, hidden = places.shape[0], places.shape[2], text_shape[2]
-    image_grad = grad.new_empty(image_shape if need_image else (0,))
-    text_grad = grad.new_empty(text_shape if need_text else (0,))
+    image_grad, text_grad = empty_gradients(grad, image_shape, text_shape, need_image, need_text)
     if image_grad.numel() + text_grad.numel() == 0:
         return image_grad, text_grad
     grad = rows_contiguous(grad)
@@ -212,13 +206,17 @@ def partial_size(schedule: schedules.Schedule) -> int:
     return schedule.block_images * schedule.block_texts + schedule.block_images + schedule.block_texts
 
 
-def rows_contiguous(value: Tensor) -> Tensor:
-    """The tensor, or a copy if the elements of a row do not lie side by side."""
-    return value if value.stride(-1) == 1 or value.shape[-1] <= 1 else value.contiguous()
-
-
-def contiguous(value: Tensor | None) -> Tensor | None:
-    return None if value is None else value.contiguous()
+def row_places(image: Tensor, text: Tensor) -> dict[str, int]:
+    """Where the kernels find a row: the lengths and strides of `arguments.Rows`."""
+    merges = image.dim() == 2
+    return {
+        "images": 0 if merges else image.shape[1],
+        "features": image.shape[0] if merges else image.shape[0] * image.shape[1],
+        "image_batch_stride": 0 if merges else image.stride(0),
+        "image_row_stride": image.stride(0 if merges else 1),
+        "text_batch_stride": text.stride(0),
+        "text_row_stride": text.stride(1),
+    }
 
 
 def as_bytes(mask: Tensor | None) -> Tensor | None:
@@ -232,12 +230,14 @@ def alignment(*values: Tensor) -> int:
     return math.gcd(16, *(size * stride for stride in strides), *(v.data_ptr() for v in values)) // size
 
 
+def amd_generation(device: torch.device) -> str:
+    """First letters of an AMD architecture, "gfx9" or "gfx1"; "" for anything else."""
+    if torch.version.hip is None or device.type != "cuda":
+        return ""
+    return torch.cuda.get_device_properties(device).gcnArchName[:4]
+
+
 def compilation(num_warps: int, num_stages: int = 1, registers: int | None = None) -> dict:
     """Compiler options; ROCm knows no limit of registers."""
     limit = {} if registers is None or torch.version.hip else {"maxnreg": registers}
     return {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True, **limit}
-
-
-def on_device(device: torch.device) -> AbstractContextManager:
-    """Makes `device` the current one, where there is such a thing: Triton launches on the current device."""
-    return torch.cuda.device(device if device.type == "cuda" else -1)

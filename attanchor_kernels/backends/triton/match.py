@@ -7,10 +7,18 @@ import triton
 import triton.language as tl
 
 from attanchor_kernels.backends.triton.arguments import ANCHOR_TEXT, IMAGE
+from attanchor_kernels.backends.triton.barrier import arrive
 from attanchor_kernels.backends.triton.convert import widen
-from attanchor_kernels.backends.triton.keys import cut_by_search, encode
+from attanchor_kernels.backends.triton.keys import cut_by_search, decode_index, decode_score, encode
 from attanchor_kernels.backends.triton.rows import image_rows, text_rows
-from attanchor_kernels.backends.triton.slots import count_earlier_placeholders, count_ranked, find_slots, load_roles
+from attanchor_kernels.backends.triton.slots import (
+    SCAN,
+    count_earlier_placeholders,
+    count_ranked,
+    find_slots,
+    is_ranked,
+    load_roles,
+)
 
 # Up to so many movers are ranked against each other by everyone who needs to know; above, one program finds the cut.
 RANKED_MOVERS = tl.constexpr(128)
@@ -122,7 +130,7 @@ def publish(
 def match_tile(rows, inputs, state, sizes, config: tl.constexpr, sample, tile, part):
     """Match one tile of image rows; if tiles are split, `part` is the slice of columns to do.
 
-    Never waits for another program.
+    Never waits for another program. Returns whether this was the last match work of the sample.
     """
     M: tl.constexpr = config.block_images
     N: tl.constexpr = config.block_texts
@@ -170,9 +178,8 @@ def match_tile(rows, inputs, state, sizes, config: tl.constexpr, sample, tile, p
             if block == 0:
                 at = state.scratch + tl.cast(unit, tl.int64) * config.slices * partial_size(config)
                 store_partial(at + part * partial_size(config), product, image_square, text_square, config)
-                tl.debug_barrier()
                 parts = state.counters + 1 + 2 * sizes.batch + unit
-                if tl.atomic_add(parts, 1, sem="acq_rel") == config.slices - 1:
+                if arrive(parts, config) == config.slices - 1:
                     tl.debug_barrier()
                     product, image_square, text_square = add_partials(at, config)
                     tl.store(parts, 0)
@@ -206,18 +213,40 @@ def match_tile(rows, inputs, state, sizes, config: tl.constexpr, sample, tile, p
                 config,
             )
 
-    # All threads' maxima are out before one thread says so.
-    tl.debug_barrier()
     matched = state.counters + 1 + sample
-    arrived = tl.atomic_add(matched, 1, sem="acq_rel")
+    last = arrive(matched, config) == match_items(sizes, config) - 1
     if config.budgeted:  # noqa: SIM102
-        if arrived == match_items(sizes, config) - 1:
+        if last:
             movers = count_movers(inputs, sizes, config, sample)
             if movers > RANKED_MOVERS:
                 tl.debug_barrier()
                 tl.store(state.cuts + sample, cut_by_search(keys, movers, sizes.budget, sizes.tau))
                 tl.debug_barrier()
                 tl.atomic_add(matched, 1, sem="release")
+    return last
+
+
+@triton.jit
+def report_matches(inputs, outputs, state, sizes, config: tl.constexpr, sample):
+    """Score and host of every mover of a sample whose match work is all done, and its state back to zero."""
+    tl.debug_barrier()
+    keys = state.keys + tl.cast(sample, tl.int64) * sizes.movers
+    reports = tl.cast(sample, tl.int64) * sizes.movers
+    passed = 0
+    for start in range(0, sizes.movers, SCAN):
+        at = start + tl.arange(0, SCAN)
+        mover = at
+        moves = at < sizes.movers
+        if config.merges:  # keys are counted by rank, reports by slot
+            ranked = is_ranked(load_roles(inputs, sizes, config, sample, at), config.image_into_text).to(tl.int32)
+            mover = passed + tl.cumsum(ranked, 0) - ranked
+            moves = ranked > 0
+            passed += tl.sum(ranked)
+        key = tl.load(keys + mover, mask=moves, other=0)
+        tl.store(outputs.host + reports + at, decode_index(key).to(tl.int64), mask=at < sizes.movers)
+        tl.store(outputs.score + reports + at, decode_score(key), mask=at < sizes.movers)
+        tl.store(keys + mover, tl.zeros([SCAN], tl.uint64), mask=moves)  # read by no one else
+    tl.store(state.counters + 1 + sample, 0)
 
 
 @triton.jit

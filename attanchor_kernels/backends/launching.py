@@ -1,0 +1,58 @@
+"""What the launchers of the kernel backends share: options as kernels take them, strides, outputs. Torch alone."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from attanchor_kernels.problem import Problem
+
+# Cosines lie in [-1, 1], so these bounds decide as any tau beyond them does, and fit in float32.
+LEAST_TAU, NEVER = -2.0, 2.0
+
+
+class Selection(NamedTuple):
+    """Threshold and budget as kernels take them: a finite float32, and a count that is never more than the movers."""
+
+    tau: float
+    budget: int
+    budgeted: bool  # whether the budget can leave out a mover
+
+
+def selection(problem: Problem) -> Selection:
+    """`tau >= 1` and a budget of 0 become a threshold that no cosine reaches. (A NaN tau is an error earlier.)"""
+    movers = problem.movers
+    budget = movers if problem.max_anchors is None else min(problem.max_anchors, movers)
+    if problem.tau >= 1 or budget == 0:
+        return Selection(NEVER, movers, False)
+    return Selection(max(problem.tau, LEAST_TAU), budget, budget < movers)
+
+
+def empty_embeds(problem: Problem) -> Tensor:
+    """(B, C, D) of the inputs' dtype, unwritten."""
+    shape = (problem.batch, problem.capacity, problem.hidden)
+    return torch.empty(shape, dtype=problem.text.dtype, device=problem.text.device)
+
+
+def empty_gradients(
+    grad: Tensor, image_shape: tuple[int, ...], text_shape: tuple[int, ...], need_image: bool, need_text: bool
+) -> tuple[Tensor, Tensor]:
+    """The gradients of image and text, unwritten; (0,) for one that is not needed."""
+    return grad.new_empty(image_shape if need_image else (0,)), grad.new_empty(text_shape if need_text else (0,))
+
+
+def rows_contiguous(value: Tensor) -> Tensor:
+    """The tensor, or a copy if the elements of a row do not lie side by side."""
+    return value if value.stride(-1) == 1 or value.shape[-1] <= 1 else value.contiguous()
+
+
+def contiguous(value: Tensor | None) -> Tensor | None:
+    return None if value is None else value.contiguous()
+
+
+def on_device(device: torch.device) -> AbstractContextManager:
+    """Makes `device` the current one, where there is such a thing: launches and captures are the current device's."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

@@ -1,0 +1,48 @@
+"""The Triton kernels just below and above the sizes at which they change their way, against the float64 oracle."""
+
+import pytest
+import torch
+from limits import LIMITS, build, merge
+
+from attanchor_kernels import AnchoredSequence, reference
+from attanchor_kernels.backends import triton as backend
+from attanchor_kernels.backends import workspace
+from attanchor_kernels.backends.triton import launch, schedule
+from attanchor_kernels.problem import Problem
+from attanchor_kernels.testing.checks import assert_keeps_contract
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+# Lengths that only these kernels have: keys in blocks of 2048, roles of earlier samples in blocks of 4096.
+OWN = {
+    "2049 movers": lambda: build(3, 2049, 2),
+    "4100 earlier slots": lambda: merge(1025, batch=5, pad_left=True),
+}
+CASES = {**LIMITS, **OWN}
+
+
+def on_device(problem: Problem) -> Problem:
+    return problem._replace(**{k: v.to(DEVICE) for k, v in problem._asdict().items() if isinstance(v, torch.Tensor)})
+
+
+@pytest.mark.parametrize("make", CASES.values(), ids=CASES.keys())
+def test_limit(make, poisoned_empty):
+    """The contract, the copy alone, the match alone, the transpose, and the workspace as it was."""
+    problem = make()
+    given = on_device(problem)
+    # Few large tiles to assemble, or the interpreter takes minutes.
+    rows = 32 if problem.slots * problem.batch < 1500 else 512
+    images = len(given.image) if given.merges else given.image.shape[1]
+    chosen = schedule.construct(
+        DEVICE, given.text.element_size(), given.batch, images, given.text.shape[1], given.hidden, 1
+    )
+    embeds, made = launch.run(given, copy=True, schedule=chosen._replace(block_rows=rows))
+    result = AnchoredSequence(embeds, *made[:-1])
+    assert made.is_anchor.any()
+    assert_keeps_contract(AnchoredSequence(*(field.cpu() for field in result)), problem, trimmed=False)
+    assert torch.equal(backend.assemble(given.image, given.text, made.source, made.places), embeds)
+    assert torch.equal(backend.match(given)[0], made.score)
+    grad = torch.randn(embeds.shape, generator=torch.Generator().manual_seed(0)).to(embeds)
+    arguments = grad, made.source, made.places, tuple(given.image.shape), tuple(given.text.shape), True, True
+    for one, other in zip(backend.assemble_backward(*arguments), reference.assemble_backward(*arguments), strict=True):
+        assert torch.equal(one, other)
+    assert not any(words.any() for words in workspace.held(DEVICE))
