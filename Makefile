@@ -11,6 +11,7 @@ GPU_OUT ?= gpu-out
 $(STAMP): requirements/ci.txt pyproject.toml setup.py
 	python3 -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --requirement requirements/ci.txt
+	$(VENV)/bin/python -m pip install --quiet --no-deps $$(sed -n 's/^# no-deps: //p' requirements/ci.txt)
 	ATTANCHOR_BUILD_CUDA=0 $(VENV)/bin/python -m pip install --quiet --no-build-isolation --no-deps --editable .
 	touch $@
 
@@ -25,7 +26,7 @@ lint: $(STAMP)
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-# Everything that needs a GPU, into GPU_OUT; without one, a rehearsal at toy sizes. PART=1 or PART=2 does half of it.
+# Everything that needs a GPU, into GPU_OUT; without one, a rehearsal at toy sizes. PART=1, 2 or 3 does a part of it.
 .PHONY: gpu
 gpu: $(if $(filter $(VENV)/%,$(PYTHON)),$(STAMP))
 	$(PYTHON) -m benchmarks.gpu --output $(GPU_OUT) $(if $(PART),--part $(PART))

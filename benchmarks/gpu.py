@@ -4,8 +4,8 @@ For a machine with its own PyTorch and no network. The repository need not be in
 place. Every step is a process of its own with its own time limit, so that a hang costs one step; a failed step is
 reported and the rest goes on. The most valuable steps come first, and what no time is left for is skipped and said so.
 
-The folder gets summary.json, summary.txt, logs.tar.gz and the rows, at most 8 files, current after every step. Without
-a GPU the same steps run at toy sizes, as a rehearsal.
+The folder gets summary.json, summary.txt, logs.tar.gz and the rows, at most 8 files, current after every step; the
+laboratory's plan and rows are in its folder `lab`. Without a GPU the same steps run at toy sizes, as a rehearsal.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import importlib.util
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -119,6 +120,8 @@ def steps(python: str, gpu: Gpu | None, output: Path) -> list[Step]:
     )
     quick = ("--benchmark-max-time", "0.05", "--benchmark-min-rounds", "3", "--benchmark-warmup", "off")
     timed = (*pytest, "-q", "--benchmark-enable", *quick, "benchmarks/test_operators.py")
+    laboratory = (python, "-m", "attanchor_vlm.cli", "lab", "--size", "gpu", "--output", str(output / "lab"))
+    laboratory += ("--no-progress", *(("--rehearse",) if gpu is None else ()))
     build: tuple[tuple[str, ...], ...]
     build = ((python, "setup.py", "build_ext", "--inplace"), (python, "-c", "import attanchor_kernels._C"))
     if gpu is None:
@@ -136,6 +139,7 @@ def steps(python: str, gpu: Gpu | None, output: Path) -> list[Step]:
         Step("training", (benchmark("training", "training.jsonl"),), 80, 2),
         Step("sweep", (benchmark("overhead", "sweep.jsonl", "--sweep"),), 80, 2),
         Step("launches", (timed,), 60, 2),
+        Step("laboratory", (laboratory,), 520, 3),
     ]
 
 
@@ -248,13 +252,14 @@ def _prepare(output: Path) -> None:
     output.mkdir(parents=True, exist_ok=True)
     for stale in [*output.glob("*.jsonl"), *output.glob("summary.*"), *output.glob("logs.tar.gz")]:
         stale.unlink()
+    shutil.rmtree(output / "lab", ignore_errors=True)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the steps; returns 1 if one failed or hung."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("gpu-out"), help="folder (default: %(default)s)")
-    parser.add_argument("--part", type=int, choices=[1, 2], help="half of the steps, for machines with short leases")
+    parser.add_argument("--part", type=int, choices=[1, 2, 3], help="operators, models, or the laboratory")
     parser.add_argument("--steps", help="only these, with commas between")
     parser.add_argument("--total", type=float, default=TOTAL, help="seconds for everything (default: %(default)s)")
     parser.add_argument("--device", choices=["auto", "cuda", "cpu"], default="auto")

@@ -13,9 +13,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks import demonstration, plots, targets
-from benchmarks.rows import Row, read, write_text
+from benchmarks.rows import ROOT, Row, read, write_text
 
 COMMAND = "python -m benchmarks report"
+LABORATORY = "docs/lab/report.md"
 BLOCK = re.compile(r"(<!-- generated: (?P<name>[\w-]+) -->\n)(?P<body>.*?)(<!-- /generated -->)", re.DOTALL)
 
 
@@ -179,6 +180,15 @@ def targets_block(rows: list[Row], image: str) -> str:
     return targets.summary(targets.judge(rows)) + "\n" + made
 
 
+def laboratory_block(rows: list[Row], image: str) -> str:
+    """What the laboratory's page says in short. `attanchor report` writes that page from the laboratory's own rows."""
+    page = (ROOT / LABORATORY).read_text(encoding="utf-8")
+    short = page.partition("## In short\n")[2].partition("\n## ")[0].strip()
+    if not short:
+        raise ValueError(f"{LABORATORY} has no section 'In short'")
+    return f"{short}\n\nFrom the rows under `docs/lab`, by `attanchor report`; all of it: [the report]({LABORATORY}).\n"
+
+
 BLOCKS: dict[str, Callable[[list[Row], str], str]] = {
     "roofline": roofline_block,
     "overhead": overhead_block,
@@ -187,6 +197,7 @@ BLOCKS: dict[str, Callable[[list[Row], str], str]] = {
     "cpu-reference": cpu_reference_block,
     "targets": targets_block,
     "demo": demo_block,
+    "laboratory": laboratory_block,
 }
 
 

@@ -338,7 +338,7 @@ def test_rows_of_a_cpu_judge_no_target(measured, capsys):
     assert printed.count("not measured |") == len(targets.judge([]))
 
 
-README = "".join(f"# {name}\n<!-- generated: {name} -->\nold\n<!-- /generated -->\n\n" for name in report.BLOCKS)
+README = "".join(f"# {name}\n<!-- generated: {name} -->\nSTALE\n<!-- /generated -->\n\n" for name in report.BLOCKS)
 
 
 def report_arguments(folder, *more):
@@ -356,7 +356,7 @@ def test_report_writes_blocks_that_check_then_finds_current(tmp_path, stored):
     assert main(report_arguments(tmp_path)) == 0
     assert main(report_arguments(tmp_path, "--check")) == 0
     text = (tmp_path / "README.md").read_text()
-    assert "old" not in text
+    assert "STALE" not in text
     assert ("Test GPU" in text) == stored
     assert ("Not measured yet" in text) is True
     assert (tmp_path / "images" / "roofline.png").is_file() == stored
@@ -517,17 +517,46 @@ def test_every_file_that_a_step_names_is_there():
                     assert (ROOT / part).exists(), part
 
 
-def test_all_files_of_a_run_are_few(tmp_path):
+@pytest.mark.parametrize("part", [1, 2, 3])
+def test_all_files_of_a_part_are_few(part, tmp_path):
     """Rows, summary and packed logs: at most eight, whatever fails."""
-    names = {part for chosen in gpu.steps("python", None, tmp_path) for line in chosen.commands for part in line}
-    files = {name for name in names if name.startswith(str(tmp_path))}
+    chosen = [one for one in gpu.steps("python", None, tmp_path) if one.part == part]
+    names = {word for one in chosen for line in one.commands for word in line}
+    files = {name for name in names if name.startswith(str(tmp_path)) and name != str(tmp_path / "lab")}
+    files |= {"lab/plan.json", "lab/rows.jsonl"} if str(tmp_path / "lab") in names else set()
+    assert files
     assert len(files) + len(["summary.json", "summary.txt", "logs.tar.gz"]) <= 8
 
 
 def test_the_whole_fits_into_its_time():
-    """The total is what ends a run, nine minutes at most; a hang costs no step more than half of it."""
+    """The total is what ends a run, nine minutes at most; a hang costs no other step more than half of it."""
     assert gpu.TOTAL <= 540
-    for part in (1, 2):
+    for part, count in {1: 5, 2: 6, 3: 1}.items():
         limits = [one.limit for one in gpu.steps("python", HOPPER, Path("x")) if one.part == part]
-        assert len(limits) == {1: 5, 2: 6}[part]
-        assert max(limits) <= gpu.TOTAL / 2
+        assert len(limits) == count
+        assert max(limits) <= gpu.TOTAL / min(count, 2)
+
+
+def test_the_laboratory_is_a_step(tmp_path):
+    """Its rehearsal's plan names the GPU's size; the rehearsal itself is run by the laboratory's own tests."""
+    (step,) = [one for one in gpu.steps("python", HOPPER, tmp_path) if one.name == "laboratory"]
+    ((_, _, module, command, *options),) = step.commands
+    assert (module, command) == ("attanchor_vlm.cli", "lab")
+    assert "--rehearse" not in options
+    (rehearsal,) = [one for one in gpu.steps("python", None, tmp_path) if one.name == "laboratory"]
+    assert "--rehearse" in rehearsal.commands[0]
+
+
+def test_the_readme_says_what_the_laboratorys_page_says_in_short(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    page = tmp_path / report.LABORATORY
+    page.parent.mkdir(parents=True)
+    page.write_text("# Page\n\n## In short\n\n- One.\n- **Two?** No.\n\n## More\n\n- Three.\n")
+    readme = "<!-- generated: laboratory -->\nold\n<!-- /generated -->\n"
+    written = report.render(readme, [], "images")
+    assert "- One.\n- **Two?** No.\n\nFrom the rows" in written
+    assert "Three" not in written
+    assert "old" not in written
+    page.write_text("# Page\n")
+    with pytest.raises(ValueError, match="In short"):
+        report.render(readme, [], "images")

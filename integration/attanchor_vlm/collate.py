@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -32,9 +32,11 @@ class Collator:
     Args:
         processor: The model's own.
         turns: "each" (a sample's last answer is learned) or "all" (every answer).
+        content_words: As in `encode_chat`.
     """
 
-    def __init__(self, processor: Any, turns: str):
+    def __init__(self, processor: Any, turns: str, content_words: bool | Collection[str] = False):
+        self.content_words = content_words
         self.processor = processor
         self.supervise = "last" if turns == "each" else "all"
 
@@ -42,7 +44,9 @@ class Collator:
         images = [[load_image(path) for path in sample.images] for sample in samples]
         chats = [[message(role, text) for role, text in sample.messages] for sample in samples]
         try:
-            batch = encode_chat(self.processor, chats, images, supervise=self.supervise)
+            batch = encode_chat(
+                self.processor, chats, images, supervise=self.supervise, content_words=self.content_words
+            )
         except ValueError as error:
             rows = ", ".join(str(sample.row) for sample in samples)
             raise DataError(f"a batch cannot be made of rows {rows}: {error}") from error
@@ -56,10 +60,13 @@ def message(role: str, text: str) -> dict[str, object]:
     return {"role": role, "content": parts(text)}
 
 
-def question(processor: Any, texts: Sequence[str], images: Sequence[Any]) -> dict[str, Tensor]:
+def question(
+    processor: Any, texts: Sequence[str], images: Sequence[Any], content_words: bool | Collection[str] = False
+) -> dict[str, Tensor]:
     """A batch of single questions, each about one image, for `generate`: padded on the left, with `anchor_mask`."""
     chats = [[message("user", text if PLACEHOLDER in text else f"{PLACEHOLDER}\n{text}")] for text in texts]
-    return encode_chat(processor, chats, [[image] for image in images], add_generation_prompt=True)
+    own = [[image] for image in images]
+    return encode_chat(processor, chats, own, add_generation_prompt=True, content_words=content_words)
 
 
 def check_texts(file, rows: Sequence[Row], processor: Any, context: int | None) -> tuple[list[Row], list[BadRow]]:
@@ -89,13 +96,35 @@ def check_texts(file, rows: Sequence[Row], processor: Any, context: int | None) 
     return good, bad
 
 
-def _tokens_per_image(processor: Any) -> int:
-    """Placeholders of an image of 336 x 336 pixels, 0 where the processor does not tell."""
+def sample_lengths(samples: Sequence[Sample], processor: Any) -> list[int]:
+    """Tokens of each sample, with those of its images at their sizes: near enough to group samples by. The template's
+    own tokens are not counted."""
+    texts = {text.replace(PLACEHOLDER, " ") for sample in samples for _, text in sample.messages}
+    of_text: dict[str, int] = {}
+    ordered = sorted(texts)
+    for start in range(0, len(ordered), 1000):
+        part = ordered[start : start + 1000]
+        ids = processor.tokenizer(part, add_special_tokens=False).input_ids
+        of_text.update((text, len(one)) for text, one in zip(part, ids, strict=True))
+    # Only where sizes matter is every file opened for its own.
+    fixed = _tokens_per_image(processor) if _tokens_per_image(processor) == _tokens_per_image(processor, 672) else None
+    of_image: dict[Any, int] = {}
+    for image in {image for sample in samples for image in sample.images}:
+        of_image[image] = fixed if fixed is not None else _tokens_per_image(processor, *load_image(image).size[::-1])
+    return [
+        sum(of_text[text.replace(PLACEHOLDER, " ")] for _, text in sample.messages)
+        + sum(of_image[image] for image in sample.images)
+        for sample in samples
+    ]
+
+
+def _tokens_per_image(processor: Any, height: int = 336, width: int | None = None) -> int:
+    """Placeholders of an image of so many pixels (`width` None: a square), 0 where the processor does not tell."""
     count = getattr(processor, "_get_num_multimodal_tokens", None)
     if count is None:
         return 0
     try:
-        return int(count(image_sizes=[[336, 336]])["num_image_tokens"][0])
+        return int(count(image_sizes=[[height, height if width is None else width]])["num_image_tokens"][0])
     except (AttributeError, KeyError, TypeError, ValueError):
         return 0
 

@@ -7,6 +7,8 @@ import math
 import numbers
 from collections.abc import Iterable, Mapping
 
+from attanchor_vlm.words import words_to_leave_out
+
 DIRECTIONS = ("text_into_image", "image_into_text")
 POSITIONS = ("sequential", "inherit")
 ROUTES = ("embeds", "ids")
@@ -36,6 +38,10 @@ class AttAnchorConfig:
         special_token_ids: Tokens that never take part when a call has no `anchor_mask`, besides the BOS, EOS, padding
             and image tokens that the model's config names. `with_tokens_of(config, processor)` fills this and the next.
         generation_prompt_ids: The tokens that the chat template adds for the answer to begin, likewise left out.
+        content_words: True leaves English function words and punctuation out of the tokens that take part
+            (`attanchor_vlm.words`); a list of words leaves those out instead. `encode_chat` is to be told the same.
+        function_token_ids: Their tokens, for calls without an `anchor_mask`, as far as single tokens tell;
+            `with_tokens_of` fills this too.
 
     Raises:
         TypeError, ValueError: a setting has the wrong type or value.
@@ -52,6 +58,8 @@ class AttAnchorConfig:
     pause_token_id: int | None = None
     special_token_ids: tuple[int, ...] = ()
     generation_prompt_ids: tuple[int, ...] = ()
+    content_words: bool | tuple[str, ...] = False
+    function_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if isinstance(self.tau, bool) or not isinstance(self.tau, numbers.Real):
@@ -75,7 +83,10 @@ class AttAnchorConfig:
             raise TypeError(f"force_inherit is {type(self.force_inherit).__name__}; it should be a bool")
         self._check_pauses()
         object.__setattr__(self, "tau", float(self.tau))
-        for name in ("special_token_ids", "generation_prompt_ids"):
+        words = words_to_leave_out(self.content_words)
+        if not isinstance(self.content_words, bool):
+            object.__setattr__(self, "content_words", tuple(sorted(words or ())))
+        for name in ("special_token_ids", "generation_prompt_ids", "function_token_ids"):
             object.__setattr__(self, name, _token_ids(name, getattr(self, name)))
 
     def _check_pauses(self) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import random
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
@@ -16,6 +17,9 @@ from tqdm import tqdm
 PLACEHOLDER = "<image>"
 _SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 _SHOWN = 10  # bad rows printed in an error; the others are counted
+
+# A file, the bytes of one (parquet keeps images inside), or an image decoded already.
+ImageSource: TypeAlias = Path | bytes | Image.Image
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,7 @@ class Row:
 
     number: int
     messages: tuple[tuple[str, str], ...]
-    images: tuple[Path, ...]
+    images: tuple[Any, ...]  # ImageSource; of read_rows, Path
 
 
 @dataclass(frozen=True)
@@ -47,18 +51,25 @@ class DataError(ValueError):
     """The data cannot be trained on as it is. `bad` lists the rows at fault."""
 
     def __init__(self, message: str, bad: Iterable[BadRow] = ()):
+        # A DataLoader raises its workers' errors anew, with their traceback for a message.
+        if message.startswith("Caught DataError in "):
+            message = message.rpartition("DataError: ")[2].rstrip()
         super().__init__(message)
         self.bad = tuple(bad)
 
 
 def read_rows(
-    file: Path, images: Path, skip_bad: bool = False, progress: bool = False
+    file: Path, images: Path | None, skip_bad: bool = False, progress: bool = False, decode: bool = True
 ) -> tuple[list[Row], list[BadRow]]:
     """Read `file` (a JSON list, or one object a line in a .jsonl) and check every row and every image it names.
 
     A row is ``{"image": "name.png", "conversations": [{"from": "human", "value": "<image>\\n…"}, {"from": "gpt",
-    "value": "…"}]}``; `image` may be a list, and is absent in rows of text alone. Other keys are ignored. Images are
-    looked up under `images` and decoded once, in threads.
+    "value": "…"}]}``; `image` may be a list, and is absent in rows of text alone. Rows of TRL's form are
+    read as well: ``{"images": […], "messages": [{"role": "user", "content": [{"type": "image"}, {"type": "text",
+    "text": "…"}]}, …]}``. Other keys are ignored. Images are looked up under `images` and decoded once, in threads.
+
+    Args:
+        decode: False leaves it to later to find images that cannot be decoded.
 
     Returns:
         The good rows, and the bad ones if `skip_bad`.
@@ -66,16 +77,18 @@ def read_rows(
     Raises:
         DataError: the file cannot be read, a row is bad (unless `skip_bad`), or no good row is left.
     """
-    if not images.is_dir():
-        raise DataError(f"{images} is not a folder; --images should name the folder with the images of {file.name}")
+    check_folder(images, file)
     rows: list[Row] = []
     bad: list[BadRow] = []
-    for number, raw in enumerate(_load(file), start=1):
+    for number, raw in enumerate(_load(file, skip_bad), start=1):
         try:
-            rows.append(_check(number, raw, images))
+            if isinstance(raw, DataError):
+                raise raw
+            rows.append(check_row(number, raw, images))
         except ValueError as error:
             bad.append(BadRow(file, number, str(error)))
-    unreadable = _unreadable({path for row in rows for path in row.images}, progress)
+    # Bytes inside rows are parquet's alone, which is a stream.
+    unreadable = _unreadable({path for row in rows for path in row.images}, progress) if decode else {}
     for row in rows:
         reasons = [unreadable[path] for path in row.images if path in unreadable]
         if reasons:
@@ -89,6 +102,16 @@ def read_rows(
     return rows, bad
 
 
+def check_folder(images: Path | None, file: Path) -> None:
+    """Refuse a folder of images that is none.
+
+    Raises:
+        DataError: naming it, and the data that needs it.
+    """
+    if images is not None and not images.is_dir():
+        raise DataError(f"{images} is not a folder; --images should name the folder with the images of {file.name}")
+
+
 def _report(bad: list[BadRow], total: int) -> str:
     lines = [str(one) for one in bad[:_SHOWN]]
     if len(bad) > _SHOWN:
@@ -97,22 +120,34 @@ def _report(bad: list[BadRow], total: int) -> str:
     return "\n".join(lines)
 
 
-def _load(file: Path) -> list[object]:
+def _load(file: Path, skip_bad: bool) -> list[object]:
+    """The rows of a file; a line of a .jsonl that is not JSON is an error, or in its place if `skip_bad`."""
+    if file.is_dir() or file.suffix == ".parquet":
+        raise DataError(
+            f"{file} is a {'folder' if file.is_dir() else 'parquet file'}, which is read as a stream; give --stream, "
+            "or a .json or .jsonl file"
+        )
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else f"not UTF-8 text ({error.reason})"
         raise DataError(f"{file} cannot be read: {reason}") from error
     if file.suffix == ".jsonl":
-        rows = []
-        for line, part in enumerate(text.splitlines(), start=1):
-            if part.strip():
+        rows: list[object] = []
+        for line, part in enumerate(text.split("\n"), start=1):  # splitlines also cuts inside of texts, at U+2028
+            if not part.strip():
+                continue
+            try:
                 rows.append(_parse(file, part, line))
+            except DataError as error:
+                if not skip_bad:
+                    raise
+                rows.append(error)
         return rows
-    rows = _parse(file, text, 1)
-    if not isinstance(rows, list):
-        raise DataError(f"{file} holds a JSON {type(rows).__name__}; it should hold a list of rows")
-    return rows
+    whole = _parse(file, text, 1)
+    if not isinstance(whole, list):
+        raise DataError(f"{file} holds a JSON {type(whole).__name__}; it should hold a list of rows")
+    return whole
 
 
 def _parse(file: Path, text: str, first_line: int):
@@ -123,14 +158,26 @@ def _parse(file: Path, text: str, first_line: int):
         raise DataError(f"{file}, line {line}, column {error.colno}: not valid JSON ({error.msg})") from error
 
 
-def _check(number: int, raw: object, folder: Path) -> Row:
-    """A row, or a ValueError that says what is wrong with it."""
+def check_row(number: int, raw: object, folder: Path | None) -> Row:
+    """A row of a file as `read_rows` has it, except that its images are not decoded.
+
+    Args:
+        number: The row's, counted from 1.
+        raw: What the file holds; images may be names of files, or ``{"bytes": …}`` as parquet has them.
+        folder: Where names of files are looked up; None if no row names any.
+
+    Raises:
+        ValueError: saying what is wrong with it.
+    """
     if not isinstance(raw, dict):
         raise ValueError(f"the row is a {type(raw).__name__}; it should be an object")
     turns = raw.get("conversations")
+    turn = _turn
+    if turns is None and isinstance(raw.get("messages"), list):
+        turns, turn = raw["messages"], _message
     if not isinstance(turns, list) or not turns:
         raise ValueError('"conversations" is missing or empty; it should be a list of turns')
-    messages = tuple(_turn(index, turn) for index, turn in enumerate(turns, start=1))
+    messages = tuple(turn(index, one) for index, one in enumerate(turns, start=1))
     for index, (role, text) in enumerate(messages, start=1):
         expected = "user" if index % 2 else "assistant"
         if role != expected:
@@ -142,14 +189,14 @@ def _check(number: int, raw: object, folder: Path) -> Row:
                 raise ValueError(f"turn {index}, an answer, holds {PLACEHOLDER}; only questions may")
     if len(messages) % 2:
         raise ValueError("the last turn is a question without an answer")
-    paths = _images(raw.get("image"), folder)
+    images = _images(raw["image"] if raw.get("image") is not None else raw.get("images"), folder)
     placeholders = sum(text.count(PLACEHOLDER) for _, text in messages)
-    if placeholders != len(paths):
+    if placeholders != len(images):
         raise ValueError(
-            f"{placeholders} {PLACEHOLDER} placeholder{'s' * (placeholders != 1)} for {len(paths)} "
-            f"image{'s' * (len(paths) != 1)}; there should be one for each"
+            f"{placeholders} {PLACEHOLDER} placeholder{'s' * (placeholders != 1)} for {len(images)} "
+            f"image{'s' * (len(images) != 1)}; there should be one for each"
         )
-    return Row(number, messages, paths)
+    return Row(number, messages, images)
 
 
 def _turn(index: int, turn: object) -> tuple[str, str]:
@@ -160,16 +207,46 @@ def _turn(index: int, turn: object) -> tuple[str, str]:
     return _SPEAKERS[turn["from"]], turn["value"]
 
 
-def _images(named: object, folder: Path) -> tuple[Path, ...]:
+def _message(index: int, turn: object) -> tuple[str, str]:
+    """A turn of TRL's form; its image parts become placeholders."""
+    content = turn.get("content") if isinstance(turn, dict) else None
+    if not isinstance(turn, dict) or not isinstance(content, (str, list)):
+        raise ValueError(f'turn {index} should be an object with "role" and "content", text or a list of parts')
+    if turn.get("role") not in _SPEAKERS:
+        raise ValueError(f'turn {index} has "role" {turn.get("role")!r}; it should be "user" or "assistant"')
+    if isinstance(content, str):
+        return _SPEAKERS[turn["role"]], content
+    texts = []
+    for part in content:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind == "image":
+            texts.append(PLACEHOLDER)
+        elif kind == "text" and isinstance(part.get("text"), str):
+            texts.append(part["text"])
+        else:
+            raise ValueError(f'turn {index} has a part {part!r}; it should be of "type" "text" or "image"')
+    return _SPEAKERS[turn["role"]], "\n".join(texts)
+
+
+def _images(named: object, folder: Path | None) -> tuple[ImageSource, ...]:
     if named is None:
         return ()
-    names: list[Any] = named if isinstance(named, list) else [named]
-    for name in names:
-        if not isinstance(name, str) or not name:
-            raise ValueError(f'"image" is {name!r}; it should be the name of a file')
-        if not (folder / name).is_file():
-            raise ValueError(f"image {folder / name} does not exist")
-    return tuple(folder / name for name in names)
+    several: list[Any] = named if isinstance(named, list) else [named]
+    return tuple(_image(one, folder) for one in several)
+
+
+def _image(named: Any, folder: Path | None) -> ImageSource:
+    if isinstance(named, dict):  # as `datasets` writes images: the bytes, or a path, or both
+        if isinstance(named.get("bytes"), bytes):
+            return named["bytes"]
+        named = named.get("path")
+    if not isinstance(named, str) or not named:
+        raise ValueError(f'"image" is {named!r}; it should be the name of a file')
+    if folder is None:
+        raise ValueError(f"image {named} is a file, and no folder of images is given (--images)")
+    if not (folder / named).is_file():
+        raise ValueError(f"image {folder / named} does not exist")
+    return folder / named
 
 
 def _unreadable(paths: set[Path], progress: bool) -> dict[Path, str]:
@@ -203,9 +280,7 @@ def split_rows(rows: list[Row], fraction: float, seed: int) -> tuple[list[Row], 
     """
     if fraction == 0:
         return rows, []
-    groups: dict[object, list[Row]] = {}
-    for row in rows:
-        groups.setdefault(row.images or row.number, []).append(row)
+    groups = _rows_by_images(rows)
     keys = list(groups)
     random.Random(seed).shuffle(keys)
     validation: set[int] = set()
@@ -222,13 +297,32 @@ def split_rows(rows: list[Row], fraction: float, seed: int) -> tuple[list[Row], 
     return train, [row for row in rows if row.number in validation]
 
 
+def _rows_by_images(rows: list[Row]) -> dict[object, list[Row]]:
+    """Rows that share an image, also by way of others, are one group; so is every row without."""
+    leader: dict[object, object] = {}
+
+    def find(key: object) -> object:
+        while leader.setdefault(key, key) != key:
+            leader[key] = leader[leader[key]]
+            key = leader[key]
+        return key
+
+    for row in rows:
+        for image in row.images[1:]:
+            leader[find(image)] = find(row.images[0])
+    groups: dict[object, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(find(row.images[0]) if row.images else row.number, []).append(row)
+    return groups
+
+
 @dataclass(frozen=True)
 class Sample:
     """What the model is given at once: `messages` up to an answer, of which the last (or every) one is supervised."""
 
     row: int
     messages: tuple[tuple[str, str], ...]
-    images: tuple[Path, ...]
+    images: tuple[Any, ...]  # ImageSource
 
 
 def samples(rows: Iterable[Row], turns: str) -> Iterator[Sample]:
@@ -256,14 +350,17 @@ def parts(text: str) -> list[dict[str, str]]:
     return content
 
 
-def load_image(path: Path) -> Image.Image:
+def load_image(source: ImageSource) -> Image.Image:
     """An RGB image.
 
     Raises:
-        DataError: it can no longer be read.
+        DataError: it cannot be read, or no longer.
     """
+    if isinstance(source, Image.Image):
+        return source if source.mode == "RGB" else source.convert("RGB")
     try:
-        with Image.open(path) as image:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
             return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError) as error:
-        raise DataError(f"image {path} cannot be read any more: {error}") from error
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        name = "inside the row" if isinstance(source, bytes) else f"{source}"
+        raise DataError(f"image {name} cannot be read any more: {error}") from error

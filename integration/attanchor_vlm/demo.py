@@ -17,16 +17,18 @@ from PIL import Image
 
 from attanchor_vlm import scenes, small_llava, train
 from attanchor_vlm.config import AttAnchorConfig
+from attanchor_vlm.curves import loss_plot
 from attanchor_vlm.data import Row, read_rows, samples
 from attanchor_vlm.evaluate import Accuracy, accuracy, explain, threshold_for_share
 from attanchor_vlm.fallback import with_tokens_of
 from attanchor_vlm.files import write_json
 from attanchor_vlm.loading import SetupError, load
 from attanchor_vlm.mixin import attach
-from attanchor_vlm.plots import Anchored, anchor_picture, loss_plot
+from attanchor_vlm.plots import Anchored, anchor_picture
 from attanchor_vlm.presets import TrainSettings, preset
 
 PLAIN, TEXT_INTO_IMAGE, IMAGE_INTO_TEXT = "plain concatenation", "text into image", "image into text"
+_MOST_TOKENS = 12  # of an answer
 _DIRECTIONS = {TEXT_INTO_IMAGE: "text_into_image", IMAGE_INTO_TEXT: "image_into_text"}
 
 # Photographs inside scikit-image's package, and what is asked about them. The model has seen rendered shapes alone, so
@@ -141,7 +143,9 @@ def _run(
     anchor_picture(
         output / "scenes.png", pictures, anchored.tau, "Anchors in rendered scenes (test set, text into image)"
     )
-    photographs = [explain(anchored.model, processor, photograph(name), asked) for name, asked in PHOTOGRAPHS]
+    photographs = [
+        explain(anchored.model, processor, photograph(name), asked, _MOST_TOKENS) for name, asked in PHOTOGRAPHS
+    ]
     anchor_picture(
         output / "photographs.png",
         photographs,
@@ -163,7 +167,9 @@ def _examples(model: Any, processor: Any, rows: list[Row], kinds: list[str], amo
     used, chosen = set(), []
     for kind in scenes.KINDS:
         candidates = [row for row, asked in zip(rows, kinds, strict=True) if asked == kind and row.images not in used]
-        shown = [explain(model, processor, _open(row.images[0]), row.messages[0][1]) for row in candidates[:among]]
+        shown = [
+            explain(model, processor, row.images[0], row.messages[0][1], _MOST_TOKENS) for row in candidates[:among]
+        ]
         counts = [sum(match.patch is not None for match in one.matches) for one in shown]
         best = counts.index(max(counts))
         used.add(candidates[best].images)

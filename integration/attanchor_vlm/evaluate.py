@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from attanchor_vlm.collate import Collator, question, to_model
-from attanchor_vlm.config import AttAnchorConfig
-from attanchor_vlm.data import PLACEHOLDER, Row, Sample, load_image
-from attanchor_vlm.mixin import attach, base_of
-from attanchor_vlm.plots import Anchored, Match, seen_part
+from attanchor_vlm.calibration import threshold_for_share as threshold_for_share
+from attanchor_vlm.collate import message, question, to_model
+from attanchor_vlm.data import PLACEHOLDER, Row, load_image
+from attanchor_vlm.geometry import image_slots, patch_boxes
+from attanchor_vlm.infer import Picture, open_images, with_placeholders
+from attanchor_vlm.masks import encode_chat
+from attanchor_vlm.mixin import base_of, is_attached
+from attanchor_vlm.plots import Anchored, Match
 from attanchor_vlm.trainer import anchor_counts
 
 
@@ -74,7 +75,8 @@ def accuracy(
     counts = torch.zeros(3)
     for part in _chunks(rows, batch_size):
         images = [load_image(row.images[0]) for row in part]
-        batch = to_model(question(processor, [row.messages[0][1] for row in part], images), model)
+        words = _attached(model).attanchor_config.content_words if is_attached(model) else False
+        batch = to_model(question(processor, [row.messages[0][1] for row in part], images, words), model)
         sequences = model.generate(**batch, max_new_tokens=most_tokens, do_sample=False)
         counts += anchor_counts(model, batch).cpu()
         new = sequences[:, batch["input_ids"].shape[1] :]
@@ -85,94 +87,54 @@ def accuracy(
 
 
 @torch.no_grad()
-def threshold_for_share(
-    model: Any,
-    processor: Any,
-    samples: Iterable[Sample],
-    share: float,
-    config: AttAnchorConfig,
-    batch_size: int = 32,
-) -> tuple[float, Tensor]:
-    """The tau at which about `share` inserted anchors come on every text token that takes part, and all scores, sorted.
-
-    Scores do not depend on tau, so one pass measures them. Leaves `model` attached with that tau. The paper chose its
-    thresholds for a share of about 0.1.
-
-    Raises:
-        ValueError: `share` is not above 0, or no sample has an image.
-    """
-    if not share > 0:
-        raise ValueError(f"share is {share}; it should be greater than 0")
-    attach(model, dataclasses.replace(config, tau=0.999))
-    model.eval()
-    collate = Collator(processor, "each")
-    scores, takers = [], 0
-    for part in _chunks([sample for sample in samples if sample.images], batch_size):
-        batch = to_model(collate(part), model)
-        model(**batch)
-        plan = _attached(model).attanchor_plan
-        scores.append(plan.score[torch.isfinite(plan.score)].flatten().float().cpu())
-        takers += int(batch["anchor_mask"].sum())
-    if not takers:
-        raise ValueError("no sample has an image and a question, so there is nothing to match")
-    ranked = torch.cat(scores).sort(descending=True).values
-    wanted = min(max(round(share * takers), 1), len(ranked))
-    # Between the last score that is to be inserted and the next, so that rounding decides nothing.
-    after = ranked[wanted] if wanted < len(ranked) else ranked[-1] - 0.01
-    tau = round(min(float((ranked[wanted - 1] + after) / 2), 0.999), 4)
-    attach(model, dataclasses.replace(config, tau=tau))
-    return tau, ranked
-
-
-@torch.no_grad()
-def explain(model: Any, processor: Any, image: Any, text: str, most_tokens: int = 12) -> Anchored:
-    """The answer to a question about an image, and the patch that each of its tokens was copied behind.
+def explain(
+    model: Any, processor: Any, images: Picture | Sequence[Picture], prompt: str, max_new_tokens: int = 64
+) -> Anchored:
+    """The answer to a question about an image, or several, and the patch that each of its tokens was copied behind.
 
     Args:
         model: Attached with direction "text_into_image" and tau < 1.
+        images: One PIL image or path, or a list of them.
+        prompt: The question. Images go in front of it, or where it says ``<image>``.
+        max_new_tokens: Bound of the answer's length.
 
     Raises:
-        ValueError: the model inserts nothing, or images into text.
+        ValueError: the model is not attached, inserts nothing, or images into text; or the question has places for
+            another number of images.
     """
+    if not is_attached(model):
+        raise ValueError("the model is not attached, so it has no anchors to explain; it should be one given to attach")
     config = _attached(model).attanchor_config
     if config.inserts_nothing or config.direction != "text_into_image":
         raise ValueError(
             f"the model has tau {config.tau} and direction {config.direction}; only text in images can be drawn"
         )
     model.eval()
-    batch = to_model(question(processor, [text], [image]), model)
-    sequences = model.generate(**batch, max_new_tokens=most_tokens, do_sample=False)
+    opened = open_images(images)
+    if not opened:
+        raise ValueError("there is no image, and anchors stand in images; give one or more")
+    chat = [message("user", with_placeholders(prompt, len(opened)))]
+    words = config.content_words
+    encoded = encode_chat(processor, [chat], [opened], add_generation_prompt=True, content_words=words)
+    batch = to_model(encoded, model)
+    sequences = model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False)
     plan = _attached(model).attanchor_plan
     ids = batch["input_ids"][0]
-    image_id = getattr(processor, "image_token_id", None)
-    slots = [slot for slot, token in enumerate(ids.tolist()) if token == image_id]
-    patch_of = {slot: patch for patch, slot in enumerate(slots)}
+    boxes = patch_boxes(model, processor, batch, 0, [opened])
+    patch_of = {slot: patch for patch, slot in enumerate(image_slots(model, batch, 0))}
     matches = []
     for slot in batch["anchor_mask"][0].nonzero()[:, 0].tolist():
-        host = int(plan.host[0, slot])
+        patch = patch_of.get(int(plan.host[0, slot]))
         word = processor.tokenizer.decode([int(ids[slot])]).strip() or "␣"
-        matches.append(Match(word, float(plan.score[0, slot]), patch_of.get(host)))
+        matches.append(Match(word, float(plan.score[0, slot]), patch))
     answer = processor.tokenizer.decode(sequences[0, len(ids) :], skip_special_tokens=True).strip()
-    grid = _grid(len(slots), batch)
-    shown = text.replace(PLACEHOLDER, "").strip()
-    return Anchored(seen_part(image, processor.image_processor), grid, shown, matches, answer)
+    shown = prompt.replace(PLACEHOLDER, "").strip()
+    return Anchored(opened, boxes, shown, matches, answer)
 
 
 def _attached(model: Any) -> Any:
     """The transformers model itself, with the attributes that `attach` gave it."""
     return base_of(model)
-
-
-def _grid(patches: int, batch: dict[str, Any]) -> tuple[int, int]:
-    """(rows, columns) of an image's patches: from the processor where it says so (Qwen), otherwise a square."""
-    if "image_grid_thw" in batch:
-        _, height, width = batch["image_grid_thw"][0].tolist()
-        merged = round(math.sqrt(height * width / patches))
-        return height // merged, width // merged
-    side = math.isqrt(patches)
-    if side * side != patches:
-        raise ValueError(f"the image has {patches} tokens, which is no square grid, so its patches cannot be drawn")
-    return side, side
 
 
 def _chunks(items: Sequence, size: int) -> Iterator[list]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from attanchor_vlm.config import AttAnchorConfig
+from attanchor_vlm.words import function_token_ids, words_to_leave_out
 
 _MARKERS = ("vision_start_token_id", "vision_end_token_id", "boi_token_index", "eoi_token_index")
 _NAMES = ("bos_token_id", "eos_token_id", "pad_token_id", "image_token_id", "video_token_id", *_MARKERS)
@@ -22,10 +23,19 @@ def mask_from_ids(
     """(B, S) bool: everything after a sample's first image, less special tokens and the generation prompt.
 
     Coarser than the masks of `encode_chat`, which know the user's text: markers that are ordinary text, such as
-    "ASSISTANT:" in the middle of a conversation, stay in.
+    "ASSISTANT:" in the middle of a conversation, stay in. With `content_words`, so do function words of several tokens
+    or in capitals, and the beginning of a longer word is left out if it is the token of a function word.
+
+    Raises:
+        ValueError: `content_words` is set, but not the tokens that it leaves out.
     """
+    if settings.content_words and not settings.function_token_ids:
+        raise ValueError(
+            "content_words is set and the call has no anchor_mask, but function_token_ids is empty: attach with "
+            "with_tokens_of(config, processor), or pass the mask of encode_chat(..., content_words=...)"
+        )
     after_image = is_image.cumsum(-1) > 0
-    special = sorted({*settings.special_token_ids, *_named_token_ids(model)})
+    special = sorted({*settings.special_token_ids, *settings.function_token_ids, *_named_token_ids(model)})
     is_special = torch.isin(input_ids, torch.tensor(special, dtype=input_ids.dtype, device=input_ids.device))
     mask = after_image & is_real & ~is_image & ~is_special
     if settings.generation_prompt_ids:
@@ -34,16 +44,19 @@ def mask_from_ids(
 
 
 def with_tokens_of(config: AttAnchorConfig, processor: Any) -> AttAnchorConfig:
-    """`config` with the special tokens and the generation prompt of a processor or tokenizer, for calls without masks.
+    """`config` with the special tokens and the generation prompt of a processor or tokenizer, for calls without masks;
+    with `content_words`, also with the tokens of function words and punctuation.
 
     Args:
         processor: A processor or tokenizer; without a chat template there is no generation prompt to know.
     """
     tokenizer = getattr(processor, "tokenizer", processor)
+    words = words_to_leave_out(config.content_words)
     return dataclasses.replace(
         config,
         special_token_ids=tuple(sorted(set(tokenizer.all_special_ids))),
         generation_prompt_ids=_generation_prompt(processor, tokenizer),
+        function_token_ids=() if words is None else function_token_ids(tokenizer, words),
     )
 
 

@@ -36,20 +36,15 @@ def load(name: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
         SetupError: there is no such folder, the Hub cannot be reached or does not have it, or it is no
             image-text-to-text model.
     """
-    from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoModelForImageTextToText
 
-    path = Path(name).expanduser()
-    local = path.is_dir()
-    if not local and (path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1):
-        raise SetupError(
-            f"model {name} is not a folder; give the folder of a saved model, or a Hub id such as owner/name"
-        )
-    source = str(path) if local else name
-    if not local:
-        _check_hub(name)
+    from attanchor_vlm.processors import load_processor
+
+    source = source_of(name)
+    local = Path(source).is_dir()
     try:
         # Processor first: it is small, so that a wrong name costs no download.
-        processor = AutoProcessor.from_pretrained(source)
+        processor = load_processor(source)
         model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype)
     except (OSError, ValueError, ImportError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -65,7 +60,24 @@ def load(name: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
     return model, processor
 
 
-def _check_hub(name: str) -> None:
+def source_of(name: str) -> str:
+    """What transformers is given for `name`: a local folder, or a Hub id whose Hub can be reached.
+
+    Raises:
+        SetupError: it is neither.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return str(path)
+    if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise SetupError(
+            f"model {name} is not a folder; give the folder of a saved model, or a Hub id such as owner/name"
+        )
+    check_hub(name)
+    return name
+
+
+def check_hub(name: str) -> None:
     """Refuse a Hub id at once where the Hub cannot be reached: its client would go on trying for minutes."""
     from urllib.parse import urlsplit
 
@@ -150,3 +162,15 @@ def add_lora(model: Any, preset: Preset) -> nn.Module:
     if hit:
         raise SetupError(f"LoRA would train the vision tower of {type(model).__name__}: {hit[0]}")
     return model
+
+
+def layer_classes(model: nn.Module) -> list[str]:
+    """Names of the layers that a sharded model is cut into, those of its language model and its vision tower.
+
+    A model's own list (`_no_split_modules`) names classes that need not be in it, which accelerate refuses.
+    """
+    whole = {name for module in model.modules() for name in getattr(module, "_no_split_modules", None) or ()}
+    repeated = {
+        type(layer).__name__ for module in model.modules() if isinstance(module, nn.ModuleList) for layer in module
+    }
+    return sorted(whole & repeated)

@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import bisect
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from attanchor_vlm import paligemma
+from attanchor_vlm.words import content_spans, words_to_leave_out
 
 IGNORED = -100
 _PRIVATE_USE = range(0xE000, 0xF900)
@@ -48,6 +51,7 @@ def encode_chat(
     add_generation_prompt: bool = False,
     supervise: str = "all",
     anchors: str = "all",
+    content_words: bool | Collection[str] = False,
     padding_side: str | None = None,
     template_options: Mapping[str, Any] | None = None,
 ) -> dict[str, Tensor]:
@@ -62,20 +66,26 @@ def encode_chat(
         add_generation_prompt: For inference: end with what makes the assistant answer; no labels.
         supervise: The assistant messages that are learned, "all" or "last".
         anchors: The user messages whose text may be copied, "all" or "last".
+        content_words: True leaves English function words and punctuation out of what may be copied; a collection of
+            words leaves those and punctuation out instead. Give what `AttAnchorConfig.content_words` has.
         padding_side: Default: left with `add_generation_prompt`, otherwise right.
         template_options: Further variables for the template.
 
+    PaliGemma has no chats: there, a conversation is one question and its answer, put together as it was trained.
+
     Returns:
         What the processor returns, as tensors (B, S): `input_ids`, `attention_mask`, … and the images', without a limit
-        of length; with `anchor_mask`, bool, the user's text less special tokens; and `labels`, int64, -100 except at
+        of length; with `anchor_mask`, bool, the user's text less special tokens, or the tokens that hold a part of
+            its content words; and `labels`, int64, -100 except at
         the answers and what ends them. A template that ends an answer with nothing gets the EOS token there, as a model
         must learn to stop.
 
     Raises:
-        TypeError, ValueError: naming the conversation and the message; also a template that changes texts, and a
-            tokenizer without offsets.
+        TypeError, ValueError: naming the conversation and the message; also a template that changes texts or is
+            missing, and a tokenizer without offsets.
     """
     _check_options(supervise, anchors, padding_side)
+    left_out = words_to_leave_out(content_words)
     tokenizer = getattr(processor, "tokenizer", processor)
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(f"{type(tokenizer).__name__} has no offsets; encode_chat needs a fast tokenizer")
@@ -83,18 +93,30 @@ def encode_chat(
     batch = [_checked(messages, index, processor) for index, messages in enumerate(batch)]
     images = _images_of(batch, images)
 
+    side = padding_side or ("left" if add_generation_prompt else "right")
+    if paligemma.is_paligemma(processor):
+
+        def spans_of(text: str) -> list[tuple[int, int]]:
+            return [(0, len(text))] if left_out is None else content_spans(text, left_out)
+
+        return paligemma.encode(processor, batch, images, _texts, spans_of, add_generation_prompt, side)
+
+    if not (getattr(processor, "chat_template", None) or getattr(tokenizer, "chat_template", None)):
+        raise ValueError(
+            f"{type(processor).__name__} has no chat template, so it is not known how this model is asked; take the "
+            "instruction-tuned checkpoint, or set processor.chat_template and save the processor"
+        )
     options = {**(template_options or {}), "add_generation_prompt": add_generation_prompt}
     texts, spans = [], []
     for index, messages in enumerate(batch):
+        messages = _as_the_template_has_them(processor, messages, options)
         if not add_generation_prompt:
             messages = _with_end_of_turn(processor, tokenizer, messages, supervise, options, index)
         text, found = _locate(processor, messages, options, index)
         texts.append(text)
         spans.append((messages, found))
 
-    encoded, offsets, replacements = _tokenize(
-        processor, tokenizer, texts, images, padding_side or ("left" if add_generation_prompt else "right")
-    )
+    encoded, offsets, replacements = _tokenize(processor, tokenizer, texts, images, side)
     anchor_mask = torch.zeros(encoded["input_ids"].shape, dtype=torch.bool)
     answer_mask = torch.zeros_like(anchor_mask)
     for row, (messages, found) in enumerate(spans):
@@ -104,7 +126,8 @@ def encode_chat(
         last_answer = max((span.message for span in answers), default=None)
         for span in users:
             if anchors == "all" or span.message == last_user:
-                anchor_mask[row] |= _tokens_in(span, offsets[row], replacements[row])
+                for part in [span] if left_out is None else _content_of(span, texts[row], left_out):
+                    anchor_mask[row] |= _tokens_in(part, offsets[row], replacements[row])
         # An answer that is not learned is still no user's text: a token that reaches into it is no anchor.
         for span in answers:
             tokens = _tokens_in(span, offsets[row], replacements[row])
@@ -124,6 +147,12 @@ def encode_chat(
     if not add_generation_prompt:
         encoded["labels"] = encoded["input_ids"].masked_fill(~answer_mask, IGNORED)
     return encoded
+
+
+def _content_of(span: _Span, text: str, left_out: Collection[str]) -> list[_Span]:
+    """The content words of a span of `text`."""
+    words = content_spans(text[span.start : span.end], left_out)
+    return [span._replace(start=span.start + start, end=span.start + end) for start, end in words]
 
 
 # --- The conversation. -----------------------------------------------------------------------------------------------
@@ -263,6 +292,18 @@ def _locate(
     return plain, spans
 
 
+def _as_the_template_has_them(processor: Any, messages: list[Message], options: Mapping[str, Any]) -> list[Message]:
+    """The messages without the space around their texts, where the template (Gemma's, Llama 3's) takes it away."""
+
+    def strip(number: int, role: str, text: str) -> str:
+        return text.strip()
+
+    if all(text == text.strip() for message in messages for text in _texts(message["content"])):
+        return messages
+    stripped = _with_texts(messages, strip)
+    return stripped if _render(processor, stripped, options) == _render(processor, messages, options) else messages
+
+
 def _end_of_turn(
     processor: Any, messages: Sequence[Message], number: int, following: str, options: Mapping[str, Any]
 ) -> str:
@@ -324,10 +365,14 @@ def _tokenize(
         encoded = dict(tokenizer(texts, **options))
         return _without_extras(encoded), encoded["offset_mapping"], [[] for _ in texts]
 
-    encoded = dict(
-        processor(text=texts, images=images if any(images) else None, return_text_replacement_offsets=True, **options)
-    )
+    given = images if any(images) else None
+    try:
+        encoded = dict(processor(text=texts, images=given, return_text_replacement_offsets=True, **options))
+    except ValueError as error:  # such as Qwen's for images that are too narrow
+        raise ValueError(f"{type(processor).__name__} does not take these images or texts: {error}") from error
     replacements = encoded.get("text_replacement_offsets")
+    if replacements is None and not any(images):
+        replacements = []  # Idefics3's processor says nothing where nothing grows
     if replacements is None:
         raise ValueError(
             f"{type(processor).__name__} does not say how image placeholders grow (return_text_replacement_offsets): "

@@ -5,6 +5,8 @@ They are real tokens (attention mask 1) that nothing is copied from or to, and t
 
 from __future__ import annotations
 
+import dataclasses
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -15,6 +17,7 @@ from attanchor_vlm.config import AttAnchorConfig
 from attanchor_vlm.plan import AnchorPlan
 
 IGNORED = -100
+_RESERVED = re.compile(r"reserved|unused|extra_id|<\|?(?:pad|unk)", re.IGNORECASE)
 
 
 class Pauses(NamedTuple):
@@ -43,6 +46,28 @@ class Pauses(NamedTuple):
         return plan._replace(
             source=callers(plan.source), host=callers(plan.host.gather(1, place)), score=plan.score.gather(1, place)
         )
+
+
+def with_pauses(config: AttAnchorConfig, processor: Any, count: int, token: str | None) -> AttAnchorConfig:
+    """`config` with `count` pause tokens, which the vocabulary names `token`; unchanged for 0.
+
+    Raises:
+        ValueError: the vocabulary has no such token, or it begins or ends texts or stands for an image.
+    """
+    if not count:
+        return config
+    tokenizer = getattr(processor, "tokenizer", processor)
+    known = tokenizer.get_vocab()
+    if token not in known:
+        reserved = sorted((name for name in known if _RESERVED.search(name)), key=lambda name: known[name])
+        hint = f"such as {', '.join(map(repr, reserved[:3]))}" if reserved else "it has none that is named as reserved"
+        raise ValueError(
+            f"pause_token {token!r} is no token of the model's vocabulary; take one that means nothing else, {hint}"
+        )
+    images = {getattr(processor, "image_token", None), getattr(tokenizer, "image_token", None)}
+    if token in {tokenizer.bos_token, tokenizer.eos_token, *images}:
+        raise ValueError(f"pause_token {token!r} begins or ends texts or stands for an image; take another token")
+    return dataclasses.replace(config, pause_tokens=count, pause_token_id=known[token])
 
 
 def add_pauses(

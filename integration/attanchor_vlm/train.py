@@ -3,32 +3,37 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
-import os
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from attanchor_vlm import loading
-from attanchor_vlm.collate import Collator, SampleDataset, check_texts
+from attanchor_vlm import checkpoints, distributed, loading, train_data
+from attanchor_vlm.alignment import AlignedCollator, aligner_for
+from attanchor_vlm.calibration import HIGHEST_TAU, measure_scores, tau_of
+from attanchor_vlm.checkpoints import CheckpointError, complete_checkpoints
+from attanchor_vlm.collate import Collator
 from attanchor_vlm.config import AttAnchorConfig
-from attanchor_vlm.data import BadRow, DataError, Row, read_rows, samples, split_rows
+from attanchor_vlm.data import DataError
 from attanchor_vlm.fallback import with_tokens_of
 from attanchor_vlm.files import write_json
 from attanchor_vlm.guard import expect_anchors
 from attanchor_vlm.loading import SetupError
 from attanchor_vlm.mixin import attach, base_of
 from attanchor_vlm.presets import Preset, TrainSettings
+from attanchor_vlm.run_folder import RUN_FILE, STREAM_SKIPPED_FILE, as_json, check_steps_left, prepare_output
 from attanchor_vlm.settings import save_settings
+from attanchor_vlm.stream import SampleStream
+from attanchor_vlm.think import with_pauses
+from attanchor_vlm.train_data import TrainData
 
-RUN_FILE, SKIPPED_FILE = "run.json", "skipped.json"
-# A resumed run may change these; anything else would make it a different run.
-_FREE_ON_RESUME = {"output", "resume", "workers", "max_steps", "eval_steps", "eval_batch_size", "epochs", "patience"}
+__all__ = ["TrainResult", "anchor_config", "complete_checkpoints", "planned_steps", "run"]
 
 
 @dataclass
@@ -43,6 +48,7 @@ class TrainResult:
     interrupted: bool
     stopped_early: bool
     skipped: int
+    tau: float  # of the adapter
     model: Any = field(repr=False)
     processor: Any = field(repr=False)
 
@@ -52,195 +58,152 @@ def run(settings: TrainSettings, say: Callable[[str], None] = print, progress: b
 
     Everything that can be wrong with the data, the model's name or the settings is found before training starts.
     Checkpoints go to ``output/checkpoint-N``, log lines to ``output/log.jsonl``; the adapter with the lowest validation
-    loss (without validation: the last one) to `output` itself.
+    loss (without validation: the last one) to `output` itself. In every process that torchrun started, the same call.
 
     Args:
         settings: What to train, on what, and how.
-        say: Takes the lines for the user.
+        say: Takes the lines for the user, in the first process.
         progress: Show progress bars.
 
     Raises:
         ValueError: a setting has no meaning.
         DataError: the data has bad rows (unless `skip_bad`) or none that can be trained on.
         SetupError: the model cannot be loaded, the output folder is in use, or `resume` does not fit it.
+        CheckpointError: a checkpoint or the adapter cannot be written or read.
     """
+    with distributed.session():
+        if not distributed.is_main():
+            say, progress = _say_nothing, False
+        return _run(settings, say, progress)
+
+
+def _say_nothing(line: str) -> None:
+    pass
+
+
+def _run(settings: TrainSettings, say: Callable[[str], None], progress: bool) -> TrainResult:
     from transformers import set_seed
 
-    anchors = anchor_config(settings.preset)
-    checkpoint = _prepare_output(settings)
-    train_rows, val_rows, bad = _read(settings, progress)
-    dtype = loading.choose_dtype(settings.preset.dtype, say)
-    optimizer = loading.choose_optimizer(settings.preset.optimizer, say)
+    preset = settings.preset
+    anchors = anchor_config(preset)
+    _check_sharding(settings)
+    checkpoint = prepare_output(settings)
+    found = train_data.read(settings, progress)
+    dtype = loading.choose_dtype(preset.dtype, say)
+    optimizer = loading.choose_optimizer(_without_bitsandbytes(preset.optimizer, settings.fsdp, say), say)
     model, processor = loading.load(settings.model, dtype)
+    data = train_data.make(found, settings, processor, model, say)
 
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    train_rows, train_bad = check_texts(settings.data, train_rows, processor, context)
-    val_rows, val_bad = check_texts(settings.val_data or settings.data, val_rows, processor, context)
-    bad += train_bad + val_bad
-    _refuse_or_list(bad, train_rows, settings, say)
-
-    train_set, val_set = (SampleDataset(samples(rows, settings.turns)) for rows in (train_rows, val_rows))
-    anchors = with_tokens_of(
-        anchors, processor
-    )  # what to leave out in calls without a mask, as of an evaluation harness
-    if not anchors.inserts_nothing and not any(sample.images for sample in train_set.samples):
+    # What to leave out in calls without a mask, as of an evaluation harness.
+    anchors = with_tokens_of(anchors, processor)
+    if not anchors.inserts_nothing and not data.may_have_images:
         raise DataError(f"{settings.data} has no row with an image, so nothing can be inserted; train it with --tau 1")
+    anchors = with_pauses(anchors, processor, preset.pause_tokens, preset.pause_token)
     try:
         attach(model, anchors)
     except (ValueError, TypeError) as error:
         raise SetupError(f"AttAnchor cannot be attached to {settings.model}: {error}") from error
     set_seed(settings.seed)  # before the adapters are drawn: runs that differ in anchors alone start alike
-    model = loading.add_lora(model, settings.preset)
+    model = loading.add_lora(model, preset)
 
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
-    validation = f"{len(val_set)} to validate" if len(val_set) else "no validation, so no early stopping"
-    say(f"{len(train_set)} samples to train, {validation}; {trained:,} of {total:,} parameters are trained")
-    return _train(settings, model, processor, train_set, val_set, dtype, optimizer, checkpoint, len(bad), say, progress)
+    validation = f"{len(data.val)} to validate" if len(data.val) else "no validation, so no early stopping"
+    samples = f"{data.count} samples" if data.count else "A stream of samples"
+    say(f"{samples} to train, {validation}; {trained:,} of {total:,} parameters are trained")
+    return _train(settings, model, processor, data, dtype, optimizer, checkpoint, say, progress)
 
 
 def anchor_config(preset: Preset) -> AttAnchorConfig:
-    """The AttAnchor settings of a preset.
+    """The AttAnchor settings of a preset, less its pause tokens, which only the model's tokenizer knows.
 
     Raises:
         ValueError, TypeError: one of them has no meaning.
     """
     return AttAnchorConfig(
-        tau=preset.tau,
+        tau=preset.tau if preset.fraction is None else HIGHEST_TAU,  # until it is measured
         direction=preset.direction or "text_into_image",
         positions=preset.positions,
         max_anchors=preset.max_anchors,
         route=preset.route,
+        content_words=preset.content_words,
     )
 
 
-# --- Before training. ------------------------------------------------------------------------------------------------
-
-
-def _prepare_output(settings: TrainSettings) -> Path | None:
-    """Make the output folder ready; with `resume`, the checkpoint to go on from."""
-    output = settings.output
-    if output.exists() and not output.is_dir():
-        raise SetupError(f"output {output} is a file; it should be a folder, or not exist")
-    checkpoints = complete_checkpoints(output)
-    if not settings.resume:
-        if checkpoints or (output / "adapter_config.json").exists():
-            raise SetupError(f"output {output} holds a trained run; continue it with --resume, or take another folder")
-    elif not checkpoints:
-        raise SetupError(f"output {output} holds no checkpoint to resume from; leave --resume out to start anew")
-    else:
-        _check_same_run(settings)
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        if not os.access(output, os.W_OK):
-            raise PermissionError(13, "Permission denied")
-    except OSError as error:
-        raise SetupError(f"output {output} cannot be written to: {error.strerror}") from error
-    if not settings.resume:
-        write_json(output / RUN_FILE, {"settings": _as_json(settings)})
-    return checkpoints[-1] if settings.resume else None
-
-
-def complete_checkpoints(output: Path) -> list[Path]:
-    """Checkpoint folders by step; without `trainer_state.json`, which is written last, one was cut short."""
-    found = [path.parent for path in output.glob("checkpoint-*/trainer_state.json")]
-    return sorted(
-        (p for p in found if p.name.rpartition("-")[2].isdigit()), key=lambda p: int(p.name.rpartition("-")[2])
-    )
-
-
-def _as_json(settings: TrainSettings) -> dict[str, object]:
-    values = dataclasses.asdict(settings)
-    values |= values.pop("preset")
-    return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
-
-
-def _check_same_run(settings: TrainSettings) -> None:
-    path = settings.output / RUN_FILE
-    try:
-        before = json.loads(path.read_text(encoding="utf-8"))["settings"]
-    except (OSError, ValueError, KeyError) as error:
-        raise SetupError(f"{path} cannot be read, so it is not known what to resume: {error}") from error
-    now = _as_json(settings)
-    different = [name for name in now if name not in _FREE_ON_RESUME and before.get(name) != now[name]]
-    if different:
-        changes = "; ".join(f"{name} was {before.get(name)!r} and is {now[name]!r}" for name in different)
-        raise SetupError(f"the run in {settings.output} had other settings: {changes}; resume it with the same ones")
-
-
-def _read(settings: TrainSettings, progress: bool) -> tuple[list[Row], list[Row], list[BadRow]]:
-    rows, bad = read_rows(settings.data, settings.images, settings.skip_bad, progress)
-    if settings.val_data is None:
-        return *split_rows(rows, settings.val_fraction, settings.seed), bad
-    val_rows, val_bad = read_rows(settings.val_data, settings.images, settings.skip_bad, progress)
-    return rows, val_rows, bad + val_bad
-
-
-def _refuse_or_list(bad: list[BadRow], rows: list[Row], settings: TrainSettings, say: Callable[[str], None]) -> None:
-    if not bad:
+def _check_sharding(settings: TrainSettings) -> None:
+    if not settings.fsdp:
         return
-    if not settings.skip_bad:
-        raise DataError(
-            "\n".join([*map(str, bad[:10]), f"{len(bad)} bad rows: mend them, or leave them out with --skip-bad"]), bad
-        )
-    if not rows:
-        raise DataError(f"{settings.data} has no usable row; {bad[0]}", bad)
-    path = settings.output / SKIPPED_FILE
-    write_json(path, [{"file": str(one.file), "row": one.number, "reason": one.reason} for one in bad])
-    say(f"{len(bad)} bad rows left out, listed in {path}:")
-    for one in bad[:10]:
-        say(f"  {one}")
-    if len(bad) > 10:
-        say(f"  … and {len(bad) - 10} more")
+    if distributed.world_size() == 1:
+        raise SetupError("fsdp shards a model over several processes, and this is one; start them with torchrun")
+    if not distributed.can_shard():
+        raise SetupError("fsdp needs GPUs, and there is none; leave it out")
 
 
-# --- Training. -------------------------------------------------------------------------------------------------------
+def _without_bitsandbytes(optimizer: str, fsdp: bool, say: Callable[[str], None]) -> str:
+    """bitsandbytes' kernels take no sharded tensors: its issue 1633, an illegal memory access."""
+    if fsdp and ("bnb" in optimizer or optimizer.endswith(("8bit", "32bit"))):
+        say(f"{optimizer} cannot step sharded parameters (fsdp): training with adamw_torch")
+        return "adamw_torch"
+    return optimizer
 
 
 def _train(
     settings: TrainSettings,
     model: Any,
     processor: Any,
-    train_set: SampleDataset,
-    val_set: SampleDataset,
+    data: TrainData,
     dtype: torch.dtype,
     optimizer: str,
     checkpoint: Path | None,
-    skipped: int,
     say: Callable[[str], None],
     progress: bool,
 ) -> TrainResult:
     # Here and not above: the import takes seconds, and mistakes in the data should show before.
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-    from attanchor_vlm import trainer as parts
+    from attanchor_vlm import callbacks as calls
+    from attanchor_vlm.trainer import AnchorTrainer
 
-    arguments = _arguments(settings, len(train_set), bool(len(val_set)), dtype, optimizer, progress)
-    interrupt, plateau = parts.KeepOnInterrupt(), None
-    callbacks = [parts.LogFile(settings.output), parts.SettingsBesideCheckpoints(), interrupt]
-    if len(val_set):
-        callbacks.append(parts.EvaluateLastStep())
-        if settings.preset.patience is not None:
-            plateau = parts.StopOnPlateau(settings.preset.patience)
-            callbacks.append(plateau)
-    trainer = parts.AnchorTrainer(
-        model=model,
-        args=arguments,
-        data_collator=Collator(processor, settings.turns),
-        train_dataset=train_set,
-        eval_dataset=val_set if len(val_set) else None,
-        callbacks=callbacks,
-    )
     if checkpoint is not None:
-        _check_steps_left(checkpoint, planned_steps(settings, len(train_set)))
+        check_steps_left(checkpoint, planned_steps(settings, data.count))
+    collate = Collator(processor, settings.turns, settings.preset.content_words)
+    aligner = aligner_for(settings, model, processor, getattr(data.train, "samples", ()), progress)
+    interrupt, plateau = calls.KeepOnInterrupt(), None
+    listeners = [calls.LogFile(settings.output), calls.SameOrderOnResume(), interrupt]
+    if settings.save_steps is not None:
+        listeners.append(calls.SaveEvery(settings.save_steps))
+    if len(data.val) and settings.preset.patience is not None:
+        plateau = calls.StopOnPlateau(settings.preset.patience)
+        listeners.append(plateau)
+    listeners.append(calls.EvaluateLastStep(validate=bool(len(data.val))))
+    trainer = AnchorTrainer(
+        model=model,
+        args=_arguments(settings, model, data, dtype, optimizer, progress),
+        data_collator=collate if aligner is None else AlignedCollator(collate, aligner.labels),
+        train_dataset=data.train,
+        eval_dataset=data.val if len(data.val) else None,
+        callbacks=listeners,
+        keeper=_keeper(settings, data, collate, checkpoint, say, progress),
+        lengths=data.lengths,
+        extra_losses={} if aligner is None else {"align_loss": aligner},
+    )
+    if isinstance(data.train, SampleStream) and checkpoint is not None:
+        data.train.taken = checkpoints.step_of(checkpoint) * settings.preset.accumulation
     trainer.remove_callback(ProgressCallback if progress else PrinterCallback)
     if progress:
-        trainer.add_callback(parts.Progress())
+        trainer.add_callback(calls.Progress())
 
     started = time.perf_counter()
     try:
-        with expect_anchors(base_of(model)):
+        with expect_anchors(base_of(model)), nullcontext() if aligner is None else aligner.watching(model):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except DataError as error:  # raised anew, as from a loader's worker it comes out of torch
+        raise DataError(f"{error}{_left(settings.output)}", error.bad) from error
+    except OSError as error:
+        # A loader's worker's error has its traceback for a message.
+        reason = error.strerror or str(error).strip().rpartition("\n")[2]
+        reason += f" ({error.filename})" if error.filename else ""
+        raise CheckpointError(f"training stopped: {reason}{_left(settings.output)}") from error
     finally:
         interrupt.restore()
     seconds = time.perf_counter() - started
@@ -254,7 +217,8 @@ def _train(
         val_loss=min(losses, default=None),
         interrupted=interrupt.interrupted,
         stopped_early=plateau is not None and plateau.stopped_at is not None,
-        skipped=skipped,
+        skipped=train_data.skipped(data, settings),
+        tau=tau_of(trainer.accelerator.unwrap_model(trainer.model)),
         model=model,
         processor=processor,
     )
@@ -262,35 +226,53 @@ def _train(
     return result
 
 
+def _left(output: Path) -> str:
+    whole = complete_checkpoints(output)
+    return f"; {whole[-1].name} is whole: mend that, and go on from it with --resume" if whole else ""
+
+
+def _keeper(
+    settings: TrainSettings,
+    data: TrainData,
+    collate: Collator,
+    checkpoint: Path | None,
+    say: Callable[[str], None],
+    progress: bool,
+):
+    from attanchor_vlm.tau import TauKeeper
+
+    if settings.preset.fraction is None:
+        return None
+
+    def measure(model):
+        samples, own_part = train_data.calibration_samples(data, settings)
+        return measure_scores(model, collate, samples, settings.preset.batch_size, progress, own_part)
+
+    keeper = TauKeeper(settings.preset.fraction, settings.preset.keep_fraction, measure, say)
+    state = checkpoints.read_state(checkpoint) if checkpoint is not None else None
+    if state is not None:
+        keeper.restore(state["keeper"])
+    return keeper
+
+
 def planned_steps(settings: TrainSettings, count: int) -> int:
     """Optimiser steps of a run over `count` samples."""
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    batches = math.ceil(count / (settings.preset.batch_size * processes))
+    batches = math.ceil(count / (settings.preset.batch_size * distributed.world_size()))
     per_epoch = math.ceil(batches / settings.preset.accumulation)
     return settings.max_steps or math.ceil(per_epoch * settings.preset.epochs)
 
 
-def _check_steps_left(checkpoint: Path, planned: int) -> None:
-    """Trainer would add a step to a run that has made all of them."""
-    made = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
-    if made >= planned:
-        raise SetupError(
-            f"{checkpoint.parent} holds a run that has made {made} steps, and {planned} are asked for; "
-            "raise --max-steps or --epochs to go on"
-        )
-
-
 def _arguments(
-    settings: TrainSettings, count: int, validates: bool, dtype: torch.dtype, optimizer: str, progress: bool
+    settings: TrainSettings, model: Any, data: TrainData, dtype: torch.dtype, optimizer: str, progress: bool
 ):
     from transformers import TrainingArguments
 
     preset = settings.preset
-    every = settings.eval_steps or max(1, min(500, planned_steps(settings, count) // 8))
-    known = {field.name for field in dataclasses.fields(TrainingArguments)}
-    name = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
-    checkpointing: dict[str, Any] = (
-        {name: True, f"{name}_kwargs": {"use_reentrant": False}} if settings.gradient_checkpointing else {}
+    validates = bool(len(data.val))
+    every = settings.eval_steps or max(1, min(500, planned_steps(settings, data.count) // 8))
+    streams = isinstance(data.train, SampleStream)
+    workers = (
+        min(settings.workers, data.train.shards_here) if isinstance(data.train, SampleStream) else settings.workers
     )
     return TrainingArguments(
         output_dir=str(settings.output),
@@ -306,13 +288,16 @@ def _arguments(
         optim=optimizer,
         fp16=dtype == torch.float16,
         bf16=dtype == torch.bfloat16,
-        **checkpointing,
+        use_cpu=distributed.on_cpu(),
+        **_memory(settings, model),
+        # A process whose batch has no image has no gradient for the projector, and DDP would wait for it.
+        ddp_find_unused_parameters=data.may_lack_images,
+        average_tokens_across_devices=True,  # the loss is a mean over all tokens, however they fall to the processes
         eval_strategy="steps" if validates else "no",
         eval_steps=every if validates else None,
         save_strategy="steps",
         save_steps=every,
-        save_total_limit=2,
-        load_best_model_at_end=validates,
+        load_best_model_at_end=validates,  # AnchorTrainer deletes old checkpoints, not Trainer
         metric_for_best_model="eval_loss" if validates else None,
         greater_is_better=False if validates else None,
         prediction_loss_only=True,  # logits have the lengthened sequence's length, labels the old one's
@@ -322,32 +307,62 @@ def _arguments(
         logging_nan_inf_filter=False,
         report_to="none",
         disable_tqdm=not progress,
-        dataloader_num_workers=settings.workers,
-        dataloader_persistent_workers=settings.workers > 0,
+        dataloader_num_workers=workers,
+        dataloader_persistent_workers=workers > 0,
         dataloader_pin_memory=torch.cuda.is_available(),
+        ignore_data_skip=streams,  # the stream itself goes on where it was
         seed=settings.seed,
         data_seed=settings.seed,
     )
+
+
+def _memory(settings: TrainSettings, model: torch.nn.Module) -> dict[str, Any]:
+    """Sharding and gradient checkpointing."""
+    from transformers import TrainingArguments
+
+    chosen: dict[str, Any] = {}
+    if settings.fsdp:
+        # Adapters are saved whole, by one process; the rest of a checkpoint is what accelerate makes of it.
+        layers = loading.layer_classes(model)
+        sharding = {"version": 2, "state_dict_type": "FULL_STATE_DICT", "transformer_layer_cls_to_wrap": layers}
+        chosen |= {"fsdp": True, "fsdp_config": sharding}
+    if settings.gradient_checkpointing:
+        # transformers' own, for FSDP too: accelerate's leaves the KV cache on, which a layer run twice fills twice, and
+        # draws other dropout masks the second time.
+        known = {field.name for field in dataclasses.fields(TrainingArguments)}
+        name = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
+        chosen |= {name: True, f"{name}_kwargs": {"use_reentrant": False}}
+    return chosen
 
 
 def _finish(settings: TrainSettings, result: TrainResult, trainer, say: Callable[[str], None]) -> None:
     if result.interrupted:
         say(f"interrupted after step {result.steps}; continue with the same command and --resume")
         return
-    if trainer.is_world_process_zero():
-        model = trainer.accelerator.unwrap_model(trainer.model)
-        model.save_pretrained(settings.output)
-        save_settings(model, settings.output)
-        result.processor.save_pretrained(settings.output)
+    is_writer = trainer.is_world_process_zero()
+    write = partial(_write_adapter, result=result, trainer=trainer, is_writer=is_writer)
+    checkpoints.replace_files(settings.output, write, is_writer)
+    if is_writer:
         summary = {
             "steps": result.steps,
             "seconds": round(result.seconds, 2),
             "val_loss": result.val_loss,
+            "tau": result.tau,
             "stopped_early": result.stopped_early,
             "skipped_rows": result.skipped,
         }
-        write_json(settings.output / RUN_FILE, {"settings": _as_json(settings), "result": summary})
+        write_json(settings.output / RUN_FILE, {"settings": as_json(settings), "result": summary})
     if result.stopped_early:
         say(f"stopped at step {result.steps}: no better validation loss for {settings.preset.patience} steps")
+    if settings.stream and result.skipped:
+        say(f"{result.skipped} bad rows left out, listed in {settings.output / STREAM_SKIPPED_FILE}")
     loss = f", validation loss {result.val_loss:.4f}" if result.val_loss is not None else ""
     say(f"{result.steps} steps in {result.seconds:.0f} s{loss}; adapter and settings in {settings.output}")
+
+
+def _write_adapter(folder: Path, result: TrainResult, trainer, is_writer: bool) -> None:
+    trainer.save_model(str(folder), _internal_call=True)  # of a sharded model, all processes gather it
+    if is_writer:
+        (folder / "training_args.bin").unlink(missing_ok=True)
+        save_settings(trainer.accelerator.unwrap_model(trainer.model), folder)
+        result.processor.save_pretrained(folder)

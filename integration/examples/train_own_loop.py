@@ -20,7 +20,6 @@ device = "cuda" if torch.cuda.is_available() else "cpu"
 
 rows, _ = read_rows(Path(data), Path(images))  # every bad row is an error, here and not after an hour
 training = list(samples(rows, "each"))
-
 model, processor = load(name)
 attach(model, AttAnchorConfig(tau=0.12))
 model = add_lora(model, preset("tinyllava-1b")).to(device).train()  # language model and projector, never the tower

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 
@@ -46,10 +47,7 @@ def fails(capsys, arguments):
         (["train"], "Missing option '--model' (see attanchor train --help)"),
         (["train", "--tau", "high"], "'--tau'"),
         (["train", "--nope"], "No such option: --nope"),
-        (
-            ["show", "--model", "m", "--image", "i", "--question", "q", "--output", "o.png"],
-            "give --tau, or an --adapter",
-        ),
+        (["generate", "--model", "m", "--image", "i"], "give one of the two: a question as --prompt"),
         (["demo", "--output", "o", "--steps", "1"], "'--steps'"),
     ],
 )
@@ -153,18 +151,37 @@ def test_train_with_overrides_then_look_and_calibrate(world, tmp_path, capsys):
     assert run["result"]["steps"] == 2
 
     image, picture = next((world / "images").iterdir()), tmp_path / "anchors.png"
-    arguments = ["show", "--model", world / "model", "--adapter", output, "--image", image, "--output", picture]
-    assert cli.main([str(a) for a in arguments] + ["--question", "Where is the red ring?"]) == 0
+    arguments = ["generate", "--model", world / "model", "--adapter", output, "--image", image, "--explain", picture]
+    assert cli.main([str(a) for a in arguments] + ["--prompt", "Where is the red ring?"]) == 0
     said = capsys.readouterr().out
-    assert said.count("behind patch row") == 3
+    assert len(re.findall(r"row \d, column \d", said)) == 3
     assert said.count("not inserted") == 3
-    assert "answer: " in said
     assert Image.open(picture).size[0] > 800
 
-    assert cli.main(["calibrate", *command(world, "--share", "0.25", "--samples", "12")]) == 0
+    assert cli.main(["calibrate", *command(world, "--fraction", "0.25", "--samples", "12")]) == 0
     said = capsys.readouterr().out
     assert said.startswith("--tau ")
-    assert "inserts 25.0% of the text tokens, measured on 12 samples" in said
+    assert re.search(r"inserts 2[456]\.\d% of the text tokens, measured on 12 samples", said)
+
+
+def test_every_option_of_train_reaches_the_settings(monkeypatch):
+    seen = []
+    monkeypatch.setattr("attanchor_vlm.cli.training._train", lambda settings: seen.append(settings) or False)
+    options = ["train", "--model", "m", "--data", "rows", "--output", "o", "--fraction", "0.2", "--keep-fraction"]
+    options += ["quantile", "--calibration-samples", "9", "--stream", "--shuffle-buffer", "7", "--max-steps", "3"]
+    options += ["--save-steps", "2", "--fsdp", "--gradient-checkpointing"]
+    assert cli.main(options) == 0
+    assert cli.main([*options[:7], "--images", "i", "--group-by-length"]) == 0
+    streamed, grouped = seen
+    assert (streamed.preset.fraction, streamed.preset.keep_fraction, streamed.calibration_samples) == (
+        0.2,
+        "quantile",
+        9,
+    )
+    assert (streamed.stream, streamed.shuffle_buffer, streamed.max_steps, streamed.save_steps) == (True, 7, 3, 2)
+    assert (streamed.fsdp, streamed.gradient_checkpointing, streamed.images) == (True, True, None)
+    assert (grouped.group_by_length, grouped.stream, str(grouped.images)) == (True, False, "i")
+    assert (streamed.held_out, grouped.held_out) == (0.0, 0.02)
 
 
 def test_help_answers_without_loading_torch():

@@ -117,6 +117,22 @@ def test_a_file_that_is_no_list_of_rows_is_refused(folder, text, name, reason):
         data.read_rows(path, folder / "images")
 
 
+def test_a_line_of_json_lines_ends_at_its_newline_alone(folder):
+    path = folder / "data.jsonl"
+    path.write_text(json.dumps(row(answer="one\u2028two\x85"), ensure_ascii=False) + "\r\n", encoding="utf-8")
+    rows, _ = data.read_rows(path, folder / "images")
+    assert rows[0].messages[1][1] == "one\u2028two\x85"
+
+
+def test_a_line_that_is_not_json_is_a_bad_row(folder):
+    path = folder / "data.jsonl"
+    path.write_text("\n".join([json.dumps(row()), "", "{nonsense", json.dumps(row())]), encoding="utf-8")
+    good, bad = data.read_rows(path, folder / "images", skip_bad=True)
+    assert [one.number for one in good] == [1, 3]
+    assert [one.number for one in bad] == [2]
+    assert "line 3, column 2: not valid JSON" in bad[0].reason
+
+
 def test_missing_files_and_folders_are_named(folder):
     with pytest.raises(data.DataError, match=r"gone\.json cannot be read: No such file"):
         data.read_rows(folder / "gone.json", folder / "images")
@@ -125,6 +141,17 @@ def test_missing_files_and_folders_are_named(folder):
     (folder / "latin.json").write_bytes(b'["\xe9"]')
     with pytest.raises(data.DataError, match="not UTF-8"):
         data.read_rows(folder / "latin.json", folder / "images")
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_rows_that_share_one_of_several_images_are_on_one_side(seed):
+    names = [("a", "b"), ("b", "c"), ("d",), ("c",), ("e", "f"), ("f",), (), ("d",)]
+    rows = [data.Row(number, (), images) for number, images in enumerate(names, start=1)]
+    train, val = data.split_rows(rows, 0.3, seed)
+    assert train
+    assert val
+    assert sorted(one.number for one in train + val) == list(range(1, 9))
+    assert not {image for one in train for image in one.images} & {image for one in val for image in one.images}
 
 
 def test_what_llava_instruct_holds_is_read(folder):

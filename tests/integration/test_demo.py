@@ -247,15 +247,6 @@ def test_labels_beside_a_picture_do_not_cover_each_other():
         assert all(0.3 < y < 7.7 for y in placed)
 
 
-def test_a_picture_shows_what_the_model_sees(shipped):
-    _, processor = shipped
-    wide = Image.new("RGB", (300, 100))
-    wide.paste((255, 0, 0), (100, 0, 200, 100))
-    seen = plots.seen_part(wide, processor.image_processor)
-    assert seen.size == (100, 100)
-    assert seen.getpixel((0, 0)) == seen.getpixel((99, 99)) == (255, 0, 0)
-
-
 def test_a_photograph_that_is_not_there_says_so():
     with pytest.raises(loading.SetupError, match="does not ship the photograph 'mona_lisa'"):
         demo.photograph("mona_lisa")

@@ -208,12 +208,15 @@ def test_a_tokenizer_alone():
     ("template", "messages"),
     [
         (CHATML.replace("p['text']", "p['text'] | upper"), [user("<image>", QUESTION), assistant(ANSWER)]),
-        (CHATML.replace("p['text']", "p['text'] | trim"), [user("<image>", QUESTION + " "), assistant(ANSWER)]),
+        (
+            CHATML.replace("p['text']", "p['text'].replace('  ', ' ')"),
+            [user("<image>", "What  is it?"), assistant(ANSWER)],
+        ),
         (CHATML.replace("p['text']", "p['text'][:9]"), [user("<image>", QUESTION), assistant(ANSWER)]),
         (CHATML.replace("{{ p['text'] }}", "{{ p['text'] }}{{ p['text'] }}"), [user(QUESTION), assistant(ANSWER)]),
         (CHATML.replace("{{ p['text'] }}", ""), [user("<image>", QUESTION), assistant(ANSWER)]),
     ],
-    ids=["upper", "trim", "cut", "twice", "dropped"],
+    ids=["upper", "spaces", "cut", "twice", "dropped"],
 )
 def test_a_template_that_rewrites_text_is_refused(template, messages):
     processor = llava_processor(byte_level_tokenizer(), template)
@@ -222,10 +225,25 @@ def test_a_template_that_rewrites_text_is_refused(template, messages):
         encode_chat(processor, messages, images)
 
 
-def test_a_trimming_template_is_fine_with_texts_that_have_nothing_to_trim():
+@pytest.mark.parametrize("around", ["", " ", "\n"])
+def test_a_template_may_trim_texts(around):
+    """As Gemma's and Llama 3's do: the masks hold what is left of them."""
     processor = llava_processor(byte_level_tokenizer(), CHATML.replace("p['text']", "p['text'] | trim"))
-    encoded = encode_chat(processor, [user("<image>", QUESTION), assistant(ANSWER)], [picture()])
+    chat = [user("<image>", around + QUESTION + around), assistant(ANSWER + around)]
+    encoded = encode_chat(processor, chat, [picture()])
     assert said(processor, encoded, "anchor_mask", 0) == QUESTION
+    assert said(processor, encoded, "labels", 0) == ANSWER + "<|im_end|>"
+    assert torch.equal(
+        encoded["input_ids"],
+        encode_chat(processor, [user("<image>", QUESTION), assistant(ANSWER)], [picture()])["input_ids"],
+    )
+
+
+def test_without_a_chat_template_it_says_what_is_missing():
+    processor = llava_processor(byte_level_tokenizer(), CHATML)
+    processor.chat_template = processor.tokenizer.chat_template = None
+    with pytest.raises(ValueError, match="LlavaProcessor has no chat template, so it is not known how this model is"):
+        encode_chat(processor, [user("<image>", QUESTION)], [picture()], add_generation_prompt=True)
 
 
 def test_texts_with_private_use_characters():

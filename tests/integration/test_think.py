@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import difference, prompts, tiny_llava, with_labels
+from test_leaks import two_turns
+from tiny import CHATML, byte_level_tokenizer, difference, llava_processor, prompts, tiny_llava, with_labels
 
-from attanchor_vlm import AttAnchorConfig, attach, prepare_inputs
+from attanchor_vlm import AttAnchorConfig, attach, cli, load_settings, prepare_inputs, scenes, small_llava
+from attanchor_vlm.think import with_pauses
 
 TAU, NEW, PAUSES, PAUSE = 0.1, 4, 3, 63
 MIXED = [1, 2, 0]
@@ -131,6 +133,25 @@ def test_prepare_inputs_has_the_pauses_too():
         assert torch.equal(model(**prepared).logits, model(**batch).logits)
 
 
+@pytest.mark.parametrize("route", ROUTES)
+def test_the_plan_is_in_the_callers_slots_also_behind_the_pauses(route):
+    """An answer in front of the image: the pauses stand in front of it, the image and its question behind them."""
+    batch, parts = two_turns("qaIQA")
+    batch = without_pauses(batch)
+    model, bare = attached(route, tau=-1), attached(route, tau=-1, pause_tokens=0)
+    with torch.no_grad():
+        model(**batch), bare(**batch)
+    plan, expected = model.attanchor_plan, bare.attanchor_plan
+    assert torch.equal(plan.host, expected.host)
+    assert torch.equal(plan.score, expected.score)
+    questions = {slot for part in "qQ" for slot in range(parts[part].start, parts[part].stop)}
+    assert set(plan.host[plan.host >= 0].tolist()) <= questions
+    assert (plan.host[0, parts["I"]] >= parts["Q"].start).any()
+    before = parts["a"].start
+    assert plan.source[0, : before + PAUSES].tolist() == [*range(before), *[-1] * PAUSES]
+    assert plan.source[0, before + PAUSES :].tolist() == expected.source[0, before:].tolist()
+
+
 def test_settings_that_make_no_sense_are_refused():
     for settings, message in (
         ({"pause_token_id": None}, "pause_tokens is 3, but pause_token_id is not set"),
@@ -148,3 +169,58 @@ def test_settings_that_make_no_sense_are_refused():
     model, batch = attached(positions="inherit", force_inherit=True), prompts([1])
     with pytest.raises(ValueError, match="position_ids is given, but pause tokens are added"):
         model(**batch, position_ids=torch.arange(batch["input_ids"].shape[1])[None])
+
+
+def test_the_pause_token_is_named_and_must_mean_nothing_else():
+    tokenizer = byte_level_tokenizer()
+    config = AttAnchorConfig(tau=0.1, direction="image_into_text")
+    assert with_pauses(config, tokenizer, 0, None) is config
+    made = with_pauses(config, llava_processor(tokenizer, CHATML), 4, "<|im_start|>")
+    assert (made.pause_tokens, made.pause_token_id) == (4, tokenizer.convert_tokens_to_ids("<|im_start|>"))
+    with pytest.raises(ValueError, match=r"pause_token '<p>' is no token of the model's vocabulary.*such as '<pad>'"):
+        with_pauses(config, tokenizer, 4, "<p>")
+    for token in ("<s>", "<|im_end|>", "<image>"):
+        with pytest.raises(ValueError, match="begins or ends texts or stands for an image"):
+            with_pauses(config, llava_processor(tokenizer, CHATML), 4, token)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--pause-tokens", "3", "--pause-token", "<pad>"], "pause_tokens is 3, but direction is text_into_image"),
+        (["--direction", "image_into_text", "--pause-tokens", "3"], "pause_tokens is 3, but there is no pause_token"),
+        (["--direction", "image_into_text", "--pause-tokens", "-3"], "pause_tokens is -3; it should be 0 or more"),
+        (["--direction", "image_into_text", "--pause-token", "<pad>"], "pause_token is '<pad>', but pause_tokens is 0"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused_before_anything_is_read(options, message, capsys):
+    arguments = ["--model", "gone", "--data", "gone", "--images", "gone", "--output", "gone"]
+    assert cli.main(["train", *arguments, *options]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_think_mode_by_the_command_line(tmp_path, capsys):
+    torch.manual_seed(0)
+    processor = small_llava.build_processor()
+    for part in (small_llava.build_model(processor), processor):
+        part.save_pretrained(tmp_path / "model")
+    scenes.write_dataset(tmp_path, "train", 4, seed=0)
+    options = {
+        "--model": tmp_path / "model",
+        "--data": tmp_path / "train.json",
+        "--images": tmp_path / "images",
+        "--preset": "small-llava",
+        "--tau": -1,
+        "--max-steps": 1,
+        "--batch-size": 2,
+        "--val-fraction": 0,
+        "--direction": "image_into_text",
+        "--pause-tokens": 3,
+    }
+    words = [str(word) for option in options.items() for word in option]
+    assert cli.main(["train", *words, "--output", str(tmp_path / "no"), "--pause-token", "<p>"]) == 1
+    assert "pause_token '<p>' is no token of the model's vocabulary" in capsys.readouterr().err
+    assert cli.main(["train", *words, "--output", str(tmp_path / "run"), "--pause-token", "<pad>"]) == 0
+    settings = load_settings(tmp_path / "run")
+    assert (settings.direction, settings.pause_tokens) == ("image_into_text", 3)
+    assert settings.pause_token_id == processor.tokenizer.pad_token_id

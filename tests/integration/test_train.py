@@ -12,6 +12,8 @@ import torch
 from attanchor_vlm import (
     AttAnchorConfig,
     attach,
+    callbacks,
+    checkpoints,
     load_adapter,
     load_settings,
     loading,
@@ -167,7 +169,7 @@ def test_the_adapter_comes_back_with_its_settings(world, trained):
 def test_an_interrupted_run_resumes_as_if_nothing_had_been(world, tmp_path, monkeypatch):
     whole = run(world, tmp_path / "whole", tau=0.2)
 
-    original = trainer_module.KeepOnInterrupt.on_step_end
+    original = callbacks.KeepOnInterrupt.on_step_end
 
     def interrupt_at_four(self, args, state, control, **kwargs):
         if state.global_step == 4:
@@ -175,7 +177,7 @@ def test_an_interrupted_run_resumes_as_if_nothing_had_been(world, tmp_path, monk
         original(self, args, state, control, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer_module.KeepOnInterrupt, "on_step_end", interrupt_at_four)
+        patch.setattr(callbacks.KeepOnInterrupt, "on_step_end", interrupt_at_four)
         first = run(world, tmp_path / "parts", tau=0.2)
     assert first.interrupted
     assert first.steps == 4
@@ -206,9 +208,14 @@ def test_a_checkpoint_cut_short_is_not_resumed_from(tmp_path):
     for step, whole in ((5, True), (40, True), (300, False)):
         folder = tmp_path / f"checkpoint-{step}"
         folder.mkdir()
+        (folder / "trainer_state.json").write_text("{}")  # Trainer's own last file, while others may still write
         if whole:
-            (folder / "trainer_state.json").write_text("{}")
+            checkpoints.mark_complete(folder, {"tau": 0.5, "keeper": None})
+    torn = tmp_path / "checkpoint-300" / checkpoints.STATE_FILE
+    torn.write_text('{"step": 3')
     assert [path.name for path in train.complete_checkpoints(tmp_path)] == ["checkpoint-5", "checkpoint-40"]
+    assert checkpoints.remove_torn(tmp_path) == [tmp_path / "checkpoint-300"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-40", "checkpoint-5"]
 
 
 def test_training_stops_when_validation_no_longer_improves(world, tmp_path):
@@ -288,12 +295,14 @@ def test_a_run_without_validation_keeps_its_last_adapter(world, tmp_path):
     assert load_settings(tmp_path / "run").tau == -1
 
 
-def test_label_smoothing_is_refused(world):
+def test_label_smoothing_is_refused(world, tmp_path):
     from transformers import TrainingArguments
 
     model, _ = loading.load(str(world / "model"))
     with pytest.raises(ValueError, match=r"label_smoothing_factor is 0\.1; it should be 0"):
-        trainer_module.AnchorTrainer(model=model, args=TrainingArguments(label_smoothing_factor=0.1, report_to="none"))
+        trainer_module.AnchorTrainer(
+            model=model, args=TrainingArguments(str(tmp_path), label_smoothing_factor=0.1, report_to="none")
+        )
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
@@ -348,11 +357,28 @@ def test_presets_are_the_papers():
         ({"turns": "some"}, "turns is 'some'; it should be one of each, all"),
         ({"max_steps": 0}, "max_steps is 0"),
         ({"workers": -1}, "workers is -1"),
+        ({"seed": -1}, "seed is -1; it should be at least 0"),
+        ({"scheduler": "cosine_with_min_lr"}, "scheduler is 'cosine_with_min_lr'; it should be one of linear, cosine"),
+        ({"scheduler": "reduce_lr_on_plateau", "val_data": None, "val_fraction": 0}, "but there is no validation"),
+        ({"val_fraction": 0.5}, "val_fraction is 0.5 with val_data"),
+        ({"shuffle_buffer": 5}, "shuffle_buffer is 5, but there is no stream"),
+        ({"calibration_samples": 4}, "calibration_samples is 4, but there is no fraction"),
+        ({"align_temperature": 0.3}, "align_temperature is 0.3, but there is no align_weight"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(world, tmp_path, change, message):
     with pytest.raises(ValueError, match=message):
         settings(world, tmp_path, **change)
+
+
+@pytest.mark.parametrize("name", presets.SCHEDULERS)
+def test_schedulers_are_those_that_need_no_further_numbers(name):
+    from transformers import get_scheduler
+
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler = get_scheduler(name, optimizer, num_warmup_steps=0 if "plateau" in name else 1, num_training_steps=4)
+    optimizer.step()
+    scheduler.step(*([1.0] if "plateau" in name else []))
 
 
 def test_runs_that_differ_in_anchors_alone_start_alike(world, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from pathlib import Path
 
@@ -9,7 +10,16 @@ import pytest
 import torch
 from tiny import CHATML, byte_level_tokenizer, llava_processor, picture, tiny_llava
 
-from attanchor_vlm import AttAnchorConfig, attach, encode_chat, expect_anchors, load_adapter, save_settings
+from attanchor_vlm import (
+    AttAnchorConfig,
+    attach,
+    encode_chat,
+    expect_anchors,
+    load_adapter,
+    load_settings,
+    prepare_inputs,
+    save_settings,
+)
 
 trl = pytest.importorskip("trl")
 PAGE = Path(__file__).parents[2] / "docs" / "trl.md"
@@ -119,3 +129,27 @@ def test_the_collator_marks_the_users_text(documented, processor):
     assert batch.keys() == expected.keys() >= {"labels", "anchor_mask", "pixel_values"}
     text = processor.tokenizer.decode(batch["input_ids"][1][batch["anchor_mask"][1]])
     assert text == "Is there a cat in the picture?"
+
+
+def test_rows_of_text_alone_have_no_mask(documented, processor):
+    model, text = attach(tiny_llava(vocab_size=420), AttAnchorConfig(tau=0.0)), rows()[:1]
+    text[0]["images"] = []
+    text[0]["messages"][0]["content"] = [{"type": "text", "text": "Is there a cat?"}]
+    batch = documented["AnchorCollator"](processor)(text)
+    assert "anchor_mask" not in batch
+    assert torch.isfinite(model(**prepare_inputs(model, **batch)).loss)
+    assert "anchor_mask" in documented["AnchorCollator"](processor)([*text, *rows()])
+
+
+def test_the_documented_script_runs_as_printed(documented, processor, tmp_path, monkeypatch):
+    from datasets import Dataset
+
+    monkeypatch.chdir(tmp_path)
+    here = {"use_cpu": True, "bf16": False, "max_steps": 1, "report_to": []}  # a machine without a GPU
+    monkeypatch.setattr(trl, "SFTConfig", functools.partial(trl.SFTConfig, **here))
+    names = {**documented, "model": tiny_llava(vocab_size=420), "processor": processor}
+    names["dataset"] = Dataset.from_list(rows())
+    exec(re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)[1], names)
+    assert names["trainer"].state.global_step > 0
+    assert load_settings(tmp_path / "run").tau == 0.12
+    load_adapter(tiny_llava(vocab_size=420), tmp_path / "run")

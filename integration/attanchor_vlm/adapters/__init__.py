@@ -42,8 +42,8 @@ def adapter_for(model: PreTrainedModel) -> FamilyAdapter:
         "(image_arguments), how they become one (T, D) tensor of projected features in the order of the placeholders "
         "(encode_images, feature_rows), where the placeholders are (placeholders), which features are no image content "
         "(silent_features), the position ids of the plain prompt if tokens have several (positions_per_token, "
-        "plain_positions), the per-token inputs that must grow with the prompt (token_types), and the routes that the "
-        "model allows (routes)"
+        "plain_positions), the per-token inputs that must grow with the prompt (token_types), the routes that the "
+        "model allows (routes), and, for pictures of anchors, where in an image its tokens lie (grids)"
     )
 
 

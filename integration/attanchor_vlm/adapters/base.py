@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from attanchor_vlm.adapters.grid import Grid, kept
 from attanchor_vlm.plan import AnchorPlan
 
 
@@ -99,6 +100,30 @@ class FamilyAdapter:
         # One entry a sample: beam search repeats the list by sample and counts placeholders to find the borders.
         parts = [part for part in rows[order].split(per_sample) if len(part)]
         return BaseModelOutputWithPooling(pooler_output=parts)  # type: ignore[arg-type]  # a list, as models return
+
+    def grids(
+        self, model: Any, processor: Any, batch: Mapping[str, Tensor], index: int, size: tuple[int, int]
+    ) -> list[Grid]:
+        """Where the tokens of one image lie in it, as grids in the order of the tokens.
+
+        Args:
+            processor: What made `batch`.
+            batch: The model's arguments.
+            index: Counts the images of the whole batch.
+            size: (height, width) of the original image.
+        """
+        return [Grid(*self.tile_shape(model, batch), kept(processor.image_processor, size))]
+
+    def tile_shape(self, model: Any, batch: Mapping[str, Tensor]) -> tuple[int, int]:
+        """(rows, columns) of the tokens of one tile, or of one image where images have no tiles."""
+        height, width = batch["pixel_values"].shape[-2:]
+        patch, pooled = model.config.vision_config.patch_size, self.pooling(model)
+        patch_height, patch_width = patch if isinstance(patch, (list, tuple)) else (patch, patch)
+        return int(height // patch_height / pooled), int(width // patch_width / pooled)
+
+    def pooling(self, model: Any) -> float:
+        """How many patches of the image encoder lie along the side of a token."""
+        return 1
 
     def vision_tower(self, model: PreTrainedModel) -> nn.Module | None:
         """The image encoder without its projector, which training usually freezes."""

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from attanchor_vlm.adapters.base import FamilyAdapter
+from attanchor_vlm.adapters.grid import Grid, whole
 from attanchor_vlm.plan import AnchorPlan
 
 
@@ -41,6 +42,13 @@ class Qwen2VLAdapter(FamilyAdapter):
         # By which a decoding loop without position_ids continues: next position = tokens so far + delta.
         highest = plan.position_ids.amax((0, 2))
         model.base_model.rope_deltas = (highest + 1 - plan.attention_mask.sum(-1))[:, None]
+
+    def grids(
+        self, model: Any, processor: Any, batch: Mapping[str, Tensor], index: int, size: tuple[int, int]
+    ) -> list[Grid]:
+        _, height, width = batch["image_grid_thw"][index].tolist()
+        merged = model.config.vision_config.spatial_merge_size
+        return [Grid(height // merged, width // merged, whole(size))]
 
     def vision_tower(self, model: Any) -> nn.Module | None:
         # Less the mergers, which are the projector.

@@ -8,24 +8,64 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import Annotated
 
 import typer
 
+from attanchor_vlm.cli import examples
+
+_EPILOG = """\b
+Everything can be tried offline: `attanchor sample --output sample` writes a
+small model and data, and the help of every command ends with an example.
+
+\b
+Exit codes:
+  0    done
+  1    something that the command names cannot be used, or work failed
+  2    the command line is wrong
+  130  interrupted
+With ATTANCHOR_TRACEBACK=1, errors show where they were raised.
+"""
+
 app = typer.Typer(
-    help="AttAnchor in vision-language models: train, calibrate, look.",
+    help="AttAnchor in vision-language models: choose a threshold, train, generate, explain, serve.",
+    epilog=_EPILOG,
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version  # of what is installed; importing the package would load torch
+
+        typer.echo(f"attanchor {version('attanchor-kernels')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _attanchor(
+    _: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit code. `setup.py` makes it the console command `attanchor`."""
+    examples.add_to(app)
     try:
         code = app(args=arguments, prog_name="attanchor", standalone_mode=False)
+        if code == 130:  # typer's own word for an interruption
+            raise KeyboardInterrupt
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's own flush at the end
+        return 1
     except Exception as error:
         # Told apart by what they can do: newer typers carry a click of their own.
         if hasattr(error, "format_message") and hasattr(error, "exit_code"):
@@ -34,9 +74,10 @@ def main(arguments: list[str] | None = None) -> int:
         if type(error).__name__ == "Abort":
             print("interrupted", file=sys.stderr)
             return 130
-        if os.environ.get("ATTANCHOR_TRACEBACK") == "1" or not _is_users(error):
+        message = _message(error)
+        if os.environ.get("ATTANCHOR_TRACEBACK") == "1" or message is None:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {message}", file=sys.stderr)
         return 1
     return code if isinstance(code, int) else 0
 
@@ -48,11 +89,20 @@ def _usage_message(error) -> str:
     return f"{message or 'no command given'} (see {command} --help)"
 
 
-def _is_users(error: BaseException) -> bool:
-    """Whether the error was raised by this project, whose messages are written for the user; others are bugs, and keep
-    their traceback."""
-    if not isinstance(error, (ValueError, TypeError, OSError)):
-        return False
+def _message(error: BaseException) -> str | None:
+    """What the user is told of an error; None for bugs, which keep their traceback."""
+    if _is_ours(error) and isinstance(error, (ValueError, TypeError, OSError)):
+        return str(error)
+    if isinstance(error, OSError) and error.errno is not None:  # files: full disks, missing rights, …
+        named = f"{error.filename}: " if error.filename is not None else ""
+        return f"{named}{error.strerror or error}"
+    if type(error).__name__ == "SafetensorError":  # its way to say the same of weights
+        return f"weights cannot be read or written: {error}"
+    return None
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Whether the error was raised by this project, whose messages are written for the user."""
     frame = error.__traceback__
     while frame is not None and frame.tb_next is not None:
         frame = frame.tb_next

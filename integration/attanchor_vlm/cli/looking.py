@@ -1,60 +1,213 @@
-"""`attanchor show`: one image, one question, and where the anchors went."""
+"""`attanchor generate`: ask a model about images, one question or a file of them, and see where the anchors went."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from attanchor_vlm.cli.entry import app
-from attanchor_vlm.cli.options import MODEL, has_gpu, quiet, to_gpu
+from attanchor_vlm.cli.options import (
+    ADAPTER,
+    CONTENT_WORDS,
+    FUNCTION_WORDS,
+    MODEL,
+    SKIP_BAD,
+    Dtype,
+    content_words,
+    quiet,
+)
+from attanchor_vlm.files import check_parent
+
+_PICTURES = (".png", ".pdf", ".svg")
 
 
 @app.command()
-def show(
+def generate(
     model: MODEL,
-    image: Annotated[Path, typer.Option(help="A picture.")],
-    question: Annotated[str, typer.Option(help="What to ask about it.")],
-    output: Annotated[Path, typer.Option(help="The picture with its anchors, .png or .pdf.")],
-    adapter: Annotated[Path | None, typer.Option(help="Folder of a trained adapter; brings its own tau.")] = None,
-    tau: Annotated[float | None, typer.Option(help="Cosine threshold.")] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="The question; images go in front, or where it says <image>.")
+    ] = None,
+    image: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="<path>", help="A picture that the question is about; several times for several."),
+    ] = None,
+    explain: Annotated[
+        Path | None, typer.Option(help="Draw each anchor at its patch, with its score: a .png, .pdf or .svg.")
+    ] = None,
+    input: Annotated[
+        Path | None, typer.Option(help="Instead of --prompt, many: a .jsonl of rows with id, image and prompt.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="With --input: the .jsonl that answers are written to.")] = None,
+    images: Annotated[
+        Path | None, typer.Option(help="With --input: folder of the rows' images; by default the input's own.")
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="With --input: questions at a time, 8 by default.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="With --input: go on with an --output that is there.")
+    ] = False,
+    skip_bad: SKIP_BAD = False,
+    adapter: ADAPTER = None,
+    tau: Annotated[
+        float | None, typer.Option(help="Cosine threshold, instead of the stored one; 1 for no anchors.")
+    ] = None,
+    english_content_words: CONTENT_WORDS = False,
+    function_words: FUNCTION_WORDS = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Bound of an answer's length.")] = 64,
+    dtype: Annotated[
+        Dtype | None, typer.Option(help="Of the weights; by default bfloat16 on a GPU, else float32.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print what came out as a JSON object.")] = False,
 ) -> None:
-    """Ask about an image, and draw each anchor at the patch that it was copied behind."""
-    quiet()
-    from attanchor_vlm import AttAnchorConfig, attach, load_adapter, loading, with_tokens_of
-    from attanchor_vlm.data import load_image
-    from attanchor_vlm.evaluate import explain
-    from attanchor_vlm.mixin import base_of, is_attached
+    """Ask about images, and draw where the anchors went.
 
-    if adapter is None and tau is None:
-        raise typer.BadParameter("give --tau, or an --adapter that was trained with one", param_hint="--tau")
-    if output.suffix not in (".png", ".pdf", ".svg"):
-        raise typer.BadParameter(f"{output} should end in .png, .pdf or .svg", param_hint="--output")
-    if adapter is not None and not (adapter / "adapter_config.json").is_file():
-        raise ValueError(f"adapter {adapter} holds no adapter_config.json; give the folder that train wrote to")
-    picture = load_image(image)
-    loaded, processor = loading.load(model, loading.choose_dtype("bfloat16" if has_gpu() else "float32", typer.echo))
-    if adapter is not None:
-        loaded = load_adapter(loaded, adapter)
-    if tau is not None:
-        import dataclasses
-
-        config: Any = base_of(loaded).attanchor_config if is_attached(loaded) else AttAnchorConfig(tau=tau)
-        attach(loaded, with_tokens_of(dataclasses.replace(config, tau=tau), processor))
-    elif not is_attached(loaded):
-        raise ValueError(f"adapter {adapter} has no attanchor.json, so it was trained without anchors; give --tau")
-    result = explain(to_gpu(loaded), processor, picture, question)
-    from attanchor_vlm.plots import anchor_picture
-
-    used: Any = base_of(loaded).attanchor_config
-    anchor_picture(output, [result], used.tau, f"Anchors in {image.name}")
-    for match in result.matches:
-        where = (
-            "not inserted"
-            if match.patch is None
-            else "behind patch row {}, column {}".format(*divmod(match.patch, result.grid[1]))
+    One question: its answer, and with --explain a picture of its anchors. With --input a file of questions: an answer
+    a line, written as they come, so that --resume goes on after a kill.
+    """
+    if (prompt is None) == (input is None):
+        raise typer.BadParameter(
+            "give one of the two: a question as --prompt, or a file of questions as --input", param_hint="--prompt"
         )
-        typer.echo(f"{match.text:>16}  {match.score:6.3f}  {where}")
-    typer.echo(f"answer: {result.answer}")
-    typer.echo(f"picture: {output}")
+    if prompt is not None and not prompt.strip():
+        raise typer.BadParameter("is empty; it should be the question", param_hint="--prompt")
+    alone = {"--output": output, "--images": images, "--batch-size": batch_size, "--resume": resume or None}
+    alone["--skip-bad"] = skip_bad or None
+    many = {"--image": image or None, "--explain": explain}
+    for name, given in (alone if input is None else many).items():
+        if given is not None:
+            owner = "--input, a file of questions" if input is None else "--prompt, a single question"
+            raise typer.BadParameter(f"belongs to {owner}", param_hint=name)
+    if explain is not None:
+        _check_picture(explain, image)
+    if input is not None and output is None:
+        raise typer.BadParameter("is missing: the .jsonl that answers are written to", param_hint="--output")
+    if input is not None and output is not None and input.resolve() == output.resolve():
+        raise typer.BadParameter("is the --input; give another name", param_hint="--output")
+
+    words = content_words(english_content_words, function_words)
+    quiet()
+    from attanchor_vlm import infer, loading
+
+    settings = infer.settings_for(model, adapter, tau, words)
+    if explain is not None and settings is not None:
+        if settings.inserts_nothing:
+            raise typer.BadParameter(
+                f"tau is {settings.tau:g}, which inserts no anchors to draw", param_hint="--explain"
+            )
+        if settings.direction != "text_into_image":
+            raise typer.BadParameter(
+                f"direction is {settings.direction}, and only text in images can be drawn", param_hint="--explain"
+            )
+
+    def load() -> tuple[Any, Any]:
+        chosen = None if dtype is None else loading.choose_dtype(dtype.value, _note)
+        return infer.load(model, adapter, tau=tau, content_words=words, dtype=chosen)
+
+    if prompt is not None:
+        said = _answer(load, prompt, image or [], explain, max_new_tokens)
+    else:
+        assert input is not None
+        assert output is not None
+        made_with = {"model": model, "adapter": None if adapter is None else str(adapter)}
+        made_with["function_words"] = None if function_words is None else str(function_words)
+        said = _answer_file(load, input, output, images, made_with, batch_size or 8, max_new_tokens, resume, skip_bad)
+    if as_json:
+        typer.echo(json.dumps(said, ensure_ascii=False))
+        return
+    for line in _lines(said):
+        typer.echo(line)
+
+
+def _check_picture(explain: Path, image: list[Path] | None) -> None:
+    if explain.suffix not in _PICTURES:
+        raise typer.BadParameter(f"{explain} should end in .png, .pdf or .svg", param_hint="--explain")
+    if not image:
+        raise typer.BadParameter("needs an --image to draw on", param_hint="--explain")
+    if explain.is_dir():
+        raise typer.BadParameter(f"{explain} is a folder; give the name of a picture", param_hint="--explain")
+    check_parent(explain)
+
+
+def _note(line: str) -> None:
+    typer.echo(line, err=True)
+
+
+def _answer(
+    load: Callable[[], tuple[Any, Any]], prompt: str, images: list[Path], explain: Path | None, max_new_tokens: int
+) -> dict[str, Any]:
+    from attanchor_vlm import evaluate, infer
+    from attanchor_vlm.mixin import base_of
+
+    infer.with_placeholders(prompt, len(images))
+    opened = [infer.open_image(image) for image in images]
+    model, processor = load()
+    settings: Any = base_of(model).attanchor_config
+    said: dict[str, Any] = {"prompt": prompt, "tau": settings.tau, "direction": settings.direction}
+    if explain is None:
+        text, inserted, candidates = infer.answer(model, processor, prompt, opened, max_new_tokens=max_new_tokens)
+        return {**said, "answer": text, "inserted": inserted, "candidates": candidates}
+    from attanchor_vlm.plots import anchor_picture, describe
+
+    shown = evaluate.explain(model, processor, opened, prompt, max_new_tokens)
+    anchor_picture(explain, [shown], settings.tau, "Anchors in " + ", ".join(image.name for image in images))
+    return {**said, **describe(shown), "picture": str(explain)}
+
+
+def _answer_file(
+    load: Callable[[], tuple[Any, Any]],
+    input: Path,
+    output: Path,
+    images: Path | None,
+    made_with: dict[str, Any],
+    batch_size: int,
+    max_new_tokens: int,
+    resume: bool,
+    skip_bad: bool,
+) -> dict[str, Any]:
+    from attanchor_vlm import questions
+    from attanchor_vlm.mixin import base_of
+
+    questions.check_output(output, resume)
+    rows, bad = questions.read_questions(input, images, skip_bad, progress=True)
+    model, processor = load()
+    target: Any = base_of(model)
+    rows, further = questions.check_for_model(input, rows, target, processor, skip_bad)
+    bad += further
+    for one in bad:
+        _note(f"left out: {one}")
+    config = target.attanchor_config
+    made_with |= {"tau": config.tau, "content_words": bool(config.content_words)}
+    made_with |= {"max_new_tokens": max_new_tokens, "dtype": str(target.dtype).removeprefix("torch.")}
+    result = questions.answer_all(
+        model,
+        processor,
+        rows,
+        output,
+        made_with,
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+        resume=resume,
+        progress=True,
+    )
+    left_out = [{"row": one.number, "reason": one.reason} for one in bad]
+    counts = {"answered": result.answered, "earlier": result.earlier, "left_out": left_out}
+    return {"output": str(output), **counts, **made_with}
+
+
+def _lines(said: dict[str, Any]) -> list[str]:
+    """What a person reads of it."""
+    if "output" in said:
+        parts = [f"{said['answered']} answers"]
+        parts += [f"{said['earlier']} from before"] if said["earlier"] else []
+        parts += [f"{len(said['left_out'])} bad rows left out"] if said["left_out"] else []
+        return [f"{', '.join(parts)}: {said['output']}"]
+    lines = [said["answer"]]
+    for one in said.get("anchors", []):
+        score = "     -" if one["score"] is None else f"{one['score']:6.3f}"
+        lines.append(f"{one['text']:>16}  {score}  {one.get('where', 'not inserted')}")
+    return lines + ([f"picture: {said['picture']}"] if "picture" in said else [])

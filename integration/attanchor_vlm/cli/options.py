@@ -38,9 +38,29 @@ class Turns(str, Enum):
 
 
 MODEL = Annotated[str, typer.Option(help="Folder of a saved model, or a Hugging Face Hub id.")]
+ADAPTER = Annotated[Path | None, typer.Option(help="Folder of a trained adapter; brings its own tau.")]
 DATA = Annotated[Path, typer.Option(help="LLaVA-Instruct rows: a .json list, or .jsonl.")]
 IMAGES = Annotated[Path, typer.Option(help="Folder that the rows' images are in.")]
 SKIP_BAD = Annotated[bool, typer.Option("--skip-bad", help="Leave bad rows out and list them, instead of stopping.")]
+
+
+CONTENT_WORDS = Annotated[
+    bool, typer.Option("--content-words", help="Leave English function words and punctuation out of the anchors.")
+]
+FUNCTION_WORDS = Annotated[
+    Path | None, typer.Option(help="A file of words, one a line, to leave out with punctuation: for other languages.")
+]
+
+
+def content_words(english: bool, words: Path | None) -> bool | tuple[str, ...] | None:
+    """What `AttAnchorConfig.content_words` should be; None where neither option is given."""
+    if english and words is not None:
+        raise typer.BadParameter("give one of --content-words and --function-words", param_hint="--function-words")
+    if words is None:
+        return english or None
+    from attanchor_vlm.words import read_words
+
+    return read_words(words)
 
 
 def has_gpu() -> bool:

@@ -1,85 +1,45 @@
-"""From a chat and real images to an answer, through the processors of the families that need no torchvision."""
+"""From a chat and real images to an answer, by checkpoints on disk in the files that the Hub's have.
+
+The machine has no torchvision: the processors of families that need it for videos are loaded without their videos.
+"""
 
 from __future__ import annotations
 
-import builders
-import numpy as np
+import json
+
+import checkpoints
 import pytest
 import torch
 import transformers
-from builders import FAMILIES, PATCH, PINPOINTS, SIDE, features, plain
-from PIL import Image
-from tiny import CHATML, byte_level_tokenizer
-from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
-from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
-from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+from builders import features, plain
+from checkpoints import picture
+from transformers.utils import is_torchvision_available
 
-from attanchor_vlm import AttAnchorConfig, attach, cli, encode_chat, load_settings, scenes, with_tokens_of
+from attanchor_vlm import AttAnchorConfig, attach, cli, encode_chat, infer, load_settings, scenes, with_tokens_of
+from attanchor_vlm.loading import SetupError, load
+from attanchor_vlm.processors import load_processor
 
-BY_NAME = {family.name: family for family in FAMILIES}
 QUESTIONS = ["What is to the left of the red dog?", "Is there a cat in the picture?"]
-SQUARE = {"height": SIDE, "width": SIDE}
+VIDEO = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl", "llava_onevision", "smolvlm"]
+
+every_processor = pytest.mark.parametrize("name", list(checkpoints.WRITERS))
+without_torchvision = pytest.mark.skipif(is_torchvision_available(), reason="torchvision is installed")
 
 
-def tokenizer(**named: str) -> transformers.PreTrainedTokenizerFast:
-    """With the markers that some processors ask their tokenizer for by name."""
-    plain = byte_level_tokenizer()
-    if not named:
-        return plain
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=plain.backend_tokenizer,
-        pad_token=plain.pad_token,
-        bos_token=plain.bos_token,
-        eos_token=plain.eos_token,
-        extra_special_tokens=named,
-    )
-
-
-def llava_next():
-    images = LlavaNextImageProcessorPil(size={"shortest_edge": SIDE}, crop_size=SQUARE, image_grid_pinpoints=PINPOINTS)
-    return transformers.LlavaNextProcessor(
-        images,
-        tokenizer(),
-        patch_size=PATCH,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=CHATML,
-    )
-
-
-def idefics3():
-    images = Idefics3ImageProcessorPil(size={"longest_edge": 2 * SIDE}, max_image_size={"longest_edge": SIDE})
-    return transformers.Idefics3Processor(images, tokenizer(), image_seq_len=4, chat_template=CHATML)
-
-
-def gemma3():
-    named = {"boi_token": "<image>", "image_token": "<s>", "eoi_token": "</s>"}
-    images = Gemma3ImageProcessorPil(size=SQUARE)
-    return transformers.Gemma3Processor(images, tokenizer(**named), image_seq_length=4, chat_template=CHATML)
-
-
-def picture(index: int) -> Image.Image:
-    height, width = [(20, 30), (33, 18)][index]
-    return Image.fromarray(np.random.default_rng(index).integers(0, 255, (height, width, 3), dtype=np.uint8))
-
-
-every_processor = pytest.mark.parametrize("make", [llava_next, idefics3, gemma3], ids=lambda make: make.__name__)
-
-
-def model_for(processor, name: str, monkeypatch):
-    monkeypatch.setitem(builders.TEXT, "vocab_size", len(processor.tokenizer))
-    model = BY_NAME[name].model()
-    model.config.image_token_id = processor.image_token_ids[0]
-    return model
+def written(name: str, folder, monkeypatch):
+    if name == "smolvlm":
+        pytest.importorskip("num2words", reason="transformers' SmolVLM processor needs it")
+    return checkpoints.write(folder, name, monkeypatch)
 
 
 @every_processor
-def test_a_chat_is_answered_with_anchors_on_the_users_text(make, monkeypatch):
-    processor = make()
-    chats = [[{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}] for text in QUESTIONS]
-    batch = encode_chat(processor, chats, [[picture(0)], [picture(1)]], add_generation_prompt=True)
-    model = model_for(processor, make.__name__, monkeypatch)
-    assert int((batch["input_ids"] == processor.image_token_ids[0]).sum()) == len(features(model, batch))
+def test_a_chat_is_answered_with_anchors_on_the_users_text(name, tmp_path, monkeypatch):
+    model, processor = written(name, tmp_path, monkeypatch)
+    parts = [[{"type": "image"}] * (row + 1) + [{"type": "text", "text": text}] for row, text in enumerate(QUESTIONS)]
+    chats = [[{"role": "user", "content": part}] for part in parts]
+    images = [[picture(0)], [picture(1), picture(2)]]
+    batch = encode_chat(processor, chats, images, add_generation_prompt=True)
+    assert int((batch["input_ids"] == model.config.image_token_id).sum()) == len(features(model, batch))
 
     attach(model, with_tokens_of(AttAnchorConfig(tau=-1), processor))
     output = model.generate(**batch, max_new_tokens=1, do_sample=False)
@@ -100,10 +60,35 @@ def test_a_chat_is_answered_with_anchors_on_the_users_text(make, monkeypatch):
 
 
 @every_processor
-def test_a_checkpoint_on_disk_is_trained_by_the_command_line(make, monkeypatch, tmp_path):
-    processor = make()
-    for part in (model_for(processor, make.__name__, monkeypatch), processor):
-        part.save_pretrained(tmp_path / "model")
+def test_a_batch_is_its_questions_alone(name, tmp_path, monkeypatch):
+    """One image, several of other shapes, and none, of questions of other lengths."""
+    model, processor = written(name, tmp_path, monkeypatch)
+    prompts = [QUESTIONS[0], "Is it in the first <image> or in the second <image> picture?"]
+    images = [[picture(0)], [picture(1).resize((90, 50)), picture(2).resize((40, 100))]]
+    if name != "paligemma":  # whose processor takes no question without an image
+        prompts, images = [*prompts, "Why?"], [*images, []]
+    attach(model, AttAnchorConfig(tau=-1, max_anchors=4))
+    together = infer.answers(model, processor, prompts, images, max_new_tokens=4)
+    assert together == [
+        infer.answer(model, processor, prompt, own, max_new_tokens=4)
+        for prompt, own in zip(prompts, images, strict=True)
+    ]
+    assert [answer.inserted for answer in together] == [4, 4, 0][: len(prompts)]
+
+
+def test_an_image_that_the_processor_refuses_is_one_error(tmp_path, monkeypatch, capsys):
+    written("qwen2_5_vl", tmp_path / "model", monkeypatch)
+    picture(0).resize((402, 1)).save(tmp_path / "narrow.png")
+    arguments = ["--model", tmp_path / "model", "--tau", 0, "--prompt", "What?", "--image", tmp_path / "narrow.png"]
+    assert cli.main(["generate", *map(str, arguments)]) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: Qwen2_5_VLProcessor does not take these images or texts: absolute aspect ratio")
+
+
+@every_processor
+def test_a_checkpoint_on_disk_is_trained_by_the_command_line(name, monkeypatch, tmp_path, capsys):
+    """And asked, with the adapter that came out: the model's path is all that the command line is told of it."""
+    written(name, tmp_path / "model", monkeypatch)
     scenes.write_dataset(tmp_path, "train", 4, seed=0)
     options = {
         "--model": tmp_path / "model",
@@ -118,3 +103,69 @@ def test_a_checkpoint_on_disk_is_trained_by_the_command_line(make, monkeypatch, 
     }
     assert cli.main(["train", *(str(word) for option in options.items() for word in option)]) == 0
     assert load_settings(tmp_path / "run").tau == 0
+    assert json.loads((tmp_path / "model" / "config.json").read_text())["model_type"] == name
+    image = next((tmp_path / "images").iterdir())
+    asked = ["--prompt", "Where is the red ring?", "--image", str(image), "--max-new-tokens", "2", "--json"]
+    capsys.readouterr()
+    assert cli.main(["generate", "--model", str(tmp_path / "model"), "--adapter", str(tmp_path / "run"), *asked]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["tau"] == 0
+    assert said["candidates"] >= 6
+
+    # The processor beside the adapter is whole enough to be loaded again.
+    processor = load_processor(str(tmp_path / "model"))
+    (tmp_path / "run" / "config.json").write_bytes((tmp_path / "model" / "config.json").read_bytes())
+    again = load_processor(str(tmp_path / "run"))
+    assert type(again).__name__ == type(processor).__name__
+    assert again.image_processor.to_dict() == processor.image_processor.to_dict()
+
+
+@pytest.mark.parametrize("question", ["  What is it?\n", "What is it?"])
+@pytest.mark.parametrize("name", ["gemma3", "qwen2_5_vl"])
+def test_space_around_a_text_may_be_taken_away_by_the_template(name, question, tmp_path, monkeypatch):
+    """Gemma's template trims texts, Qwen's does not; the mask holds the user's text either way."""
+    _, processor = written(name, tmp_path, monkeypatch)
+    chat = [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]},
+        {"role": "assistant", "content": [{"type": "text", "text": " A cube. "}]},
+    ]
+    batch = encode_chat(processor, chat, [picture(0)])
+    text = processor.tokenizer.decode(batch["input_ids"][0])
+    said = processor.tokenizer.decode(batch["input_ids"][0][batch["anchor_mask"][0]])
+    learned = processor.tokenizer.decode(batch["input_ids"][0][batch["labels"][0] != -100])
+    said, learned = said.replace(" ", ""), learned.replace(" ", "")  # a token that is a space alone lies in no word
+    if name == "gemma3":
+        assert text.endswith("What is it?<end_of_turn>\n<start_of_turn>model\nA cube.<end_of_turn>\n")
+        assert (said, learned) == ("Whatisit?", "Acube.<end_of_turn>")
+    else:
+        assert text.endswith(f"{question}<|im_end|>\n<|im_start|>assistant\n A cube. <|im_end|>\n")
+        assert (said.strip(), learned) == ("Whatisit?", "Acube.<|im_end|>")
+
+
+@without_torchvision
+@pytest.mark.parametrize("name", VIDEO)
+def test_without_torchvision_only_the_videos_are_missing(name, tmp_path, monkeypatch):
+    _, processor = written(name, tmp_path, monkeypatch)
+    with pytest.raises((ImportError, ValueError), match=r"(?i)torchvision"):
+        transformers.AutoProcessor.from_pretrained(tmp_path)
+    own = json.loads((tmp_path / "config.json").read_text())["model_type"]
+    assert type(processor).__name__.replace("_", "").lower() == own.replace("_", "") + "processor"
+    with pytest.raises(ValueError, match=r"videos are given, but .*Processor was loaded without torchvision"):
+        processor(text="x", videos=[[picture(0)] * 2])
+    processor.save_pretrained(tmp_path / "saved")
+    saved = json.loads((tmp_path / "saved" / "processor_config.json").read_text())
+    assert saved["processor_class"] == type(processor).__name__
+    # For a machine with torchvision: what was there for videos, which in these files is what there is for images.
+    assert saved["video_processor"]["image_mean"] == [0.5] * 3
+
+
+@without_torchvision
+def test_a_processor_that_needs_torchvision_for_more_says_so(tmp_path, monkeypatch):
+    checkpoints.write(tmp_path, "llava", monkeypatch)
+
+    def refuse(*args, **kwargs):
+        raise ImportError("\nFancyImageProcessor requires the Torchvision library but it was not found")
+
+    monkeypatch.setattr("attanchor_vlm.processors.AutoProcessor.from_pretrained", refuse)
+    with pytest.raises(SetupError, match="FancyImageProcessor requires the Torchvision library"):
+        load(str(tmp_path))

@@ -1,0 +1,48 @@
+"""`attanchor export-lm`: the language model alone, for engines that take prompts as rows of embeddings."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from attanchor_vlm.cli.entry import app
+from attanchor_vlm.cli.options import ADAPTER, MODEL, Dtype, quiet
+
+
+@app.command("export-lm")
+def export_lm(
+    model: MODEL,
+    output: Annotated[Path, typer.Option(help="Folder for the checkpoint; should not exist.")],
+    adapter: ADAPTER = None,
+    tau: Annotated[
+        float | None, typer.Option(help="Cosine threshold to keep beside it, instead of the stored one.")
+    ] = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="Of the weights; by default as saved.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print what was written as a JSON object.")] = False,
+) -> None:
+    """Write the language model alone, for engines that take prompts as embeddings.
+
+    A plain causal checkpoint, the adapter merged: LlamaForCausalLM, Qwen2ForCausalLM or what the language half is.
+    Prompts with their images and anchors come from attanchor_vlm.serve.prompt_embeds.
+    """
+    quiet()
+    from attanchor_vlm import infer, serve
+    from attanchor_vlm.settings import FILE_NAME
+
+    serve.check_output(output)
+    loaded, processor = infer.load(
+        model, adapter, tau=tau, dtype="auto" if dtype is None else dtype.value, device="cpu", need_settings=False
+    )
+    serve.export_language_model(loaded, processor, output)
+    config = json.loads((output / "config.json").read_text(encoding="utf-8"))
+    said = {
+        "output": str(output),
+        "architecture": config["architectures"][0],
+        "hidden_size": config["hidden_size"],
+        "dtype": config["dtype"],
+        "settings": FILE_NAME if (output / FILE_NAME).is_file() else None,
+    }
+    typer.echo(json.dumps(said) if as_json else f"{said['architecture']} in {said['dtype']}: {output}")

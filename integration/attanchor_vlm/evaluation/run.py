@@ -1,0 +1,264 @@
+"""One evaluation: a model, with or without an adapter, on LLaVA-Instruct rows and on benchmarks. `attanchor eval`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from attanchor_vlm import infer, loading
+from attanchor_vlm.collate import check_texts
+from attanchor_vlm.data import DataError, Sample, read_rows, samples
+from attanchor_vlm.evaluation import answers, harness, text_metrics
+from attanchor_vlm.evaluation.text_metrics import BertScoreModel
+from attanchor_vlm.files import write_atomically, write_json
+from attanchor_vlm.mixin import attach, base_of
+
+LOSS = "loss"
+# What a report says beside the metrics, for those who want to compare runs.
+FIGURES = ("inserted_share", "anchor_score", "image_tokens", "seconds")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured, on what.
+
+    Attributes:
+        data, images: LLaVA-Instruct rows and their folder, which text metrics and the loss need.
+        metrics: "loss" and keys of `text_metrics.TEXT_METRICS`.
+        predictions: "generate", or "teacher-forced" (see `answers.score_answers`).
+        tasks: Benchmarks and other tasks of lmms-eval; `task_data`: their local folders; `include`: more task files.
+        limit: At most so many samples, and so many documents of each task.
+        max_new_tokens: Bound of generated answers to `data`.
+    """
+
+    data: Path | None = None
+    images: Path | None = None
+    metrics: tuple[str, ...] = ()
+    tasks: tuple[str, ...] = ()
+    task_data: Mapping[str, Path] = field(default_factory=dict)
+    include: Path | None = None
+    predictions: str = "generate"
+    bertscore: BertScoreModel | None = None
+    batch_size: int = 4
+    limit: int | None = None
+    max_new_tokens: int = 256
+    skip_bad: bool = False
+    seed: int = 0
+
+    def check(self) -> None:
+        """Refuse what cannot be measured here, before a model is loaded.
+
+        Raises:
+            ValueError: naming what is wrong; a `MissingExtraError` for packages that are not installed.
+        """
+        if not self.metrics and not self.tasks:
+            raise ValueError("nothing is asked for; give --metrics with --data and --images, or --tasks")
+        if self.metrics and (self.data is None or self.images is None):
+            raise ValueError("metrics of text need --data and --images")
+        if self.predictions not in answers.HOW:
+            raise ValueError(f"predictions is {self.predictions!r}; it should be one of {', '.join(answers.HOW)}")
+        for name in ("batch_size", "limit", "max_new_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}; it should be 1 or more")
+        text_metrics.check([name for name in self.metrics if name != LOSS], self.bertscore)
+        if self.tasks or self.task_data:
+            harness.check_tasks(self.tasks, self.task_data, self.include)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was measured. Only what was computed is in `values`; `figures` has those of `FIGURES` that are known."""
+
+    values: dict[str, float]
+    figures: dict[str, float]
+    samples: int
+    predictions: tuple[tuple[str, str], ...] = ()  # (predicted, reference)
+    not_finite: tuple[str, ...] = ()  # metrics that came out as NaN or infinite, and are not in `values`
+
+
+def load(
+    model: str,
+    adapter: Path | None = None,
+    tau: float | None = None,
+    direction: str | None = None,
+    dtype: torch.dtype | None = None,
+) -> tuple[Any, Any]:
+    """As `infer.load`, but a model that has no settings is taken without anchors.
+
+    Args:
+        direction: Instead of the stored one.
+    """
+    loaded, processor = infer.load(model, adapter, tau=tau, dtype=dtype, default_tau=1.0)
+    if direction is not None:
+        target: Any = base_of(loaded)
+        attach(loaded, dataclasses.replace(target.attanchor_config, direction=direction))
+    return loaded, processor
+
+
+def read(plan: Plan, processor: Any, context: int | None, progress: bool = True) -> list[Sample]:
+    """The samples that text metrics are of: one for every answer of the rows.
+
+    Raises:
+        DataError: a row is bad (unless `skip_bad`), or none is left.
+    """
+    assert plan.data is not None
+    assert plan.images is not None
+    rows, unreadable = read_rows(plan.data, plan.images, plan.skip_bad, progress)
+    rows, bad = check_texts(plan.data, rows, processor, context)
+    bad = unreadable + bad
+    if bad and not plan.skip_bad:
+        raise DataError("\n".join([*map(str, bad[:10]), f"{len(bad)} bad rows: mend them, or leave them out"]), bad)
+    if not rows:
+        raise DataError(f"{plan.data} has no usable row; {bad[0]}", bad)
+    if bad:
+        tqdm.write(f"{len(bad)} bad rows of {plan.data} left out, the first: {bad[0]}", file=sys.stderr)
+    return list(samples(rows, "each"))[: plan.limit]
+
+
+def processor_and_context(model: str) -> tuple[Any, int | None]:
+    """The processor of a model and how many tokens its language model takes, without its weights.
+
+    Raises:
+        SetupError: there is no such model, or it has no processor.
+    """
+    from transformers import AutoConfig
+
+    from attanchor_vlm.processors import load_processor
+
+    source = loading.source_of(model)
+    try:
+        processor, config = load_processor(source), AutoConfig.from_pretrained(source)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise loading.SetupError(f"model {model} cannot be loaded: {reason}") from error
+    return processor, getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def finite(values: Mapping[str, float]) -> dict[str, float]:
+    """Those that are numbers: JSON has no form for the others."""
+    return {name: value for name, value in values.items() if math.isfinite(value)}
+
+
+def left_out(report: Report) -> str:
+    """A line about metrics that came out as NaN or infinite."""
+    return (
+        f"left out, as NaN or infinite: {', '.join(report.not_finite)}; an overflow of float16, or a training that "
+        "diverged"
+    )
+
+
+def evaluate(model: Any, processor: Any, plan: Plan, output: Path | None = None, progress: bool = True) -> Report:
+    """Measure what `plan` asks for.
+
+    Args:
+        model: Attached, or a PeftModel around an attached model.
+        output: A folder for what benchmark tasks write themselves.
+
+    Raises:
+        ValueError: as `Plan.check`; and for data that cannot be used.
+    """
+    plan.check()
+    values: dict[str, float] = {}
+    figures: dict[str, float] = {}
+    count = 0
+    pairs: tuple[tuple[str, str], ...] = ()
+    if plan.metrics:
+        context = getattr(base_of(model).config.get_text_config(), "max_position_embeddings", None)
+        chosen = read(plan, processor, context, progress)
+        count = len(chosen)
+        found = _answers(model, processor, chosen, plan, progress)
+        text = [name for name in plan.metrics if name != LOSS]
+        for part in found:
+            if part.loss is not None and LOSS in plan.metrics:
+                values[LOSS] = part.loss
+            if part.predictions and text:
+                references = [[one] for one in part.references]
+                values |= text_metrics.compute(text, part.predictions, references, plan.bertscore)
+                pairs = tuple(zip(part.predictions, part.references, strict=True))
+        last = found[-1]
+        figures = {name: getattr(last, name) for name in FIGURES if getattr(last, name) is not None}
+        figures["seconds"] = sum(part.seconds for part in found)
+    if plan.tasks:
+        from attanchor_vlm.evaluation.lmms_model import AttAnchorLmms
+
+        wrapped = AttAnchorLmms.around(model, processor, plan.batch_size)
+        values |= harness.run_tasks(wrapped, plan.tasks, plan.task_data, plan.include, plan.limit, output, plan.seed)
+    good = finite(values)
+    return Report(good, finite(figures), count, pairs, tuple(name for name in values if name not in good))
+
+
+def _answers(model: Any, processor: Any, chosen: list[Sample], plan: Plan, progress: bool) -> list[answers.Answers]:
+    """The passes over the data that the metrics need."""
+    text = any(name != LOSS for name in plan.metrics)
+    forced = plan.predictions == "teacher-forced"
+    passes: list[Callable[[], answers.Answers]] = []
+    if LOSS in plan.metrics or (text and forced):
+        passes.append(
+            lambda: answers.score_answers(model, processor, chosen, plan.batch_size, text and forced, progress)
+        )
+    if text and not forced:
+        passes.append(
+            lambda: answers.generate_answers(model, processor, chosen, plan.batch_size, plan.max_new_tokens, progress)
+        )
+    return [run() for run in passes]
+
+
+def write(report: Report, folder: Path, about: Mapping[str, Any]) -> list[Path]:
+    """Write `results.json` and, if there are predictions, `predictions.jsonl`; returns their paths."""
+    results = folder / "results.json"
+    write_json(results, as_dict(report, about))
+    if not report.predictions:
+        return [results]
+    lines = "".join(
+        json.dumps({"prediction": said, "reference": given}, ensure_ascii=False) + "\n"
+        for said, given in report.predictions
+    )
+    path = folder / "predictions.jsonl"
+    write_atomically(path, lambda temporary: temporary.write_text(lines, encoding="utf-8"))
+    return [results, path]
+
+
+def as_dict(report: Report, about: Mapping[str, Any]) -> dict[str, Any]:
+    """A report as JSON has it, behind what it is about."""
+    measured = {name: getattr(report, name) for name in ("samples", "values", "figures")}
+    return {**about, **measured, "not_finite": list(report.not_finite)}
+
+
+def check_output(folder: Path) -> None:
+    """Raises: SetupError: results could not be written there."""
+    if folder.exists() and not folder.is_dir():
+        raise loading.SetupError(f"output {folder} is a file; it should be a folder, or not exist")
+    there = next(one for one in (folder, *folder.absolute().parents) if one.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise loading.SetupError(f"output {folder} cannot be written to: {there} does not allow it")
+
+
+def anchors(model: Any) -> dict[str, Any]:
+    """The settings of an attached model that a result depends on."""
+    target: Any = base_of(model)
+    settings = target.attanchor_config.to_dict()
+    return {name: settings[name] for name in ("tau", "direction", "positions", "max_anchors")}
+
+
+def lines(report: Report) -> list[str]:
+    """A report as text."""
+    found = [f"{name:>28}  {value:.4f}" for name, value in report.values.items()]
+    if report.not_finite:
+        found.append(left_out(report))
+    if report.samples:
+        found.append(
+            f"{report.samples} samples, {report.figures['seconds']:.1f} s, "
+            f"{report.figures['inserted_share']:.1%} of the text tokens inserted"
+        )
+    return found

@@ -1,0 +1,214 @@
+"""BLEU, ROUGE-L, METEOR, CIDEr, BERTScore and exact match of predicted answers against reference answers.
+
+The values come from the packages that papers use; this module gives them what they expect and checks what it is given.
+All are in the paper's scale: BLEU, ROUGE-L, METEOR, BERTScore and exact match from 0 to 1, CIDEr from 0 to 10.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from attanchor_vlm.evaluation.extras import MissingExtraError, require, require_java
+
+_BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
+_DROPPED = frozenset(["''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";", '"'])  # coco-caption's
+_ABBREVIATIONS = frozenset(["mr.", "mrs.", "ms.", "dr.", "st.", "jr.", "sr.", "prof.", "vs.", "etc.", "fig."])
+
+
+@dataclass(frozen=True)
+class BertScoreModel:
+    """The encoder that BERTScore compares with. A folder needs no network.
+
+    Attributes:
+        name: A Hub id or the folder of a saved encoder.
+        layers: The layer whose states are compared; None for the one that bert-score recommends for this name, and the
+            last one for encoders that it does not know.
+        batch_size: Sentences per forward pass.
+        device: None for the GPU if there is one.
+    """
+
+    name: str = "roberta-large"
+    layers: int | None = None
+    batch_size: int = 64
+    device: str | None = None
+
+
+def tokenize(text: str) -> str:
+    """Words in lower case, without punctuation, as coco-caption feeds METEOR and CIDEr: Penn Treebank tokens.
+
+    coco-caption runs Stanford's PTBTokenizer, which needs java; this is nltk's tokenizer by the same rules.
+    """
+    words = require("nltk.tokenize", "nltk", "CIDEr and METEOR").NLTKWordTokenizer().tokenize(text.lower())
+    return " ".join(word for one in words for word in _split_period(one) if word not in _DROPPED)
+
+
+def _split_period(word: str) -> list[str]:
+    """nltk takes a period off at the end of the text alone, Stanford's tokenizer at every sentence's."""
+    word = _BRACKETS.get(word, word)
+    if re.fullmatch(r"[^.]+\.", word) and word not in _ABBREVIATIONS:
+        return [word[:-1], "."]
+    return [word]
+
+
+def bleu(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
+    """Corpus BLEU-4 of sacrebleu with its defaults (13a tokens, exponential smoothing), over 100."""
+    sacrebleu = require("sacrebleu", "sacrebleu", "BLEU")
+    most = max(len(each) for each in references)
+    streams = [[each[k] if k < len(each) else None for each in references] for k in range(most)]
+    return float(sacrebleu.corpus_bleu(list(predictions), streams).score) / 100
+
+
+def rouge_l(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
+    """Mean F-measure of the longest common subsequence (rouge-score, no stemming), with the best reference each."""
+    scorer = require("rouge_score.rouge_scorer", "rouge-score", "ROUGE-L").RougeScorer(["rougeL"])
+    best = [
+        max(scorer.score(reference, prediction)["rougeL"].fmeasure for reference in each)
+        for prediction, each in zip(predictions, references, strict=True)
+    ]
+    return float(sum(best) / len(best))
+
+
+def meteor(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
+    """METEOR 1.5 of pycocoevalcap, which runs java with 2 GB of memory."""
+    module = require("pycocoevalcap.meteor.meteor", "pycocoevalcap", "METEOR")
+    require_java("METEOR")
+    scorer = module.Meteor()
+    try:
+        score, _ = scorer.compute_score(*_by_number(predictions, references))
+    except (ValueError, OSError) as error:  # what the package makes of a java that ended
+        if scorer.lock.locked():
+            scorer.lock.release()  # which it keeps, and waits for without end when it is collected
+        raise MissingExtraError(f"METEOR's java ended early ({error}); it takes 2 GB of memory") from error
+    return float(score)
+
+
+def cider(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
+    """CIDEr (with length penalty, pycocoevalcap). Word weights come from the references: few samples, rough values."""
+    module = require("pycocoevalcap.cider.cider", "pycocoevalcap", "CIDEr")
+    score, _ = module.Cider().compute_score(*_by_number(predictions, references))
+    return float(score)
+
+
+def bert_score(
+    predictions: Sequence[str], references: Sequence[Sequence[str]], model: BertScoreModel | None = None
+) -> float:
+    """Mean BERTScore F1, without idf weights and without baseline rescaling, with the best reference each."""
+    model = model or BertScoreModel()
+    package = require("bert_score", "bert-score", "BERTScore")
+    _, _, f1 = package.score(
+        list(predictions),
+        [list(each) for each in references],
+        model_type=model.name,
+        num_layers=_layers(model),
+        batch_size=model.batch_size,
+        device=model.device,
+        verbose=False,
+    )
+    return float(f1.mean())
+
+
+def exact_match(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
+    """Share of predictions that equal a reference, but for case, a final period and white space around."""
+
+    def plain(text: str) -> str:
+        return text.strip().rstrip(".").lower()
+
+    hits = [plain(p) in {plain(one) for one in each} for p, each in zip(predictions, references, strict=True)]
+    return sum(hits) / len(hits)
+
+
+TEXT_METRICS: dict[str, Callable[..., float]] = {
+    "bleu": bleu,
+    "bertscore": bert_score,
+    "meteor": meteor,
+    "cider": cider,
+    "rougeL": rouge_l,
+    "exact": exact_match,
+}
+_NEEDS = {
+    "bleu": ("sacrebleu", "sacrebleu", "BLEU"),
+    "bertscore": ("bert_score", "bert-score", "BERTScore"),
+    "meteor": ("pycocoevalcap.meteor.meteor", "pycocoevalcap", "METEOR"),
+    "cider": ("pycocoevalcap.cider.cider", "pycocoevalcap", "CIDEr"),
+    "rougeL": ("rouge_score.rouge_scorer", "rouge-score", "ROUGE-L"),
+}
+
+
+def check(names: Sequence[str], bertscore: BertScoreModel | None = None) -> None:
+    """Refuse metrics that do not exist or cannot be computed here, before a model is loaded.
+
+    Raises:
+        ValueError: an unknown name, or a BERTScore model that is neither here nor a Hub id.
+        MissingExtraError: a package or java is missing.
+    """
+    for name in names:
+        if name not in TEXT_METRICS:
+            raise ValueError(f"metric is {name!r}; it should be one of loss, {', '.join(TEXT_METRICS)}")
+        if name in _NEEDS:
+            require(*_NEEDS[name])
+        if name in ("meteor", "cider"):
+            require("nltk.tokenize", "nltk", name)
+        if name == "meteor":
+            require_java("METEOR")
+    if "bertscore" in names and bertscore is not None:
+        _check_encoder(bertscore)
+
+
+def compute(
+    names: Sequence[str],
+    predictions: Sequence[str],
+    references: Sequence[Sequence[str]],
+    bertscore: BertScoreModel | None = None,
+) -> dict[str, float]:
+    """Values by name.
+
+    Args:
+        predictions: One text each.
+        references: For each prediction one or several texts.
+
+    Raises:
+        ValueError: no predictions, or not as many references.
+    """
+    if not predictions or len(predictions) != len(references):
+        raise ValueError(
+            f"{len(predictions)} predictions for {len(references)} references; there should be as many, at least one"
+        )
+    values = {}
+    for name in names:
+        more: Mapping[str, Any] = {"model": bertscore} if name == "bertscore" else {}
+        values[name] = TEXT_METRICS[name](predictions, references, **more)
+    return values
+
+
+def _by_number(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> tuple[dict, dict]:
+    truths = {number: [tokenize(one) for one in each] for number, each in enumerate(references)}
+    return truths, {number: [tokenize(one)] for number, one in enumerate(predictions)}
+
+
+def _check_encoder(model: BertScoreModel) -> None:
+    name = model.name
+    if Path(name).is_dir():
+        if not (Path(name) / "config.json").is_file():
+            raise ValueError(f"bertscore_model {name} holds no config.json; give the folder of a saved encoder")
+    elif name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise ValueError(f"bertscore_model {name} is not a folder; give the folder of a saved encoder, or a Hub id")
+    else:
+        from attanchor_vlm.loading import check_hub
+
+        check_hub(name)
+
+
+def _layers(model: BertScoreModel) -> int:
+    if model.layers is not None:
+        return model.layers
+    known = require("bert_score.utils", "bert-score", "BERTScore").model2layers
+    for name in (model.name, Path(model.name).name):
+        if name in known:
+            return known[name]
+    from transformers import AutoConfig
+
+    return int(AutoConfig.from_pretrained(model.name).num_hidden_layers)

@@ -1,0 +1,340 @@
+"""The laboratory's statistics and report: every sentence follows from the rows, negative results included."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from attanchor_vlm import cli
+from attanchor_vlm.lab import figures, records, report, rows, sentences, statistics
+from attanchor_vlm.lab.arms import ARMS
+from attanchor_vlm.lab.settings import Contrast, Plan, Setting, Stage2
+
+PAGES = Path(__file__).parents[2] / "docs" / "lab"
+
+# --- Statistics. -----------------------------------------------------------------------------------------------------
+
+
+def test_holm_is_holm():
+    assert statistics.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert statistics.holm([0.9, 0.8]) == pytest.approx([1.0, 1.0])
+    assert statistics.holm([]) == []
+
+
+def test_p_values_and_intervals_are_student_s():
+    values = [1.0, 2.5, 0.5, 3.0]
+    found, other = statistics.family([values, [0.1, -0.2, 0.3]])
+    theirs = stats.ttest_1samp(values, 0)
+    assert found.p == pytest.approx(theirs.pvalue)
+    low, high = theirs.confidence_interval(0.95)
+    assert (found.low, found.high) == pytest.approx((low, high))
+    low, high = theirs.confidence_interval(0.975)  # Bonferroni: two comparisons
+    assert (found.wide_low, found.wide_high) == pytest.approx((low, high))
+    assert found.adjusted_p == pytest.approx(min(1, 2 * found.p))
+    assert other.adjusted_p >= other.p
+
+
+def test_fewer_than_three_seeds_give_no_interval_and_do_not_count():
+    alone = statistics.family([[1.0, 2.0, 3.0]])[0]
+    few, same = statistics.family([[1.0, 2.0], [1.0, 2.0, 3.0]])
+    assert few is None
+    assert same == alone
+
+
+def test_differences_without_spread():
+    nothing, something = statistics.family([[0.0] * 3, [2.0] * 3])
+    assert (nothing.p, nothing.adjusted_p) == (1, 1)
+    assert something.p == 0
+    assert (something.low, something.high) == (2, 2)
+
+
+def test_chance_alone_is_rarely_established():
+    """In families of eight comparisons of nothing, at most about one in twenty makes any claim."""
+    noise = np.random.default_rng(0).normal(size=(200, 8, 5))
+    claims = sum(any(found.is_established for found in statistics.family(one.tolist())) for one in noise)
+    assert claims < 200 * 0.05 * 2
+    alone = sum(found.p < 0.05 for one in noise for found in statistics.family(one.tolist()))
+    assert alone == pytest.approx(200 * 8 * 0.05, rel=0.4)
+
+
+# --- Rows made up, so that what should be said is known. -------------------------------------------------------------
+
+ENVIRONMENT = {
+    "commit": "abc", "device": "cpu", "gpu": "none", "torch": "2", "transformers": "5", "processor": "a processor",
+    "cores": 2,
+}  # fmt: skip
+
+
+def answers(mean: float, absent: float = 0.5) -> dict:
+    matching = {"hit": 0.97, "chance": 0.05, "hit_referred": 0.6, "precision": 0.8, "recall": 0.7, "share": 0.25}
+    return {
+        "existence": mean, "colour": mean, "place": mean, "mean": mean, "present": 0.9,
+        "negatives": {"random": absent, "popular": absent, "adversarial": absent / 2}, "yes_share": 0.7,
+        "answer_loss": 1 - mean, "questions": 100, "matching": matching,
+    }  # fmt: skip
+
+
+def attended(patch: float) -> dict:
+    keys = ("patch_from_question", "patch_best_head", "copies", "image", "even")
+    return {"patch": patch, **dict.fromkeys(keys, 0.02)}
+
+
+def laboratory(folder: Path, effects: dict[str, float], spread: float = 0.004, seeds: int = 5, **changed) -> Path:
+    """Rows in which every arm's mean accuracy is plain's and its effect, with a little noise."""
+    setting = Setting("main", "a made-up setting", arms=tuple(effects), seeds=tuple(range(seeds)), **changed)
+    contrasts = tuple(Contrast("main", arm, asks=f"Does {arm} help?") for arm in effects if arm != "plain")
+    plan = Plan("made up", (setting,), contrasts)
+    found = [{"kind": "plan", "written": "2026-01-01T00:00:00Z", **plan.to_dict(), **ENVIRONMENT}]
+    rng = np.random.default_rng(0)
+    for seed in setting.seeds:
+        base = rng.uniform(0.5, 0.7)
+        for arm, effect in effects.items():
+            mean = base + effect + (0 if arm == "plain" else rng.normal(0, spread))
+            attention = {"with_copies": attended(0.05 + effect)}
+            row = {
+                "kind": "run", "setting": "main", "seed": seed, "arm": arm, "status": "done",
+                "started": f"2026-01-01T00:0{seed}:00Z", "load_before": 2.0, "seconds": 10.0, "cpu_seconds": 9.0,
+                "training": {"log": [{"step": 1, "answer_loss": 1.0, "tau": 0.3, "share": 0.2}], "tau": 0.3},
+                "test": {f"{blur:g}": answers(mean - blur / 10) for blur in setting.blur_test},
+                "attention": attention, "settings": setting.to_dict(), **ENVIRONMENT,
+            }  # fmt: skip
+            if arm != "plain":
+                row["without_copies"] = answers(mean - 0.1)
+                attention["without_copies"] = attended(0.05)
+            found.append(row)
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in found))
+    return file
+
+
+def short(file: Path) -> str:
+    return " ".join(sentences.in_short(records.load([file])))
+
+
+def test_anchors_that_help_are_said_to_help(tmp_path):
+    said = short(laboratory(tmp_path, {"plain": 0, "t2i": 0.08, "front": 0.0}))
+    assert "Anchors at the matched patches improved mean accuracy over plain: text into image" in said
+    assert "In no setting" not in said
+    assert "No other placement improved" in said
+
+
+def test_anchors_that_do_not_help_are_said_not_to_and_what_did_is_named(tmp_path):
+    said = short(laboratory(tmp_path, {"plain": 0, "t2i": 0.0, "t2i-inherit": -0.06, "front": 0.09}))
+    assert "In no setting run here did anchors" in said
+    assert "They made it worse: text into image, inherited positions" in said
+    assert "What did improve on plain: whole question before the image" in said
+
+
+def test_arms_that_know_the_answer_are_no_methods(tmp_path):
+    file = laboratory(tmp_path, {"plain": 0, "t2i": 0.0, "true": 0.2})
+    said = short(file)
+    assert "No other placement improved" in said
+    assert "Told where the object is, which no method is: anchors at the true patch" in said
+    best = sentences.for_users(records.load([file])[0])[0]
+    assert "anchors at the true patch" not in best.lower()
+
+
+def test_a_comparison_has_the_same_answer_everywhere_on_the_page(tmp_path):
+    """Those that the plan names are corrected for the plan's number, wherever they are told."""
+    file = laboratory(tmp_path, {"plain": 0, "t2i": 0.03, "front": 0.01, "end": 0.0, "i2t": 0.0}, spread=0.01)
+    found = rows.read(file)
+    found[0]["contrasts"] = found[0]["contrasts"][:1]
+    made = records.Laboratory(found)
+    planned = made.primary()[0][1]
+    told = {arm: difference for _, arm, difference in sentences.all_against_plain(made)}
+    assert told["t2i"] == planned
+    assert planned.wide_high == pytest.approx(planned.high)  # one comparison
+    alone = statistics.family([made.differences("main", arm, "plain", records.MEAN) for arm in ("front", "end", "i2t")])
+    assert [told[arm] for arm in ("front", "end", "i2t")] == alone
+
+
+def test_where_anchors_showed_nothing_is_told_beside_where_they_helped(tmp_path):
+    said = short(laboratory(tmp_path, {"plain": 0, "t2i": 0.08, "t2i-content": 0.0}))
+    assert "improved mean accuracy over plain: text into image (" in said
+    assert "showed no gain that holds after correction: text into image, function words left out (" in said
+
+
+@pytest.mark.parametrize(("level", "learned"), [(0.0, False), (0.35, True)])
+def test_a_plain_arm_that_has_not_learned_the_task_is_told(tmp_path, level, learned):
+    file = laboratory(tmp_path, {"plain": level, "t2i": level})
+    found = records.load([file])[0]
+    plain = list(found.values("main", "plain", records.MEAN).values())
+    said = short(file)
+    assert f"reached a mean accuracy of {sum(plain) / len(plain):.0f} % (made up, main)" in said
+    assert ("it has not learned the task to its end" in said) != learned
+
+
+def test_noise_is_no_finding(tmp_path):
+    said = short(laboratory(tmp_path, {"plain": 0, "t2i": 0.02, "front": 0.02}, spread=0.2))
+    assert "In no setting" in said
+    assert "No other placement improved" in said
+
+
+def test_two_seeds_say_nothing(tmp_path):
+    file = laboratory(tmp_path, {"plain": 0, "t2i": 0.5}, seeds=2)
+    assert "nothing can be said about any difference" in short(file)
+    assert "2 seeds, fewer than the 3" in sentences.primary(records.load([file])[0])[0]
+
+
+@pytest.mark.parametrize(("effect", "word"), [(0.08, "better than plain"), (-0.08, "worse than plain")])
+def test_primary_answers_have_sign_amount_and_doubt(tmp_path, effect, word):
+    file = laboratory(tmp_path, {"plain": 0, "t2i": effect})
+    found = records.load([file])[0]
+    said = sentences.primary(found)[0]
+    assert said.startswith("**Does t2i help?** Text into image: ")
+    assert word in said
+    difference = found.primary()[0][1]
+    for amount in (difference.mean, difference.wide_low, difference.wide_high):
+        assert sentences.number(amount) in said
+
+
+def test_a_lower_loss_is_better(tmp_path):
+    found = records.load([laboratory(tmp_path, {"plain": 0, "t2i": 0.08})])[0]
+    difference = found.against_plain("main", records.ACCURACIES)["t2i", "answer_loss"]
+    assert difference.mean < 0
+    said = sentences.verdict("A", "B", difference, records.ACCURACIES["answer_loss"], 5, 5)
+    assert "A: better than B" in said
+
+
+def test_users_are_told_which_side_did_best_and_what_was_not_varied(tmp_path):
+    found = records.load([laboratory(tmp_path, {"plain": 0, "t2i": 0.0, "t2i-inherit": 0.07})])[0]
+    said = sentences.for_users(found)
+    positions = next(line for line in said if line.startswith("**Positions**"))
+    assert "Text into image, inherited positions did best here, by" in positions
+    assert "holds after correction" in positions
+    assert said[-1] == "Not varied at this size: mask, share, alignment."
+    swapped = records.load([laboratory(tmp_path / "b", {"plain": 0, "t2i": 0.07, "t2i-inherit": 0.0})])[0]
+    positions = next(line for line in sentences.for_users(swapped) if line.startswith("**Positions**"))
+    assert "Text into image did best here, by" in positions
+    assert re.search(r"inherited positions minus text into image: −\d", positions)
+
+
+def test_settings_that_differ_are_compared_by_what_they_differ_in(tmp_path):
+    setting = Setting("a", "", arms=("plain",)).to_dict()
+    other = Setting("b", "", arms=("plain", "t2i"), alignment=0.0, stage2=Stage2(share=0.5)).to_dict()
+    assert sentences.factors(setting, other) == {"alignment": (0.5, 0.0), "stage2.share": (0.25, 0.5)}
+    file = laboratory(tmp_path, {"plain": 0, "t2i": 0.05})
+    found = rows.read(file)
+    plan = copy.deepcopy(found[0])
+    more = [copy.deepcopy(row) for row in found[1:]]
+    plan["settings"].append({**plan["settings"][0], "name": "without", "alignment": 0.0})
+    for row in more:
+        row["setting"] = "without"
+        if row["arm"] == "t2i":
+            row["test"]["0"] = answers(row["test"]["0"]["mean"] - 0.2)
+    said = sentences.for_users(records.Laboratory([plan, *found[1:], *more]))
+    plain, worth = (line for line in said if line.startswith("**Alignment**"))
+    assert "alignment 0.5 to 0.0" in plain
+    assert "plain concatenation changes: +0.0 points" in plain
+    assert "text into image minus plain changes: −20.0 points" in worth
+    assert "this holds" in worth
+
+
+def test_hallucination_matching_attention_and_blur_are_told_from_their_rows(tmp_path):
+    file = laboratory(tmp_path, {"plain": 0, "t2i": 0.03}, blur_test=(0.0, 0.8))
+    found = records.load([file])[0]
+    said = " ".join(sentences.hallucination(found, "main"))
+    assert "affirms 50 % of the absent objects drawn at random, 50 % of the popular ones and 75 % of the adv" in said
+    assert "it overlooks 10 % of those that are there. Its yes-share is 70 %" in said
+    assert "holds a colour or shape of the scene in 97 % of the cases" in sentences.matching(found, "main")[0]
+    said = " ".join(sentences.attention(found, "main"))
+    assert "Text into image: to the true patch +3.00 %" in said
+    assert "give the true patch itself 3.00 % of all attention more than without them" in said
+    assert "is +10.0 points better with its copies" in " ".join(sentences.without_copies(found, "main"))
+    assert "changes plain's mean accuracy by −8.0 points" in sentences.blur(found, "main")[0]
+
+
+def test_what_a_place_adds_is_told_from_the_control(tmp_path):
+    file = laboratory(tmp_path, {"plain": 0, "t2i": 0.09, "random": 0.05, "t2i-inherit": 0.02})
+    found = records.load([file])[0]
+    differences = found.against_random("main")
+    assert {arm for arm, _ in differences} == {"t2i"}  # the other one's control was not run
+    assert differences["t2i", "place"].mean == pytest.approx(4, abs=0.6)
+    said = " ".join(sentences.placement(found, "main"))
+    assert "Text into image: place +" in said
+    assert "against the same tokens at random patches" in said
+
+
+def test_the_page_shows_everything_and_hides_no_failure(tmp_path):
+    file = laboratory(tmp_path, {"plain": 0, "t2i": 0.05, "front": 0.02})
+    found = rows.read(file)
+    failed = {**found[-1], "status": "failed", "error": "FloatingPointError: the loss became nan | here"}
+    for name in ("test", "attention", "training"):
+        del failed[name]
+    found[-1] = failed
+    del found[-2]  # never started
+    file.write_text("".join(json.dumps(row) + "\n" for row in found) + '{"kind": "ru')  # cut short by a kill
+    page = tmp_path / "page" / "report.md"
+    written = report.write([file], page)
+    text = page.read_text()
+    assert "Done: 13; failed: 1; not started: 1" in text
+    assert "failed: FloatingPointError: the loss became nan / here" in text
+    linked = re.findall(r"!\[[^]]*\]\(([^)]+)\)", text)
+    assert linked
+    assert {page.parent / name for name in linked} | {page} == set(written)
+    assert all(path.stat().st_size > 1000 for path in written)
+    for heading in ("## In short", "## What follows for users", "## What this does not show", "### Every run"):
+        assert heading in text
+    # Tables are whole: every line of one has as many cells as its head.
+    for table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
+        assert len({line.count("|") for line in table.splitlines()}) == 1, table
+
+
+def test_the_report_is_the_same_each_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(figures, "_save", lambda figure, path: figures.plt.close(figure))
+    file = laboratory(tmp_path, {"plain": 0, "t2i": 0.05})
+    pages = [tmp_path / name / "report.md" for name in "ab"]
+    for page in pages:
+        report.write([file], page)
+    assert pages[0].read_text() == pages[1].read_text()
+
+
+def test_the_page_in_the_repository_is_what_its_rows_give(tmp_path, monkeypatch):
+    """Sizes in the order of the page; its pictures are there."""
+    monkeypatch.setattr(figures, "_save", lambda figure, path: figures.plt.close(figure))
+    folders = [folder for folder in (PAGES / "cpu", PAGES / "long", PAGES / "gpu") if folder.exists()]
+    written = report.write(folders, tmp_path / "report.md")
+    assert (tmp_path / "report.md").read_text() == (PAGES / "report.md").read_text()
+    assert all((PAGES / path.name).exists() for path in written)
+    assert "failed: 0; not started: 0" in (PAGES / "report.md").read_text()
+
+
+def test_without_scipy_the_report_says_what_to_install(tmp_path, capsys, monkeypatch):
+    file = laboratory(tmp_path, {"plain": 0, "t2i": 0.05})
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    assert cli.main(["report", str(file), "--output", str(tmp_path / "page.md")]) == 1
+    assert capsys.readouterr().err == "error: the report's intervals need scipy: `pip install scipy`\n"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.jsonl"]
+
+
+def test_every_arm_has_a_title_of_its_own():
+    assert len({arm.title for arm in ARMS.values()}) == len(ARMS)
+
+
+@pytest.mark.parametrize(
+    ("content", "output", "message"),
+    [
+        (None, "page.md", "is no file"),
+        ("", "page.md", "lack that of their plan"),
+        ('{"kind": "other"}\n', "page.md", "line 1 is no row"),
+        ('{"kind": "plan", "settings": [], "contrasts": []}\n', "page.md", "holds no finished run"),
+        ("", "page.html", "should be a .md file"),
+    ],
+)
+def test_wrong_rows_end_in_one_line(tmp_path, capsys, content, output, message):
+    file = tmp_path / "rows.jsonl"
+    if content is not None:
+        file.write_text(content)
+    assert cli.main(["report", str(file), "--output", str(tmp_path / output)]) == 1
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    assert message in lines[0]
+    assert not (tmp_path / output).exists()
