@@ -35,6 +35,11 @@ class Case(NamedTuple):
         return self.shape.image + self.shape.text + self.max_anchors
 
     @property
+    def label(self) -> str:
+        """For messages."""
+        return f"{self.operation}, {self.shape.name}, B={self.batch}"
+
+    @property
     def row_bytes(self) -> int:
         return self.shape.hidden * self.dtype.itemsize
 
@@ -157,10 +162,10 @@ def verify(case: Case, expected: tuple[Tensor, ...], got: tuple[Tensor, ...]) ->
     if case.operation != "backward":
         inserted = expected[4].sum(1)
         if not bool((inserted == case.anchored).all()):
-            raise WrongResult(f"{case}: {inserted.tolist()} inserted in the reference, planned are {case.anchored}")
+            raise WrongResult(f"{inserted.tolist()} inserted in the reference at {case.label}, not {case.anchored}")
     for name, one, other in zip(names, got, expected, strict=True):
         if not (_scores_agree(one, other) if name == "score" else torch.equal(one, other)):
-            raise WrongResult(f"{case.operation}, {case.shape.name}, B={case.batch}: {name} differs from the reference")
+            raise WrongResult(f"{name} differs from the reference at {case.label}")
 
 
 def _scores_agree(one: Tensor, other: Tensor) -> bool:

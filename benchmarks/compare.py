@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from typing import NamedTuple
 
@@ -60,15 +61,26 @@ def changes(before: list[Row], after: list[Row]) -> tuple[list[Change], list[str
             continue
         for figure, more_is_better in FIGURES.items():
             old, new = row.get(figure), later[key].get(figure)
-            if not old or new is None:
+            if old is None or new is None:
                 continue
-            percent = 100 * (old / new - 1 if more_is_better and new else new / old - 1)
-            found.append(Change(name, figure, old, new, percent))
+            found.append(Change(name, figure, old, new, _worse_by(old, new, more_is_better)))
     return found, missing
+
+
+def _worse_by(old: float, new: float, more_is_better: bool) -> float:
+    """Percent; what comes from nothing, or goes to nothing where more is better, is worse beyond any."""
+    least, most = (new, old) if more_is_better else (old, new)
+    if least == 0:
+        return math.inf if most else 0.0
+    return 100 * (most / least - 1)
 
 
 def main(options: argparse.Namespace) -> int:
     """Print what changed. Returns 1 for a regression or a lost row, 2 if the sets have nothing in common."""
+    for path in (options.before, options.after):
+        if not path.exists():
+            print(f"{path} is not there; give a .jsonl file or a folder of them", file=sys.stderr)
+            return 2
     before, after = read(options.before), read(options.after)
     found, missing = changes(before, after)
     if not found:

@@ -4,8 +4,10 @@ For a machine with its own PyTorch and no network. The repository need not be in
 place. Every step is a process of its own with its own time limit, so that a hang costs one step; a failed step is
 reported and the rest goes on. The most valuable steps come first, and what no time is left for is skipped and said so.
 
-The folder gets summary.json, summary.txt, logs.tar.gz and the rows, at most 8 files, current after every step; the
-laboratory's plan and rows are in its folder `lab`. Without a GPU the same steps run at toy sizes, as a rehearsal.
+The folder gets the rows, and summary.json, summary.txt and logs.tar.gz, current after every step and named after the
+part that they are of. A step replaces the rows of an earlier run when it begins and leaves those of other steps alone,
+so that three parts fill one folder. The laboratory's plan and rows are in its folder `lab`. Without a GPU the same
+steps run at toy sizes, as a rehearsal.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from benchmarks import targets
 from benchmarks.rows import ROOT, read, write_text
 
 TOTAL = 525.0  # seconds for everything, by default
@@ -41,8 +44,10 @@ class Step(NamedTuple):
     name: str
     commands: tuple[tuple[str, ...], ...]
     limit: float
-    part: int = 1
+    parts: tuple[int, ...] = (1,)
     environment: tuple[tuple[str, str], ...] = ()
+    writes: str = ""  # file or folder in the output folder
+    least: float = 15.0  # seconds, of which less are no use
 
 
 class Outcome(NamedTuple):
@@ -102,9 +107,12 @@ def steps(python: str, gpu: Gpu | None, output: Path) -> list[Step]:
     """All steps, the most valuable first; without a GPU at toy sizes."""
     device = "cpu" if gpu is None else "cuda"
 
-    def benchmark(name: str, file: str, *more: str) -> tuple[str, ...]:
-        return (python, "-m", "benchmarks", name, "--device", device, "--output", str(output / file), *more)
+    def measuring(name: str, limit: float, part: int, file: str, command: str, *more: str) -> Step:
+        line = (python, "-m", "benchmarks", command, "--device", device, "--output", str(output / file), *more)
+        return Step(name, (line,), limit, (part,), writes=file)
 
+    workers = _workers(gpu)
+    threads = (("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers))),)
     # The repository's own options name plugins that a GPU machine may lack.
     pytest = (python, "-m", "pytest", "-o", "addopts=-ra", "-p", "no:cacheprovider")
     tests = (
@@ -114,32 +122,36 @@ def steps(python: str, gpu: Gpu | None, output: Path) -> list[Step]:
         "10",
         "-o",
         "faulthandler_timeout=90",
-        *_workers(gpu),
+        *(("-n", str(workers)) if workers > 1 else ()),
         *_hangs(),
         "tests/gpu",
     )
     quick = ("--benchmark-max-time", "0.05", "--benchmark-min-rounds", "3", "--benchmark-warmup", "off")
     timed = (*pytest, "-q", "--benchmark-enable", *quick, "benchmarks/test_operators.py")
     laboratory = (python, "-m", "attanchor_vlm.cli", "lab", "--size", "gpu", "--output", str(output / "lab"))
-    laboratory += ("--no-progress", *(("--rehearse",) if gpu is None else ()))
+    # It ends by itself: what its limit cut off would be lost.
+    laboratory += ("--no-progress", "--minutes", "7.5", *(("--rehearse",) if gpu is None else ()))
     build: tuple[tuple[str, ...], ...]
     build = ((python, "setup.py", "build_ext", "--inplace"), (python, "-c", "import attanchor_kernels._C"))
     if gpu is None:
         build = ((python, "-c", f"print('nothing to build without a GPU'); raise SystemExit({UNAVAILABLE})"),)
     return [
         Step("environment", ((python, "-c", ENVIRONMENT),), 40),
-        Step("build", build, 150, environment=_build_environment(gpu)),
+        # Of both parts that measure kernels: a part may be the first that runs on its machine.
+        Step("build", build, 150, (1, 2), _build_environment(gpu)),
         Step("doctor", ((python, "-m", "attanchor_kernels.doctor"),), 60),
         # compute-sanitizer has a step of its own.
-        Step("tests", ((*tests, "--ignore", "tests/gpu/test_gpu_sanitizer.py"),), 240),
-        Step("roofline", (benchmark("roofline", "roofline.jsonl", "--passes", "kernels"),), 150),
-        Step("overhead", (benchmark("overhead", "overhead.jsonl"),), 170, 2),
-        Step("baselines", (benchmark("roofline", "roofline-baselines.jsonl", "--passes", "baselines"),), 180, 2),
-        Step("sanitizer", ((python, "-m", "benchmarks.sanitize", "--limit", "90"),), 100, 2),
-        Step("training", (benchmark("training", "training.jsonl"),), 80, 2),
-        Step("sweep", (benchmark("overhead", "sweep.jsonl", "--sweep"),), 80, 2),
-        Step("launches", (timed,), 60, 2),
-        Step("laboratory", (laboratory,), 520, 3),
+        Step("tests", ((*tests, "--ignore", "tests/gpu/test_gpu_sanitizer.py"),), 240, environment=threads),
+        measuring("roofline", 150, 1, "roofline.jsonl", "roofline", "--passes", "kernels"),
+        measuring("overhead", 170, 2, "overhead.jsonl", "overhead"),
+        measuring("baselines", 230, 2, "roofline-baselines.jsonl", "roofline", "--passes", "baselines"),
+        # Its own limit ends first, so that it can still say what it found.
+        Step("sanitizer", ((python, "-m", "benchmarks.sanitize", "--limit", "80"),), 110, least=60.0),
+        measuring("training", 80, 2, "training.jsonl", "training"),
+        measuring("sweep", 110, 2, "sweep.jsonl", "overhead", "--sweep"),
+        Step("launches", (timed,), 60, (2,)),
+        # Its first comparisons alone take minutes.
+        Step("laboratory", (laboratory,), 520, (3,), writes="lab", least=240.0),
     ]
 
 
@@ -153,10 +165,11 @@ def _build_environment(gpu: Gpu | None) -> tuple[tuple[str, str], ...]:
     return (*forced, ("ATTANCHOR_CUDA_ARCHS", {(9, 0): "90a", (10, 0): "100a"}.get(gpu[1:3], "80+PTX")))
 
 
-def _workers(gpu: Gpu | None) -> tuple[str, ...]:
-    """Test processes that share the GPU, so that one compiles while another runs: as many as its memory holds."""
-    count = min(8, os.cpu_count() or 1, gpu.memory // 2**34) if gpu else 0
-    return ("-n", str(count)) if count > 1 and importlib.util.find_spec("xdist") else ()
+def _workers(gpu: Gpu | None) -> int:
+    """Test processes that share the GPU, so that many compile while one runs: as many as its memory holds."""
+    if gpu is None or not importlib.util.find_spec("xdist"):
+        return 1
+    return max(1, min(12, os.cpu_count() or 1, gpu.memory // 2**33))
 
 
 def _hangs() -> tuple[str, ...]:
@@ -185,21 +198,22 @@ def run(step: Step, log: Path, limit: float) -> Outcome:
             try:
                 status = process.wait(max(1.0, limit - (time.monotonic() - begin)))
             except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
                 return Outcome(step.name, "timed out", time.monotonic() - begin, f"limit {limit:.0f} s")
             finally:
-                _end_group(process.pid)
+                _end(process)
             if status:
                 break
     names = {0: "passed", UNAVAILABLE: "not available"}
     return Outcome(step.name, names.get(status, "failed"), time.monotonic() - begin, _last_line(log))
 
 
-def _end_group(group: int) -> None:
-    """Children that a step left behind would disturb the next one's figures."""
+def _end(process: subprocess.Popen) -> None:
+    """With all that it started: what a step leaves behind would disturb the next one's figures."""
     with contextlib.suppress(ProcessLookupError):
-        os.killpg(group, signal.SIGKILL)
+        os.killpg(process.pid, signal.SIGKILL)
+    # One that hangs in the driver may not even die: it is not waited for without end.
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(10.0)
 
 
 def _lines(log: Path) -> list[str]:
@@ -216,17 +230,24 @@ def table(outcomes: list[Outcome]) -> str:
     return "\n".join(f"{one.step:<13}{one.status:<15}{one.seconds:>7.1f} s  {one.detail}" for one in outcomes)
 
 
+def _suffix(part: int | None) -> str:
+    return f"-part{part}" if part else ""
+
+
 def _keep(output: Path, logs: Path, outcomes: list[Outcome], about: dict[str, Any]) -> None:
     """Everything known so far, so that a run that is cut short keeps it."""
+    suffix = _suffix(about.get("part"))
     packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode="w:gz") as archive:
         for log in sorted(logs.iterdir()):
-            archive.add(log, arcname=f"logs/{log.name}")
+            archive.add(log, arcname=f"logs{suffix}/{log.name}")
     temporary = output / ".logs.tar.gz"
     temporary.write_bytes(packed.getvalue())
-    os.replace(temporary, output / "logs.tar.gz")
+    os.replace(temporary, output / f"logs{suffix}.tar.gz")
     summary = {**about, "steps": [one._asdict() for one in outcomes]}
-    write_text(output / "summary.json", json.dumps(summary, indent=1) + "\n")
+    write_text(output / f"summary{suffix}.json", json.dumps(summary, indent=1) + "\n")
+    judged = targets.summary(targets.judge(read(output)))
+    write_text(output / f"summary{suffix}.txt", f"{table(outcomes)}\n\n{judged}\n")
 
 
 def run_all(chosen: list[Step], output: Path, total: float, about: dict[str, Any]) -> list[Outcome]:
@@ -236,10 +257,13 @@ def run_all(chosen: list[Step], output: Path, total: float, about: dict[str, Any
     with tempfile.TemporaryDirectory() as folder:
         for number, step in enumerate(chosen, 1):
             left = end - time.monotonic()
-            if left < min(15.0, step.limit):
+            if left < min(step.least, step.limit):
                 outcomes.append(Outcome(step.name, "skipped", 0.0, "no time left"))
+                _keep(output, Path(folder), outcomes, about)
                 continue
             log = Path(folder) / f"{number:02}-{step.name}.log"
+            if step.writes:
+                _remove(output / step.writes)
             print(f"--- {step.name}", flush=True)
             outcomes.append(run(step, log, min(step.limit, left)))
             shown = _lines(log)[-TAIL:] if outcomes[-1].status in ("failed", "timed out") else []
@@ -248,11 +272,8 @@ def run_all(chosen: list[Step], output: Path, total: float, about: dict[str, Any
     return outcomes
 
 
-def _prepare(output: Path) -> None:
-    output.mkdir(parents=True, exist_ok=True)
-    for stale in [*output.glob("*.jsonl"), *output.glob("summary.*"), *output.glob("logs.tar.gz")]:
-        stale.unlink()
-    shutil.rmtree(output / "lab", ignore_errors=True)
+def _remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -264,6 +285,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--total", type=float, default=TOTAL, help="seconds for everything (default: %(default)s)")
     parser.add_argument("--device", choices=["auto", "cuda", "cpu"], default="auto")
     options = parser.parse_args(arguments)
+    begin = time.monotonic()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the step that runs, as an interrupt does
 
     try:
         gpu = None if options.device == "cpu" else find_gpu(sys.executable)
@@ -274,7 +297,7 @@ def main(arguments: list[str] | None = None) -> int:
         print("--device is cuda; PyTorch finds no GPU here", file=sys.stderr)
         return 1
     output = options.output.resolve()
-    chosen = [step for step in steps(sys.executable, gpu, output) if options.part in (None, step.part)]
+    chosen = [step for step in steps(sys.executable, gpu, output) if options.part in (None, *step.parts)]
     if options.steps:
         names = options.steps.split(",")
         if unknown := sorted(set(names) - {step.name for step in chosen}):
@@ -283,15 +306,11 @@ def main(arguments: list[str] | None = None) -> int:
     if gpu is None:
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         print("no GPU is used: a rehearsal at toy sizes, whose figures mean nothing")
-    _prepare(output)
+    output.mkdir(parents=True, exist_ok=True)
     about = {"gpu": gpu.name if gpu else "none", "part": options.part, "torch": torch.__version__}
-    outcomes = run_all(chosen, output, options.total, about)
-
-    from benchmarks import targets
-
-    text = table(outcomes) + "\n\n" + targets.summary(targets.judge(read(output))) + "\n"
-    write_text(output / "summary.txt", text)
-    print("\n" + text + f"\n{output}")
+    outcomes = run_all(chosen, output, options.total - (time.monotonic() - begin), about)
+    shutil.rmtree(output / "lab" / "checkpoints", ignore_errors=True)  # what a laboratory cut short leaves is large
+    print(f"\n{(output / f'summary{_suffix(options.part)}.txt').read_text(encoding='utf-8')}\n{output}")
     return int(any(one.status in ("failed", "timed out") for one in outcomes))
 
 

@@ -9,8 +9,10 @@ of what the cost is compared with. Models that `attach` serves are also run whol
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import sys
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -98,24 +100,20 @@ def measure_model(run: Run, spec: Spec, decoder: Decoder, batch: int, new_tokens
     rows = []
     for count in new_tokens:
         total = {name: taken.p50 * 1e6 for name, taken in prefill.items()}
-        decoding = dict.fromkeys(sides, 0.0)
-        methods = {taken.method for taken in prefill.values()}
-        if count > 1:
-            for name, side in sides.items():
-                step = run.step(decoder, *side, count)
-                decoding[name] = (count - 1) * step.p50 * 1e6
-                methods.add(step.method)
+        steps = {name: run.step(decoder, *side, count) for name, side in sides.items()} if count > 1 else {}
+        decoding = {name: (count - 1) * steps[name].p50 * 1e6 if steps else 0.0 for name in sides}
         row = {
             **_who(spec, case),
             "new_tokens": count,
-            "method": "+".join(sorted(methods)),
+            "method": "+".join(sorted({taken.method for taken in (*prefill.values(), *steps.values())})),
             "plain_us": round(total["plain"] + decoding["plain"], 2),
             "anchored_us": round(construction + total["anchored"] + decoding["anchored"], 2),
             "construction_us": round(construction, 3),
             "replaced_merge_us": round(replaced, 3),
             "prefill_us": round(total["anchored"] - total["plain"], 2),
             "decode_us": round(decoding["anchored"] - decoding["plain"], 2),
-            "plain_prefill_us": round(total["plain"], 2),
+            **_spread("prefill", prefill),
+            **_spread("step", steps),
             **_counted(spec, case, prompt, count),
         }
         rows.append(run.store.add(row))
@@ -128,6 +126,16 @@ def _who(spec: Spec, case: Case) -> Row:
     described.pop("shape")
     described.pop("bytes")
     return {"model": spec.name, **described}
+
+
+def _spread(what: str, sides: dict[str, timing.Timing]) -> Row:
+    """Median and percentiles of one call of each side, in microseconds."""
+    return {
+        f"{side}_{what}_{figure}": value
+        for side, taken in sides.items()
+        for figure, value in taken.describe().items()
+        if figure.startswith("us")
+    }
 
 
 def _counted(spec: Spec, case: Case, prompt: Prompt, count: int) -> Row:
@@ -147,6 +155,7 @@ def _counted(spec: Spec, case: Case, prompt: Prompt, count: int) -> Row:
         "plain_flops": language.prefill_flops(batch, plain) + decoded(flops, plain),
         "plain_bytes": language.prefill_bytes(batch, plain) + decoded(read, plain),
         "prefill_flops": language.prefill_flops(batch, anchored) - language.prefill_flops(batch, plain),
+        "prefill_bytes": language.prefill_bytes(batch, anchored) - language.prefill_bytes(batch, plain),
         "decode_flops": decoded(flops, anchored) - decoded(flops, plain),
         "decode_bytes": decoded(read, anchored) - decoded(read, plain),
     }
@@ -159,7 +168,7 @@ def _say(row: Row) -> None:
         for key, name in (("construction_us", "construction"), ("prefill_us", "prefill"), ("decode_us", "cache"))
     )
     tokens = f"{row['new_tokens']} new" if "new_tokens" in row else f"M={row['image']}, {row['inserted']} inserted"
-    print(f"{row['model']:<14}B={row['batch']:<3}{tokens:<24}{plain / 1e3:>10.2f} ms   {parts}", flush=True)
+    print(f"{row['model']:<18}B={row['batch']:<3}{tokens:<24}{plain / 1e3:>10.2f} ms   {parts}", flush=True)
 
 
 def measure_sweep(run: Run, spec: Spec, decoder: Decoder) -> list[Row]:
@@ -187,6 +196,7 @@ def measure_sweep(run: Run, spec: Spec, decoder: Decoder) -> list[Row]:
                 "replaced_merge_us": round(replaced, 3),
                 "prefill_us": round((anchored.p50 - plain.p50) * 1e6, 2),
                 "decode_us": 0.0,
+                **_spread("prefill", {"plain": plain, "anchored": anchored}),
                 **_counted(at, case, prompt, 1),
             }
             rows.append(run.store.add(row))
@@ -209,16 +219,17 @@ def measure_attached(run: Run, spec: Spec, model: Any, batch: int) -> list[Row]:
     def generate() -> Tensor:
         return model.generate(**arguments, max_new_tokens=generated, min_new_tokens=generated, do_sample=False)
 
-    measured: dict[str, dict[str, timing.Timing]] = {}
-    for side in ("plain", "attached"):
-        if side == "attached":
-            # Random weights have no meaning to match: the best-scoring tokens are inserted, as many as usual.
-            attach(model, AttAnchorConfig(tau=-1.0, max_anchors=count))
-        measured[side] = {name: _eager(call, run) for name, call in (("forward", forward), ("generate", generate))}
-    detach(model)
+    calls = {"forward": forward, "generate": generate}
+    plainly = {name: _eager(call, run) for name, call in calls.items()}
+    # Random weights have no meaning to match: the best-scoring tokens are inserted, as many as usual.
+    attach(model, AttAnchorConfig(tau=-1.0, max_anchors=count))
+    try:
+        attached = {name: _eager(call, run) for name, call in calls.items()}
+    finally:
+        detach(model)
     rows = []
-    for name in ("forward", "generate"):
-        plain, anchored = (measured[side][name] for side in ("plain", "attached"))
+    for name in calls:
+        plain, anchored = plainly[name], attached[name]
         row = {
             **_who(spec, run.case(spec, batch)),
             "measure": f"attached {name}",
@@ -226,10 +237,11 @@ def measure_attached(run: Run, spec: Spec, model: Any, batch: int) -> list[Row]:
             "new_tokens": generated if name == "generate" else 1,
             "plain_us": round(plain.p50 * 1e6, 2),
             "anchored_us": round(anchored.p50 * 1e6, 2),
+            **_spread(name, {"plain": plain, "anchored": anchored}),
         }
         rows.append(run.store.add(row))
         added = 100 * (row["anchored_us"] / row["plain_us"] - 1)
-        print(f"{spec.name:<14}B={batch:<3}eager, whole {name:<12}{row['plain_us'] / 1e3:>9.2f} ms   {added:+.2f} %")
+        print(f"{spec.name:<18}B={batch:<3}eager, whole {name:<12}{row['plain_us'] / 1e3:>9.2f} ms   {added:+.2f} %")
     return rows
 
 
@@ -257,7 +269,7 @@ def whole_prompt(device: torch.device, dtype: torch.dtype, spec: Spec, model: An
 
 
 def main(options: argparse.Namespace) -> int:
-    """Every model and batch; a model that fails is reported, the others go on. Returns 1 if any failed."""
+    """Every model and batch; what fails is reported, the rest goes on. Returns 1 if anything failed."""
     on_cpu = options.device == "cpu"
     toy = on_cpu and not options.real_size
     names = options.models or (SWEEP_MODELS if options.sweep else tuple(models.SPECS))
@@ -265,26 +277,34 @@ def main(options: argparse.Namespace) -> int:
         print(f"--models is {', '.join(unknown)}; it should be of {', '.join(models.SPECS)}", file=sys.stderr)
         return 2
     run = Run(options.device, options.output, toy, budget=0.2 if toy else 1.5)
-    failed = False
+    failed = []
+
+    @contextlib.contextmanager
+    def reported(what: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            failed.append(what)
+            print(f"{what} failed: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+
     for name in names:
         spec = models.SPECS[name].toy() if toy else models.SPECS[name]
         model: Any = None
         decoder: Any = None
-        try:
+        with reported(name):
             model = models.build(spec, run.device, run.dtype, toy)
             decoder = Decoder(model)
             if options.sweep:
                 measure_sweep(run, spec, decoder)
             else:
                 for batch in options.batches or ((1, 2) if on_cpu else (1, 8)):
-                    measure_model(run, spec, decoder, batch, options.new_tokens)
+                    with reported(f"{name}, B={batch}"):
+                        measure_model(run, spec, decoder, batch, options.new_tokens)
                     if spec.attachable:
-                        measure_attached(run, spec, model, batch)
-        except Exception as error:
-            failed = True
-            print(f"{name} failed: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+                        with reported(f"{name}, whole, B={batch}"):
+                            measure_attached(run, spec, model, batch)
         model = decoder = None  # a model of 14 GB must be gone before the next one comes
         gc.collect()
         if run.device.type == "cuda":
             torch.cuda.empty_cache()
-    return int(failed)
+    return int(bool(failed))

@@ -1,19 +1,21 @@
-"""The two pictures: time over the floor, and what anchors add to whole models."""
+"""The two pictures: time over the floor, and what anchors add to whole models. Each names the rows it was made of."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-from benchmarks.rows import Row
+from benchmarks.rows import Row, of_newest_gpu
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Draw = Callable[[], "Figure"]
+SOURCE = "Rows"  # key of the text in a PNG that says what it was made of
 COLOURS = {"cuda": "#0072b2", "triton": "#d55e00", "reference": "#999999"}
 PARTS = (
     ("construction_us", "construction", "#0072b2"),
@@ -22,17 +24,25 @@ PARTS = (
 )
 
 
-def wanted(rows: list[Row]) -> dict[str, Draw]:
-    """File name and drawing function of every plot that the rows of a GPU are enough for."""
-    rows = [row for row in rows if row.get("gpu", "none") != "none"]
+class Plot(NamedTuple):
+    """A picture to be made of rows."""
+
+    draw: Callable[[list[Row]], Figure]
+    rows: list[Row]
+
+    @property
+    def source(self) -> str:
+        """What changes with the rows."""
+        return hashlib.sha256(json.dumps(self.rows).encode()).hexdigest()[:16]
+
+
+def wanted(rows: list[Row]) -> dict[str, Plot]:
+    """By file name, every plot that the rows of a GPU are enough for."""
+    rows = of_newest_gpu(rows)
     roofline = [row for row in rows if row.get("run") == "roofline" and "ratio" in row]
     overhead = [row for row in rows if row.get("run") == "overhead" and row.get("measure") is None]
-    found: dict[str, Draw] = {}
-    if roofline:
-        found["roofline.png"] = lambda: draw_roofline(roofline)
-    if overhead:
-        found["overhead.png"] = lambda: draw_overhead(overhead)
-    return found
+    plots = {"roofline.png": Plot(draw_roofline, roofline), "overhead.png": Plot(draw_overhead, overhead)}
+    return {name: plot for name, plot in plots.items() if plot.rows}
 
 
 def draw_roofline(rows: list[Row]) -> Figure:
@@ -73,11 +83,13 @@ def draw_overhead(rows: list[Row]) -> Figure:
     for axis, batch in zip(figure.subplots(1, len(batches), squeeze=False)[0], batches, strict=True):
         chosen = [row for (_, size, _), row in latest.items() if size == batch]
         labels = [f"{row['model']}\n{row['new_tokens']}" for row in chosen]
-        bottom = [0.0] * len(chosen)
+        ends = {True: [0.0] * len(chosen), False: [0.0] * len(chosen)}  # above and below zero, where noise may fall
         for key, label, colour in PARTS:
-            heights = [max(0.0, 100 * row[key] / row["plain_us"]) for row in chosen]
-            axis.bar(range(len(chosen)), heights, bottom=bottom, label=label, color=colour)
-            bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
+            heights = [100 * row[key] / row["plain_us"] for row in chosen]
+            starts = [ends[height >= 0][at] for at, height in enumerate(heights)]
+            axis.bar(range(len(chosen)), heights, bottom=starts, label=label, color=colour)
+            for at, height in enumerate(heights):
+                ends[height >= 0][at] += height
         axis.set_xticks(range(len(chosen)), labels, fontsize=6, rotation=90)
         axis.set_title(f"B = {batch}; model and number of new tokens", fontsize=9)
         axis.set_ylabel("added, % of the time without anchors")
@@ -86,13 +98,23 @@ def draw_overhead(rows: list[Row]) -> Figure:
     return figure
 
 
-def save(draw: Draw, path: Path) -> None:
+def is_current(plot: Plot, path: Path) -> bool:
+    """Whether the picture is there and was made of these rows."""
+    from PIL import Image
+
+    if not path.is_file():
+        return False
+    with Image.open(path) as picture:
+        return picture.info.get(SOURCE) == plot.source
+
+
+def save(plot: Plot, path: Path) -> None:
     """Drawn into a temporary file in the same folder, then renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".png")
     os.close(handle)
     try:
-        draw().savefig(temporary, dpi=130, metadata={"Software": None})
+        plot.draw(plot.rows).savefig(temporary, dpi=130, metadata={"Software": None, SOURCE: plot.source})
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException:

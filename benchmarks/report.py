@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks import demonstration, plots, targets
-from benchmarks.rows import ROOT, Row, read, write_text
+from benchmarks.rows import ROOT, Row, of_newest_gpu, read, write_text
 
 COMMAND = "python -m benchmarks report"
 LABORATORY = "docs/lab/report.md"
@@ -21,12 +21,15 @@ BLOCK = re.compile(r"(<!-- generated: (?P<name>[\w-]+) -->\n)(?P<body>.*?)(<!-- 
 
 
 def _hardware(rows: list[Row]) -> str:
-    """Where the figures come from, one phrase."""
-    row = rows[-1]
-    parts = [row["gpu"] if row["gpu"] != "none" else row["processor"]]
-    if row["gpu"] != "none":
-        parts += [f"driver {row['driver']}", f"CUDA {row['cuda']}", f"Triton {row['triton']}"]
-    return ", ".join([*parts, f"PyTorch {row['torch']}", f"commit {row['commit']}", row["date"]])
+    """Where the figures come from, one phrase; rows of several runs name all of them."""
+
+    def said(key: str) -> str:
+        return ", ".join(dict.fromkeys(str(row[key]) for row in rows))
+
+    parts = [said("processor")]
+    if rows[-1]["gpu"] != "none":
+        parts = [said("gpu"), f"driver {said('driver')}", f"CUDA {said('cuda')}", f"Triton {said('triton')}"]
+    return ", ".join([*parts, f"PyTorch {said('torch')}", f"commit {said('commit')}", said("date")])
 
 
 def _made_by(rows: list[Row], command: str) -> str:
@@ -38,7 +41,7 @@ def _unmeasured(command: str) -> str:
 
 
 def _gpu_rows(rows: list[Row], run: str) -> list[Row]:
-    return [row for row in rows if row.get("run") == run and row.get("gpu", "none") != "none"]
+    return [row for row in of_newest_gpu(rows) if row.get("run") == run]
 
 
 def _table(head: list[str], lines: list[list[str]]) -> str:
@@ -171,7 +174,7 @@ def demo_block(rows: list[Row], image: str) -> str:
             ("Loss and inserted share", "loss.png"),
         )
     )
-    return f"{table}\n{explained}\n\n{pictures}\n" + _made_by(rows, f"make demo` and `{demonstration.MAKE}")
+    return f"{table}\n{explained}\n\n{pictures}\n" + _made_by([row], f"make demo` and `{demonstration.MAKE}")
 
 
 def targets_block(rows: list[Row], image: str) -> str:
@@ -233,13 +236,12 @@ def main(options: argparse.Namespace) -> int:
         return 2
     wanted = plots.wanted(rows)
     if options.check:
-        missing = [name for name in wanted if not (options.images / name).is_file()]
-        if before == after and not missing:
+        if before == after and all(plots.is_current(plot, options.images / name) for name, plot in wanted.items()):
             return 0
         print(f"{options.readme} or its plots are not current; run `{COMMAND}`", file=sys.stderr)
         return 1
-    for name, draw in wanted.items():
-        plots.save(draw, options.images / name)
+    for name, plot in wanted.items():
+        plots.save(plot, options.images / name)
     if before != after:
         write_text(Path(options.readme), after)
     return 0

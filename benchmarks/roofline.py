@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,12 @@ from benchmarks.rows import Row, Store
 from benchmarks.timing import Timing
 
 PASSES = ("kernels", "baselines")
-COMPILED_BATCHES = (1, 8, 32)  # a compilation costs more than all the rest of a case
+COMPILED_BATCHES = (1, 8, 32, 64)  # one compilation for the first, one for all the others
 MEMORY_BATCH = 8
 
 
 class Settings:
-    """What one run does."""
+    """What one run does, and what went wrong in it."""
 
     def __init__(
         self,
@@ -40,6 +41,7 @@ class Settings:
         self.names = [name for name in names if backends.why_not(name, self.device.type) is None]
         self.passes, self.matmuls = tuple(passes), tuple(matmuls)
         self.repeats, self.budget = repeats, budget
+        self.wrong: list[str] = []
 
     def measure(self, calls: Sequence[Callable[[], Any]]) -> Timing:
         return timing.measure(calls, self.device, repeats=self.repeats, budget=self.budget)
@@ -56,40 +58,49 @@ def run_cases(cases: Iterable[Case], settings: Settings) -> list[Row]:
     """Measure the cases, kernels first, and print a line for each figure. Returns the rows, which are stored as well.
 
     Raises:
-        WrongResult: after all cases, if any result was wrong; its figure is neither printed nor stored.
+        WrongResult: after all cases, if a result was wrong or could not be made. It has no figure, all others have.
     """
     cases = list(cases)
-    wrong: list[str] = []
     if "kernels" in settings.passes:
         empty = _measure_machine(settings)
-        for case in cases:
-            if case.batch == MEMORY_BATCH and settings.device.type == "cuda":
-                _measure_memory(case, settings)
-        for case in cases:
-            wrong += _within_memory(case, settings, partial(_measure_kernels, case, settings, empty))
+        if settings.device.type == "cuda":
+            _measure_each([case for case in cases if case.batch == MEMORY_BATCH], settings, _measure_memory)
+        _measure_each(cases, settings, partial(_measure_kernels, empty=empty))
     if "baselines" in settings.passes:
-        for case in cases:
-            wrong += _within_memory(case, settings, partial(_measure_baselines, case, settings))
+        _measure_each(cases, settings, _measure_baselines)
         for name in dict.fromkeys(case.shape.name for case in cases):
-            wrong += _measure_compiled([case for case in cases if case.shape.name == name], settings)
-    if wrong:
-        raise WrongResult("; ".join(wrong))
+            _measure_compiled([case for case in cases if case.shape.name == name], settings)
+    if settings.wrong:
+        raise WrongResult("; ".join(settings.wrong))
     return settings.store.rows
 
 
-def _within_memory(case: Case, settings: Settings, measured: Callable[[], list[str]]) -> list[str]:
-    """Run the measurements of a case; one that does not fit into the device's memory is left out, and said so."""
-    try:
-        return measured()
-    except torch.OutOfMemoryError:
-        print(f"{case.operation}, {case.shape.name}, B={case.batch}: not enough memory, not measured", flush=True)
-        return []
-    finally:
+def _measure_each(cases: Sequence[Case], settings: Settings, measure: Callable[[Case, Settings], None]) -> None:
+    for case in cases:
+        with _guarded(case.label, settings):
+            measure(case, settings)
         _release(settings.device)
 
 
+@contextlib.contextmanager
+def _guarded(what: str, settings: Settings) -> Iterator[None]:
+    """A failure inside is kept for the end and costs no other case or backend its figures.
+
+    What does not fit into the device's memory is left out, and said so.
+    """
+    try:
+        yield
+        return
+    except torch.OutOfMemoryError:
+        print(f"{what}: not enough memory, not measured", flush=True)
+    except Exception as error:
+        outcome = "WRONG" if isinstance(error, WrongResult) else f"failed with {type(error).__name__}"
+        settings.wrong.append(f"{what} {outcome}: {error}".partition("\n")[0])
+        print(f"{what} {outcome}: {error}", flush=True)
+    gc.collect()  # its traceback may hold tensors
+
+
 def _release(device: torch.device) -> None:
-    gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
@@ -122,12 +133,14 @@ def _report(settings: Settings, row: Row, taken: Timing, moved: int) -> Row:
 def _measure_memory(case: Case, settings: Settings) -> None:
     """Before anything else of a case runs, so that whatever a backend keeps is counted."""
     inputs = make_inputs(case, settings.device, seed=0)
+    one = case._replace(batch=1)
     for name in settings.names:
-        run(case._replace(batch=1), make_inputs(case._replace(batch=1), settings.device, seed=0), name)  # compile
-        peak = timing.peak_beside_outputs(partial(run, case, inputs, name), settings.device)
-        settings.store.add({"measure": "memory", **case.describe(), "backend": name, "peak_bytes": peak})
-        where = f"{case.operation:<9}{case.shape.name:<14}B={case.batch:<4}{name:<34}"
-        print(f"{where}{(peak or 0) / 1e6:>10.3f} MB beside outputs", flush=True)
+        with _guarded(f"{name}, {case.label}", settings):
+            run(one, make_inputs(one, settings.device, seed=0), name)  # compile
+            peak = timing.peak_beside_outputs(partial(run, case, inputs, name), settings.device)
+            settings.store.add({"measure": "memory", **case.describe(), "backend": name, "peak_bytes": peak})
+            where = f"{case.operation:<9}{case.shape.name:<14}B={case.batch:<4}{name:<34}"
+            print(f"{where}{(peak or 0) / 1e6:>10.3f} MB beside outputs", flush=True)
 
 
 def _input_sets(case: Case, settings: Settings) -> list[Inputs]:
@@ -135,8 +148,8 @@ def _input_sets(case: Case, settings: Settings) -> list[Inputs]:
     return [make_inputs(case, settings.device, seed) for seed in range(count)]
 
 
-def _measure_kernels(case: Case, settings: Settings, empty: Timing | None) -> list[str]:
-    """Floor, then every backend; returns what was wrong."""
+def _measure_kernels(case: Case, settings: Settings, empty: Timing | None) -> None:
+    """Floor, then every backend."""
     sets = _input_sets(case, settings)
     candidates = {name: settings.measure(calls) for name, calls in floor.copies(case, sets, settings.device)}
     variant = min(candidates, key=lambda name: candidates[name].p50)
@@ -144,22 +157,18 @@ def _measure_kernels(case: Case, settings: Settings, empty: Timing | None) -> li
     described = {**case.describe(), **least.describe(), "backend": "floor", "variant": variant}
     _report(settings, described, least, case.least_bytes)
     expected = run(case, sets[0], "reference")
-    wrong = []
     for name in settings.names:
-        try:
+        with _guarded(f"{name}, {case.label}", settings):
             verify(case, expected, run(case, sets[0], name))
-        except WrongResult as error:
-            wrong.append(f"{name}: {error}")
-            print(f"WRONG, not measured: {wrong[-1]}", flush=True)
-            continue
-        taken = settings.measure([partial(run, case, inputs, name) for inputs in sets])
-        row = {**case.describe(), **taken.describe(), "backend": name, "floor_us": round(least.p50 * 1e6, 3)}
-        row["ratio"] = round(taken.p50 / least.p50, 4)
-        row["percent_of_roofline"] = float(f"{100 * least.p50 / taken.p50:.4g}")  # digits, not decimals: it can be tiny
-        if empty is not None:
-            row["us_less_empty"] = round((taken.p50 - empty.p50) * 1e6, 3)
-        _report(settings, row, taken, case.least_bytes)
-    return wrong
+            taken = settings.measure([partial(run, case, inputs, name) for inputs in sets])
+            row = {**case.describe(), **taken.describe(), "backend": name, "floor_us": round(least.p50 * 1e6, 3)}
+            row["auto"] = name == backends.choose("auto", settings.device, case.dtype)
+            row["ratio"] = round(taken.p50 / least.p50, 4)
+            # Digits, not decimals: it can be tiny.
+            row["percent_of_roofline"] = float(f"{100 * least.p50 / taken.p50:.4g}")
+            if empty is not None:
+                row["us_less_empty"] = round((taken.p50 - empty.p50) * 1e6, 3)
+            _report(settings, row, taken, case.least_bytes)
 
 
 def _baseline(
@@ -175,39 +184,32 @@ def _baseline(
     _report(settings, row, taken, case.least_bytes)
 
 
-def _measure_baselines(case: Case, settings: Settings) -> list[str]:
-    """The reference as device time alone and with its launches, and the merge of transformers."""
+def _measure_baselines(case: Case, settings: Settings) -> None:
+    """The reference as device time alone and with its launches; for a prompt the merge of transformers.
+
+    The reference is no baseline for a prompt: it matches every slot with every slot, which no user would.
+    """
     sets = _input_sets(case, settings)
-    on_gpu = settings.device.type == "cuda"
-    calls = [partial(run, case, inputs, "reference") for inputs in sets]
-    if settings.names != ["reference"]:
-        _baseline("reference", case, calls, settings)
-        if on_gpu:
-            _baseline("reference, eager", case, calls, settings, eager=True)
     if case.operation == "merge":
         if not verify_merge(sets[0], plain_merge(sets[0])):
-            return [f"masked_scatter: a plain merge at {case.shape.name}, B={case.batch} is wrong"]
+            raise WrongResult("masked_scatter puts rows where they do not belong")
         _baseline("masked_scatter", case, [partial(plain_merge, inputs) for inputs in sets], settings)
-    return []
+    elif settings.names != ["reference"]:
+        calls = [partial(run, case, inputs, "reference") for inputs in sets]
+        _baseline("reference", case, calls, settings)
+        if settings.device.type == "cuda":
+            _baseline("reference, eager", case, calls, settings, eager=True)
 
 
-def _measure_compiled(cases: list[Case], settings: Settings) -> list[str]:
+def _measure_compiled(cases: list[Case], settings: Settings) -> None:
     """The compiled baselines at one shape: one compilation for B = 1, one for all larger batches."""
-    wrong: list[str] = []
     cases = [case for case in cases if case.operation == "forward" and case.batch in COMPILED_BATCHES]
     for matmul in settings.matmuls:
         compiled = Compiled(matmul)
         for case in cases:
-            sets = _input_sets(case, settings)
-            where = f"{compiled.name}, {case.shape.name}, B={case.batch}"
-            try:
-                with torch.no_grad():
-                    if not torch.equal(compiled(sets[0])[0], run(case, sets[0], "reference")[0]):
-                        wrong.append(f"{where}: embeds differ from the reference")
-                        continue
-                    _baseline(compiled.name, case, [partial(compiled, inputs) for inputs in sets], settings)
-            except Exception as error:
-                # The compiler is not what is measured: a shape that it cannot do is left out, loudly.
-                print(f"{where} failed: {type(error).__name__}: {error}", flush=True)
+            with _guarded(f"{compiled.name}, {case.label}", settings), torch.no_grad():
+                sets = _input_sets(case, settings)
+                if not torch.equal(compiled(sets[0])[0], run(case, sets[0], "reference")[0]):
+                    raise WrongResult("embeds differ from the reference")
+                _baseline(compiled.name, case, [partial(compiled, inputs) for inputs in sets], settings)
             _release(settings.device)
-    return wrong

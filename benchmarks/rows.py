@@ -69,8 +69,8 @@ def environment(device: str = "cpu") -> Row:
     }
     if device != "cpu" and torch.cuda.is_available():
         row["gpu"] = torch.cuda.get_device_name()
-        query = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-        row["driver"] = _output_of(*query).splitlines()[0] if _output_of(*query) else "unknown"
+        drivers = _output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        row["driver"] = drivers.splitlines()[0] if drivers else "unknown"
     return row
 
 
@@ -113,6 +113,13 @@ def read(path: Path) -> list[Row]:
                 raise ValueError(f"{file}, line {number} is {type(row).__name__}; it should be a JSON object")
             found.append(row)
     return found
+
+
+def of_newest_gpu(rows: list[Row]) -> list[Row]:
+    """The rows of the GPU that the newest row names: figures of two GPUs are not to be mixed. None without a GPU."""
+    measured = [row for row in rows if row.get("gpu", "none") != "none"]
+    newest = max(measured, key=lambda row: row["date"], default=None)
+    return [row for row in measured if newest is not None and row["gpu"] == newest["gpu"]]
 
 
 class Store:

@@ -8,7 +8,6 @@ other outputs, so that what it touches is no longer in the L2 cache when its tur
 from __future__ import annotations
 
 import collections
-import gc
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -67,15 +66,34 @@ def measure(calls: Sequence[Call], device: torch.device, *, repeats: int = 15, b
 
 
 def measure_long(call: Call, device: torch.device, *, repeats: int = 7, budget: float = 2.0) -> Timing:
-    """Median time of a call of milliseconds or more, such as a model's: one call in a graph, eager if that fails."""
+    """Median time of a call of milliseconds or more, such as a model's: one call in a graph, eager if it cannot be."""
     if device.type != "cuda":
         return wall_timing([call], repeats=repeats, budget=budget)
+    reason = _why_no_graph(call)
+    if reason is None:
+        try:
+            return graph_timing([call], repeats=repeats, budget=budget, least_calls=1)
+        except RuntimeError as error:
+            reason = str(error).partition("\n")[0]
+            torch.cuda.synchronize()
+    print(f"cannot be captured, timed with its launches: {reason}", flush=True)
+    return event_timing([call], repeats=repeats, budget=budget, least_calls=1)
+
+
+def _why_no_graph(call: Call) -> str | None:
+    """Whether a call waits for the device, found out beforehand: a capture that fails leaves PyTorch in disorder."""
+    call()  # what it makes at its first run may wait
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
     try:
-        return graph_timing([call], repeats=repeats, budget=budget, least_calls=1)
+        call()
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
-        print(f"cannot be captured, timed with its launches: {str(error).splitlines()[0]}", flush=True)
-        torch.cuda.synchronize()
-        return event_timing([call], repeats=repeats, budget=budget, least_calls=1)
+        return str(error).partition("\n")[0]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return None
 
 
 def wall_timing(calls: Sequence[Call], *, repeats: int, budget: float) -> Timing:
@@ -101,7 +119,6 @@ def graph_timing(calls: Sequence[Call], *, repeats: int, budget: float, least_ca
     times = max(3, min(repeats, int(budget / max(once, 1e-6))))
     seconds = [_elapsed(graph.replay) / count for _ in range(times)]
     del graph, kept
-    gc.collect()
     return _summary(seconds, "graph", count)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import statistics
 import time
 from typing import Any
@@ -91,6 +92,7 @@ def main(options: argparse.Namespace) -> int:
     store = rows.Store(options.output, options.device, "training")
     for attached in (False, True):
         row = store.add(train(spec, device, toy, steps, batch, attached))
+        gc.collect()  # a model holds itself, and would be counted in the next one's peak
         if not on_cpu:
             torch.cuda.empty_cache()
         print(

@@ -1,38 +1,28 @@
-"""The benchmark commands at toy size on a CPU, and what is made of their rows: comparison, targets, report, runner."""
+"""The benchmark commands at toy size on a CPU."""
 
-import json
-import os
-import subprocess
-import sys
-import tarfile
-from pathlib import Path
+import gc
+import weakref
+from functools import partial
 
 import pytest
 import torch
 
 from attanchor_kernels.backends import triton as triton_backend
+from benchmarks import __main__ as commands
 from benchmarks import (
     accounting,
+    baselines,
     cases,
-    compare,
-    demonstration,
     floor,
-    gpu,
     models,
-    plots,
-    report,
+    overhead,
     roofline,
     rows,
     sanitize,
-    targets,
     timing,
     tune,
 )
 from benchmarks.__main__ import main
-
-ROOT = Path(__file__).resolve().parent.parent
-GPU = {"gpu": "Test GPU", "driver": "1", "cuda": "13.0", "torch": "2", "triton": "3", "processor": "cpu"}
-GPU |= {"commit": "abc", "date": "2026-01-01"}
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +71,12 @@ def test_roofline_rows_say_what_was_measured_on_what(measured):
 
 @pytest.mark.parametrize(
     ("arguments", "named"),
-    [(["--shapes", "nope"], "nope"), (["--backends", "cudda"], "cudda"), (["--passes", "x"], "x")],
+    [
+        (["--shapes", "nope"], "nope"),
+        (["--backends", "cudda"], "cudda"),
+        (["--backends", "cuda"], "cuda, which cannot run here"),
+        (["--passes", "x"], "x"),
+    ],
 )
 def test_unknown_names_are_told(arguments, named, capsys):
     assert main(["roofline", "--device", "cpu", *arguments]) == 2
@@ -103,6 +98,79 @@ def test_no_figure_for_a_wrong_result(tmp_path, monkeypatch, capsys):
         roofline.run_cases([cases.Case("forward", cases.TOY, 1, torch.float32)], settings)
     assert "WRONG" in capsys.readouterr().out
     assert "triton" not in {row["backend"] for row in rows.read(tmp_path / "rows.jsonl")}
+
+
+def test_a_backend_that_fails_costs_no_other_its_figures(tmp_path, monkeypatch, capsys):
+    """Nor any other case; what failed is told in the end as well."""
+    right = roofline.run
+
+    def failing(case, inputs, backend):
+        if backend == "triton" and case.operation == "forward":
+            raise RuntimeError("out of resource\nand a page more")
+        return right(case, inputs, "reference")
+
+    monkeypatch.setattr(roofline, "run", failing)
+    settings = roofline.Settings("cpu", tmp_path / "rows.jsonl", [], passes=("kernels",), budget=0.01)
+    settings.names = ["triton", "cuda"]
+    chosen = [cases.Case(operation, cases.TOY, 1, torch.float32) for operation in ("forward", "backward")]
+    with pytest.raises(
+        cases.WrongResult, match=r"^triton, forward, toy, B=1 failed with RuntimeError: out of resource$"
+    ):
+        roofline.run_cases(chosen, settings)
+    assert "and a page more" in capsys.readouterr().out
+    found = [(row["operation"], row["backend"]) for row in rows.read(tmp_path / "rows.jsonl") if "ratio" in row]
+    assert found == [("forward", "cuda"), ("backward", "triton"), ("backward", "cuda")]
+
+
+@pytest.mark.parametrize(("name", "matmul"), [("toy", "float32"), ("qwen2.5-vl-3b", "bfloat16")])
+def test_the_compiled_baseline_is_right_and_compiled_twice(monkeypatch, name, matmul):
+    """Once for B = 1 and once for every other batch. Traced as for a GPU; what is compiled of it runs eagerly here."""
+    made = []
+
+    def backend(graph, _):
+        made.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    compiled = baselines.Compiled(matmul)
+    shape = cases.SHAPE_OF[name]._replace(image=36, text=15, hidden=64)
+    for batch in (1, 8, 32, 64):
+        case = cases.Case("forward", shape, batch, torch.bfloat16, anchored=3)
+        inputs = cases.make_inputs(case, torch.device("cpu"), seed=batch)
+        assert (inputs.position_ids is None) == (name == "toy")
+        fields = compiled(inputs)
+        for one, other in zip(fields[:6], cases.run(case, inputs, "reference")[:6], strict=True):
+            assert torch.equal(one, other)
+    assert len(made) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["roofline", "--batches", "0"], "'0' should be positive integers"),
+        (["roofline", "--batches", "1,x"], "'1,x' should be positive integers"),
+        (["training", "--steps", "-1"], "'-1' should be an integer of at least 1"),
+        (["overhead", "--device", "cuda:1"], "CUDA_VISIBLE_DEVICES"),
+    ],
+)
+def test_options_that_cannot_be_are_told(arguments, said, capsys):
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert said in capsys.readouterr().err
+
+
+def test_a_run_on_a_cpu_does_not_replace_rows_of_a_gpu(tmp_path, monkeypatch, capsys):
+    """By default runs write where the stored rows are, the sweep beside the models."""
+    monkeypatch.setattr(commands, "RESULTS", tmp_path)
+    stored = {"run": "roofline", "gpu": "Test GPU", "date": "2026-01-01"}
+    rows.write(tmp_path / "roofline.jsonl", [stored])
+    assert main(["roofline", "--device", "cpu"]) == 2
+    assert "roofline.jsonl holds rows of a GPU" in capsys.readouterr().err
+    assert rows.read(tmp_path) == [stored]
+    written = []
+    monkeypatch.setattr(overhead, "main", lambda options: written.append(options.output.name) or 0)
+    assert main(["overhead", "--device", "cpu"]) == main(["overhead", "--device", "cpu", "--sweep"]) == 0
+    assert written == ["overhead.jsonl", "sweep.jsonl"]
 
 
 @pytest.mark.parametrize("operation", cases.OPERATIONS)
@@ -151,6 +219,25 @@ def test_timing_takes_medians_and_turns_over_its_inputs():
     assert taken.least <= taken.p10 <= taken.p50 <= taken.p90
 
 
+def test_a_call_that_waits_for_the_device_is_not_captured(monkeypatch, capsys):
+    """Found out before the capture: one that fails would leave the process unfit for the models to come."""
+    mode = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", mode.append)
+    for method in ("graph", "event"):
+        monkeypatch.setattr(timing, f"{method}_timing", lambda calls, method=method, **_: method)
+
+    def waits():
+        if mode[-1:] == ["error"]:
+            raise RuntimeError("called a synchronizing CUDA operation")
+
+    device = torch.device("cuda")
+    assert timing.measure_long(lambda: None, device) == "graph"
+    assert timing.measure_long(waits, device) == "event"
+    assert "timed with its launches: called a synchronizing" in capsys.readouterr().out
+    assert mode == ["error", "default"] * 2
+
+
 def test_overhead_reports_three_parts_and_what_they_should_be(tmp_path):
     path = tmp_path / "overhead.jsonl"
     arguments = ["--device", "cpu", "--models", "tinyllava-1b,qwen2.5-vl-3b", "--batches", "1", "--new-tokens", "1,4"]
@@ -164,8 +251,28 @@ def test_overhead_reports_three_parts_and_what_they_should_be(tmp_path):
         total = row["plain_us"] + row["construction_us"] + row["prefill_us"] + row["decode_us"]
         assert row["anchored_us"] == pytest.approx(total, abs=0.1)
         assert row["prefill_flops"] > 0
+        assert row["prefill_bytes"] > 0
+        for name in ("plain_prefill", "anchored_prefill", *(["plain_step"] if row["new_tokens"] > 1 else [])):
+            assert row[f"{name}_us_p10"] <= row[f"{name}_us"] <= row[f"{name}_us_p90"]
         assert (row["decode_bytes"] > 0) == (row["new_tokens"] > 1)
     assert {row["measure"] for row in found if "measure" in row} == {"attached forward", "attached generate"}
+
+
+def test_overhead_of_what_works_is_kept(tmp_path, monkeypatch, capsys):
+    """A whole model that fails costs neither its decoder at the next batch nor the next model its figures."""
+    from attanchor_vlm.mixin import AttAnchorMixin
+
+    def fails(*_, **__):
+        raise RuntimeError("no generation")
+
+    monkeypatch.setattr(AttAnchorMixin, "generate", fails)
+    path = tmp_path / "overhead.jsonl"
+    arguments = ["--models", "tinyllava-1b,llava-next-7b", "--batches", "1,2", "--new-tokens", "1"]
+    assert main(["overhead", "--device", "cpu", "--output", str(path), *arguments]) == 1
+    assert [(row["model"], row["batch"]) for row in rows.read(path)] == [
+        (name, batch) for name in ("tinyllava-1b-toy", "llava-next-7b-toy") for batch in (1, 2)
+    ]
+    assert capsys.readouterr().err.count("tinyllava-1b, whole, B=") == 2
 
 
 def test_overhead_sweep(tmp_path):
@@ -174,9 +281,24 @@ def test_overhead_sweep(tmp_path):
     assert [(row["image"], row["inserted"]) for row in rows.read(path)] == [(16, 1), (16, 3), (48, 1), (48, 3)]
 
 
-def test_training_runs_both_ways(tmp_path):
-    path = tmp_path / "training.jsonl"
-    assert main(["training", "--device", "cpu", "--steps", "1", "--output", str(path)]) == 0
+def test_training_runs_both_ways(tmp_path, monkeypatch):
+    """The first model is gone when the second is made: its memory is no part of the second's peak."""
+    path, made = tmp_path / "training.jsonl", []
+    build = models.build
+
+    def build_alone(*arguments):
+        assert not any(model() for model in made)
+        model = build(*arguments)
+        made.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(models, "build", build_alone)
+    gc.disable()
+    try:
+        assert main(["training", "--device", "cpu", "--steps", "1", "--output", str(path)]) == 0
+    finally:
+        gc.enable()
+    assert len(made) == 2
     plain, anchored = rows.read(path)
     assert (plain["attached"], anchored["attached"]) == (False, True)
     assert plain["trained"] == anchored["trained"] > 0
@@ -240,323 +362,3 @@ def test_tuning_tries_one_change_at_a_time(tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert "block_rows=16: " in printed
     assert "'block_rows': 'wrong'}: " in printed
-
-
-# --- Comparison ------------------------------------------------------------------------------------------------------
-
-
-def planted(path, measured, factor):
-    """The same rows with the forward of the reference slower by a factor."""
-    changed = rows.read(measured)
-    for row in changed:
-        if row["operation"] == "forward" and row["backend"] == "reference":
-            row["us"] *= factor
-    rows.write(path, changed)
-    return path
-
-
-@pytest.mark.parametrize(("factor", "status"), [(1.0, 0), (1.04, 0), (1.2, 1), (0.5, 0)])
-def test_compare_fails_on_a_planted_regression(tmp_path, measured, capsys, factor, status):
-    after = planted(tmp_path / "after.jsonl", measured, factor)
-    assert main(["compare", str(measured), str(after)]) == status
-    printed = capsys.readouterr().out
-    assert ("worse: us" in printed) == bool(status)
-    assert ("better: us" in printed) == (factor < 1)
-
-
-def test_compare_takes_a_threshold_and_folders(tmp_path, measured):
-    after = planted(tmp_path / "after.jsonl", measured, 1.2)
-    assert main(["compare", str(measured.parent), str(after), "--threshold", "30"]) == 0
-
-
-def test_compare_knows_that_more_steps_are_better():
-    before = {"run": "training", "model": "m", "attached": True, "steps_per_second": 10.0}
-    (change,), _ = compare.changes([before], [{**before, "steps_per_second": 8.0}])
-    assert change.percent == pytest.approx(25)
-
-
-def test_compare_of_nothing_and_of_less(tmp_path, measured, capsys):
-    assert main(["compare", str(measured), str(tmp_path)]) == 2
-    rows.write(tmp_path / "less.jsonl", rows.read(measured)[:-1])
-    assert main(["compare", str(measured), str(tmp_path / "less.jsonl")]) == 1
-    assert "missing: run=roofline operation=merge" in capsys.readouterr().out
-
-
-def test_a_broken_file_is_named(tmp_path):
-    (tmp_path / "rows.jsonl").write_text('{"a": 1}\n{"a": \n')
-    with pytest.raises(ValueError, match=r"rows\.jsonl, line 2"):
-        rows.read(tmp_path)
-
-
-# --- Targets and report ----------------------------------------------------------------------------------------------
-
-
-def gpu_rows():
-    """A few rows as a GPU would leave them."""
-
-    def kernel(operation, batch, backend, us, **more):
-        described = {"run": "roofline", "operation": operation, "shape": "llava-7b", "batch": batch, "backend": backend}
-        return {**described, "us": us, **more, **GPU}
-
-    overhead = {"run": "overhead", "model": "llava-7b", "batch": 8, "method": "graph", "new_tokens": 1, **GPU}
-    parts = {"plain_us": 90000.0, "construction_us": 60.0, "prefill_us": 700.0, "decode_us": 0.0}
-    return [
-        kernel("forward", 8, "triton", 27.0, ratio=1.35, floor_us=20.0),
-        kernel("forward", 8, "cuda", 24.0, ratio=1.2, floor_us=20.0),
-        kernel("forward", 32, "cuda", 96.0, ratio=1.2, floor_us=80.0),
-        kernel("forward", 1, "cuda", 9.0, ratio=2.0, floor_us=4.5, us_less_empty=7.5),
-        kernel("forward", 8, "reference", 240.0),
-        kernel("forward", 8, "triton", 0.0, measure="memory", peak_bytes=500_000),
-        {**overhead, **parts, "anchored_us": 90760.0},
-        {"run": "training", "model": "tinyllava-1b", "attached": False, "batch": 4, "steps_per_second": 9.0, **GPU}
-        | {"peak_bytes": 2**31},
-    ]
-
-
-def outcome(verdicts, target, where):
-    (found,) = [one for one in verdicts if one.target.startswith(target) and one.where == where]
-    return found.outcome
-
-
-def test_targets_are_met_missed_by_how_much_or_not_measured():
-    verdicts = targets.judge(gpu_rows())
-    assert outcome(verdicts, "forward, fastest", "llava-7b, B=8") == "met"
-    assert outcome(verdicts, "forward, fastest", "llava-7b, B=32") == "missed by 4.3 %"
-    assert outcome(verdicts, "forward, fastest", "llava-7b, B=1") == "met"
-    assert outcome(verdicts, "forward, Triton", "llava-7b, B=8") == "met"
-    assert outcome(verdicts, "against the eager reference, device", "llava-7b, B=8") == "met"
-    assert outcome(verdicts, "construction over prefill", "llava-7b, B=8") == "met"
-    assert outcome(verdicts, "memory beside outputs, triton", "llava-7b, B=8") == "met"
-    assert outcome(verdicts, "backward, fastest", "llava-7b, B=8") == "not measured"
-    assert "missed by 4.3 %" in targets.table(verdicts)
-
-
-def test_rows_of_a_cpu_judge_no_target(measured, capsys):
-    assert main(["targets", "--results", str(measured.parent)]) == 0
-    printed = capsys.readouterr().out
-    assert "0 met, 0 missed" in printed
-    assert printed.count("not measured |") == len(targets.judge([]))
-
-
-README = "".join(f"# {name}\n<!-- generated: {name} -->\nSTALE\n<!-- /generated -->\n\n" for name in report.BLOCKS)
-
-
-def report_arguments(folder, *more):
-    places = ["--results", str(folder), "--readme", str(folder / "README.md"), "--images", str(folder / "images")]
-    return ["report", *places, *more]
-
-
-@pytest.mark.parametrize("stored", [True, False], ids=["rows", "no rows"])
-def test_report_writes_blocks_that_check_then_finds_current(tmp_path, stored):
-    (tmp_path / "README.md").write_text(README)
-    if stored:
-        rows.write(tmp_path / "rows.jsonl", gpu_rows())
-    assert main(report_arguments(tmp_path, "--check")) == 1
-    assert (tmp_path / "README.md").read_text() == README
-    assert main(report_arguments(tmp_path)) == 0
-    assert main(report_arguments(tmp_path, "--check")) == 0
-    text = (tmp_path / "README.md").read_text()
-    assert "STALE" not in text
-    assert ("Test GPU" in text) == stored
-    assert ("Not measured yet" in text) is True
-    assert (tmp_path / "images" / "roofline.png").is_file() == stored
-    if stored:
-        changed = gpu_rows()
-        changed[0]["us"] = 30.0
-        rows.write(tmp_path / "rows.jsonl", changed)
-        assert main(report_arguments(tmp_path, "--check")) == 1
-
-
-def test_a_demonstration_is_stored_whole_or_not_at_all(tmp_path, monkeypatch, capsys):
-    """Row and pictures of a folder as `make demo` writes it; one that lacks a picture changes nothing."""
-    demo, stored = tmp_path / "demo", tmp_path / "results"
-    demo.mkdir()
-    monkeypatch.setattr(demonstration, "RESULTS", stored)
-    (demo / "results.json").write_text(json.dumps(rows.read(ROOT / "benchmarks" / "results" / "demo.jsonl")[-1]))
-    arguments = ["store-demo", str(demo), "--images", str(tmp_path / "images")]
-    assert main(arguments) == 2
-    assert "lacks loss.png" in capsys.readouterr().err
-    assert not stored.exists()
-    for name in demonstration.PICTURES:
-        (demo / name).write_bytes(b"picture")
-    assert main(arguments) == 0
-    (row,) = rows.read(stored)
-    assert row["run"] == "demo"
-    assert len(demonstration.lines_of(row)[1]) == len(demonstration.HEAD)
-    assert sorted(os.listdir(tmp_path / "images")) == ["demo-loss.png", "demo-photographs.png", "demo-scenes.png"]
-
-
-def test_check_misses_a_plot(tmp_path):
-    (tmp_path / "README.md").write_text(README)
-    rows.write(tmp_path / "rows.jsonl", gpu_rows())
-    assert main(report_arguments(tmp_path)) == 0
-    (tmp_path / "images" / "overhead.png").unlink()
-    assert main(report_arguments(tmp_path, "--check")) == 1
-
-
-@pytest.mark.parametrize(
-    ("readme", "said"),
-    [
-        ("no block at all", "no block"),
-        ("<!-- generated: speed -->\n<!-- /generated -->", "'speed'"),
-        ("<!-- generated: targets -->\n", "no <!-- /generated -->"),
-        (None, "no file"),
-    ],
-)
-def test_a_readme_that_cannot_be_filled_is_told(tmp_path, readme, said, capsys):
-    if readme is not None:
-        (tmp_path / "README.md").write_text(readme)
-    assert main(report_arguments(tmp_path)) == 2
-    assert said in capsys.readouterr().err
-
-
-def test_plots_only_of_what_a_gpu_measured(measured):
-    assert plots.wanted(rows.read(measured)) == {}
-    assert set(plots.wanted(gpu_rows())) == {"roofline.png", "overhead.png"}
-
-
-def test_the_stored_readme_is_current():
-    """What CI checks: the README's generated blocks are those of the stored rows."""
-    assert main(["report", "--check"]) == 0
-
-
-# --- The runner ------------------------------------------------------------------------------------------------------
-
-
-def step(name, code, limit=300.0, **more):
-    return gpu.Step(name, ((sys.executable, "-c", code),), limit, **more)
-
-
-def test_a_hang_costs_one_step_and_a_failure_is_reported(tmp_path):
-    """The hanging step's own child is ended too, or the wait for its output would hang as well."""
-    child = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(600)'])"
-    chosen = [
-        step("hangs", child, limit=1.5),
-        step("fails", "print('the reason'); raise SystemExit(7)"),
-        step("lacks", f"raise SystemExit({gpu.UNAVAILABLE})"),
-        step(
-            "works", "import os, benchmarks, attanchor_vlm; print(os.environ['GIVEN'])", environment=(("GIVEN", "42"),)
-        ),
-    ]
-    outcomes = gpu.run_all(chosen, tmp_path, 900.0, {"device": "cpu"})
-    assert [one.status for one in outcomes] == ["timed out", "failed", "not available", "passed"]
-    assert outcomes[0].seconds < 60
-    assert outcomes[1].detail == "the reason"
-    assert outcomes[3].detail == "42"
-    assert json.loads((tmp_path / "summary.json").read_text())["steps"][1]["status"] == "failed"
-    with tarfile.open(tmp_path / "logs.tar.gz") as archive:
-        assert len(archive.getnames()) == 4
-    assert sorted(os.listdir(tmp_path)) == ["logs.tar.gz", "summary.json"]
-
-
-def test_what_no_time_is_left_for_is_skipped(tmp_path):
-    outcomes = gpu.run_all([step("first", "pass"), step("second", "pass", limit=30.0)], tmp_path, 10.0, {})
-    assert [one.status for one in outcomes] == ["skipped", "skipped"]
-
-
-def test_the_runner_from_a_foreign_folder(tmp_path):
-    """Not installed, another working directory, rows and summary in the folder asked for."""
-    command = [sys.executable, "-m", "benchmarks.gpu", "--device", "cpu", "--output", str(tmp_path / "out")]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [*command, "--steps", "environment,build,roofline"],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert sorted(os.listdir(tmp_path / "out")) == ["logs.tar.gz", "roofline.jsonl", "summary.json", "summary.txt"]
-    assert "not measured" in done.stdout
-
-
-HOPPER = gpu.Gpu("Test GPU", 9, 0, 140 * 2**30)
-
-
-def answering(folder: Path, code: str) -> str:
-    """An interpreter that does the same whatever it is asked."""
-    script = folder / "python"
-    script.write_text(f"#!/bin/sh\n{code}\n")
-    script.chmod(0o755)
-    return str(script)
-
-
-@pytest.mark.parametrize(
-    ("code", "found"), [("echo warning; echo '[\"Test GPU\", 9, 0, 150323855360]'", HOPPER), ("echo null", None)]
-)
-def test_the_gpu_is_found(tmp_path, code, found):
-    assert gpu.find_gpu(answering(tmp_path, code)) == found
-
-
-def test_a_driver_that_hangs_or_fails_is_told(tmp_path):
-    """Asked in a process of its own, with a limit."""
-    with pytest.raises(RuntimeError, match="did not say within 1 s"):
-        gpu.find_gpu(answering(tmp_path, "exec sleep 60"), limit=1.0)
-    with pytest.raises(RuntimeError, match="no CUDA driver"):
-        gpu.find_gpu(answering(tmp_path, "echo no CUDA driver >&2; exit 1"))
-
-
-@pytest.mark.parametrize(("capability", "built"), [((9, 0), "90a"), ((10, 0), "100a"), ((10, 3), "80+PTX")])
-def test_the_build_is_for_the_gpu_that_is_here(monkeypatch, capability, built):
-    monkeypatch.delenv("ATTANCHOR_CUDA_ARCHS", raising=False)
-    here = gpu.Gpu("Test GPU", *capability, 2**34)
-    build = next(one for one in gpu.steps("python", here, Path("x")) if one.name == "build")
-    assert dict(build.environment) == {"ATTANCHOR_BUILD_CUDA": "1", "ATTANCHOR_CUDA_ARCHS": built}
-    monkeypatch.setenv("ATTANCHOR_CUDA_ARCHS", "80")
-    build = next(one for one in gpu.steps("python", here, Path("x")) if one.name == "build")
-    assert dict(build.environment) == {"ATTANCHOR_BUILD_CUDA": "1"}
-
-
-def test_every_file_that_a_step_names_is_there():
-    """Test paths and modules of the commands."""
-    for one in gpu.steps("python", HOPPER, Path("x")):
-        for command in one.commands:
-            for part in command:
-                if part.endswith(".py") or part.startswith("tests/"):
-                    assert (ROOT / part).exists(), part
-
-
-@pytest.mark.parametrize("part", [1, 2, 3])
-def test_all_files_of_a_part_are_few(part, tmp_path):
-    """Rows, summary and packed logs: at most eight, whatever fails."""
-    chosen = [one for one in gpu.steps("python", None, tmp_path) if one.part == part]
-    names = {word for one in chosen for line in one.commands for word in line}
-    files = {name for name in names if name.startswith(str(tmp_path)) and name != str(tmp_path / "lab")}
-    files |= {"lab/plan.json", "lab/rows.jsonl"} if str(tmp_path / "lab") in names else set()
-    assert files
-    assert len(files) + len(["summary.json", "summary.txt", "logs.tar.gz"]) <= 8
-
-
-def test_the_whole_fits_into_its_time():
-    """The total is what ends a run, nine minutes at most; a hang costs no other step more than half of it."""
-    assert gpu.TOTAL <= 540
-    for part, count in {1: 5, 2: 6, 3: 1}.items():
-        limits = [one.limit for one in gpu.steps("python", HOPPER, Path("x")) if one.part == part]
-        assert len(limits) == count
-        assert max(limits) <= gpu.TOTAL / min(count, 2)
-
-
-def test_the_laboratory_is_a_step(tmp_path):
-    """Its rehearsal's plan names the GPU's size; the rehearsal itself is run by the laboratory's own tests."""
-    (step,) = [one for one in gpu.steps("python", HOPPER, tmp_path) if one.name == "laboratory"]
-    ((_, _, module, command, *options),) = step.commands
-    assert (module, command) == ("attanchor_vlm.cli", "lab")
-    assert "--rehearse" not in options
-    (rehearsal,) = [one for one in gpu.steps("python", None, tmp_path) if one.name == "laboratory"]
-    assert "--rehearse" in rehearsal.commands[0]
-
-
-def test_the_readme_says_what_the_laboratorys_page_says_in_short(tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "ROOT", tmp_path)
-    page = tmp_path / report.LABORATORY
-    page.parent.mkdir(parents=True)
-    page.write_text("# Page\n\n## In short\n\n- One.\n- **Two?** No.\n\n## More\n\n- Three.\n")
-    readme = "<!-- generated: laboratory -->\nold\n<!-- /generated -->\n"
-    written = report.render(readme, [], "images")
-    assert "- One.\n- **Two?** No.\n\nFrom the rows" in written
-    assert "Three" not in written
-    assert "old" not in written
-    page.write_text("# Page\n")
-    with pytest.raises(ValueError, match="In short"):
-        report.render(readme, [], "images")

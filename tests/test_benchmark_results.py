@@ -1,0 +1,275 @@
+"""What is made of stored rows: comparison, targets, the README's tables and plots."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from benchmarks import compare, demonstration, plots, report, rows, targets
+from benchmarks.__main__ import main
+
+ROOT = Path(__file__).resolve().parent.parent
+GPU = {"gpu": "Test GPU", "driver": "1", "cuda": "13.0", "torch": "2", "triton": "3", "processor": "cpu"}
+GPU |= {"commit": "abc", "date": "2026-01-01"}
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """Rows of a roofline run at toy size."""
+    path = tmp_path_factory.mktemp("roofline") / "roofline.jsonl"
+    small = ["--batches", "2", "--operations", "forward,merge", "--budget", "0.02"]
+    assert main(["roofline", "--device", "cpu", "--output", str(path), *small]) == 0
+    return path
+
+
+# --- Comparison ------------------------------------------------------------------------------------------------------
+
+
+def planted(path, measured, factor):
+    """The same rows with the forward of the reference slower by a factor."""
+    changed = rows.read(measured)
+    for row in changed:
+        if row["operation"] == "forward" and row["backend"] == "reference":
+            row["us"] *= factor
+    rows.write(path, changed)
+    return path
+
+
+@pytest.mark.parametrize(("factor", "status"), [(1.0, 0), (1.04, 0), (1.2, 1), (0.5, 0)])
+def test_compare_fails_on_a_planted_regression(tmp_path, measured, capsys, factor, status):
+    after = planted(tmp_path / "after.jsonl", measured, factor)
+    assert main(["compare", str(measured), str(after)]) == status
+    printed = capsys.readouterr().out
+    assert ("worse: us" in printed) == bool(status)
+    assert ("better: us" in printed) == (factor < 1)
+
+
+def test_compare_takes_a_threshold_and_folders(tmp_path, measured):
+    after = planted(tmp_path / "after.jsonl", measured, 1.2)
+    assert main(["compare", str(measured.parent), str(after), "--threshold", "30"]) == 0
+
+
+def test_compare_knows_that_more_steps_are_better():
+    before = {"run": "training", "model": "m", "attached": True, "steps_per_second": 10.0}
+    (change,), _ = compare.changes([before], [{**before, "steps_per_second": 8.0}])
+    assert change.percent == pytest.approx(25)
+
+    (change,), _ = compare.changes([before], [{**before, "steps_per_second": 0.0}])
+    assert change.percent == float("inf")
+
+
+def test_compare_sees_memory_where_there_was_none(tmp_path, capsys):
+    """From nothing, no percentage is large enough."""
+    row = {"run": "roofline", "measure": "memory", "operation": "backward", "backend": "triton"}
+    for name, size in (("before", 0), ("after", 10_000_000)):
+        rows.write(tmp_path / f"{name}.jsonl", [{**row, "peak_bytes": size}])
+    before, after = (str(tmp_path / f"{name}.jsonl") for name in ("before", "after"))
+    assert main(["compare", before, after]) == 1
+    assert "worse: peak_bytes 0 -> 1e+07" in capsys.readouterr().out
+    assert main(["compare", before, before]) == 0
+
+
+def test_compare_of_nothing_and_of_less(tmp_path, measured, capsys):
+    assert main(["compare", str(measured), str(tmp_path)]) == 2
+    rows.write(tmp_path / "less.jsonl", rows.read(measured)[:-1])
+    assert main(["compare", str(measured), str(tmp_path / "less.jsonl")]) == 1
+    assert "missing: run=roofline operation=merge" in capsys.readouterr().out
+
+    assert main(["compare", str(measured), str(tmp_path / "nowhere.jsonl")]) == 2
+    assert "nowhere.jsonl is not there" in capsys.readouterr().err
+
+
+def test_a_broken_file_is_named(tmp_path, capsys):
+    (tmp_path / "rows.jsonl").write_text('{"a": 1}\n{"a": \n')
+    with pytest.raises(ValueError, match=r"rows\.jsonl, line 2"):
+        rows.read(tmp_path)
+    assert main(["targets", "--results", str(tmp_path)]) == 2
+    assert "rows.jsonl, line 2" in capsys.readouterr().err
+
+
+# --- Targets and report ----------------------------------------------------------------------------------------------
+
+
+def gpu_rows():
+    """A few rows as a GPU would leave them."""
+
+    def kernel(operation, batch, backend, us, **more):
+        described = {"run": "roofline", "operation": operation, "shape": "llava-7b", "batch": batch, "backend": backend}
+        return {**described, "us": us, **more, **GPU}
+
+    overhead = {"run": "overhead", "model": "llava-7b", "batch": 8, "method": "graph", "new_tokens": 1, **GPU}
+    parts = {"plain_us": 90000.0, "construction_us": 60.0, "prefill_us": 700.0, "decode_us": 0.0}
+    return [
+        kernel("forward", 8, "triton", 27.0, ratio=1.35, floor_us=20.0, auto=False),
+        kernel("forward", 8, "cuda", 24.0, ratio=1.2, floor_us=20.0, auto=True),
+        kernel("forward", 32, "cuda", 96.0, ratio=1.2, floor_us=80.0, auto=True),
+        kernel("forward", 1, "cuda", 9.0, ratio=2.0, floor_us=4.5, us_less_empty=7.5, auto=True),
+        kernel("forward", 8, "reference", 240.0),
+        kernel("forward", 8, "triton", 0.0, measure="memory", peak_bytes=500_000),
+        {**overhead, **parts, "anchored_us": 90760.0},
+        {"run": "training", "model": "tinyllava-1b", "attached": False, "batch": 4, "steps_per_second": 9.0, **GPU}
+        | {"peak_bytes": 2**31},
+    ]
+
+
+def outcome(verdicts, target, where):
+    (found,) = [one for one in verdicts if one.target.startswith(target) and one.where == where]
+    return found.outcome
+
+
+def test_targets_are_met_missed_by_how_much_or_not_measured():
+    verdicts = targets.judge(gpu_rows())
+    assert outcome(verdicts, "forward, fastest", "llava-7b, B=8") == "met"
+    assert outcome(verdicts, "forward, fastest", "llava-7b, B=32") == "missed by 4.3 %"
+    assert outcome(verdicts, "forward, fastest", "llava-7b, B=1") == "met"
+    assert outcome(verdicts, "forward, Triton", "llava-7b, B=8") == "met"
+    assert outcome(verdicts, "against the eager reference, device", "llava-7b, B=8") == "met"
+    assert outcome(verdicts, "construction over prefill", "llava-7b, B=8") == "met"
+    assert outcome(verdicts, "memory beside outputs, triton", "llava-7b, B=8") == "met"
+    assert outcome(verdicts, "backward, fastest", "llava-7b, B=8") == "not measured"
+    assert "missed by 4.3 %" in targets.table(verdicts)
+
+
+def test_the_fastest_is_the_backend_that_auto_picks():
+    """A user does not get the faster one of two; the targets are about what a user gets."""
+    changed = [{**row, "auto": row.get("backend") == "triton"} for row in gpu_rows()]
+    verdicts = targets.judge(changed)
+    assert outcome(verdicts, "forward, fastest", "llava-7b, B=8") == "missed by 8.0 %"
+    assert outcome(verdicts, "forward, fastest", "llava-7b, B=32") == "not measured"
+
+
+def test_a_prefill_that_waits_for_its_launches_judges_no_construction():
+    """It takes longer than one under a graph, so that a construction would seem small beside it."""
+    changed = [{**row, "method": "events"} if row["run"] == "overhead" else row for row in gpu_rows()]
+    verdicts = targets.judge(changed)
+    assert outcome(verdicts, "construction over prefill", "llava-7b, B=8") == "not measured"
+    assert "could not be captured" in targets.table(verdicts)
+
+
+def test_figures_of_two_gpus_are_not_mixed(tmp_path):
+    """The newest row says which is judged, tabled and drawn."""
+    older = [{**row, "gpu": "Old GPU", "date": "2025-12-31", "us": 1e4} for row in gpu_rows() if "us" in row]
+    both = [*gpu_rows(), *older]
+    assert targets.judge(both) == targets.judge(gpu_rows())
+    for name in ("roofline", "overhead", "training"):
+        assert report.BLOCKS[name](both, "images") == report.BLOCKS[name](gpu_rows(), "images")
+    assert plots.wanted(both) == plots.wanted(gpu_rows())
+
+
+def test_a_block_names_every_commit_that_its_rows_are_of():
+    changed = gpu_rows()
+    changed[1] |= {"commit": "def"}
+    assert "commit abc, def" in report.BLOCKS["roofline"](changed, "images")
+
+
+def test_rows_of_a_cpu_judge_no_target(measured, capsys):
+    assert main(["targets", "--results", str(measured.parent)]) == 0
+    printed = capsys.readouterr().out
+    assert "0 met, 0 missed" in printed
+    assert printed.count("not measured |") == len(targets.judge([]))
+
+
+README = "".join(f"# {name}\n<!-- generated: {name} -->\nSTALE\n<!-- /generated -->\n\n" for name in report.BLOCKS)
+
+
+def report_arguments(folder, *more):
+    places = ["--results", str(folder), "--readme", str(folder / "README.md"), "--images", str(folder / "images")]
+    return ["report", *places, *more]
+
+
+@pytest.mark.parametrize("stored", [True, False], ids=["rows", "no rows"])
+def test_report_writes_blocks_that_check_then_finds_current(tmp_path, stored):
+    (tmp_path / "README.md").write_text(README)
+    if stored:
+        rows.write(tmp_path / "rows.jsonl", gpu_rows())
+    assert main(report_arguments(tmp_path, "--check")) == 1
+    assert (tmp_path / "README.md").read_text() == README
+    assert main(report_arguments(tmp_path)) == 0
+    assert main(report_arguments(tmp_path, "--check")) == 0
+    text = (tmp_path / "README.md").read_text()
+    assert "STALE" not in text
+    assert ("Test GPU" in text) == stored
+    assert ("Not measured yet" in text) is True
+    assert (tmp_path / "images" / "roofline.png").is_file() == stored
+    if stored:
+        changed = gpu_rows()
+        changed[0]["us"] = 30.0
+        rows.write(tmp_path / "rows.jsonl", changed)
+        assert main(report_arguments(tmp_path, "--check")) == 1
+
+
+def test_a_demonstration_is_stored_whole_or_not_at_all(tmp_path, monkeypatch, capsys):
+    """Row and pictures of a folder as `make demo` writes it; one that lacks a picture changes nothing."""
+    demo, stored = tmp_path / "demo", tmp_path / "results"
+    demo.mkdir()
+    monkeypatch.setattr(demonstration, "RESULTS", stored)
+    (demo / "results.json").write_text(json.dumps(rows.read(ROOT / "benchmarks" / "results" / "demo.jsonl")[-1]))
+    arguments = ["store-demo", str(demo), "--images", str(tmp_path / "images")]
+    assert main(arguments) == 2
+    assert "lacks loss.png" in capsys.readouterr().err
+    assert not stored.exists()
+    for name in demonstration.PICTURES:
+        (demo / name).write_bytes(b"picture")
+    assert main(arguments) == 0
+    (row,) = rows.read(stored)
+    assert row["run"] == "demo"
+    assert len(demonstration.lines_of(row)[1]) == len(demonstration.HEAD)
+    assert sorted(os.listdir(tmp_path / "images")) == ["demo-loss.png", "demo-photographs.png", "demo-scenes.png"]
+
+
+def test_check_misses_a_plot_and_sees_an_old_one(tmp_path, capsys):
+    """A picture says which rows it was drawn from; the table beside it may not have changed with them."""
+    (tmp_path / "README.md").write_text(README)
+    rows.write(tmp_path / "rows.jsonl", gpu_rows())
+    assert main(report_arguments(tmp_path)) == 0
+    picture = tmp_path / "images" / "overhead.png"
+    older = gpu_rows()
+    older[-2] |= {"prefill_us": 100.0}
+    plots.save(plots.wanted(older)["overhead.png"], picture)
+    assert main(report_arguments(tmp_path, "--check")) == 1
+    assert main(report_arguments(tmp_path)) == 0
+    assert main(report_arguments(tmp_path, "--check")) == 0
+    picture.unlink()
+    assert main(report_arguments(tmp_path, "--check")) == 1
+
+
+@pytest.mark.parametrize(
+    ("readme", "said"),
+    [
+        ("no block at all", "no block"),
+        ("<!-- generated: speed -->\n<!-- /generated -->", "'speed'"),
+        ("<!-- generated: targets -->\n", "no <!-- /generated -->"),
+        (None, "no file"),
+    ],
+)
+def test_a_readme_that_cannot_be_filled_is_told(tmp_path, readme, said, capsys):
+    if readme is not None:
+        (tmp_path / "README.md").write_text(readme)
+    assert main(report_arguments(tmp_path)) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_plots_only_of_what_a_gpu_measured(measured):
+    assert plots.wanted(rows.read(measured)) == {}
+    assert set(plots.wanted(gpu_rows())) == {"roofline.png", "overhead.png"}
+
+
+def test_the_stored_readme_is_current():
+    """What CI checks: the README's generated blocks are those of the stored rows."""
+    assert main(["report", "--check"]) == 0
+
+
+def test_the_readme_says_what_the_laboratorys_page_says_in_short(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    page = tmp_path / report.LABORATORY
+    page.parent.mkdir(parents=True)
+    page.write_text("# Page\n\n## In short\n\n- One.\n- **Two?** No.\n\n## More\n\n- Three.\n")
+    readme = "<!-- generated: laboratory -->\nold\n<!-- /generated -->\n"
+    written = report.render(readme, [], "images")
+    assert "- One.\n- **Two?** No.\n\nFrom the rows" in written
+    assert "Three" not in written
+    assert "old" not in written
+    page.write_text("# Page\n")
+    with pytest.raises(ValueError, match="In short"):
+        report.render(readme, [], "images")
