@@ -96,6 +96,9 @@ def _run(
 ) -> dict[str, object]:
     started = time.perf_counter()
     source = model or str(small_llava.SHIPPED)
+    # What is missing is said before an earlier demo is removed.
+    base, processor = load(source)
+    pictured = [(photograph(name), asked) for name, asked in PHOTOGRAPHS]
     _clear(output)
     data = output / "data"
     say(f"1. Scenes to {data}")
@@ -106,7 +109,6 @@ def _run(
     kinds = scenes.read_kinds(test_file)
 
     say(f"2. Thresholds that insert about {size.share:.0%} of the text tokens, measured on 256 training samples")
-    base, processor = load(source)
     first = list(samples(read_rows(train_file, data / "images")[0][:256], "each"))
     taus = {PLAIN: 1.0}
     for name, direction in _DIRECTIONS.items():
@@ -143,9 +145,7 @@ def _run(
     anchor_picture(
         output / "scenes.png", pictures, anchored.tau, "Anchors in rendered scenes (test set, text into image)"
     )
-    photographs = [
-        explain(anchored.model, processor, photograph(name), asked, _MOST_TOKENS) for name, asked in PHOTOGRAPHS
-    ]
+    photographs = [explain(anchored.model, processor, image, asked, _MOST_TOKENS) for image, asked in pictured]
     anchor_picture(
         output / "photographs.png",
         photographs,

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from attanchor_vlm import scenes, small_llava
+from attanchor_vlm.files import check_parent
 
 IGNORED = -100
 _PHRASES = (  # together they hold every word of the prompts that names neither a colour nor a shape
@@ -49,7 +50,12 @@ class Recipe:
 
 
 def make(output: Path, recipe: Recipe = Recipe(), log: Callable[[str], None] = print) -> dict[str, float]:
-    """Train from random weights and save model and processor to `output`; returns what was measured."""
+    """Train from random weights and save model and processor to `output`; returns what was measured.
+
+    Raises:
+        ValueError: `output` lies in something that is no folder, or that may not be written into.
+    """
+    check_parent(output)
     started = time.perf_counter()
     torch.manual_seed(recipe.seed)
     rng = np.random.default_rng(recipe.seed)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import sys
 
 import numpy as np
 import pytest
@@ -203,6 +204,18 @@ def test_an_earlier_demo_is_replaced_and_nothing_else(tmp_path):
     with pytest.raises(loading.SetupError, match=r"holds thesis.tex, which is no part of a demo"):
         demo._clear(tmp_path)
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_what_is_missing_is_said_before_an_earlier_demo_is_removed(tmp_path, monkeypatch):
+    (tmp_path / "results.json").write_text("{}")
+    with pytest.raises(loading.SetupError, match="nowhere is not a folder"):
+        demo.run(tmp_path, model="/nowhere", progress=False)
+    monkeypatch.setitem(sys.modules, "skimage", None)
+    with pytest.raises(loading.SetupError, match="scikit-image"):
+        demo.run(tmp_path, progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
+    with pytest.raises(ValueError, match="is not a folder"):
+        stage1.make(tmp_path / "results.json" / "weights")
 
 
 def arm(name, right, val_loss=1.0):

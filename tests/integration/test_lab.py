@@ -1,49 +1,28 @@
-"""The laboratory: arms that differ in placement alone, training that is the same for all, runs that survive a kill."""
+"""The laboratory: arms that differ in placement alone, training that is the same for all, measures that are true."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from concurrent.futures import Future
-from pathlib import Path
 
 import pytest
 import torch
+from lab_toy import TOY
 
 from attanchor_kernels import build_sequence
-from attanchor_vlm import cli
 from attanchor_vlm.lab import (
     arms,
     checks,
-    jobs,
-    laboratory,
     measure,
     model,
     placement,
-    plans,
     questions,
-    rows,
     scenes,
-    settings,
     training,
 )
 from attanchor_vlm.lab.alignment import alignment_loss, match_counts, match_quality
 from attanchor_vlm.lab.arms import ARMS, Asker
 from attanchor_vlm.lab.questions import Mixture
-
-TOY = settings.Setting(
-    "toy",
-    "a toy",
-    arms=("plain", "t2i"),
-    seeds=(0, 1),
-    more=("front",),
-    more_seeds=1,
-    world=scenes.World(4, 4, least=2, most=4, distractors=2),
-    shape=model.Shape(width=32, layers=2, heads=2, content=20),
-    stage1=settings.Stage1(steps=2, batch=4, each=3, encoder_steps=3),
-    stage2=settings.Stage2(steps=3, batch=4),
-    test_scenes=6,
-)
 
 
 @pytest.fixture
@@ -307,250 +286,38 @@ def test_attention_is_counted_at_the_true_patch(untrained, monkeypatch):
             assert (found["patch"], found["copies"]) == (patch, copies), offset
 
 
-# --- The laboratory. -------------------------------------------------------------------------------------------------
+def test_copies_behind_the_last_patch_are_not_at_it(untrained):
+    """The whole question behind the image stands behind its last patch, and means none."""
+    made, _ = untrained
+    generator = torch.Generator().manual_seed(3)
+    drawn = scenes.draw(TOY.world, 5, generator)
+    asked = questions.ask(TOY.world, drawn, 1, Mixture((0, 0, 1)), generator).flat()
+    asked.target.fill_(TOY.world.patches - 1)
+    with torch.no_grad():
+        batch = arms.encode(made, drawn, asked, scenes.render(TOY.world, drawn, generator))
+        found = measure._attended(Asker(made, ARMS["end"], 1.0, generator), batch, True)
+    assert found["patch"] > 0
+    assert found["copies"] == 0
 
 
-class InProcess:
-    """A pool without processes, which counts what it was given."""
-
-    def __init__(self, plan=None):
-        self.names: list[str] = []
-
-    def submit(self, function, job):
-        self.names.append(job.name)
-        future: Future = Future()
-        try:
-            future.set_result(function(job))
-        except BaseException as error:
-            future.set_exception(error)
-        return future
-
-    def shutdown(self, **unused):
-        pass
+def test_before_transformers_5_18_every_arm_sees_the_image(untrained, monkeypatch):
+    """Its forward would take encoded images for arguments that concern somebody else."""
+    made, batch = untrained
+    with torch.no_grad():
+        expected = {name: Asker(made, ARMS[name], 0.0, generator())(batch).logits for name in ARMS}
+        monkeypatch.setattr(arms, "accepts_encoded_images", lambda model: False)
+        monkeypatch.setattr(type(made.model), "forward", _blind_to_encoded_images(type(made.model).forward))
+        for name, logits in expected.items():
+            assert (Asker(made, ARMS[name], 0.0, generator())(batch).logits - logits).abs().max() < 1e-5, name
+    checks.identity(made, batch)
 
 
-@pytest.fixture
-def pool(monkeypatch):
-    pools: list[InProcess] = []
-
-    def made(plan):
-        pools.append(InProcess())
-        return pools[-1]
-
-    monkeypatch.setattr(laboratory, "_pool", made)
-    return pools
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
 
 
-def plan(**changed) -> settings.Plan:
-    return settings.Plan("toy", (dataclasses.replace(TOY, **changed),), (settings.Contrast("toy", "t2i"),), workers=1)
+def _blind_to_encoded_images(forward):
+    def older(self, *args, mm_encoder_outputs=None, **kwargs):
+        return forward(self, *args, **kwargs)
 
-
-def silent(line: str) -> None:
-    pass
-
-
-def test_a_laboratory_is_gone_on_with_after_a_kill(tmp_path, pool):
-    whole = laboratory.run(plan(), tmp_path / "whole", "cpu", silent, progress=False)
-    assert [row["kind"] for row in whole] == ["plan", "start", "run", "run", "run", "start", "run", "run"]
-    assert not (tmp_path / "whole" / "checkpoints").exists()
-
-    folder = tmp_path / "cut"
-    lines = (tmp_path / "whole" / "rows.jsonl").read_text().splitlines()
-    folder.mkdir()
-    (folder / "plan.json").write_text((tmp_path / "whole" / "plan.json").read_text())
-    (folder / "rows.jsonl").write_text("\n".join(lines[:4]) + "\n" + lines[4][:50])
-    again = laboratory.run(plan(), folder, "cpu", silent, progress=False)
-    assert pool[-1].names == [
-        "toy, seed 0: weights before stage 2",
-        "toy, seed 0: front",
-        "toy, seed 1: weights before stage 2",
-        "toy, seed 1: plain",
-        "toy, seed 1: t2i",
-    ]
-    first, second = rows.latest(whole), rows.latest(again)
-    assert set(first) == set(second)
-    for key, row in first.items():
-        if key[0] == "run":
-            assert row["test"] == second[key]["test"]  # the same weights and data, whenever they are made
-    before = len(pool)
-    laboratory.run(plan(), folder, "cpu", silent, progress=False)
-    assert len(pool) == before  # nothing is left to do
-
-
-def test_a_line_cut_short_does_not_take_the_next_row_with_it(tmp_path):
-    file = tmp_path / "rows.jsonl"
-    file.write_text('{"kind": "plan"}\n{"kind": "ru')
-    rows.append(file, {"kind": "run", "setting": "a", "arm": "b", "seed": 0, "status": "done"})
-    assert [row["kind"] for row in rows.read(file, cut_short=True)] == ["plan", "run"]
-    with pytest.raises(ValueError, match="line 2 is no JSON"):
-        rows.read(file)
-
-
-def test_rows_say_what_was_run(tmp_path, pool):
-    found = laboratory.run(plan(), tmp_path / "lab", "cpu", silent, progress=False)
-    for row in found[1:]:
-        assert row["settings"] == TOY.to_dict()
-        assert {"commit", "torch", "transformers", "processor", "seed", "seconds", "load_before"} <= set(row)
-    written = json.loads((tmp_path / "lab" / "plan.json").read_text())
-    assert plans.from_dict(written) == dataclasses.replace(plan(), size="toy")
-
-
-def test_a_failed_run_is_kept_and_the_rest_goes_on(tmp_path, pool, monkeypatch):
-    run = jobs._run
-
-    def sometimes(job):
-        if job.arm == "t2i" and job.seed == 0:
-            raise FloatingPointError("the loss became nan")
-        return run(job)
-
-    monkeypatch.setattr(jobs, "_run", sometimes)
-    said: list[str] = []
-    found = laboratory.run(plan(), tmp_path / "lab", "cpu", said.append, progress=False)
-    failed = [row for row in found if row.get("status") == "failed"]
-    assert [(row["arm"], row["seed"], row["error"]) for row in failed] == [
-        ("t2i", 0, "FloatingPointError: the loss became nan")
-    ]
-    assert "4 of 5 runs done, 1 failed" in said[-1]
-    assert sum(row.get("status") == "done" and row["kind"] == "run" for row in found) == 4
-    monkeypatch.setattr(jobs, "_run", run)
-    again = laboratory.run(plan(), tmp_path / "lab", "cpu", silent, progress=False)
-    assert sum(row.get("status") == "failed" for row in again) == 1  # the failure stays in the rows
-    assert rows.latest(again)["run", "toy", "t2i", 0]["status"] == "done"
-
-
-def test_arms_without_weights_fail_instead_of_waiting(tmp_path, pool, monkeypatch):
-    def broken(job):
-        raise RuntimeError("no memory")
-
-    monkeypatch.setattr(jobs, "_start", broken)
-    found = laboratory.run(plan(), tmp_path / "lab", "cpu", silent, progress=False)
-    assert all(row["status"] == "failed" for row in found[1:])
-    assert len(found) == 1 + 2 + 5
-
-
-def test_nothing_is_started_after_the_time(tmp_path, pool):
-    said: list[str] = []
-    late = dataclasses.replace(plan(), minutes=0.0)
-    found = laboratory.run(late, tmp_path / "lab", "cpu", said.append, progress=False)
-    assert [row["kind"] for row in found] == ["plan"]
-    assert "5 not started" in said[-1]
-
-
-def test_another_plan_or_another_folder_is_refused(tmp_path, pool):
-    laboratory.run(dataclasses.replace(plan(), minutes=0.0), tmp_path / "lab", "cpu", silent, progress=False)
-    with pytest.raises(ValueError, match="holds the plan of another laboratory"):
-        laboratory.run(plan(alignment=0.0), tmp_path / "lab", "cpu", silent, progress=False)
-    (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match="is a file"):
-        laboratory.run(plan(), tmp_path / "file", "cpu", silent, progress=False)
-    (tmp_path / "stray").mkdir()
-    (tmp_path / "stray" / "rows.jsonl").write_text("")
-    with pytest.raises(ValueError, match=r"no plan\.json"):
-        laboratory.run(plan(), tmp_path / "stray", "cpu", silent, progress=False)
-
-
-@pytest.mark.parametrize("size", plans.SIZES)
-def test_every_plan_can_be_written_and_read(size):
-    made = plans.plan(size, workers=2)
-    assert plans.from_dict(json.loads(json.dumps(made.to_dict()))) == made
-    assert all("plain" in setting.arms for setting in made.settings)
-    assert all(len(setting.seeds) >= 3 for setting in made.settings) or size == "smoke"
-
-
-def test_the_plans_hold_every_arm_and_setting_that_is_promised():
-    smoke = {arm for setting in plans.plan("smoke").settings for arm, _ in setting.runs()}
-    assert smoke == set(ARMS)
-    gpu = plans.plan("gpu").settings
-    assert {setting.world.patches for setting in gpu} == {144, 576, 1152}
-    assert {arm for setting in gpu for arm, _ in setting.runs()} == set(ARMS) - {"t2i-content", "true"}
-    assert {setting.stage1.steps > 0 for setting in gpu} == {True, False}
-    for of in ("alignment", "blur_train"):
-        assert len({getattr(setting, of) for setting in gpu}) > 1
-    for of in ("hold_share", "method", "share", "steps"):
-        assert len({getattr(setting.stage2, of) for setting in gpu}) > 1
-    assert len({setting.shape.layers for setting in gpu}) > 1
-
-
-def test_the_cpu_size_rehearsed_and_reported(tmp_path, pool, capsys):
-    folder = str(tmp_path / "lab")
-    assert cli.main(["lab", "--size", "cpu", "--rehearse", "--output", folder, "--no-progress"]) == 0
-    assert "12 of 12 runs done" in capsys.readouterr().out
-    assert cli.main(["report", folder, "--output", str(tmp_path / "page.md")]) == 0
-    text = (tmp_path / "page.md").read_text()
-    assert "nothing can be said" in text  # one seed
-    assert all(path in text for path in (f"page-main-{kind}.png" for kind in ("forest", "bars", "pictures")))
-
-
-def test_every_setting_of_the_gpu_size_rehearsed(tmp_path, pool):
-    made = plans.plan("gpu", rehearse=True)
-    small = [dataclasses.replace(one, arms=("plain",), more=(), test_scenes=2) for one in made.settings]
-    short = dataclasses.replace(made, settings=tuple(small), contrasts=(), minutes=None)
-    found = laboratory.run(short, tmp_path / "lab", "cpu", silent, progress=False)
-    assert {row["setting"] for row in found if row["kind"] == "run"} == {one.name for one in made.settings}
-    assert all(row.get("status", "done") == "done" for row in found)
-
-
-def test_the_plan_in_the_documentation_can_be_run():
-    folder = Path(__file__).parents[2] / "docs" / "lab"
-    made, device = plans.from_file(folder / "long-plan.json", workers=3)
-    assert (device, made.workers, made.size) == ("cpu", 3, "long")
-    main = next(setting for setting in plans.plan("cpu").settings if setting.name == "main")
-    assert made.settings[0].start_key() == main.start_key()
-    assert made.settings[0].stage2.steps == 3000
-
-
-def test_settings_share_their_weights_where_they_can():
-    settings_ = {setting.name: setting.start_key() for setting in plans.plan("gpu").settings}
-    same = {"main-144", "others-144", "long-144", "lora-144", "fixed-tau-144", "few-anchors-144"}
-    assert len({settings_[name] for name in same}) == 1
-    assert len(set(settings_.values())) == 1 + len(settings_) - len(same)
-
-
-@pytest.mark.parametrize(
-    ("changed", "message"),
-    [
-        ({"arms": ("t2i",)}, "lacks the arm 'plain'"),
-        ({"arms": ("plain", "t3i")}, r"\['t3i'\]"),
-        ({"more": ("plain",)}, "twice"),
-    ],
-)
-def test_a_wrong_setting_is_refused(changed, message):
-    with pytest.raises(ValueError, match=message):
-        dataclasses.replace(TOY, **changed)
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        ([], "give --size or --plan"),
-        (["--size", "cpu", "--plan", "plan.json"], "give --size or --plan"),
-        (["--size", "gpu"], "there is no GPU here"),
-        (["--plan", "nowhere.json"], "is no file"),
-        (["--plan", "unknown.json"], "['speed']"),
-        (["--plan", "broken.json"], "no JSON"),
-    ],
-)
-def test_a_wrong_command_ends_in_one_line(tmp_path, capsys, monkeypatch, words, message):
-    if "gpu" in words and torch.cuda.is_available():
-        pytest.skip("there is a GPU")
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "broken.json").write_text("{")
-    setting = {**TOY.to_dict(), "speed": 3}
-    (tmp_path / "unknown.json").write_text(json.dumps({"size": "x", "settings": [setting], "contrasts": []}))
-    assert cli.main(["lab", "--output", "out", *words]) in (1, 2)
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert len(lines) == 1
-    assert message in lines[0]
-    assert not (tmp_path / "out").exists()
-
-
-def test_the_smoke_size_as_printed(tmp_path, capsys):
-    """In processes of its own, from the command line, with its checks."""
-    assert cli.main(["lab", "--size", "smoke", "--output", str(tmp_path / "smoke"), "--no-progress"]) == 0
-    said = capsys.readouterr().out
-    assert "14 of 14 runs done" in said
-    for check in ("runs:", "matching:", "identity:", "placement:", "wiring:"):
-        assert check in said
-    found = rows.read(tmp_path / "smoke")
-    assert {row["arm"] for row in found if row["kind"] == "run"} == set(ARMS)
-    assert all(row["training"]["log"][-1]["answer_loss"] < 4 for row in found if row["kind"] == "run")
+    return older

@@ -13,8 +13,9 @@ import pytest
 from scipy import stats
 
 from attanchor_vlm import cli
-from attanchor_vlm.lab import figures, records, report, rows, sentences, statistics
+from attanchor_vlm.lab import advice, figures, plans, records, report, rows, sections, statistics, summary, wording
 from attanchor_vlm.lab.arms import ARMS
+from attanchor_vlm.lab.records import Comparison
 from attanchor_vlm.lab.settings import Contrast, Plan, Setting, Stage2
 
 PAGES = Path(__file__).parents[2] / "docs" / "lab"
@@ -115,8 +116,14 @@ def laboratory(folder: Path, effects: dict[str, float], spread: float = 0.004, s
     return file
 
 
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Figures are made and not written, which is what takes the time."""
+    monkeypatch.setattr(figures, "save", lambda figure, path: figures.plt.close(figure))
+
+
 def short(file: Path) -> str:
-    return " ".join(sentences.in_short(records.load([file])))
+    return " ".join(summary.in_short(records.load([file])))
 
 
 def test_anchors_that_help_are_said_to_help(tmp_path):
@@ -138,7 +145,7 @@ def test_arms_that_know_the_answer_are_no_methods(tmp_path):
     said = short(file)
     assert "No other placement improved" in said
     assert "Told where the object is, which no method is: anchors at the true patch" in said
-    best = sentences.for_users(records.load([file])[0])[0]
+    best = advice.for_users(records.load([file])[0])[0]
     assert "anchors at the true patch" not in best.lower()
 
 
@@ -148,12 +155,15 @@ def test_a_comparison_has_the_same_answer_everywhere_on_the_page(tmp_path):
     found = rows.read(file)
     found[0]["contrasts"] = found[0]["contrasts"][:1]
     made = records.Laboratory(found)
-    planned = made.primary()[0][1]
-    told = {arm: difference for _, arm, difference in sentences.all_against_plain(made)}
+    (planned,) = made.primary().values()
+    told = {comparison.arm: difference for comparison, difference in made.all_against_plain().items()}
     assert told["t2i"] == planned
     assert planned.wide_high == pytest.approx(planned.high)  # one comparison
-    alone = statistics.family([made.differences("main", arm, "plain", records.MEAN) for arm in ("front", "end", "i2t")])
+    alone = statistics.family([made.differences(Comparison("main", arm)) for arm in ("front", "end", "i2t")])
     assert [told[arm] for arm in ("front", "end", "i2t")] == alone
+    cells = made.against_plain("main", records.ACCURACIES)
+    assert cells.pop(("t2i", "mean")) == planned
+    assert {difference.among for difference in cells.values()} == {4 * len(records.ACCURACIES) - 1}
 
 
 def test_where_anchors_showed_nothing_is_told_beside_where_they_helped(tmp_path):
@@ -181,38 +191,38 @@ def test_noise_is_no_finding(tmp_path):
 def test_two_seeds_say_nothing(tmp_path):
     file = laboratory(tmp_path, {"plain": 0, "t2i": 0.5}, seeds=2)
     assert "nothing can be said about any difference" in short(file)
-    assert "2 seeds, fewer than the 3" in sentences.primary(records.load([file])[0])[0]
+    assert "2 seeds, fewer than the 3" in summary.primary(records.load([file])[0])[0]
 
 
 @pytest.mark.parametrize(("effect", "word"), [(0.08, "better than plain"), (-0.08, "worse than plain")])
 def test_primary_answers_have_sign_amount_and_doubt(tmp_path, effect, word):
     file = laboratory(tmp_path, {"plain": 0, "t2i": effect})
     found = records.load([file])[0]
-    said = sentences.primary(found)[0]
+    said = summary.primary(found)[0]
     assert said.startswith("**Does t2i help?** Text into image: ")
     assert word in said
-    difference = found.primary()[0][1]
+    (difference,) = found.primary().values()
     for amount in (difference.mean, difference.wide_low, difference.wide_high):
-        assert sentences.number(amount) in said
+        assert wording.number(amount) in said
 
 
 def test_a_lower_loss_is_better(tmp_path):
     found = records.load([laboratory(tmp_path, {"plain": 0, "t2i": 0.08})])[0]
     difference = found.against_plain("main", records.ACCURACIES)["t2i", "answer_loss"]
     assert difference.mean < 0
-    said = sentences.verdict("A", "B", difference, records.ACCURACIES["answer_loss"], 5, 5)
+    said = wording.verdict("A", "B", difference, records.ACCURACIES["answer_loss"], 5)
     assert "A: better than B" in said
 
 
 def test_users_are_told_which_side_did_best_and_what_was_not_varied(tmp_path):
     found = records.load([laboratory(tmp_path, {"plain": 0, "t2i": 0.0, "t2i-inherit": 0.07})])[0]
-    said = sentences.for_users(found)
+    said = advice.for_users(found)
     positions = next(line for line in said if line.startswith("**Positions**"))
     assert "Text into image, inherited positions did best here, by" in positions
     assert "holds after correction" in positions
     assert said[-1] == "Not varied at this size: mask, share, alignment."
     swapped = records.load([laboratory(tmp_path / "b", {"plain": 0, "t2i": 0.07, "t2i-inherit": 0.0})])[0]
-    positions = next(line for line in sentences.for_users(swapped) if line.startswith("**Positions**"))
+    positions = next(line for line in advice.for_users(swapped) if line.startswith("**Positions**"))
     assert "Text into image did best here, by" in positions
     assert re.search(r"inherited positions minus text into image: −\d", positions)
 
@@ -220,7 +230,7 @@ def test_users_are_told_which_side_did_best_and_what_was_not_varied(tmp_path):
 def test_settings_that_differ_are_compared_by_what_they_differ_in(tmp_path):
     setting = Setting("a", "", arms=("plain",)).to_dict()
     other = Setting("b", "", arms=("plain", "t2i"), alignment=0.0, stage2=Stage2(share=0.5)).to_dict()
-    assert sentences.factors(setting, other) == {"alignment": (0.5, 0.0), "stage2.share": (0.25, 0.5)}
+    assert advice.factors(setting, other) == {"alignment": (0.5, 0.0), "stage2.share": (0.25, 0.5)}
     file = laboratory(tmp_path, {"plain": 0, "t2i": 0.05})
     found = rows.read(file)
     plan = copy.deepcopy(found[0])
@@ -230,7 +240,7 @@ def test_settings_that_differ_are_compared_by_what_they_differ_in(tmp_path):
         row["setting"] = "without"
         if row["arm"] == "t2i":
             row["test"]["0"] = answers(row["test"]["0"]["mean"] - 0.2)
-    said = sentences.for_users(records.Laboratory([plan, *found[1:], *more]))
+    said = advice.for_users(records.Laboratory([plan, *found[1:], *more]))
     plain, worth = (line for line in said if line.startswith("**Alignment**"))
     assert "alignment 0.5 to 0.0" in plain
     assert "plain concatenation changes: +0.0 points" in plain
@@ -238,18 +248,39 @@ def test_settings_that_differ_are_compared_by_what_they_differ_in(tmp_path):
     assert "this holds" in worth
 
 
+def test_settings_of_the_gpu_size_are_compared_by_one_thing_where_they_can_be(tmp_path):
+    """Each with the earlier one that it differs least from, under the topic that it is there for."""
+    plan = plans.plan("gpu")
+    template = rows.read(laboratory(tmp_path, {"plain": 0, "t2i-inherit": 0.05}, seeds=3))
+    found = [{**template[0], **plan.to_dict()}]
+    found += [{**row, "setting": setting.name} for setting in plan.settings for row in template[1:]]
+    changes = advice.across(records.Laboratory(found))
+    told = {change.words.partition(" to ")[2].partition(" (")[0]: change for change in changes}
+    topics = {
+        "short-144": "Length of stage 2", "no-alignment-144": "Alignment", "few-anchors-144": "Share",
+        "fixed-tau-144": "Share", "lora-144": "Way to train", "shallow-144": "Depth", "blur-144": "Blur in training",
+        "balanced-144": "Training questions", "main-576": "Number of patches", "first-step-144": "Length of stage 1",
+    }  # fmt: skip
+    assert {name: told[name].topic for name in topics} == topics
+    assert "From short-144 to no-alignment-144 (alignment 0.5 to 0.0), " in told["no-alignment-144"].words
+    for name in ("no-alignment-144", "few-anchors-144", "fixed-tau-144", "shallow-144", "blur-144", "long-144"):
+        assert told[name].words.count(" to ") == 2, name  # the settings, and one thing that changes
+    missing = advice.for_users(records.Laboratory(found))[-1]
+    assert missing == "Not varied at this size: positions, mask."  # the arms that tell are not among these rows
+
+
 def test_hallucination_matching_attention_and_blur_are_told_from_their_rows(tmp_path):
     file = laboratory(tmp_path, {"plain": 0, "t2i": 0.03}, blur_test=(0.0, 0.8))
     found = records.load([file])[0]
-    said = " ".join(sentences.hallucination(found, "main"))
+    said = " ".join(sections.hallucination(found, "main"))
     assert "affirms 50 % of the absent objects drawn at random, 50 % of the popular ones and 75 % of the adv" in said
     assert "it overlooks 10 % of those that are there. Its yes-share is 70 %" in said
-    assert "holds a colour or shape of the scene in 97 % of the cases" in sentences.matching(found, "main")[0]
-    said = " ".join(sentences.attention(found, "main"))
-    assert "Text into image: to the true patch +3.00 %" in said
+    assert "holds a colour or shape of the scene in 97 % of the cases" in sections.matching(found, "main")[0]
+    said = " ".join(sections.attention(found, "main"))
+    assert "Text into image: to the true patch +3.00 points" in said
     assert "give the true patch itself 3.00 % of all attention more than without them" in said
-    assert "is +10.0 points better with its copies" in " ".join(sentences.without_copies(found, "main"))
-    assert "changes plain's mean accuracy by −8.0 points" in sentences.blur(found, "main")[0]
+    assert "is +10.0 points better with its copies" in " ".join(sections.without_copies(found, "main"))
+    assert "changes plain's mean accuracy by −8.0 points" in sections.blur(found, "main")[0]
 
 
 def test_what_a_place_adds_is_told_from_the_control(tmp_path):
@@ -258,9 +289,42 @@ def test_what_a_place_adds_is_told_from_the_control(tmp_path):
     differences = found.against_random("main")
     assert {arm for arm, _ in differences} == {"t2i"}  # the other one's control was not run
     assert differences["t2i", "place"].mean == pytest.approx(4, abs=0.6)
-    said = " ".join(sentences.placement(found, "main"))
+    said = " ".join(sections.placement(found, "main"))
     assert "Text into image: place +" in said
     assert "against the same tokens at random patches" in said
+
+
+def test_a_p_below_a_thousandth_is_told_as_such(tmp_path, undrawn):
+    file = laboratory(tmp_path, {"plain": 0, "t2i": 0.3}, spread=0.001)
+    report.write([file], tmp_path / "page.md")
+    text = (tmp_path / "page.md").read_text()
+    assert "| < .001 | < .001 |" in text
+    assert "p < .001)" in text
+
+
+def test_the_encoder_s_limits_are_those_of_the_rows(tmp_path, undrawn):
+    file = laboratory(tmp_path, {"plain": 0, "t2i": 0.0})
+    starts = [
+        {"kind": "start", "setting": "key", "seed": seed, "status": "done", "started": "2026-01-01T00:00:00Z",
+         "encoder": {"colour": colour, "shape": 0.8}, **ENVIRONMENT}
+        for seed, colour in enumerate((0.999, 0.95))
+    ]  # fmt: skip
+    with file.open("a") as rows_:
+        rows_.write("".join(json.dumps(row) + "\n" for row in starts))
+    report.write([file], tmp_path / "page.md")
+    said = "names the colour of 95.0 to 99.9 % and the shape of 80.0 % of the objects."
+    assert said in (tmp_path / "page.md").read_text()
+
+
+@pytest.mark.parametrize("lost", ["plain", "t2i"])
+def test_a_page_can_be_made_when_an_arm_is_not_there_at_all(tmp_path, undrawn, lost):
+    """As after a kill, or when a run failed."""
+    file = laboratory(tmp_path, {"plain": 0, "t2i": 0.05, "front": 0.02}, seeds=3, blur_test=(0.0, 0.8))
+    found = [row for row in rows.read(file) if row.get("arm") != lost]
+    file.write_text("".join(json.dumps(row) + "\n" for row in found))
+    report.write([file], tmp_path / "page.md")
+    text = (tmp_path / "page.md").read_text()
+    assert "Done: 6; failed: 0; not started: 3" in text
 
 
 def test_the_page_shows_everything_and_hides_no_failure(tmp_path):
@@ -288,8 +352,7 @@ def test_the_page_shows_everything_and_hides_no_failure(tmp_path):
         assert len({line.count("|") for line in table.splitlines()}) == 1, table
 
 
-def test_the_report_is_the_same_each_time(tmp_path, monkeypatch):
-    monkeypatch.setattr(figures, "_save", lambda figure, path: figures.plt.close(figure))
+def test_the_report_is_the_same_each_time(tmp_path, undrawn):
     file = laboratory(tmp_path, {"plain": 0, "t2i": 0.05})
     pages = [tmp_path / name / "report.md" for name in "ab"]
     for page in pages:
@@ -297,10 +360,9 @@ def test_the_report_is_the_same_each_time(tmp_path, monkeypatch):
     assert pages[0].read_text() == pages[1].read_text()
 
 
-def test_the_page_in_the_repository_is_what_its_rows_give(tmp_path, monkeypatch):
+def test_the_page_in_the_repository_is_what_its_rows_give(tmp_path, undrawn):
     """Sizes in the order of the page; its pictures are there."""
-    monkeypatch.setattr(figures, "_save", lambda figure, path: figures.plt.close(figure))
-    folders = [folder for folder in (PAGES / "cpu", PAGES / "long", PAGES / "gpu") if folder.exists()]
+    folders = [PAGES / size for size in ("cpu", "long", "share", "gpu") if (PAGES / size).exists()]
     written = report.write(folders, tmp_path / "report.md")
     assert (tmp_path / "report.md").read_text() == (PAGES / "report.md").read_text()
     assert all((PAGES / path.name).exists() for path in written)
@@ -324,9 +386,10 @@ def test_every_arm_has_a_title_of_its_own():
     [
         (None, "page.md", "is no file"),
         ("", "page.md", "lack that of their plan"),
-        ('{"kind": "other"}\n', "page.md", "line 1 is no row"),
+        ('{"kind": "other"}\n', "page.md", "row 1 is no row"),
         ('{"kind": "plan", "settings": [], "contrasts": []}\n', "page.md", "holds no finished run"),
         ("", "page.html", "should be a .md file"),
+        ("", "rows.jsonl/page.md", "rows.jsonl is not a folder"),
     ],
 )
 def test_wrong_rows_end_in_one_line(tmp_path, capsys, content, output, message):

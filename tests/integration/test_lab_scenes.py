@@ -44,6 +44,12 @@ def test_scenes_hold_distinct_objects_on_distinct_patches():
     assert drawn.pairs().sum(1).equal(counts)
 
 
+def test_no_scene_holds_more_objects_than_its_world():
+    """Also the easy ones that training begins with, where patches are few."""
+    small = scenes.World(2, 2, least=1, most=2, distractors=2)
+    assert scenes.draw(small, 50, generator(), 1, 4).there.sum(1).max() == 2
+
+
 def test_popular_pairs_are_more_frequent():
     share = scenes.draw(WORLD, 3000, generator()).pairs().float().mean(0)
     popular = scenes.frequencies().topk(scenes.POPULAR).indices

@@ -22,30 +22,32 @@ class Size(str, Enum):
 def lab(
     output: Annotated[Path, typer.Option(help="Folder for plan and rows. One that was cut short is gone on with.")],
     size: Annotated[
-        Size | None, typer.Option(help="smoke: a minute; cpu: about ten on two quiet cores; gpu: nine of one H200.")
+        Size | None, typer.Option(help="smoke: a minute; cpu: 15 or so on two quiet cores; gpu: nine of one H200.")
     ] = None,
-    plan_file: Annotated[Path | None, typer.Option("--plan", help="A plan of your own, made from a plan.json.")] = None,
-    workers: Annotated[int | None, typer.Option(min=1, help="Processes side by side; default: one a core.")] = None,
-    rehearse: Annotated[bool, typer.Option(help="The plan of this size with toy models and few steps.")] = False,
+    own: Annotated[Path | None, typer.Option("--plan", help="A plan of your own, made from a plan.json.")] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes side by side; default: the plan's, one a core on a CPU.")
+    ] = None,
+    rehearse: Annotated[bool, typer.Option(help="The same plan with toy models and few steps.")] = False,
     minutes: Annotated[float | None, typer.Option(min=0, help="Start no run after so many minutes.")] = None,
     progress: Annotated[bool, typer.Option(help="Show a progress bar.")] = True,
 ) -> None:
     """Train and test the arms of a plan: plain concatenation, anchors, and controls that differ in one thing."""
-    from attanchor_vlm.lab import plans
+    from attanchor_vlm.lab import plan_file, plans
 
-    if (size is None) == (plan_file is None):
+    if (size is None) == (own is None):
         raise typer.BadParameter("give --size or --plan, and not both")
-    if plan_file is not None:
-        plan, device = plans.from_file(plan_file, workers, minutes)
+    if own is not None:
+        plan, device = plan_file.from_file(own, rehearse, workers, minutes)
     else:
         assert size is not None
         plan = plans.plan(size.value, rehearse, workers, minutes)
-        device = plans.device_for(size.value, rehearse)
+        device = plans.device_for(size is Size.gpu, rehearse)
     quiet()
     from attanchor_vlm.lab import checks, laboratory
 
     rows = laboratory.run(plan, output, device, typer.echo, progress)
-    if size is Size.smoke:
+    if size is Size.smoke and not rehearse:
         checks.run(plan, rows, device, typer.echo)
     typer.echo(f"rows are in {output / laboratory.ROWS}; read them with: attanchor report {output} --output PAGE.md")
 

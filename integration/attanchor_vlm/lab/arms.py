@@ -15,6 +15,7 @@ from attanchor_vlm.lab.model import prompts
 from attanchor_vlm.lab.questions import LENGTH, Questions, holders, is_content
 from attanchor_vlm.lab.scenes import Scenes
 from attanchor_vlm.mixin import attach
+from attanchor_vlm.prepare import accepts_encoded_images
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,11 @@ class Arm:
     @property
     def by_attach(self) -> bool:
         return self.copies in ("none", "matched", "image")
+
+    @property
+    def at_patches(self) -> bool:
+        """Words are copied, each behind a patch that is chosen for it."""
+        return self.copies in ("matched", "random", "true")
 
     @property
     def has_tau(self) -> bool:
@@ -69,6 +75,7 @@ class Batch:
 
     scenes: Scenes
     questions: Questions
+    pixels: Tensor
     ids: Tensor
     is_image: Tensor
     features: Tensor
@@ -78,13 +85,20 @@ class Batch:
     def patches(self) -> int:
         return self.features.shape[1]
 
+    def images(self, model: Any) -> dict[str, Any]:
+        """The images as `model`'s forward takes them: encoded already, or before transformers 5.18 as pixels. It would
+        overlook there what it does not know, and answer without an image."""
+        if accepts_encoded_images(model):
+            return {"mm_encoder_outputs": {"image": self.encoded}}
+        return {"pixel_values": self.pixels}
+
 
 def encode(model: Any, scenes: Scenes, questions: Questions, pixels: Tensor) -> Batch:
-    """Run the model's own image path, once; its result goes into `attach` as `mm_encoder_outputs`."""
+    """Run the model's own image path, once: its result is what every arm goes on with."""
     encoded = model.get_image_features(pixels, return_dict=True)
     features = torch.stack(list(encoded.pooler_output))
     ids = prompts(questions.words, features.shape[1])
-    return Batch(scenes, questions, ids, ids == model.config.image_token_id, features, encoded)
+    return Batch(scenes, questions, pixels, ids, ids == model.config.image_token_id, features, encoded)
 
 
 class Built(NamedTuple):
@@ -173,9 +187,9 @@ class Asker:
             output = self.model(
                 input_ids=batch.ids,
                 attention_mask=torch.ones_like(batch.ids),
-                mm_encoder_outputs={"image": batch.encoded},
                 anchor_mask=self.takes_part(batch),
                 use_cache=False,
+                **batch.images(self.model),
                 **more,
             )
         finally:

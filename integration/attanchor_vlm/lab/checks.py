@@ -6,9 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from attanchor_vlm.lab import arms, questions, scenes, training
+from attanchor_vlm.lab import arms, placement, questions, scenes, training
 from attanchor_vlm.lab.arms import ARMS, Asker, Batch
 from attanchor_vlm.lab.questions import LENGTH
 from attanchor_vlm.lab.rows import Row
@@ -82,9 +81,12 @@ def _untrained(setting: Setting, device: str) -> tuple[Any, Batch]:
 
 @torch.no_grad()
 def identity(model: Any, batch: Batch) -> None:
-    """tau >= 1 is the untouched model, for every arm that `attach` serves."""
-    inputs = {"input_ids": batch.ids, "mm_encoder_outputs": {"image": batch.encoded}}
-    untouched = detach(model)(attention_mask=torch.ones_like(batch.ids), use_cache=False, **inputs).logits[:, -1]
+    """tau >= 1 is the untouched model, for every arm that `attach` serves; and that one sees its images."""
+    inputs = {"input_ids": batch.ids, "attention_mask": torch.ones_like(batch.ids), **batch.images(model)}
+    untouched = detach(model)(use_cache=False, **inputs).logits[:, -1]
+    _, rows = placement.plain_rows(model, batch.ids, batch.features, batch.is_image)
+    merged = model(inputs_embeds=rows, attention_mask=inputs["attention_mask"], use_cache=False).logits[:, -1]
+    _fail_unless(torch.allclose(untouched, merged, atol=1e-4), "the untouched model does not see its images")
     for name in ("plain", "t2i", "t2i-inherit", "i2t"):
         logits = Asker(model, ARMS[name], 1.0, _generator(batch))(batch).logits
         _fail_unless(torch.equal(logits, untouched), f"{name} at tau 1 is not the untouched model")
@@ -142,7 +144,7 @@ def wiring(name: str, model: Any, batch: Batch) -> None:
     content = questions.is_content(words).sum(1)
     if arm.copies == "image":
         _fail_unless(bool((count == batch.patches).all()), f"{name}: not every patch is copied")
-        _fail_unless(bool((host[is_copied(host)] > batch.patches).all()), f"{name}: a copy is not behind a word")
+        _fail_unless(bool((host[host >= 0] > batch.patches).all()), f"{name}: a copy is not behind a word")
         return
     patches = (host >= 1) & (host <= batch.patches)
     if arm.copies == "front":
@@ -160,11 +162,7 @@ def wiring(name: str, model: Any, batch: Batch) -> None:
     else:
         wanted = content if arm.content_only else torch.full_like(count, LENGTH)
         _fail_unless(bool((count == wanted).all()), f"{name}: not every candidate is copied")
-        _fail_unless(bool((patches == is_copied(host)).all()), f"{name}: a copy is not behind a patch")
-
-
-def is_copied(host: Tensor) -> Tensor:
-    return host >= 0
+        _fail_unless(bool((patches == (host >= 0)).all()), f"{name}: a copy is not behind a patch")
 
 
 def _generator(batch: Batch) -> torch.Generator:

@@ -8,17 +8,14 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")  # no display is needed, and none is looked for
-
 import numpy as np
 from matplotlib import pyplot as plt
 from PIL import Image
 
-from attanchor_vlm.files import write_atomically
-from attanchor_vlm.lab.records import ACCURACIES, HALLUCINATION, MEAN, Laboratory, title
-from attanchor_vlm.lab.statistics import Difference, mean_and_deviation
+from attanchor_vlm.figures import save
+from attanchor_vlm.lab.arms import ARMS
+from attanchor_vlm.lab.records import ACCURACIES, ATTENTION, HALLUCINATION, Comparison, Laboratory, title
+from attanchor_vlm.lab.statistics import mean_and_deviation
 
 _COLOURS = (
     "#555555", "#d62728", "#ff7f0e", "#1f77b4", "#2ca02c", "#9467bd", "#8c564b", "#e377c2", "#17becf", "#bcbd22",
@@ -27,45 +24,36 @@ _COLOURS = (
 
 
 def colour(arm: str) -> str:
-    from attanchor_vlm.lab.arms import ARMS
-
     return _COLOURS[list(ARMS).index(arm) % len(_COLOURS)] if arm in ARMS else _COLOURS[-1]
 
 
 def forest(path: Path, laboratory: Laboratory, setting: str) -> None:
     """Every arm's paired difference from plain in mean accuracy: seeds, mean, both intervals."""
-    differences = laboratory.against_plain(setting, {"mean": MEAN})
-    arms = [arm for arm, _ in differences]
-    figure, axes = plt.subplots(figsize=(9, 1.2 + 0.5 * len(arms)), layout="constrained")
-    for row, arm in enumerate(arms):
-        values = laboratory.differences(setting, arm, "plain", MEAN)
-        found: Difference | None = differences[arm, "mean"]
-        if found is not None:
-            axes.plot((found.wide_low, found.wide_high), (row, row), color=colour(arm), linewidth=1.2, alpha=0.6)
-            axes.plot((found.low, found.high), (row, row), color=colour(arm), linewidth=4, alpha=0.55)
-        axes.plot(values, [row + 0.22] * len(values), "|", color="#333333", markersize=7)
-        axes.plot([mean_and_deviation(values)[0]], [row], "o", color=colour(arm), markersize=7)
-    axes.axvline(0, color="black", linewidth=0.8)
-    axes.set_yticks(range(len(arms)), [title(arm) for arm in arms], fontsize=9)
-    axes.invert_yaxis()
-    axes.set_xlabel("points of mean accuracy against plain; ticks: seeds; thick: 95 %; thin: corrected", fontsize=9)
-    _without_far_ends(axes, laboratory, setting, differences)
-    axes.grid(axis="x", alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    _save(figure, path)
-
-
-def _without_far_ends(
-    axes: Any, laboratory: Laboratory, setting: str, differences: dict[tuple[str, str], Difference | None]
-) -> None:
-    """Corrected intervals of three seeds may reach far beyond everything else: they end at the frame."""
+    found = {one.arm: it for one, it in laboratory.all_against_plain().items() if one.setting == setting}
+    values = {arm: laboratory.differences(Comparison(setting, arm)) for arm in found}
+    figure, axes = plt.subplots(figsize=(9, 1.2 + 0.5 * len(found)), layout="constrained")
     shown = [0.0]
-    for arm, name in differences:
-        shown += laboratory.differences(setting, arm, "plain", MEAN)
-        found = differences[arm, name]
-        shown += [found.low, found.high] if found is not None else []
+    for row, (arm, difference) in enumerate(found.items()):
+        if difference is not None:
+            axes.plot(
+                (difference.wide_low, difference.wide_high), (row, row), color=colour(arm), linewidth=1.2, alpha=0.6
+            )
+            axes.plot((difference.low, difference.high), (row, row), color=colour(arm), linewidth=4, alpha=0.55)
+            shown += [difference.low, difference.high]
+        axes.plot(values[arm], [row + 0.22] * len(values[arm]), "|", color="#333333", markersize=7)
+        if values[arm]:
+            axes.plot([mean_and_deviation(values[arm])[0]], [row], "o", color=colour(arm), markersize=7)
+        shown += values[arm]
+    # Corrected intervals of three seeds may reach far beyond everything else: they end at the frame.
     room = 0.15 * (max(shown) - min(shown)) or 1.0
     axes.set_xlim(min(shown) - room, max(shown) + room)
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.set_yticks(range(len(found)), [title(arm) for arm in found], fontsize=9)
+    axes.invert_yaxis()
+    axes.set_xlabel("points of mean accuracy against plain; ticks: seeds; thick: 95 %; thin: corrected", fontsize=9)
+    axes.grid(axis="x", alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    save(figure, path)
 
 
 def bars(path: Path, laboratory: Laboratory, setting: str) -> None:
@@ -94,7 +82,7 @@ def bars(path: Path, laboratory: Laboratory, setting: str) -> None:
     both[0].set_ylabel("accuracy, %")
     both[0].set_ylim(0, 100)
     figure.legend(*both[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8.5)
-    _save(figure, path)
+    save(figure, path)
 
 
 def curves(path: Path, laboratory: Laboratory, setting: str) -> None:
@@ -122,7 +110,7 @@ def curves(path: Path, laboratory: Laboratory, setting: str) -> None:
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=8.5)
-    _save(figure, path)
+    save(figure, path)
 
 
 def attention(path: Path, laboratory: Laboratory, setting: str) -> None:
@@ -130,29 +118,28 @@ def attention(path: Path, laboratory: Laboratory, setting: str) -> None:
     arms = laboratory.arms(setting)
     figure, axes = plt.subplots(figsize=(10, 1.4 + 0.5 * len(arms)), layout="constrained")
     for row, arm in enumerate(arms):
-        found = [run["attention"] for run in laboratory.done(setting, arm).values()]
-        parts = [100 * mean_and_deviation([one["with_copies"][key] for one in found])[0] for key in ("patch", "copies")]
-        axes.barh(row, parts[0], 0.6, color=colour(arm), alpha=0.8, label="true patch" if row == 0 else None)
-        axes.barh(
-            row, parts[1], 0.6, left=parts[0], color=colour(arm), alpha=0.35, hatch="//",
-            label="copies there" if row == 0 else None,
-        )  # fmt: skip
-        dots = [100 * one["with_copies"]["patch"] for one in found]
-        axes.plot(dots, [row] * len(dots), ".", color="black", markersize=4)
-        off = [100 * one["without_copies"]["patch"] for one in found if "without_copies" in one]
-        if off:
-            mean = mean_and_deviation(off)[0]
-            axes.plot([mean], [row], "D", color="white", markeredgecolor="black", markersize=6,
-                      label="same weights, copies left out" if arm == arms[1] else None)  # fmt: skip
+        patch, copies, without = (
+            list(laboratory.values(setting, arm, ATTENTION[name]).values()) for name in ("patch", "copies", "without")
+        )
+        left, right = mean_and_deviation(patch)[0], mean_and_deviation(copies)[0]
+        axes.barh(row, left, 0.6, color=colour(arm), alpha=0.8, label="true patch")
+        axes.barh(row, right, 0.6, left=left, color=colour(arm), alpha=0.35, hatch="//", label="copies there")
+        axes.plot(patch, [row] * len(patch), ".", color="black", markersize=4)
+        if without:
+            axes.plot([mean_and_deviation(without)[0]], [row], "D", color="white", markeredgecolor="black",
+                      markersize=6, label="same weights, copies left out")  # fmt: skip
     even = [100 * run["attention"]["with_copies"]["even"] for run in laboratory.done(setting, arms[0]).values()]
     axes.axvline(mean_and_deviation(even)[0], color="black", linestyle=":", linewidth=1, label="one token's even share")
     axes.set_yticks(range(len(arms)), [title(arm) for arm in arms], fontsize=9)
     axes.invert_yaxis()
     axes.set_xlabel("% of the attention where the answer is predicted; mean of layers, heads, seeds", fontsize=9)
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8.5)
+    named: dict[str, Any] = {}
+    for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+        named.setdefault(label, handle)
+    figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=4, fontsize=8.5)
     axes.grid(axis="x", alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    _save(figure, path)
+    save(figure, path)
 
 
 def pictures(path: Path, laboratory: Laboratory, setting: str) -> bool:
@@ -174,7 +161,7 @@ def pictures(path: Path, laboratory: Laboratory, setting: str) -> bool:
         _scene(grid[line][0], first)
         for axes, (arm, entries) in zip(grid[line][1:], kept.items(), strict=True):
             _attended(axes, entries[line], arm)
-    _save(figure, path)
+    save(figure, path)
     return True
 
 
@@ -210,10 +197,3 @@ def _attended(axes: Any, entry: dict[str, Any], arm: str) -> None:
     axes.set_title(f"{name}\n{entry['answer']} ({right}); most {attention.max():.1f} %", fontsize=8.5)
     axes.set_xticks([])
     axes.set_yticks([])
-
-
-def _save(figure: plt.Figure, path: Path) -> None:
-    try:
-        write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=100))
-    finally:
-        plt.close(figure)

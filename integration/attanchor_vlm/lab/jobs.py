@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import threading
 import time
 import traceback
 import warnings
@@ -38,16 +41,32 @@ class Job:
         return f"{self.setting.name}, seed {self.seed}: {self.arm or 'weights before stage 2'}"
 
 
-def set_up(threads: int) -> None:
+def set_up() -> None:
     """Of every worker. A model this small is fastest on one thread, with a process on every core."""
     import torch
     from transformers.utils import logging
 
-    torch.set_num_threads(threads)
+    _end_with_parent()
+    torch.set_num_threads(1)
     torch.backends.cuda.matmul.allow_tf32 = True
     logging.set_verbosity_error()
     # What one library of Hugging Face says to another about its names.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|accelerate)\.")
+
+
+def _end_with_parent() -> threading.Thread | None:
+    """A worker waits for its next job for ever, with all its memory, when the laboratory that started it is killed."""
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    return watcher
 
 
 def run(job: Job) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
+from attanchor_vlm import json_lines
 from attanchor_vlm.files import write_json
 from attanchor_vlm.lab import jobs, rows
 from attanchor_vlm.lab.jobs import Job
@@ -36,7 +37,7 @@ def run(
     """
     _open(plan, folder, device)
     file = folder / ROWS
-    known = rows.latest(rows.read(file, cut_short=True)) if file.exists() else {}
+    known = rows.latest(rows.read(file)) if file.exists() else {}
     wanted = all_jobs(plan, folder, device)
     done = {job.key for job in wanted if known.get(job.key, {}).get("status") == "done"}
     missing = [job for job in wanted if job.arm is not None and job.key not in done]
@@ -54,7 +55,7 @@ def run(
     begun = time.monotonic()
     if todo:
         _work(plan, todo, file, begun, say, progress)
-    found = rows.read(file, cut_short=True) if file.exists() else []
+    found = rows.read(file) if file.exists() else []
     latest = rows.latest(found)
     left = [job for job in wanted if job.arm is not None and latest.get(job.key, {}).get("status") != "done"]
     shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)  # large, and made again where a run still needs them
@@ -94,11 +95,12 @@ def _open(plan: Plan, folder: Path, device: str) -> None:
                 f"output {folder} holds the plan of another laboratory (size {before.get('size')!r} on "
                 f"{before.get('device')!r}); take another folder, or go on with the code that began it"
             )
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    row = {"kind": "plan", "written": rows.now(), **plan.to_dict(), **rows.environment(device)}
-    write_json(folder / PLAN, row)
-    rows.append(folder / ROWS, row)
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        before = {"kind": "plan", "written": rows.now(), **plan.to_dict(), **rows.environment(device)}
+        write_json(folder / PLAN, before)
+    if ROWS not in there:
+        json_lines.append(folder / ROWS, before)
 
 
 def _work(plan: Plan, todo: list[Job], file: Path, begun: float, say: Callable[[str], None], progress: bool) -> None:
@@ -113,7 +115,7 @@ def _work(plan: Plan, todo: list[Job], file: Path, begun: float, say: Callable[[
     pool = _pool(plan)
 
     def keep(job: Job, row: rows.Row) -> None:
-        rows.append(file, row)
+        json_lines.append(file, row)
         if row["status"] == "failed":
             broken.add(job.key)
             say(f"failed: {job.name}: {row['error']}")
@@ -159,7 +161,7 @@ def _work(plan: Plan, todo: list[Job], file: Path, begun: float, say: Callable[[
 def _pool(plan: Plan) -> ProcessPoolExecutor:
     # Spawned: a forked process has no use of a GPU, and of half-held locks.
     context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(plan.workers, mp_context=context, initializer=jobs.set_up, initargs=(1,))
+    return ProcessPoolExecutor(plan.workers, mp_context=context, initializer=jobs.set_up)
 
 
 def _starts_not_in(todo: list[Job]) -> Iterator[Job]:

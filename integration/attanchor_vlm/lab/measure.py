@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import dataclasses
 import io
 from typing import Any
 
@@ -85,7 +84,7 @@ def _test(
     known = [value for value in of_kind.values() if value is not None]
     existence = kind == EXISTENCE
     quality = match_quality(counts)
-    if asker.arm.copies not in ("matched", "random", "true") or not copies:
+    if not asker.arm.at_patches or not copies:
         quality |= {"precision": None, "recall": None}
     return {
         **of_kind,
@@ -107,7 +106,7 @@ def _matching(asker: Asker, batch: Batch, built: Built) -> Tensor:
     """Matching is measured in every arm, also where nothing is copied by it."""
     words = batch.questions.words
     host = torch.full_like(words, -1)
-    if built.host is not None and asker.arm.copies != "image":
+    if built.host is not None and asker.arm.at_patches:
         host = hosts_as_patches(built.host, batch.patches)
     return match_counts(host, _best(asker, batch)[1], words, batch.scenes, batch.questions.target)
 
@@ -151,11 +150,11 @@ def _attended(asker: Asker, batch: Batch, copies: bool) -> dict[str, float]:
     true_slot = batch.questions.target + 1
     source, is_anchor, mask = _rows(batch, built)
     true_patch = (source == true_slot[:, None]) & ~is_anchor
+    at_true = torch.zeros_like(is_anchor)
     if asker.arm.copies == "image":
         at_true = (source == true_slot[:, None]) & is_anchor
-    else:
-        host = batch.ids * 0 - 1 if built.host is None else built.host
-        at_true = is_anchor & (host.gather(1, source.clamp(min=0)) == true_slot[:, None])
+    elif asker.arm.at_patches and built.host is not None:
+        at_true = is_anchor & (built.host.gather(1, source.clamp(min=0)) == true_slot[:, None])
     question = (source >= batch.ids.shape[1] - LENGTH) & ~is_anchor
     patches = (source >= 1) & (source <= batch.patches) & ~is_anchor
     end = (mask.sum(1) - 1)[None, :, None, None, None].expand(attentions.shape[0], -1, attentions.shape[2], 1, 1)
@@ -165,7 +164,8 @@ def _attended(asker: Asker, batch: Batch, copies: bool) -> dict[str, float]:
         return (attention * keys[None, :, None]).sum(-1)
 
     to_patch = mass(from_end, true_patch)
-    of_question = (attentions * true_patch[None, :, None, None]).sum(-1)  # (layers, B, H, L)
+    column = true_patch.int().argmax(1)[None, :, None, None, None].expand(*attentions.shape[:-1], 1)
+    of_question = attentions.gather(-1, column)[..., 0]  # (layers, B, H, L)
     weights = question[None, :, None].float()
     return {
         "patch": to_patch.mean().item(),
@@ -209,7 +209,7 @@ def _pictures(setting: Setting, asker: Asker, seed: int, device: str, count: int
     source, is_anchor, mask = _rows(batch, built)
     score, _ = _best(asker, batch)
     host = torch.full_like(score, -1, dtype=torch.long)
-    if built.host is not None and asker.arm.copies != "image":
+    if built.host is not None and asker.arm.at_patches:
         host = hosts_as_patches(built.host, batch.patches)
     found = []
     for row in range(count):
@@ -245,9 +245,3 @@ def _png(pixels: Tensor) -> str:
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, format="PNG")
     return base64.b64encode(buffer.getvalue()).decode()
-
-
-def shown_settings(setting: Setting) -> dict[str, Any]:
-    """The settings as rows carry them, less the lists of arms and seeds."""
-    fields = dataclasses.asdict(setting)
-    return {name: value for name, value in fields.items() if name not in ("arms", "seeds", "more", "more_seeds")}

@@ -35,6 +35,14 @@ class Shape:
     heads: int = 4
     content: int = 52  # encoder features that say what a patch shows; 12 more say where it is
 
+    def __post_init__(self) -> None:
+        if self.layers < 1 or self.heads < 1 or self.content < 1:
+            raise ValueError(f"layers, heads, content are {self.layers}, {self.heads}, {self.content}; at least 1 each")
+        if self.width < 1 or self.width % (2 * self.heads):
+            raise ValueError(
+                f"width is {self.width}; with {self.heads} heads it should be a multiple of {2 * self.heads}"
+            )
+
 
 class PatchEncoderConfig(PretrainedConfig):
     """A grid of `rows` by `columns` patches of `cell` pixels a side; `content` features and 12 of position."""

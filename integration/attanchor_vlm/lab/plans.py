@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from attanchor_vlm.lab.model import Shape
@@ -124,16 +121,18 @@ def _gpu() -> Plan:
     more = varied("others-144", "144 patches, other placements", "plain", "i2t", "end", "random", "true-inherit")
     short = Stage2(steps=400, batch=256, lr=5e-4)
     others = (
+        # What the others, which are as short, differ from in one thing.
+        varied("short-144", "144 patches, a stage 2 of half the steps", "plain", "t2i-inherit", "front", stage2=short),
         varied("no-alignment-144", "144 patches, no alignment loss", "plain", "t2i-inherit", "t2i-content-inherit",
                alignment=0.0, stage2=short),
-        varied("long-144", "144 patches, long stage 2", "plain", "t2i-inherit", "front",
-               stage2=Stage2(steps=3000, batch=256, lr=5e-4)),
-        varied("lora-144", "144 patches, LoRA", "plain", "t2i-inherit", "front",
-               stage2=Stage2(steps=400, batch=256, lr=2e-3, method="lora")),
-        varied("fixed-tau-144", "144 patches, tau fixed before stage 2", "plain", "t2i-inherit",
-               stage2=dataclasses.replace(short, hold_share=False)),
         varied("few-anchors-144", "144 patches, a tenth of the tokens inserted", "plain", "t2i-inherit",
                stage2=dataclasses.replace(short, share=0.1)),
+        varied("fixed-tau-144", "144 patches, tau fixed before stage 2", "plain", "t2i-inherit",
+               stage2=dataclasses.replace(short, hold_share=False)),
+        varied("long-144", "144 patches, long stage 2", "plain", "t2i-inherit", "front",
+               stage2=dataclasses.replace(short, steps=3000)),
+        varied("lora-144", "144 patches, LoRA", "plain", "t2i-inherit", "front",
+               stage2=dataclasses.replace(short, lr=2e-3, method="lora")),
         varied("balanced-144", "144 patches, even training questions", "plain", "t2i-inherit", "front",
                mixture=Mixture(), stage2=short),
         varied("blur-144", "144 patches, training on blurred images", "plain", "t2i-inherit",
@@ -169,6 +168,12 @@ def _toy(setting: Setting) -> Setting:
     )
 
 
+def rehearsal(plan: Plan) -> Plan:
+    """The same arms and settings at toy size, one seed."""
+    settings = tuple(_toy(setting) for setting in plan.settings)
+    return dataclasses.replace(plan, size=f"{plan.size} (rehearsal)", settings=settings)
+
+
 def plan(size: str, rehearse: bool = False, workers: int | None = None, minutes: float | None = None) -> Plan:
     """The plan of a size.
 
@@ -184,8 +189,7 @@ def plan(size: str, rehearse: bool = False, workers: int | None = None, minutes:
         raise ValueError(f"size is {size!r}; it should be one of {', '.join(SIZES)}")
     made = {"smoke": _smoke, "cpu": _cpu, "gpu": _gpu}[size]()
     if rehearse:
-        settings = tuple(_toy(setting) for setting in made.settings)
-        made = dataclasses.replace(made, size=f"{size} (rehearsal)", settings=settings)
+        made = rehearsal(made)
     if workers is None:
         workers = made.workers if size == "gpu" and not rehearse else _cores()
     return dataclasses.replace(made, workers=workers, minutes=made.minutes if minutes is None else minutes)
@@ -197,72 +201,19 @@ def _cores() -> int:
     return os.cpu_count() or 1
 
 
-def device_for(size: str, rehearse: bool) -> str:
-    """ "cuda" for the gpu size, "cpu" for the others and for rehearsals.
+def device_for(gpu: bool, rehearse: bool, asked: str = "size is 'gpu'") -> str:
+    """ "cuda" where a GPU is wanted, "cpu" otherwise and for rehearsals.
+
+    Args:
+        asked: What wants a GPU, for the error.
 
     Raises:
-        ValueError: the gpu size without a GPU.
+        ValueError: there is no GPU.
     """
-    if size != "gpu" or rehearse:
+    if not gpu or rehearse:
         return "cpu"
     import torch
 
     if not torch.cuda.is_available():
-        raise ValueError("size is 'gpu', but there is no GPU here; take --size cpu, or --rehearse for a dry run")
+        raise ValueError(f"{asked}, but there is no GPU here; take 'cpu', or --rehearse for a dry run")
     return "cuda"
-
-
-def from_file(path: Path, workers: int | None = None, minutes: float | None = None) -> tuple[Plan, str]:
-    """A plan of the user's own, and the device that it asks for: its key "device", "cpu" by default.
-
-    Raises:
-        ValueError: the file is missing or no plan, or it asks for a GPU that is not here.
-    """
-    if not path.is_file():
-        raise ValueError(f"plan {path} is no file; begin with the plan.json that `attanchor lab` writes")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"plan {path} is no JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"plan {path} is {type(values).__name__}; it should be a JSON object")
-    made = from_dict(values)
-    device = device_for("gpu" if values.get("device") == "cuda" else "cpu", rehearse=False)
-    if workers is not None:
-        made = dataclasses.replace(made, workers=workers)
-    if minutes is not None:
-        made = dataclasses.replace(made, minutes=minutes)
-    return made, device
-
-
-def from_dict(values: Mapping[str, Any]) -> Plan:
-    """The plan that a plan.json holds, changed by hand or not.
-
-    Raises:
-        ValueError: a key is unknown or missing, or a value is wrong.
-    """
-    values = {name: value for name, value in values.items() if name in _names(Plan)}
-    settings = tuple(_setting(setting) for setting in values.pop("settings", ()))
-    contrasts = tuple(_made(Contrast, contrast) for contrast in values.pop("contrasts", ()))
-    return _made(Plan, {**values, "settings": settings, "contrasts": contrasts})
-
-
-def _setting(values: Mapping[str, Any]) -> Setting:
-    parts = {"world": World, "shape": Shape, "stage1": Stage1, "stage2": Stage2, "mixture": Mixture}
-    return _made(Setting, {k: _made(parts[k], v) if k in parts else v for k, v in values.items()})
-
-
-def _made(kind: Any, values: Mapping[str, Any]) -> Any:
-    if not isinstance(values, Mapping):
-        raise ValueError(f"a {kind.__name__.lower()} of the plan is {values!r}; it should be an object")
-    if unknown := sorted(set(values) - _names(kind)):
-        raise ValueError(f"a {kind.__name__.lower()} of the plan holds {unknown}; known are {sorted(_names(kind))}")
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-    try:
-        return kind(**values)
-    except TypeError as error:
-        raise ValueError(f"a {kind.__name__.lower()} of the plan is not whole: {error}") from error
-
-
-def _names(kind: Any) -> set[str]:
-    return {field.name for field in dataclasses.fields(kind)}

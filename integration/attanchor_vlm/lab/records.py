@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from attanchor_vlm.lab import rows
 from attanchor_vlm.lab.arms import ARMS
@@ -31,7 +31,7 @@ class Metric:
 
 
 def sharp(row: Row) -> dict[str, Any]:
-    """The test on images with the least blur, the first in the plan."""
+    """The test under the plan's first blur, which is none in the plans of the three sizes."""
     return next(iter(row["test"].values()))
 
 
@@ -47,11 +47,23 @@ def _attention(name: str, copies: str = "with_copies") -> Callable[[Row], float 
     return lambda row: row["attention"].get(copies, {}).get(name)
 
 
-def _to_both(row: Row) -> float | None:
-    return row["attention"]["with_copies"]["patch"] + row["attention"]["with_copies"]["copies"]
+def _to_copies(row: Row) -> float:
+    # The copies of "end" stand behind the last patch and mean none; older rows count them where that is the true one.
+    return 0.0 if row["arm"] == "end" else row["attention"]["with_copies"]["copies"]
+
+
+def _to_both(row: Row) -> float:
+    return row["attention"]["with_copies"]["patch"] + _to_copies(row)
 
 
 MEAN = Metric("mean accuracy", "points", _tested("mean"))
+
+
+def under_blur(blur: str) -> Metric:
+    """Mean accuracy on images with this blur, one of the row's keys."""
+    return Metric(f"blur {blur}", "points", lambda row: row["test"][blur]["mean"])
+
+
 ACCURACIES: dict[str, Metric] = {
     "mean": MEAN,
     "existence": Metric("existence", "points", _tested("existence")),
@@ -69,23 +81,27 @@ PLACED: dict[str, Metric] = {  # what the place of a copy may change
     **{name: HALLUCINATION[name] for name in ("present", *NEGATIVES)},
 }
 ATTENTION: dict[str, Metric] = {
-    "patch": Metric("to the true patch", "%", _attention("patch"), digits=2, higher_is_better=None),
-    "copies": Metric("to copies there", "%", _attention("copies"), digits=2, higher_is_better=None),
-    "both": Metric("to patch and copies", "%", _to_both, digits=2, higher_is_better=None),
-    "patch_best_head": Metric(
-        "to the true patch, best head", "%", _attention("patch_best_head"), digits=1, higher_is_better=None
-    ),
-    "patch_from_question": Metric(
-        "to the true patch, from all words", "%", _attention("patch_from_question"), digits=2, higher_is_better=None
-    ),
-    "without": Metric(
-        "the same weights, copies left out", "%", _attention("patch", "without_copies"), digits=2,
-        higher_is_better=None,
-    ),
-}  # fmt: skip
-
+    name: Metric(said, "points", of, digits=digits, higher_is_better=None)
+    for name, said, of, digits in (
+        ("patch", "to the true patch", _attention("patch"), 2),
+        ("copies", "to copies there", _to_copies, 2),
+        ("both", "to patch and copies", _to_both, 2),
+        ("patch_best_head", "to the true patch, best head", _attention("patch_best_head"), 1),
+        ("patch_from_question", "to the true patch, from all words", _attention("patch_from_question"), 2),
+        ("without", "the same weights, copies left out", _attention("patch", "without_copies"), 2),
+    )
+}
 
 RANDOM = {"t2i": "random", "t2i-inherit": "random-inherit"}  # arms and their control of placement
+
+
+class Comparison(NamedTuple):
+    """`arm` minus `against` in one setting."""
+
+    setting: str
+    arm: str
+    against: str = "plain"
+    metric: Metric = MEAN
 
 
 class Laboratory:
@@ -136,33 +152,59 @@ class Laboratory:
             if key[0] == "run" and key[1] == setting and key[2] == arm and row["status"] == "done"
         }
 
+    def encoders(self) -> list[dict[str, float]]:
+        """How often each seed's frozen encoder named the colour and the shape of a patch right."""
+        return [row["encoder"] for row in self.rows if row["kind"] == "start" and row["status"] == "done"]
+
     def values(self, setting: str, arm: str, metric: Metric) -> dict[int, float]:
         found = {seed: metric.values(row) for seed, row in self.done(setting, arm).items()}
         return {seed: value for seed, value in sorted(found.items()) if value is not None}
 
-    def differences(self, setting: str, arm: str, against: str, metric: Metric) -> list[float]:
-        """`arm` minus `against`, one for every seed that has both."""
+    def differences(self, comparison: Comparison) -> list[float]:
+        """One for every seed that has both arms."""
+        setting, arm, against, metric = comparison
         ours, theirs = self.values(setting, arm, metric), self.values(setting, against, metric)
         return [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
 
-    def primary(self) -> list[tuple[dict[str, str], Difference | None, list[float]]]:
-        """The plan's contrasts with their statistics, one family."""
-        contrasts = self.plan["contrasts"]
-        values = [self.differences(c["setting"], c["arm"], c["against"], MEAN) for c in contrasts]
-        return list(zip(contrasts, family(values), values, strict=True))
+    def primary(self) -> dict[Comparison, Difference | None]:
+        """The plan's comparisons with their statistics, one family."""
+        planned = [Comparison(c["setting"], c["arm"], c["against"]) for c in self.plan["contrasts"]]
+        return dict(zip(planned, family([self.differences(one) for one in planned]), strict=True))
+
+    def compared(
+        self, comparisons: Sequence[Comparison], further: Sequence[Sequence[float]] = ()
+    ) -> list[Difference | None]:
+        """Statistics of what one list or table shows: of `comparisons`, and behind them of `further` differences.
+
+        One comparison has one answer on a page: those that the plan names keep theirs, the others are a family.
+        """
+        planned = self.primary()
+        others = iter(family([*(self.differences(one) for one in comparisons if one not in planned), *further]))
+        found = [planned[one] if one in planned else next(others) for one in comparisons]
+        return [*found, *others]
+
+    def all_against_plain(self) -> dict[Comparison, Difference | None]:
+        """Every arm of every setting, in mean accuracy."""
+        keys = [
+            Comparison(setting["name"], arm)
+            for setting in self.settings
+            for arm in self.arms(setting["name"])
+            if arm != "plain"
+        ]
+        return dict(zip(keys, self.compared(keys), strict=True))
 
     def against_plain(self, setting: str, metrics: dict[str, Metric]) -> dict[tuple[str, str], Difference | None]:
-        """(arm, metric) to the difference from plain; the cells of one table are one family."""
+        """(arm, metric) to the difference from plain, as one table shows them."""
         keys = [(arm, name) for arm in self.arms(setting) if arm != "plain" for name in metrics]
-        values = [self.differences(setting, arm, "plain", metrics[name]) for arm, name in keys]
-        return dict(zip(keys, family(values), strict=True))
+        found = self.compared([Comparison(setting, arm, "plain", metrics[name]) for arm, name in keys])
+        return dict(zip(keys, found, strict=True))
 
     def against_random(self, setting: str) -> dict[tuple[str, str], Difference | None]:
-        """(arm, metric) to anchors minus the same tokens at random patches, one family."""
+        """(arm, metric) to anchors minus the same tokens at random patches, as one table shows them."""
         arms = [arm for arm in RANDOM if {arm, RANDOM[arm]} <= set(self.arms(setting))]
         keys = [(arm, name) for arm in arms for name in PLACED]
-        values = [self.differences(setting, arm, RANDOM[arm], PLACED[name]) for arm, name in keys]
-        return dict(zip(keys, family(values), strict=True))
+        found = self.compared([Comparison(setting, arm, RANDOM[arm], PLACED[name]) for arm, name in keys])
+        return dict(zip(keys, found, strict=True))
 
     def counts(self) -> dict[str, int]:
         """Runs planned, done, failed, not started."""
@@ -191,7 +233,7 @@ def load(paths: Sequence[Path]) -> list[Laboratory]:
     """
     found = []
     for path in paths:
-        laboratory = Laboratory(rows.read(path, cut_short=True))
+        laboratory = Laboratory(rows.read(path))
         if not laboratory.counts()["done"]:
             raise ValueError(f"{path} holds no finished run; let `attanchor lab` finish some")
         found.append(laboratory)

@@ -1,4 +1,4 @@
-"""`attanchor report`: rows of the laboratory to one page. Its findings come from `sentences`, its figures from rows."""
+"""`attanchor report`: rows of the laboratory to one page of tables, plots, pictures and sentences made by rule."""
 
 from __future__ import annotations
 
@@ -7,22 +7,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from attanchor_vlm.files import write_atomically
-from attanchor_vlm.lab import records, sentences
-from attanchor_vlm.lab.records import ACCURACIES, ATTENTION, HALLUCINATION, MEAN, Laboratory, Metric, sharp, title
-from attanchor_vlm.lab.sentences import interval, number, p_text
-from attanchor_vlm.lab.statistics import Difference, mean_and_deviation
-
-_LIMITS = (
-    "No pretrained language model: these models have learned thirty words on the scenes themselves, so nothing here "
-    "says what anchors do to knowledge that a large model brings along.",
-    "No real images and no CLIP: the encoder sees one patch at a time and names its content almost perfectly.",
-    "The models are small and the training is short. An effect that needs scale or patience would not show; and a gain "
-    "may be faster learning, which need not last when plain concatenation is trained to the end.",
-    "Absolute values of cosine and tau mean nothing for another model.",
-    "Anchors at the true patch are told where the object is; that arm bounds what better matching could give, and its "
-    "answers to existence questions are partly given away.",
+from attanchor_vlm.files import check_parent, write_atomically
+from attanchor_vlm.lab import advice, records, sections, summary
+from attanchor_vlm.lab.records import (
+    ACCURACIES,
+    ATTENTION,
+    HALLUCINATION,
+    MEAN,
+    Laboratory,
+    Metric,
+    sharp,
+    title,
+    under_blur,
 )
+from attanchor_vlm.lab.statistics import Difference, mean_and_deviation
+from attanchor_vlm.lab.wording import interval, number, probability
 
 
 def write(paths: Sequence[Path], output: Path) -> list[Path]:
@@ -36,30 +35,31 @@ def write(paths: Sequence[Path], output: Path) -> list[Path]:
         The files written.
 
     Raises:
-        ValueError: `output` is no .md file, or a path holds no finished runs.
+        ValueError: `output` is no .md file or cannot be written, or a path holds no finished runs.
     """
-    if output.suffix != ".md":
+    if output.suffix != ".md" or output.is_dir():
         raise ValueError(f"output is {output}; it should be a .md file")
+    check_parent(output)
     if not paths:
         raise ValueError("no rows are given; name the folders of `attanchor lab`")
     laboratories = records.load(paths)
     written: list[Path] = []
     lines = ["# The proving ground: does it help?", ""]
     lines += _preface(laboratories)
-    lines += _section("## In short", _bullets(sentences.in_short(laboratories)))
+    lines += _section("## In short", _bullets(summary.in_short(laboratories)))
     for laboratory in laboratories:
         if len(laboratories) > 1:
             lines += [f"In the size {laboratory.size}:", ""]
-        lines += [*_bullets(sentences.primary(laboratory)), ""]
+        lines += [*_bullets(summary.primary(laboratory)), ""]
     lines += ["## What follows for users", ""]
     for laboratory in laboratories:
         lines += [
-            f"From the size {laboratory.size}; comparisons that the plan names keep their statistics, the others of "
-            "this list are corrected together:",
+            f"From the size {laboratory.size}. *Best* are differences from plain, corrected as such; what else the "
+            "plan does not name is corrected together:",
             "",
         ]
-        lines += [*_bullets(sentences.for_users(laboratory)), ""]
-    lines += _section("## What this does not show", _bullets(_LIMITS))
+        lines += [*_bullets(advice.for_users(laboratory)), ""]
+    lines += _section("## What this does not show", _bullets(_limits(laboratories)))
     for index, laboratory in enumerate(laboratories):
         names = _Pictures(output, f"{index + 1}-" if len(laboratories) > 1 else "", written)
         lines += _part(laboratory, names)
@@ -97,16 +97,38 @@ def _preface(laboratories: Sequence[Laboratory]) -> list[str]:
         f"Made by `attanchor report` from the rows of `attanchor lab` (size: {sizes}). Every finding on this page is "
         "put into words by rules from the rows' statistics. A difference is one arm minus another from the same "
         f"weights, on the same data in the same order, paired by seed (seeds: {_range(seeds)}). Intervals are "
-        "Student's t; those called corrected hold for all comparisons of their list or table at once (Bonferroni), "
-        "p-values are Holm's. *Established* means a corrected p below .05; Holm's procedure is a little sharper than "
-        "the corrected intervals, one of which may then just reach 0. How to run and read it: "
-        "[proving-ground.md](../proving-ground.md).",
+        "Student's t at 95 %. What is looked at together is corrected together: the comparisons that a plan names, all "
+        "other differences from plain in mean accuracy, and what else a list or a table shows. *Corrected* intervals "
+        "hold for all of these at once (Bonferroni), p-values are Holm's, and *established* means one below .05. "
+        "Holm's procedure is a little sharper than the corrected intervals: one of them may include 0 where the "
+        "difference is established. How to run and read it: `docs/proving-ground.md`.",
         "",
     ]
 
 
-def _range(values: Sequence[int]) -> str:
-    return str(values[0]) if len(values) == 1 else f"{values[0]} to {values[-1]}"
+def _limits(laboratories: Sequence[Laboratory]) -> list[str]:
+    seen = [accuracies for laboratory in laboratories for accuracies in laboratory.encoders()]
+    named = [
+        f"the {what} of {_range([f'{100 * one[what]:.1f}' for one in sorted(seen, key=lambda one: one[what])])} %"
+        for what in ("colour", "shape")
+        if seen
+    ]
+    return [
+        "No pretrained language model: these models have learned thirty words on the scenes themselves, so nothing "
+        "here says what anchors do to knowledge that a large model brings along.",
+        "No real images and no CLIP: the encoder sees one patch at a time"
+        + (f", and names {' and '.join(named)} of the objects." if named else "."),
+        "The models are small and the training is short. An effect that needs scale or patience would not show; and a "
+        "gain may be faster learning, which need not last when plain concatenation is trained to the end.",
+        "Absolute values of cosine and tau mean nothing for another model.",
+        "Anchors at the true patch are told where the object is; that arm bounds what better matching could give, and "
+        "its answers to existence questions are partly given away.",
+    ]
+
+
+def _range(values: Sequence[object]) -> str:
+    """Of values in order."""
+    return str(values[0]) if values[0] == values[-1] else f"{values[0]} to {values[-1]}"
 
 
 # --- One laboratory. -------------------------------------------------------------------------------------------------
@@ -175,17 +197,15 @@ def _primary_table(laboratory: Laboratory) -> list[str]:
         "| setting | comparison | each seed | mean | 95 % alone | 95 % corrected | p | p, Holm |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for contrast, difference, values in found:
-        name = f"{title(contrast['arm'])} − {title(contrast['against'])}"
-        seeds = " ".join(number(value) for value in values)
+    for comparison, difference in found.items():
+        name = f"{title(comparison.arm)} − {title(comparison.against)}"
+        cells = [comparison.setting, name, " ".join(number(one) for one in laboratory.differences(comparison))]
         if difference is None:
-            lines.append(f"| {contrast['setting']} | {name} | {seeds} | | | | | |")
-            continue
-        lines.append(
-            f"| {contrast['setting']} | {name} | {seeds} | {number(difference.mean)} | "
-            f"{interval(difference, wide=False)} | {interval(difference)} | {p_text(difference.p)[4:]} | "
-            f"{p_text(difference.adjusted_p)[4:]} |"
-        )
+            cells += [""] * 5
+        else:
+            cells += [number(difference.mean), interval(difference, wide=False), interval(difference)]
+            cells += [probability(difference.p), probability(difference.adjusted_p)]
+        lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
@@ -206,24 +226,24 @@ def _setting(laboratory: Laboratory, setting: dict[str, Any], names: _Pictures) 
     lines += [*_levels(laboratory, name, ACCURACIES), ""]
     lines += [
         "Paired differences from plain: mean and 95 % interval of that cell alone; bold: established, corrected for "
-        "all cells of the table.",
+        "all cells of the table, or with the plan's comparisons where it is one of them.",
         "",
     ]
-    lines += [*_differences(laboratory, name, ACCURACIES), "", *sentences.accuracies(laboratory, name), ""]
+    lines += [*_differences(laboratory, name, ACCURACIES), "", *sections.accuracies(laboratory, name), ""]
     lines += ["**Hallucination.** Existence questions by what they ask for.", ""]
     lines += [*_levels(laboratory, name, HALLUCINATION), "", *_differences(laboratory, name, HALLUCINATION), ""]
-    lines += [" ".join(sentences.hallucination(laboratory, name)), ""]
+    lines += [" ".join(sections.hallucination(laboratory, name)), ""]
     if placed := laboratory.against_random(name):
         lines += [
             "**Place.** Anchors minus the same tokens at random patches: what a copy's place adds to its being there.",
             "",
             *_table(placed, records.PLACED),
             "",
-            *sentences.placement(laboratory, name),
+            *sections.placement(laboratory, name),
             "",
         ]
     lines += ["**Matching**, on the test questions after stage 2.", "", *_matching(laboratory, name), ""]
-    lines += [" ".join(sentences.matching(laboratory, name)), ""]
+    lines += [" ".join(sections.matching(laboratory, name)), ""]
     if drawn:
         figures.curves(names.path("training", name), laboratory, name)
         words = f"Stage 2 over its steps: loss, share inserted, precision, tau, {name}"
@@ -232,10 +252,10 @@ def _setting(laboratory: Laboratory, setting: dict[str, Any], names: _Pictures) 
     if drawn:
         figures.attention(names.path("attention", name), laboratory, name)
         lines += [names.line("attention", name, f"Attention to the true patch, {name}"), ""]
-    lines += [*_levels(laboratory, name, ATTENTION), "", " ".join(sentences.attention(laboratory, name)), ""]
+    lines += [*_levels(laboratory, name, ATTENTION), "", " ".join(sections.attention(laboratory, name)), ""]
     for heading, said in (
-        ("**Copies left out at the test.**", sentences.without_copies(laboratory, name)),
-        ("**Blur at the test.**", sentences.blur(laboratory, name)),
+        ("**Copies left out at the test**, on a third of its scenes.", sections.without_copies(laboratory, name)),
+        ("**Blur at the test.**", sections.blur(laboratory, name)),
     ):
         if said:
             lines += [f"{heading} {' '.join(said)}", ""]
@@ -309,19 +329,15 @@ def _matching(laboratory: Laboratory, setting: str) -> list[str]:
 
 
 def _blurred(laboratory: Laboratory, setting: dict[str, Any]) -> list[str]:
-    """Differences from plain in mean accuracy under every blur."""
-    blurs = [f"{blur:g}" for blur in setting["blur_test"]]
-    metrics = {
-        blur: Metric(f"blur {blur}", "points", lambda row, blur=blur: row["test"][blur]["mean"])  # type: ignore[misc]
-        for blur in blurs
-    }
-    name = setting["name"]
+    """Mean accuracy under every blur, and its differences from plain under those that no other table shows."""
+    name, metrics = setting["name"], {f"{blur:g}": under_blur(f"{blur:g}") for blur in setting["blur_test"]}
+    blurred = dict(list(metrics.items())[1:])
     return [
         "Mean accuracy, and its paired difference from plain.",
         "",
         *_levels(laboratory, name, metrics),
         "",
-        *_differences(laboratory, name, metrics),
+        *_differences(laboratory, name, blurred),
     ]
 
 

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import datetime
 import functools
-import json
 import os
 import platform
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
-from attanchor_vlm import provenance
+from attanchor_vlm import json_lines, provenance
+from attanchor_vlm.json_lines import Row
 
-Row = dict[str, Any]
 KINDS = ("start", "run")  # of rows: the weights before stage 2, and a run of one arm
 STATUSES = ("done", "failed")
 
@@ -48,45 +46,19 @@ def load_average() -> float | None:
     return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
 
 
-def append(path: Path, row: Row) -> None:
-    """Add one row. A line that a kill cut short is ended first, so that it does not take this one with it."""
-    line = json.dumps(row, allow_nan=False) + "\n"
-    with path.open("a+b") as file:
-        if file.tell():
-            file.seek(-1, os.SEEK_END)
-            if file.read(1) != b"\n":
-                file.write(b"\n")
-        file.write(line.encode())
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def read(paths: Path | Sequence[Path], cut_short: bool = False) -> list[Row]:
-    """The rows of files and of every rows.jsonl in folders.
-
-    Args:
-        cut_short: Skip lines that are no JSON, which a kill may leave.
+def read(path: Path) -> list[Row]:
+    """The rows of a file, or of the rows.jsonl in a folder; a last line that a kill cut short is left out.
 
     Raises:
-        ValueError: a file is missing, or a line is no row of the laboratory, naming file and line.
+        ValueError: the file is missing, or a line is no row of the laboratory, naming file and line.
     """
-    found: list[Row] = []
-    for path in [paths] if isinstance(paths, Path) else paths:
-        file = path / "rows.jsonl" if path.is_dir() else path
-        if not file.is_file():
-            raise ValueError(f"{file} is no file; it should be the rows.jsonl that `attanchor lab` wrote")
-        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                if cut_short:
-                    continue
-                raise ValueError(f"{file}, line {number} is no JSON: {error}") from error
-            if not isinstance(row, dict) or row.get("kind") not in ("plan", *KINDS):
-                raise ValueError(f"{file}, line {number} is no row of the laboratory")
-            found.append(row)
+    file = path / "rows.jsonl" if path.is_dir() else path
+    if not file.is_file():
+        raise ValueError(f"{file} is no file; it should be the rows.jsonl that `attanchor lab` wrote")
+    found = json_lines.read(file)
+    for number, row in enumerate(found, 1):
+        if row.get("kind") not in ("plan", *KINDS):
+            raise ValueError(f"{file}, row {number} is no row of the laboratory")
     return found
 
 

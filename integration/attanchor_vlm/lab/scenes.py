@@ -1,7 +1,7 @@
 """Rendered scenes, a batch at a time on any device: coloured shapes on a grid, with distractors, noise, optional blur.
 
 One patch of the model holds at most one object, so the patch that a word belongs to is known exactly. Nothing here
-depends on the contents of a tensor for its shapes: no step waits for the device.
+depends on the contents of a tensor for its shapes, so no step has to read one back from the device.
 """
 
 from __future__ import annotations
@@ -44,6 +44,11 @@ class World:
         for name in ("rows", "columns"):
             if (value := getattr(self, name)) < 2 or value % 2:
                 raise ValueError(f"{name} is {value}; it should be even and at least 2")
+        if self.cell < 2 or self.distractors < 0 or self.noise < 0:
+            raise ValueError(
+                f"cell, distractors, noise are {self.cell}, {self.distractors}, {self.noise}; they should be at least "
+                "2, 0, 0"
+            )
         if not 1 <= self.least <= self.most <= PAIRS:
             raise ValueError(f"least and most are {self.least}, {self.most}; they should rise within 1 to {PAIRS}")
         if self.most + self.distractors > self.patches:
@@ -106,9 +111,9 @@ def draw(world: World, count: int, generator: torch.Generator, least: int = 0, m
     """`count` scenes on the generator's device; no two objects of a scene share both colour and shape.
 
     Args:
-        least, most: Other numbers of objects than the world's; 0 for the world's.
+        least, most: Other numbers of objects than the world's, `most` no larger; 0 for the world's.
     """
-    device, most = generator.device, most or world.most
+    device, most = generator.device, min(most or world.most, world.most)
     least = least or min(world.least, most)
 
     def uniform(*shape: int) -> Tensor:

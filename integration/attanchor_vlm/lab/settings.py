@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +13,18 @@ from attanchor_vlm.lab.arms import ARMS
 from attanchor_vlm.lab.model import Shape
 from attanchor_vlm.lab.questions import Mixture
 from attanchor_vlm.lab.scenes import World
+
+
+def _at_least(part: object, **bounds: float) -> None:
+    for name, bound in bounds.items():
+        if not (value := getattr(part, name)) >= bound:
+            raise ValueError(f"{name} is {value}; it should be at least {bound}")
+
+
+def _above_zero(part: object, *names: str) -> None:
+    for name in names:
+        if not (value := getattr(part, name)) > 0:
+            raise ValueError(f"{name} is {value}; it should be above 0")
 
 
 @dataclass(frozen=True)
@@ -29,6 +42,10 @@ class Stage1:
     each: int = 6
     lr: float = 3e-3
     encoder_steps: int = 400
+
+    def __post_init__(self) -> None:
+        _at_least(self, steps=0, batch=1, each=1, encoder_steps=1)
+        _above_zero(self, "lr")
 
 
 @dataclass(frozen=True)
@@ -57,6 +74,8 @@ class Stage2:
     def __post_init__(self) -> None:
         if self.method not in ("full", "lora"):
             raise ValueError(f"method is {self.method!r}; it should be 'full' or 'lora'")
+        _at_least(self, steps=1, batch=1, curriculum=0)
+        _above_zero(self, "lr")
         for name in ("share", "image_share"):
             if not 0 < (value := getattr(self, name)) <= 1:
                 raise ValueError(f"{name} is {value}; it should be above 0 and at most 1")
@@ -96,6 +115,8 @@ class Setting:
     test_batch: int = 100
 
     def __post_init__(self) -> None:
+        if not re.fullmatch(r"[\w.-]+", self.name):
+            raise ValueError(f"name of a setting is {self.name!r}; it should be one word, for rows and file names")
         every = (*self.arms, *self.more)
         if unknown := sorted(set(every) - set(ARMS)):
             raise ValueError(f"setting {self.name!r} names the arms {unknown}; known are {', '.join(ARMS)}")
@@ -103,6 +124,10 @@ class Setting:
             raise ValueError(f"setting {self.name!r} lacks the arm 'plain', with which all others are compared")
         if len(set(every)) < len(every) or len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"setting {self.name!r} names an arm or a seed twice")
+        if not self.seeds or not self.blur_test:
+            raise ValueError(f"setting {self.name!r} needs at least one of seeds and of blur_test")
+        _at_least(self, alignment=0, blur_train=0, more_seeds=0, test_scenes=1, test_each=1, test_batch=1)
+        _above_zero(self, "temperature")
 
     def runs(self) -> list[tuple[str, int]]:
         """(arm, seed) of every run, seed by seed: cut short, it leaves whole comparisons."""
@@ -152,6 +177,9 @@ class Plan:
     workers: int = 2
 
     def __post_init__(self) -> None:
+        if not self.settings:
+            raise ValueError("the plan has no settings; it should have at least one")
+        _at_least(self, workers=1)
         by_name = {setting.name: setting for setting in self.settings}
         if len(by_name) < len(self.settings):
             raise ValueError("two settings of the plan have the same name")

@@ -24,6 +24,7 @@ class Difference:
         low, high: 95 % confidence interval of this comparison alone (Student's t).
         wide_low, wide_high: The interval that holds for all comparisons of the family at once (Bonferroni).
         p: Two-sided, alone. adjusted_p: after Holm, over the family.
+        among: How many comparisons the family has.
     """
 
     values: tuple[float, ...]
@@ -34,6 +35,7 @@ class Difference:
     wide_high: float
     p: float
     adjusted_p: float
+    among: int
 
     @property
     def seeds(self) -> int:
@@ -52,30 +54,27 @@ class Difference:
 
 def family(differences: Sequence[Sequence[float]]) -> list[Difference | None]:
     """Statistics of comparisons that are looked at together; None where there are fewer than three seeds."""
-    tested = [list(values) for values in differences if len(values) >= LEAST]
-    ps = [p_value(values) for values in tested]
-    adjusted = iter(holm(ps))
-    number = len(tested)
-    found: list[Difference | None] = []
-    for values in differences:
-        if len(values) < LEAST:
-            found.append(None)
-            continue
-        mean = sum(values) / len(values)
-        alone, wide = _half_width(values, LEVEL), _half_width(values, LEVEL / number)
-        found.append(
-            Difference(
-                tuple(values),
-                mean,
-                mean - alone,
-                mean + alone,
-                mean - wide,
-                mean + wide,
-                p_value(values),
-                next(adjusted),
-            )
-        )
-    return found
+    tested = [values for values in differences if len(values) >= LEAST]
+    adjusted = iter(holm([p_value(values) for values in tested]))
+    return [
+        _difference(values, next(adjusted), len(tested)) if len(values) >= LEAST else None for values in differences
+    ]
+
+
+def _difference(values: Sequence[float], adjusted_p: float, among: int) -> Difference:
+    mean = sum(values) / len(values)
+    alone, wide = _half_width(values, LEVEL), _half_width(values, LEVEL / among)
+    return Difference(
+        tuple(values),
+        mean,
+        low=mean - alone,
+        high=mean + alone,
+        wide_low=mean - wide,
+        wide_high=mean + wide,
+        p=p_value(values),
+        adjusted_p=adjusted_p,
+        among=among,
+    )
 
 
 def holm(ps: Sequence[float]) -> list[float]:

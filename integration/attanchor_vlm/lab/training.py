@@ -205,7 +205,7 @@ def inserted(asker: Asker, batch: Batch, built: Built) -> dict[str, float | None
         return {}
     candidates = batch.patches * len(batch.ids) if arm.copies == "image" else LENGTH * len(batch.ids)
     line: dict[str, float | None] = {"tau": asker.tau, "share": built.is_anchor.sum().item() / candidates}
-    if arm.copies != "image":
+    if arm.at_patches:
         host = hosts_as_patches(built.host, batch.patches)
         words = batch.questions.words
         quality = match_quality(match_counts(host, host.clamp(min=0), words, batch.scenes, batch.questions.target))
