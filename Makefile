@@ -35,4 +35,4 @@ bench: $(if $(filter $(VENV)/%,$(PYTHON)),$(STAMP))
 	$(PYTHON) -m pytest benchmarks --benchmark-enable
 
 clean:
-	rm -rf $(VENV) build *.egg-info $(OUT)
+	rm -rf $(VENV) build *.egg-info attanchor_kernels/*.so $(OUT) $(GPU_OUT)

@@ -121,6 +121,8 @@ def say(what: str) -> None:
 
 
 setup(
+    license="Apache-2.0",
+    license_files=["LICENSE"],
     packages=PACKAGES,
     package_dir={"attanchor_vlm": "integration/attanchor_vlm"},
     package_data={"attanchor_vlm": ["assets/**"]},

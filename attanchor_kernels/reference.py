@@ -6,7 +6,7 @@
     arrange   the output row of every original and every copy, and from it all fields
     assemble  copy the rows
 
-Off the CPU nothing here waits for the device. On the CPU reading a value is free, and skipping work by it is not.
+Off the CPU nothing here waits for the device. On the CPU reading a value is free, and may skip work that takes time.
 """
 
 from __future__ import annotations
@@ -126,14 +126,15 @@ def match(problem: Problem, layout: Layout) -> tuple[Tensor, Tensor]:
     movers, hosts = (rows.to(accumulation).contiguous() for rows in (layout.mover_rows, layout.host_rows))
     mover_norm, host_norm = (torch.linalg.vector_norm(rows, dim=-1) for rows in (movers, hosts))
     mover_scale, host_scale = (norm.clamp_min(NORM_FLOOR).reciprocal() for norm in (mover_norm, host_norm))
-    # A norm that is not finite, or whose square is not, takes the row out of matching.
-    moves = layout.moves & mover_norm.square().isfinite()
-    hosting = layout.hosts & host_norm.square().isfinite()
+    # A norm that is NaN, or whose square is not finite, takes the row out of matching.
+    limit = 2.0 ** (512 if accumulation == torch.float64 else 64)
+    moves, hosting = layout.moves & (mover_norm < limit), layout.hosts & (host_norm < limit)
 
     with _exact_matmul(movers.device):
         cosine = torch.bmm(movers, hosts.mT)
     cosine.mul_(host_scale.unsqueeze(1)).mul_(mover_scale.unsqueeze(2))
-    cosine.masked_fill_(~hosting.unsqueeze(1), -torch.inf)
+    if cosine.device.type != "cpu" or not hosting.all():
+        cosine.masked_fill_(~hosting.unsqueeze(1), -torch.inf)
     if problem.turn is not None:
         mover_turn, host_turn = (problem.turn.gather(1, slot) for slot in (layout.mover_slot, layout.host_slot))
         cosine.masked_fill_(host_turn.unsqueeze(1) < mover_turn.unsqueeze(2), -torch.inf)
@@ -142,10 +143,10 @@ def match(problem: Problem, layout: Layout) -> tuple[Tensor, Tensor]:
     # column within a few roundings of the best, and its score is summed again, in an order that is the same everywhere.
     slack = 16 * torch.finfo(accumulation).eps
     best = cosine.amax(dim=-1, keepdim=True)
-    host = (cosine >= best - slack).to(torch.uint8).argmax(dim=-1)
+    host = (cosine >= best - slack).view(torch.uint8).argmax(dim=-1)
     first_host = hosts.shape[1] * torch.arange(len(hosts), device=host.device).unsqueeze(1)
     host_row = hosts.flatten(0, 1).index_select(0, (first_host + host).flatten()).view_as(movers)
-    score = (movers * host_row).sum(-1) * host_scale.gather(1, host) * mover_scale
+    score = host_row.mul_(movers).sum(-1) * host_scale.gather(1, host) * mover_scale
     return score.masked_fill(~moves | best.squeeze(-1).isneginf(), -torch.inf), host
 
 
@@ -159,6 +160,9 @@ def _exact_matmul(device: torch.device) -> Iterator[None]:
     # The setting belongs to the process: without the lock two threads could restore each other's.
     with _precision_lock, torch.autocast(device.type, enabled=False):
         found = settings.fp32_precision
+        settings.fp32_precision = "none"
+        if settings.fp32_precision == found:  # from a setting above this one: it must go on following that
+            found = "none"
         settings.fp32_precision = "ieee"
         try:
             yield
@@ -217,7 +221,8 @@ def arrange(problem: Problem, layout: Layout, score: Tensor, host: Tensor, inser
         return row[:, :capacity].contiguous()
 
     source = lay(slot, layout.mover_slot)
-    is_anchor = lay(torch.zeros_like(slot), torch.ones_like(host_slot)) > 0
+    is_anchor = torch.zeros(batch, capacity + 1, dtype=torch.bool, device=real.device)
+    is_anchor = is_anchor.scatter_(1, anchor_at, True)[:, :capacity].contiguous()
     present = source >= 0
     if problem.inherit:
         position_ids = problem.position_ids if problem.position_ids is not None else (real_through - 1).unsqueeze(0)
