@@ -178,6 +178,8 @@ def _trimmed(call: validate.Call, backend: str, copy: bool) -> AnchoredSequence:
             "trim is True, which reads the length from the device; under CUDA graph capture pass trim=False"
         )
 
+    if problem.max_anchors is not None:  # rows beyond what can be inserted would be cut off again
+        problem = problem._replace(max_anchors=min(problem.max_anchors, problem.movers))
     position_ids, attention_mask, source, is_anchor, host, score, places = ops.plan(problem, backend)
     length = _read_length(problem, attention_mask)
     if length < problem.capacity:

@@ -63,6 +63,14 @@ def self_test(backend: str, device: torch.device) -> str:
 _DEFAULTS = ("text_into_image", "sequential", None, "right")
 
 
+def automatic(device: torch.device) -> str:
+    """What a call that names no backend gets, which ATTANCHOR_BACKEND may forbid."""
+    try:
+        return f"{backends.choose('auto', device, torch.bfloat16)} for bfloat16"
+    except ValueError as error:
+        return f"nothing: {error}"
+
+
 def main() -> int:
     """Print the report. Returns 1 if an available backend fails its self-test."""
     for name, version in versions().items():
@@ -78,7 +86,7 @@ def main() -> int:
             outcome = f"not available: {reason}" if reason else f"available, self-test {self_test(backend, device)}"
             failed |= "FAILED" in outcome
             print(f"  {backend:<12}{outcome}")
-        print(f"  auto takes  {backends.choose('auto', device, torch.bfloat16)} for bfloat16")
+        print(f"  auto takes  {automatic(device)}")
     return int(failed)
 
 

@@ -33,8 +33,9 @@ def _floating(name: str, value: Tensor) -> None:
         raise TypeError(f"{name} is {type(value).__name__}; it should be a torch.Tensor")
     if value.dtype not in DTYPES:
         raise TypeError(f"{name} has dtype {value.dtype}; it should be float16, bfloat16, float32 or float64")
-    if value.layout != torch.strided:
-        raise TypeError(f"{name} has layout {value.layout}; it should be a dense tensor")
+    if value.layout != torch.strided or value.is_nested:
+        layout = "nested" if value.is_nested else value.layout
+        raise TypeError(f"{name} has layout {layout}; it should be a dense tensor")
 
 
 def _pair(first_name: str, first: Tensor, second_name: str, second: Tensor) -> None:

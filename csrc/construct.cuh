@@ -56,6 +56,12 @@ ATTANCHOR_DEVICE unsigned draw_ticket(const Problem& p, unsigned* slot, int rank
   return *slot;
 }
 
+// Until every block of the cluster has begun: before that nobody may reach into its shared memory.
+template <int CLUSTER>
+ATTANCHOR_DEVICE void gather_cluster() {
+  if constexpr (CLUSTER > 1) arch::sync_cluster<CLUSTER>();
+}
+
 // A match tile is done: the last one of a sample with a large budget also finds the cut.
 template <class Shared>
 ATTANCHOR_DEVICE void finish_match(const Problem& p, Shared& s, int sample, int movers, unsigned items) {
@@ -107,6 +113,7 @@ ATTANCHOR_DEVICE void construct(const Problem& p) {
 template <class E, int IMAGES, int CLUSTER>
 ATTANCHOR_KERNEL(THREADS, 2) construct_kernel(ATTANCHOR_ARGUMENT(Problem) p) {
   if constexpr (CLUSTER <= arch::LARGEST_CLUSTER) {
+    gather_cluster<CLUSTER>();
     construct<E, IMAGES, CLUSTER>(p);
   } else {
     arch::fail();

@@ -112,6 +112,7 @@ struct ConstructHeld {
 template <class E, int IMAGES, int CLUSTER>
 ATTANCHOR_KERNEL(THREADS, 2) construct_held_kernel(ATTANCHOR_ARGUMENT(Problem) p) {
   if constexpr (CLUSTER <= arch::LARGEST_CLUSTER) {
+    gather_cluster<CLUSTER>();
     ConstructHeld<E, IMAGES, CLUSTER>(p).run();
   } else {
     arch::fail();

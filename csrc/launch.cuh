@@ -76,7 +76,8 @@ const char* launch(void (*kernel)(Argument), int blocks, int threads, int shared
   cudaLaunchAttribute attribute;
   const cudaLaunchConfig_t config = configuration(&attribute, blocks, threads, shared, cluster, stream);
   cudaError_t error = cudaLaunchKernelEx(&config, kernel, argument);
-  if (error == cudaSuccess) error = cudaGetLastError();
+  const cudaError_t last = cudaGetLastError();  // cleared in any case, or PyTorch would blame a kernel of its own for it
+  if (error == cudaSuccess) error = last;
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 

@@ -26,6 +26,16 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
 
 
+def pytest_terminal_summary(terminalreporter):
+    """What the compilers said of every kernel, which a test that passes would keep to itself."""
+    reports = [report for outcome in ("passed", "failed") for report in terminalreporter.stats.get(outcome, [])]
+    usages = [value for report in reports for name, value in report.user_properties if name == "usage"]
+    if usages:
+        terminalreporter.section("registers and spills of the kernels")
+    for kernel, target, registers, spilled in usages:
+        terminalreporter.write_line(f"{kernel:<40}{target:<8}{registers:>4} registers{spilled:>6} bytes spilled")
+
+
 @pytest.fixture
 def poisoned_empty(monkeypatch):
     """Fill whatever `torch.empty` and its kin hand out with garbage, so that an unwritten output shows."""

@@ -45,7 +45,7 @@ class Usage(NamedTuple):
 
 def nvcc() -> str | None:
     home = os.environ.get("CUDA_HOME")
-    return str(Path(home, "bin", "nvcc")) if home else shutil.which("nvcc")
+    return (shutil.which("nvcc", path=str(Path(home, "bin"))) if home else None) or shutil.which("nvcc")
 
 
 needs_nvcc = pytest.mark.skipif(nvcc() is None, reason="left out: there is no nvcc on the PATH or in CUDA_HOME")
@@ -99,12 +99,11 @@ def readable(mangled: str) -> str:
 
 @needs_nvcc
 @pytest.mark.parametrize(("source", "target"), CASES)
-def test_compiles_without_spills_where_it_is_tuned(source, target):
+def test_compiles_without_spills_where_it_is_tuned(source, target, record_property):
     """Every file compiles without a warning; the forward keeps its registers on sm_90a, and fits twice on an SM."""
     kernels = usage(source, target)
     for kernel in kernels:
-        name = f"{kernel.kernel:<36} sm_{kernel.target:<5}"
-        print(f"{name} {kernel.registers:>4} registers {kernel.spill_bytes:>4} bytes spilled")
+        record_property("usage", (f"CUDA, {kernel.kernel}", f"sm_{target}", kernel.registers, kernel.spill_bytes))
         if target == "90a":
             assert kernel.spill_bytes == 0, f"{kernel.kernel} spills {kernel.spill_bytes} bytes"
         if kernel.kernel.startswith("construct"):

@@ -59,7 +59,11 @@ BUILD_ERRORS = [
     ({"position_ids": torch.zeros(0, 2, 8).long(), "positions": "inherit"}, ValueError, "with P >= 1"),
     ({"trim": 1}, TypeError, "trim is int; it should be a bool"),
     ({"backend": "numpy"}, ValueError, "backend is 'numpy'; it should be one of 'auto', 'reference', 'triton', 'cuda'"),
-    ({"backend": "cuda"}, ValueError, "backend is 'cuda', which is not available: .*ATTANCHOR_BUILD_CUDA=1"),
+    (
+        {"backend": "cuda"},
+        ValueError,
+        "backend is 'cuda', which is not available: .*`ATTANCHOR_BUILD_CUDA=1 pip install --no-build-isolation .`",
+    ),
     (
         {"img": IMAGE.double(), "txt": TEXT.double(), "backend": "triton"},
         ValueError,
@@ -74,6 +78,12 @@ def test_build_sequence(change, error, message):
         pytest.skip("the CUDA kernels may be built here")
     with pytest.raises(error, match=message):
         build_sequence(**{"img": IMAGE, "txt": TEXT, "tau": 0.1, **change})
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_images_of_several_sizes_in_a_nested_tensor():
+    with pytest.raises(TypeError, match="img has layout nested; it should be a dense tensor"):
+        build_sequence(torch.nested.nested_tensor([IMAGE[0], IMAGE[1, :2]]), TEXT, 0.1)
 
 
 @pytest.mark.parametrize("count", [np.int64(1), np.uint8(1), np.array(1)], ids=repr)
@@ -133,6 +143,9 @@ def test_the_environment_variable_is_read_at_each_call_and_the_argument_beats_it
         build_sequence(IMAGE, TEXT, 0.1)
     with pytest.raises(ValueError, match="ATTANCHOR_BACKEND is 'nonsense'"):
         torch.ops.attanchor.build_sequence(IMAGE, TEXT, 0.1)
+    monkeypatch.setenv("ATTANCHOR_BACKEND", "cuda")
+    with pytest.raises(ValueError, match="ATTANCHOR_BACKEND is 'cuda', which is not available"):
+        build_sequence(IMAGE, TEXT, 0.1)
     build_sequence(IMAGE, TEXT, 0.1, backend="reference")
     monkeypatch.setenv("ATTANCHOR_BACKEND", "")
     build_sequence(IMAGE, TEXT, 0.1)

@@ -16,8 +16,8 @@ sys.meta_path.insert(0, Block())
 """
 
 
-def run(code: str, blocked: tuple[str, ...] = ()) -> str:
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+def run(code: str, blocked: tuple[str, ...] = (), **variables: str) -> str:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | variables
     code = BLOCK.format(blocked=blocked) + code
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=600)
     assert done.returncode == 0, done.stderr
@@ -53,10 +53,20 @@ def test_a_missing_triton_is_explained():
     assert "Triton cannot be imported (triton is blocked by the test); install it with" in run(code, ("triton",))
 
 
+DOCTOR = "import runpy; runpy.run_module('attanchor_kernels.doctor', run_name='__main__')"
+
+
 @pytest.mark.parametrize("blocked", [(), ("triton",)])
 def test_doctor_runs_anywhere(blocked):
-    output = run("import runpy; runpy.run_module('attanchor_kernels.doctor', run_name='__main__')", blocked)
+    output = run(DOCTOR, blocked)
     assert "self-test" in output
     assert "CUDA kernels for" in output
     assert "reference" in output
     assert ("triton is blocked" in output) == bool(blocked)
+
+
+@pytest.mark.parametrize(
+    ("wish", "why"), [("cuda", "cuda', which is not available: the CUDA"), ("fastest", "fastest'; it should be one of")]
+)
+def test_doctor_says_when_the_environment_asks_for_what_is_not_there(wish, why):
+    assert f"auto takes  nothing: ATTANCHOR_BACKEND is '{why}" in run(DOCTOR, ATTANCHOR_BACKEND=wish)

@@ -8,8 +8,11 @@ from strategies import KERNEL_DTYPES, build_arguments, merge_arguments
 
 from attanchor_kernels import AnchoredSequence, build_sequence, merge_sequence, plan_sequence, validate
 from attanchor_kernels.testing.checks import assert_keeps_contract
+from attanchor_kernels.testing.oracle import algorithm_1, algorithm_2, embed
 
 DTYPES = [*KERNEL_DTYPES, torch.float64]
+interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="the Triton kernels run on the GPU here: tests/gpu")
+BACKENDS = ["reference", pytest.param("triton", marks=interpreted)]
 
 
 def with_axis(result: AnchoredSequence) -> AnchoredSequence:
@@ -46,18 +49,37 @@ def test_reference_merge(arguments, trim):
     check_merge(arguments, trim, "reference")
 
 
+@interpreted
 @settings(max_examples=120)
 @given(build_arguments(KERNEL_DTYPES), st.booleans())
 def test_triton_build(arguments, trim):
-    """The Triton kernels (interpreted where there is no GPU) keep the contract of build_sequence."""
+    """The Triton kernels keep the contract of build_sequence."""
     check_build(arguments, trim, "triton")
 
 
+@interpreted
 @settings(max_examples=120)
 @given(merge_arguments(KERNEL_DTYPES), st.booleans())
 def test_triton_merge(arguments, trim):
     """The Triton kernels keep the contract of merge_sequence and plan_sequence."""
     check_merge(arguments, trim, "triton")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("direction", "algorithm"), [("text_into_image", algorithm_1), ("image_into_text", algorithm_2)]
+)
+@pytest.mark.parametrize("tau", [-1.0, 0.2, 1.0])
+def test_the_papers_algorithms(backend, direction, algorithm, tau):
+    """What Algorithms 1 and 2 make of a sample, read literally: every row, and which of them are copies."""
+    generator = torch.Generator().manual_seed(6)
+    for _ in range(8):
+        counts = torch.randint(1, 12, (2,), generator=generator).tolist()
+        image, text = (torch.randn(count, 6, generator=generator) for count in counts)
+        sequence = algorithm(image, text, tau)
+        result = build_sequence(image, text, tau, direction=direction, backend=backend)
+        assert torch.equal(result.embeds, embed(sequence, image, text, direction == "image_into_text"))
+        assert result.is_anchor.tolist() == [kind == "anchor" for kind, _ in sequence]
 
 
 def _gradient_problem(dtype: torch.dtype, merge: bool):
@@ -74,7 +96,7 @@ def _gradient_problem(dtype: torch.dtype, merge: bool):
     return merge_sequence, [text_embeds.to(dtype), image.reshape(-1, 19).to(dtype)], {"roles": roles, "tau": 0.1}
 
 
-@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES)
 @pytest.mark.parametrize("merge", [False, True], ids=["build", "merge"])
 @pytest.mark.parametrize("direction", ["text_into_image", "image_into_text"])
@@ -102,7 +124,7 @@ def test_gradients_are_the_sums_over_copies(backend, dtype, merge, direction, tr
         assert torch.equal(one, other.to(dtype))
 
 
-@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_bitwise_repeatable(backend):
     """Ten runs, one result."""
     arguments = {"img": torch.randn(2, 70, 33), "txt": torch.randn(2, 20, 33), "tau": 0.05, "max_anchors": 6}

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from attanchor_kernels import build_sequence, merge_sequence, plan_sequence
+from attanchor_kernels import build_sequence, merge_sequence, ops, plan_sequence
 
 # Three orthogonal patches; words that look like patch 2, patch 0, nothing, patch 2.
 PATCHES = torch.eye(4)[:3]
@@ -102,6 +102,17 @@ def test_the_budget_keeps_the_best():
     assert out.host.tolist() == [2, 0, -1, -1]
     assert build_sequence(PATCHES, WORDS, 0.5, max_anchors=0).is_anchor.sum() == 0
     assert build_sequence(PATCHES, WORDS, 0.5, max_anchors=99, trim=False).source.shape == (7 + 99,)
+
+
+def test_a_budget_beyond_what_there_is_to_insert_takes_no_memory(monkeypatch):
+    """The largest that is allowed: a plan at its capacity would take tens of gigabytes."""
+    rows, plan = [], ops.plan
+    monkeypatch.setattr(ops, "plan", lambda problem, backend: rows.append(problem.capacity) or plan(problem, backend))
+    for direction, most in (("text_into_image", 3 + 4 + 4), ("image_into_text", 3 + 4 + 3)):
+        expected = build_sequence(PATCHES, WORDS, 0.5, direction=direction)
+        out = build_sequence(PATCHES, WORDS, 0.5, max_anchors=2**30, direction=direction)
+        assert torch.equal(out.source, expected.source)
+        assert rows[-1] == most
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, 1e20])
@@ -219,3 +230,17 @@ def test_matmul_precision_and_autocast_change_nothing(precision):
         torch.set_float32_matmul_precision(before)
     for one, other in zip(got, expected, strict=True):
         assert torch.equal(one, other)
+
+
+def test_an_inherited_matmul_precision_goes_on_being_inherited():
+    """What was set for all backends when the operator ran is no setting of the matrix product's own."""
+    everything, product = torch.backends, torch.backends.mkldnn.matmul
+    before = everything.fp32_precision, product.fp32_precision
+    try:
+        product.fp32_precision, everything.fp32_precision = "none", "tf32"
+        build_sequence(PATCHES, WORDS, 0.5)
+        assert product.fp32_precision == "tf32"
+        everything.fp32_precision = "ieee"
+        assert product.fp32_precision == "ieee"
+    finally:
+        everything.fp32_precision, product.fp32_precision = before

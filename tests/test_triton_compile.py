@@ -307,21 +307,16 @@ def _run(cache: Path, *arguments: str) -> list[dict]:
 def compiled(tmp_path_factory) -> dict[tuple[str, str], dict]:
     """All cases, compiled once."""
     rows = _run(tmp_path_factory.mktemp("triton"))
-    print("\n" + table(rows))
     return {(row["target"], row["case"]): row for row in rows}
 
 
-def table(rows: list[dict]) -> str:
-    lines = [f"{'target':8}{'kernel':32}{'registers':>10}{'spill bytes':>12}{'shared':>8}"]
-    lines += [f"{r['target']:8}{r['case']:32}{r['registers']:10}{r['spills']:12}{r['shared']:8}" for r in rows]
-    return "\n".join(lines)
-
-
 @pytest.mark.parametrize("target", TARGETS)
-def test_every_kernel_compiles(compiled, target):
+def test_every_kernel_compiles(compiled, target, record_property):
     """Machine code for every kernel and configuration."""
     for case in cases(target):
-        assert compiled[target, case]["bytes"] > 1000, case
+        row = compiled[target, case]
+        record_property("usage", (f"Triton, {case}", target, row["registers"], row["spills"]))
+        assert row["bytes"] > 1000, case
 
 
 def test_forward_spills_nothing_on_sm_90(compiled):

@@ -67,7 +67,7 @@ def _why_not_cuda(device_type: str, index: int | None) -> str | None:
     except ImportError as error:
         return (
             f"the CUDA extension attanchor_kernels._C cannot be imported ({error}); "
-            "build it with a CUDA build of PyTorch and nvcc: `ATTANCHOR_BUILD_CUDA=1 pip install .`"
+            "build it with nvcc and a PyTorch for CUDA: `ATTANCHOR_BUILD_CUDA=1 pip install --no-build-isolation .`"
         )
     if device_type != "cuda":
         return f"the CUDA kernels run on CUDA tensors, these are on {device_type!r}"
@@ -109,17 +109,18 @@ def choose(argument: str, device: torch.device, dtype: torch.dtype) -> str:
         ValueError: the backend asked for is unknown, cannot run here, or does not do this dtype.
     """
     name = requested(argument)
+    wish = ENVIRONMENT_VARIABLE if argument == "auto" else "backend"
     if name == "auto":
         if device.type == "cpu" or dtype == torch.float64:
             return "reference"
         return next(n for n in ("cuda", "triton", "reference") if why_not(n, device.type, device.index) is None)
     if name != "reference" and dtype == torch.float64:
         raise ValueError(
-            f"backend is {name!r} and the inputs are float64; the kernels do not do float64: use 'reference'"
+            f"{wish} is {name!r} and the inputs are float64; the kernels do not do float64: use 'reference'"
         )
     reason = why_not(name, device.type, device.index)
     if reason is not None:
-        raise ValueError(f"backend is {name!r}, which is not available: {reason}")
+        raise ValueError(f"{wish} is {name!r}, which is not available: {reason}")
     return name
 
 

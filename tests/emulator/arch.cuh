@@ -2,8 +2,9 @@
 //
 // What it is stricter about than a GPU: fibers go on in random order after every meeting point; asynchronous copies
 // arrive at random, as late as they may or as early; maxima become visible to other blocks no sooner than a fence that
-// a block barrier separates from them; shared memory starts as garbage; warp functions insist that all 32 lanes are
-// there; a device runs only as many blocks at once as it is told to, and reports a deadlock instead of hanging.
+// a block barrier separates from them; shared memory starts as garbage, and is there from when its block begins until it
+// ends; warp functions insist that all 32 lanes are there; a device runs only as many blocks at once as it is told to,
+// and reports a deadlock instead of hanging.
 // What it does not model: caches, and the order in which plain stores reach other blocks.
 #pragma once
 
@@ -53,6 +54,8 @@ struct Block {
   Block* const* cluster = nullptr;  // the blocks of its cluster
   uint8_t* shared = nullptr;
   Warp* warps = nullptr;
+  bool begun = false;
+  int running = 0;  // threads that have not ended
 };
 
 struct Thread {
@@ -228,9 +231,11 @@ void sync_cluster() {
 }
 template <int CLUSTER, class T>
 T* peer(T* own, int rank) {
-  emulator::Block& block = *emulator::current->block;
+  const emulator::Block& block = *emulator::current->block;
+  const emulator::Block& other = *block.cluster[rank];
+  if (!other.begun || other.running == 0) emulator::fail("a block reaches into one that has not begun or has ended");
   const auto offset = reinterpret_cast<const volatile uint8_t*>(own) - block.shared;
-  return reinterpret_cast<T*>(block.cluster[rank]->shared + offset);
+  return reinterpret_cast<T*>(other.shared + offset);
 }
 
 // --- Global to shared memory ------------------------------------------------------------------------------------------

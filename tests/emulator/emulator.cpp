@@ -102,8 +102,10 @@ void leave(State state) {
 }
 
 void enter() {
+  current->block->begun = true;
   (*device.kernel)();
   for (Group& group : self()->groups) group.arrive();
+  current->block->running--;
   leave(State::done);
 }
 
@@ -162,7 +164,7 @@ void start_cluster(int first_block, int size, int threads, int shared) {
   for (int i = 0; i < size; i++) {
     Block& block = *cluster->members[i];
     block.index = first_block + i;
-    block.barrier.expected = threads;
+    block.barrier.expected = block.running = threads;
     block.cluster_barrier = &cluster->barrier;
     block.cluster = cluster->members.data();
     const auto address = reinterpret_cast<uintptr_t>(cluster->shared[i].data());

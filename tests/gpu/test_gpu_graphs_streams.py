@@ -16,6 +16,7 @@ from gpu_checks import (
 )
 
 from attanchor_kernels import build_sequence, merge_sequence
+from attanchor_kernels.backends import workspace
 from attanchor_kernels.testing.inputs import SHAPES, TAU, Shape, merge_form
 
 TALL = Shape("tall", 2880, 50, 4096)  # more tiles in a sample than a GPU has multiprocessors
@@ -97,7 +98,8 @@ def test_many_graphs_without_a_shortage(warm):
     pair = planted(2, SMALL)
     expected = expected_of(pair)
     kept = []
-    for _ in range(12):
+    least = 2 * SMALL.text  # words of a launch: one for every mover
+    for _ in range(workspace.ARENA_WORDS // (100 * least) + 1):
         graph, outputs = capture(lambda: [OPS.build_sequence(*pair, TAU) for _ in range(100)])
         graph.replay()
         assert_same(outputs[0], expected)
