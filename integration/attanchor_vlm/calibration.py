@@ -18,12 +18,14 @@ from attanchor_vlm import distributed
 from attanchor_vlm.collate import Collator, to_model
 from attanchor_vlm.config import AttAnchorConfig
 from attanchor_vlm.data import Sample
-from attanchor_vlm.files import write_atomically
 from attanchor_vlm.mixin import attach, base_of
 from attanchor_vlm.plan import AnchorPlan
+from attanchor_vlm.presets import check_fraction
 from attanchor_vlm.settings import FILE_NAME, load_settings
 
 HIGHEST_TAU = 0.999  # 1 would insert nothing, and would not measure either
+# What a threshold does not depend on, or what the processor says anew.
+_FREE_TO_STORE = ("tau", "max_anchors", "special_token_ids", "generation_prompt_ids", "function_token_ids")
 
 
 @dataclass(frozen=True)
@@ -151,20 +153,14 @@ def threshold_for_share(
     thresholds for a share of about 0.1.
 
     Raises:
-        ValueError: `share` is not above 0, or no sample has an image.
+        ValueError: `share` is one that no threshold can give, or no sample has an image.
     """
-    check_fraction(share, "share")
+    check_fraction(share, config.direction, "share")
     attach(model, dataclasses.replace(config, tau=HIGHEST_TAU))
     scores = measure_scores(model, Collator(processor, "each", config.content_words), samples, batch_size)
     tau = scores.threshold(share)
     attach(model, dataclasses.replace(config, tau=tau))
     return tau, scores.ranked
-
-
-def check_fraction(fraction: float, name: str = "fraction") -> None:
-    """Refuse a fraction that no threshold can give."""
-    if not fraction > 0:
-        raise ValueError(f"{name} is {fraction}; it should be greater than 0")
 
 
 def settings_of(
@@ -177,7 +173,7 @@ def settings_of(
 
 
 def check_storable(directory: Path, config: AttAnchorConfig) -> None:
-    """Refuse to replace settings that differ in more than tau and max_anchors: the threshold would not fit them.
+    """Refuse to replace settings that differ in what a threshold depends on: it would not fit them.
 
     Raises:
         ValueError: naming what differs.
@@ -185,8 +181,10 @@ def check_storable(directory: Path, config: AttAnchorConfig) -> None:
     path = directory / FILE_NAME
     if not path.is_file():
         return
-    stored, free = load_settings(path).to_dict(), ("tau", "max_anchors")
-    different = [name for name, value in config.to_dict().items() if name not in free and stored[name] != value]
+    stored = load_settings(path).to_dict()
+    different = [
+        name for name, value in config.to_dict().items() if name not in _FREE_TO_STORE and stored[name] != value
+    ]
     if different:
         changes = "; ".join(
             f"{name} is {stored[name]!r} there and {config.to_dict()[name]!r} here" for name in different
@@ -218,9 +216,8 @@ def score_plot(path: Path, scores: Scores, tau: float, max_anchors: int | None =
     """The distribution of the best cosines with tau in it, and what other thresholds would insert."""
     import numpy as np
 
-    from attanchor_vlm import plots  # first: it makes matplotlib draw without a display
+    from attanchor_vlm.figures import plt, save
 
-    plt = plots.plt
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     ranked = scores.ranked.numpy()
     low, high = min(float(ranked[-1]), tau - 1e-3), max(float(ranked[0]), tau) + 1e-3
@@ -260,7 +257,4 @@ def score_plot(path: Path, scores: Scores, tau: float, max_anchors: int | None =
         axes.spines[["top", "right"]].set_visible(False)
     if title:
         figure.suptitle(title, fontsize=12, fontweight="bold")
-    try:
-        write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=110))
-    finally:
-        plt.close(figure)
+    save(figure, path)

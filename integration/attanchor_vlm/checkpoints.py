@@ -24,12 +24,12 @@ class CheckpointError(ValueError):
 
 def complete_checkpoints(output: Path) -> list[Path]:
     """The whole checkpoints of a run, by step."""
-    return sorted((path for path in _folders(output) if read_state(path) is not None), key=step_of)
+    return sorted((path for path in folders(output) if read_state(path) is not None), key=step_of)
 
 
 def remove_torn(output: Path) -> list[Path]:
     """Delete what a killed run left of checkpoints it was writing; returns their paths."""
-    torn = [path for path in _folders(output) if read_state(path) is None]
+    torn = [path for path in folders(output) if read_state(path) is None]
     for path in [*torn, *output.glob(".adapter-*")]:
         shutil.rmtree(path, ignore_errors=True)
     return torn
@@ -39,7 +39,8 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix(_PREFIX))
 
 
-def _folders(output: Path) -> list[Path]:
+def folders(output: Path) -> list[Path]:
+    """What is named as a checkpoint is, whole or not, by whichever program."""
     found = output.glob(f"{_PREFIX}*")
     return [path for path in found if path.name.removeprefix(_PREFIX).isdigit() and path.is_dir()]
 
@@ -119,6 +120,8 @@ def replace_files(output: Path, write: Callable[[Path], object], is_writer: bool
         write(temporary)
         # adapter_config.json last: without it the folder is no adapter.
         for path in sorted(temporary.iterdir(), key=lambda path: path.name == "adapter_config.json"):
+            if path.is_dir():  # some processors have one
+                shutil.rmtree(output / path.name, ignore_errors=True)
             os.replace(path, output / path.name)
     except Exception as error:
         if not _is_of_files(error):

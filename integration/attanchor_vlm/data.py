@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import io
-import json
 import random
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeVar
 
-from PIL import Image, UnidentifiedImageError
-from tqdm import tqdm
+from PIL import Image
+
+from attanchor_vlm.images import ImageSource, decoded, unreadable, why_not
+from attanchor_vlm.reading import BadRow, DataError, check_characters, lines_of, parse, parse_list, read_text
 
 PLACEHOLDER = "<image>"
 _SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 _SHOWN = 10  # bad rows printed in an error; the others are counted
-
-# A file, the bytes of one (parquet keeps images inside), or an image decoded already.
-ImageSource: TypeAlias = Path | bytes | Image.Image
 
 
 @dataclass(frozen=True)
@@ -35,27 +31,6 @@ class Row:
     number: int
     messages: tuple[tuple[str, str], ...]
     images: tuple[Any, ...]  # ImageSource; of read_rows, Path
-
-
-@dataclass(frozen=True)
-class BadRow:
-    file: Path
-    number: int
-    reason: str
-
-    def __str__(self) -> str:
-        return f"{self.file}, row {self.number}: {self.reason}"
-
-
-class DataError(ValueError):
-    """The data cannot be trained on as it is. `bad` lists the rows at fault."""
-
-    def __init__(self, message: str, bad: Iterable[BadRow] = ()):
-        # A DataLoader raises its workers' errors anew, with their traceback for a message.
-        if message.startswith("Caught DataError in "):
-            message = message.rpartition("DataError: ")[2].rstrip()
-        super().__init__(message)
-        self.bad = tuple(bad)
 
 
 def read_rows(
@@ -75,31 +50,43 @@ def read_rows(
         The good rows, and the bad ones if `skip_bad`.
 
     Raises:
-        DataError: the file cannot be read, a row is bad (unless `skip_bad`), or no good row is left.
+        DataError: the file cannot be read, or names images and `images` is None; a row is bad (unless `skip_bad`), or
+            no good row is left.
     """
     check_folder(images, file)
     rows: list[Row] = []
     bad: list[BadRow] = []
-    for number, raw in enumerate(_load(file, skip_bad), start=1):
+    found = _load(file, skip_bad)
+    if images is None and any(isinstance(raw, dict) and (raw.get("image") or raw.get("images")) for raw in found):
+        raise DataError(f"{file} names images, and no folder of images is given; give --images")
+    for number, raw in enumerate(found, start=1):
         try:
             if isinstance(raw, DataError):
                 raise raw
             rows.append(check_row(number, raw, images))
         except ValueError as error:
             bad.append(BadRow(file, number, str(error)))
-    # Bytes inside rows are parquet's alone, which is a stream.
-    unreadable = _unreadable({path for row in rows for path in row.images}, progress) if decode else {}
-    for row in rows:
-        reasons = [unreadable[path] for path in row.images if path in unreadable]
-        if reasons:
-            bad.append(BadRow(file, row.number, reasons[0]))
-    rows = [row for row in rows if not any(path in unreadable for path in row.images)]
-    bad.sort(key=lambda one: one.number)
+    if decode:
+        rows, unreadable = split_readable(file, rows, progress)
+        bad += unreadable
+    return sorted_out(file, rows, bad, skip_bad)
+
+
+RowT = TypeVar("RowT", bound=Row)
+
+
+def sorted_out(file: Path, good: list[RowT], bad: list[BadRow], skip_bad: bool) -> tuple[list[RowT], list[BadRow]]:
+    """Good rows and bad ones, these by number.
+
+    Raises:
+        DataError: there are bad ones (unless `skip_bad`), or no others.
+    """
+    bad = sorted(bad, key=lambda one: one.number)
     if bad and not skip_bad:
-        raise DataError(_report(bad, len(rows) + len(bad)), bad)
-    if not rows:
+        raise DataError(_report(bad, len(good) + len(bad)), bad)
+    if not good:
         raise DataError(f"{file} has no usable row" + (f"; {bad[0]}" if bad else ""), bad)
-    return rows, bad
+    return good, bad
 
 
 def check_folder(images: Path | None, file: Path) -> None:
@@ -127,35 +114,18 @@ def _load(file: Path, skip_bad: bool) -> list[object]:
             f"{file} is a {'folder' if file.is_dir() else 'parquet file'}, which is read as a stream; give --stream, "
             "or a .json or .jsonl file"
         )
-    try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else f"not UTF-8 text ({error.reason})"
-        raise DataError(f"{file} cannot be read: {reason}") from error
+    text = read_text(file)
     if file.suffix == ".jsonl":
         rows: list[object] = []
-        for line, part in enumerate(text.split("\n"), start=1):  # splitlines also cuts inside of texts, at U+2028
-            if not part.strip():
-                continue
+        for line, part in lines_of(file, text):
             try:
-                rows.append(_parse(file, part, line))
+                rows.append(parse(file, part, line))
             except DataError as error:
                 if not skip_bad:
                     raise
                 rows.append(error)
         return rows
-    whole = _parse(file, text, 1)
-    if not isinstance(whole, list):
-        raise DataError(f"{file} holds a JSON {type(whole).__name__}; it should hold a list of rows")
-    return whole
-
-
-def _parse(file: Path, text: str, first_line: int):
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        line = first_line + error.lineno - 1
-        raise DataError(f"{file}, line {line}, column {error.colno}: not valid JSON ({error.msg})") from error
+    return parse_list(file, text)
 
 
 def check_row(number: int, raw: object, folder: Path | None) -> Row:
@@ -182,6 +152,7 @@ def check_row(number: int, raw: object, folder: Path | None) -> Row:
         expected = "user" if index % 2 else "assistant"
         if role != expected:
             raise ValueError(f"turn {index} is by the {role}; turns should alternate, beginning with the user")
+        check_characters(f"turn {index}", text)
         if role == "assistant":
             if not text.strip():
                 raise ValueError(f"turn {index}, an answer, is empty")
@@ -189,7 +160,7 @@ def check_row(number: int, raw: object, folder: Path | None) -> Row:
                 raise ValueError(f"turn {index}, an answer, holds {PLACEHOLDER}; only questions may")
     if len(messages) % 2:
         raise ValueError("the last turn is a question without an answer")
-    images = _images(raw["image"] if raw.get("image") is not None else raw.get("images"), folder)
+    images = images_of(raw, folder)
     placeholders = sum(text.count(PLACEHOLDER) for _, text in messages)
     if placeholders != len(images):
         raise ValueError(
@@ -212,10 +183,11 @@ def _message(index: int, turn: object) -> tuple[str, str]:
     content = turn.get("content") if isinstance(turn, dict) else None
     if not isinstance(turn, dict) or not isinstance(content, (str, list)):
         raise ValueError(f'turn {index} should be an object with "role" and "content", text or a list of parts')
-    if turn.get("role") not in _SPEAKERS:
-        raise ValueError(f'turn {index} has "role" {turn.get("role")!r}; it should be "user" or "assistant"')
+    role = turn.get("role")
+    if not isinstance(role, str) or role not in _SPEAKERS:
+        raise ValueError(f'turn {index} has "role" {role!r}; it should be "user" or "assistant"')
     if isinstance(content, str):
-        return _SPEAKERS[turn["role"]], content
+        return _SPEAKERS[role], content
     texts = []
     for part in content:
         kind = part.get("type") if isinstance(part, dict) else None
@@ -225,10 +197,16 @@ def _message(index: int, turn: object) -> tuple[str, str]:
             texts.append(part["text"])
         else:
             raise ValueError(f'turn {index} has a part {part!r}; it should be of "type" "text" or "image"')
-    return _SPEAKERS[turn["role"]], "\n".join(texts)
+    return _SPEAKERS[role], "\n".join(texts)
 
 
-def _images(named: object, folder: Path | None) -> tuple[ImageSource, ...]:
+def images_of(raw: dict[str, Any], folder: Path | None) -> tuple[ImageSource, ...]:
+    """The images that a row names under `image` or `images`, one or a list.
+
+    Raises:
+        ValueError: one is no name, or there is no such file in `folder`.
+    """
+    named = raw["image"] if raw.get("image") is not None else raw.get("images")
     if named is None:
         return ()
     several: list[Any] = named if isinstance(named, list) else [named]
@@ -242,34 +220,31 @@ def _image(named: Any, folder: Path | None) -> ImageSource:
         named = named.get("path")
     if not isinstance(named, str) or not named:
         raise ValueError(f'"image" is {named!r}; it should be the name of a file')
+    check_characters('"image"', named)
     if folder is None:
         raise ValueError(f"image {named} is a file, and no folder of images is given (--images)")
-    if not (folder / named).is_file():
+    try:
+        there = (folder / named).is_file()
+    except OSError as error:  # the image itself in place of its name is a name too long
+        shown = named if len(named) < 80 else f"{named[:80]}…"
+        raise ValueError(f'"image" is {shown!r}; it should be the name of a file ({error.strerror})') from error
+    if not there:
         raise ValueError(f"image {folder / named} does not exist")
     return folder / named
 
 
-def _unreadable(paths: set[Path], progress: bool) -> dict[Path, str]:
-    """Decode every image once and say which cannot be."""
-
-    def why(path: Path) -> str | None:
-        try:
-            with Image.open(path) as image:
-                # A JPEG is read whole but decoded at an eighth of its size: quick, and truncation shows.
-                image.draft("RGB", (max(image.width // 8, 1), max(image.height // 8, 1)))
-                image.load()
-        except UnidentifiedImageError:
-            return f"image {path} is not an image that can be read"
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            return f"image {path} cannot be read: {error}"
-        return None
-
-    ordered = sorted(paths)
-    with ThreadPoolExecutor() as pool:
-        reasons = tqdm(
-            pool.map(why, ordered), "checking images", len(ordered), unit="", disable=not progress, leave=False
-        )
-        return {path: reason for path, reason in zip(ordered, reasons, strict=True) if reason is not None}
+def split_readable(file: Path, rows: list[RowT], progress: bool) -> tuple[list[RowT], list[BadRow]]:
+    """Rows whose images can be decoded, and those with one that cannot. Their images are files."""
+    reasons = unreadable({path for row in rows for path in row.images}, progress)
+    good: list[RowT] = []
+    bad: list[BadRow] = []
+    for row in rows:
+        own = [reasons[path] for path in row.images if path in reasons]
+        if own:
+            bad.append(BadRow(file, row.number, own[0]))
+        else:
+            good.append(row)
+    return good, bad
 
 
 def split_rows(rows: list[Row], fraction: float, seed: int) -> tuple[list[Row], list[Row]]:
@@ -356,11 +331,8 @@ def load_image(source: ImageSource) -> Image.Image:
     Raises:
         DataError: it cannot be read, or no longer.
     """
-    if isinstance(source, Image.Image):
-        return source if source.mode == "RGB" else source.convert("RGB")
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-            return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        return decoded(source)
+    except Exception as error:
         name = "inside the row" if isinstance(source, bytes) else f"{source}"
-        raise DataError(f"image {name} cannot be read any more: {error}") from error
+        raise DataError(f"image {name} {why_not(error)}") from error

@@ -15,14 +15,16 @@ from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 
 from attanchor_vlm import loading
 from attanchor_vlm.collate import message, to_model
 from attanchor_vlm.config import AttAnchorConfig
-from attanchor_vlm.data import PLACEHOLDER, DataError, load_image
+from attanchor_vlm.data import PLACEHOLDER, load_image
 from attanchor_vlm.fallback import with_tokens_of
 from attanchor_vlm.masks import encode_chat
 from attanchor_vlm.mixin import attach, base_of, is_attached
+from attanchor_vlm.reading import check_characters
 from attanchor_vlm.settings import FILE_NAME, load_adapter, load_settings
 
 Picture = Image.Image | str | PathLike[str]
@@ -48,9 +50,11 @@ def settings_for(
     in place of theirs. None if there are none.
 
     Raises:
-        SetupError: `adapter` is no folder of an adapter, or was trained without anchors and there is no `tau`.
+        SetupError: `adapter` is no folder of an adapter, or was trained without anchors and there is no `tau`; or
+            `model` is an adapter.
         ValueError: the settings are damaged, or `tau` is no threshold.
     """
+    refuse_adapter(model)
     found = None
     if adapter is not None:
         folder = Path(adapter)
@@ -68,6 +72,24 @@ def settings_for(
         folder = Path(model).expanduser()
         found = load_settings(folder) if (folder / FILE_NAME).is_file() else _saved_attached(folder)
     return _changed(found, tau, content_words)
+
+
+def refuse_adapter(model: str) -> None:
+    """Refuse an adapter's folder in the place of its model's. transformers would load both, unmerged: an export of that
+    is no whole model, and training would begin anew.
+
+    Raises:
+        SetupError: naming the model that it was trained on.
+    """
+    folder = Path(model).expanduser()
+    if not (folder / "adapter_config.json").is_file() or (folder / "config.json").is_file():
+        return
+    try:
+        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        base = f", {config['base_model_name_or_path']}"
+    except (OSError, ValueError, LookupError, TypeError):
+        base = ""
+    raise loading.SetupError(f"model {model} is an adapter; give the model that it was trained on{base}")
 
 
 def _saved_attached(folder: Path) -> AttAnchorConfig | None:
@@ -144,6 +166,8 @@ def load(
     if adapter is not None:
         try:
             loaded = load_adapter(loaded, adapter)
+        except (json.JSONDecodeError, SafetensorError) as error:
+            raise loading.SetupError(f"adapter {adapter} cannot be read; a file of it is damaged: {error}") from error
         except (RuntimeError, ValueError, KeyError, TypeError) as error:
             reason = " ".join(str(error).split())
             raise loading.SetupError(
@@ -227,8 +251,9 @@ def with_placeholders(text: str, images: int) -> str:
     """A question with a place for each of its images: in front, unless it says where.
 
     Raises:
-        ValueError: it says so for another number of images.
+        ValueError: it says so for another number of images, or is no whole text.
     """
+    check_characters("the prompt", text)
     places = text.count(PLACEHOLDER)
     if places == 0:
         return f"{PLACEHOLDER}\n" * images + text
@@ -255,8 +280,4 @@ def open_image(image: Picture) -> Image.Image:
     Raises:
         DataError: there is no such file, or it is no image.
     """
-    if isinstance(image, Image.Image):
-        return image.convert("RGB")
-    if not Path(image).is_file():
-        raise DataError(f"image {image} cannot be read: there is no such file")
-    return load_image(Path(image))
+    return load_image(image if isinstance(image, Image.Image) else Path(image))

@@ -172,12 +172,13 @@ class TrainSettings:
             "patience": preset.patience,
         }
         optional |= {"eval_batch_size": self.eval_batch_size, "save_steps": self.save_steps}
-        optional |= {"fraction": preset.fraction, "calibration_samples": self.calibration_samples}
-        optional |= {"shuffle_buffer": self.shuffle_buffer}
+        optional |= {"calibration_samples": self.calibration_samples, "shuffle_buffer": self.shuffle_buffer}
         positive |= {name: value for name, value in optional.items() if value is not None}
         for name, value in positive.items():
             if not value > 0:
                 raise ValueError(f"{name} is {value}; it should be greater than 0")
+        if preset.fraction is not None:
+            check_fraction(preset.fraction, preset.direction or "text_into_image")
         for name, share in {
             "val_fraction": self.held_out,
             "warmup": preset.warmup,
@@ -211,6 +212,21 @@ class TrainSettings:
         if self.val_fraction is not None:
             return self.val_fraction
         return 0.0 if self.stream or self.val_data is not None else 0.02
+
+
+def check_fraction(fraction: float, direction: str | None, name: str = "fraction") -> None:
+    """Refuse a fraction that no threshold can give: text has no more anchors than tokens.
+
+    Args:
+        direction: None where it is not known yet.
+
+    Raises:
+        ValueError: naming it.
+    """
+    if not fraction > 0:
+        raise ValueError(f"{name} is {fraction}; it should be greater than 0")
+    if fraction > 1 and direction == "text_into_image":
+        raise ValueError(f"{name} is {fraction}; it should be at most 1, which is every text token (0.1 is a tenth)")
 
 
 def _check_stream(settings: TrainSettings) -> None:

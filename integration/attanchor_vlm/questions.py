@@ -14,9 +14,10 @@ import torch
 from tqdm import tqdm
 
 from attanchor_vlm.collate import check_texts
-from attanchor_vlm.data import BadRow, DataError, Row, _report, _unreadable
+from attanchor_vlm.data import PLACEHOLDER, BadRow, DataError, Row, images_of, sorted_out, split_readable
 from attanchor_vlm.files import check_parent
 from attanchor_vlm.infer import Answer, answers, with_placeholders
+from attanchor_vlm.reading import check_characters, lines_of, parse_list, read_text
 
 
 @dataclass(frozen=True)
@@ -62,21 +63,17 @@ def read_questions(
     good: list[Question] = []
     bad: list[BadRow] = []
     seen: dict[str | int, int] = {}
-    for number, text in _rows(file):
+    for number, raw in _rows(file):
         try:
-            question = _check(number, text, folder, seen)
+            question = _check(number, raw, folder, seen)
             if question.id in seen:
                 raise ValueError(f"its id {question.id!r} is that of row {seen[question.id]} too")
             seen[question.id] = number
             good.append(question)
         except ValueError as error:
             bad.append(BadRow(file, number, str(error)))
-    unreadable = _unreadable({path for one in good for path in one.images}, progress)
-    for one in good:
-        reasons = [unreadable[path] for path in one.images if path in unreadable]
-        bad += [BadRow(file, one.number, reason) for reason in reasons[:1]]
-    good = [one for one in good if not any(path in unreadable for path in one.images)]
-    return _sorted_out(file, good, bad, skip_bad)
+    good, unreadable = split_readable(file, good, progress)
+    return sorted_out(file, good, bad + unreadable, skip_bad)
 
 
 def check_for_model(
@@ -89,7 +86,7 @@ def check_for_model(
     """
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     good, bad = check_texts(file, questions, processor, context)
-    return _sorted_out(file, [one for one in good if isinstance(one, Question)], bad, skip_bad)
+    return sorted_out(file, [one for one in good if isinstance(one, Question)], bad, skip_bad)
 
 
 def answer_all(
@@ -234,50 +231,37 @@ def _batches(questions: Sequence[Question], size: int) -> Iterator[list[Question
 
 
 def _rows(file: Path) -> Iterator[tuple[int, Any]]:
-    """Number and content of every row; of a .jsonl, the line as text."""
-    try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else f"not UTF-8 text ({error.reason})"
-        raise DataError(f"{file} cannot be read: {reason}") from error
+    """Number and content of every row; of a line that is not JSON, the error."""
+    text = read_text(file)
     if file.suffix == ".json":
-        try:
-            rows = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise DataError(
-                f"{file}, line {error.lineno}, column {error.colno}: not valid JSON ({error.msg})"
-            ) from error
-        if not isinstance(rows, list):
-            raise DataError(f"{file} holds a JSON {type(rows).__name__}; it should hold a list of rows")
-        yield from enumerate(rows, start=1)
+        yield from enumerate(parse_list(file, text), start=1)
         return
-    # Not splitlines, which splits at characters that JSON may hold.
-    yield from ((number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip())
+    for number, line in lines_of(file, text):
+        try:
+            yield number, json.loads(line)
+        except json.JSONDecodeError as error:
+            yield number, ValueError(f"not valid JSON ({error.msg}, column {error.colno})")
 
 
 def _check(number: int, raw: Any, folder: Path, seen: Collection[str | int]) -> Question:
     """A question, or a ValueError that says what is wrong with the row."""
-    if isinstance(raw, str):
-        try:
-            raw = json.loads(raw)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"not valid JSON ({error.msg}, column {error.colno})") from error
+    if isinstance(raw, ValueError):
+        raise raw
     if not isinstance(raw, dict):
         raise ValueError(f"the row is a {type(raw).__name__}; it should be an object")
     name = raw.get("id", number)
     if isinstance(name, bool) or not isinstance(name, (str, int)):
         raise ValueError(f'"id" is {name!r}; it should be text or a whole number')
-    if name in seen and raw.get("prompt") is None:
+    check_characters('"id"', str(name))
+    of_training = raw.get("prompt") is None
+    if of_training and name in seen:
         name = f"{name}#{number}"
-    prompt, named = _prompt(raw), raw.get("images", raw.get("image"))
-    names = [] if named is None else named if isinstance(named, list) else [named]
-    for image in names:
-        if not isinstance(image, str) or not image:
-            raise ValueError(f'"image" is {image!r}; it should be the name of a file')
-        if not (folder / image).is_file():
-            raise ValueError(f"image {folder / image} does not exist")
-    text = with_placeholders(prompt, len(names))
-    return Question(number, (("user", text),), tuple(folder / image for image in names), name)
+    prompt, images = _prompt(raw), images_of(raw, folder)
+    places = prompt.count(PLACEHOLDER)
+    if of_training and places:
+        images = images[:places]  # the others are those of later turns
+    text = with_placeholders(prompt, len(images))
+    return Question(number, (("user", text),), images, name)
 
 
 def _prompt(raw: dict[str, Any]) -> str:
@@ -287,14 +271,3 @@ def _prompt(raw: dict[str, Any]) -> str:
     if not isinstance(prompt, str) or not prompt.strip():
         raise ValueError('"prompt" is missing or empty; it should be the question, as text')
     return prompt
-
-
-def _sorted_out(
-    file: Path, good: list[Question], bad: list[BadRow], skip_bad: bool
-) -> tuple[list[Question], list[BadRow]]:
-    bad = sorted(bad, key=lambda one: one.number)
-    if bad and not skip_bad:
-        raise DataError(_report(bad, len(good) + len(bad)), bad)
-    if not good:
-        raise DataError(f"{file} has no usable row" + (f"; {bad[0]}" if bad else ""), bad)
-    return good, bad

@@ -15,7 +15,8 @@ from attanchor_vlm.presets import TrainSettings
 RUN_FILE = "run.json"
 SKIPPED_FILE, STREAM_SKIPPED_FILE = "skipped.json", "skipped.jsonl"
 # A resumed run may change these; anything else would make it a different run.
-_FREE_ON_RESUME = {"output", "resume", "max_steps", "eval_steps", "save_steps", "eval_batch_size", "epochs", "patience"}
+_FREE_ON_RESUME = {"output", "resume", "max_steps", "eval_steps", "save_steps", "epochs", "patience"}
+_FREE_ON_RESUME |= {"eval_batch_size", "gradient_checkpointing"}  # on which only memory and time depend
 _FREE_IN_MEMORY = {"workers"}  # of a stream, they decide on the order
 
 
@@ -40,6 +41,7 @@ def _prepare(settings: TrainSettings) -> Path | None:
     if not settings.resume:
         if whole or (output / "adapter_config.json").exists():
             raise SetupError(f"output {output} holds a trained run; continue it with --resume, or take another folder")
+        _check_not_others(output)
     elif not whole:
         raise SetupError(f"output {output} holds no checkpoint to resume from; leave --resume out to start anew")
     else:
@@ -58,6 +60,15 @@ def _prepare(settings: TrainSettings) -> Path | None:
     return whole[-1] if settings.resume else None
 
 
+def _check_not_others(output: Path) -> None:
+    """Refuse a folder in which something else lies that a run would delete or write over."""
+    if (output / "config.json").exists():
+        raise SetupError(f"output {output} holds a model; take another folder")
+    others = checkpoints.folders(output)
+    if others and not (output / RUN_FILE).exists():
+        raise SetupError(f"output {output} holds {others[0].name}, which is not of this command; take another folder")
+
+
 def as_json(settings: TrainSettings) -> dict[str, object]:
     """All settings of a run, and the number of its processes, in one level."""
     values = dataclasses.asdict(settings)
@@ -71,7 +82,7 @@ def _check_same_run(settings: TrainSettings) -> None:
     path = settings.output / RUN_FILE
     try:
         before = json.loads(path.read_text(encoding="utf-8"))["settings"]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise SetupError(f"{path} cannot be read, so it is not known what to resume: {error}") from error
     now = as_json(settings)
     free = _FREE_ON_RESUME if settings.stream else _FREE_ON_RESUME | _FREE_IN_MEMORY

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from attanchor_vlm import loading
 from attanchor_vlm.adapters import FamilyAdapter, adapter_for
 from attanchor_vlm.collate import to_model
 from attanchor_vlm.files import check_parent
@@ -119,6 +120,25 @@ def check_servable(model: Any) -> None:
         )
 
 
+def check_family(model: str) -> None:
+    """`check_servable` of a saved model or a Hub id by its config alone: before its weights are loaded or downloaded.
+
+    Raises:
+        SetupError: there is no such model.
+        ServingError: see `check_servable`.
+    """
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    source = loading.source_of(model)
+    try:
+        config = AutoConfig.from_pretrained(source)
+        with torch.device("meta"):
+            empty = AutoModelForImageTextToText.from_config(config)
+    except Exception:
+        return  # what is wrong with it is said when it is loaded
+    check_servable(empty)
+
+
 def _refusal(model: Any, adapter: FamilyAdapter) -> str | None:
     reasons = []
     if adapter.positions_per_token > 1:
@@ -149,13 +169,15 @@ def language_model(model: Any) -> Any:
         model: A transformers model of a family with one position per token, attached or not. Merge adapters first.
 
     Raises:
-        ServingError: see `check_servable`; or the language half does more than the causal model of its architecture,
-            which is found by comparing their logits.
+        ServingError: see `check_servable`; or an adapter is not merged, or the language half does more than the causal
+            model of its architecture, which is found by comparing their logits.
     """
     from transformers import AutoModelForCausalLM
 
     target: Any = base_of(model)
     check_servable(target)
+    if any(hasattr(module, "base_layer") for module in target.modules()):
+        raise ServingError("an adapter stands in the model's layers; merge it first, or give the PeftModel around it")
     decoder = target.get_decoder()
     config = copy.deepcopy(target.config.get_text_config())
     head = target.get_output_embeddings()

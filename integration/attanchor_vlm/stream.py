@@ -189,7 +189,7 @@ class StreamLoader(DataLoader):
 def read_listed(path: Path) -> list[dict[str, Any]]:
     """The bad rows that were listed, each once."""
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     except FileNotFoundError:
         return []
     found = {}

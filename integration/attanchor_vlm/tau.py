@@ -11,9 +11,9 @@ from transformers import TrainerCallback
 
 from attanchor_vlm import distributed
 from attanchor_vlm.calibration import HIGHEST_TAU, Scores, set_tau, taking_part
+from attanchor_vlm.mixin import base_of
 from attanchor_vlm.plan import AnchorPlan
 
-KEEPS = ("epoch", "quantile")
 _BINS = 4000  # over the cosines -1 to 1
 
 
@@ -131,8 +131,10 @@ class TauKeeper(TrainerCallback):
         self._tau, self.epoch = scores.threshold(self.fraction), epoch
         set_tau(model, self._tau)
         when = f"epoch {epoch + 1}: " if self.keep == "epoch" else ""
+        attached: Any = base_of(model)
+        inserted = scores.fraction(self._tau, attached.attanchor_config.max_anchors)
         self.say(
-            f"{when}tau {self._tau:.4f} inserts {self.fraction:.1%} of the text tokens, measured on "
+            f"{when}tau {self._tau:.4f} inserts {inserted:.1%} of the text tokens, measured on "
             f"{len(scores.of_sample)} samples"
         )
         return scores

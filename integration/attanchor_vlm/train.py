@@ -17,14 +17,16 @@ import torch
 from attanchor_vlm import checkpoints, distributed, loading, train_data
 from attanchor_vlm.alignment import AlignedCollator, aligner_for
 from attanchor_vlm.calibration import HIGHEST_TAU, measure_scores, tau_of
-from attanchor_vlm.checkpoints import CheckpointError, complete_checkpoints
+from attanchor_vlm.checkpoints import complete_checkpoints
 from attanchor_vlm.collate import Collator
 from attanchor_vlm.config import AttAnchorConfig
 from attanchor_vlm.data import DataError
 from attanchor_vlm.fallback import with_tokens_of
 from attanchor_vlm.files import write_json
 from attanchor_vlm.guard import expect_anchors
+from attanchor_vlm.infer import refuse_adapter
 from attanchor_vlm.loading import SetupError
+from attanchor_vlm.mishaps import told_in_one_line
 from attanchor_vlm.mixin import attach, base_of
 from attanchor_vlm.presets import Preset, TrainSettings
 from attanchor_vlm.run_folder import RUN_FILE, STREAM_SKIPPED_FILE, as_json, check_steps_left, prepare_output
@@ -38,7 +40,8 @@ __all__ = ["TrainResult", "anchor_config", "complete_checkpoints", "planned_step
 
 @dataclass
 class TrainResult:
-    """What a run did. `log` holds Trainer's lines; losses are None without validation."""
+    """What a run did. `log` holds Trainer's lines; `val_loss` is the lowest, None without validation or if none of its
+    losses is a number."""
 
     output: Path
     steps: int
@@ -68,8 +71,9 @@ def run(settings: TrainSettings, say: Callable[[str], None] = print, progress: b
     Raises:
         ValueError: a setting has no meaning.
         DataError: the data has bad rows (unless `skip_bad`) or none that can be trained on.
-        SetupError: the model cannot be loaded, the output folder is in use, or `resume` does not fit it.
-        CheckpointError: a checkpoint or the adapter cannot be written or read.
+        SetupError: the model cannot be loaded, the output folder is in use, `resume` does not fit it, or the GPU's
+            memory is too small.
+        CheckpointError: a file cannot be written or read, or a process that loads data was killed.
     """
     with distributed.session():
         if not distributed.is_main():
@@ -87,6 +91,7 @@ def _run(settings: TrainSettings, say: Callable[[str], None], progress: bool) ->
     preset = settings.preset
     anchors = anchor_config(preset)
     _check_sharding(settings)
+    refuse_adapter(settings.model)
     checkpoint = prepare_output(settings)
     found = train_data.read(settings, progress)
     dtype = loading.choose_dtype(preset.dtype, say)
@@ -176,9 +181,11 @@ def _train(
         plateau = calls.StopOnPlateau(settings.preset.patience)
         listeners.append(plateau)
     listeners.append(calls.EvaluateLastStep(validate=bool(len(data.val))))
+    arguments = _arguments(settings, model, data, dtype, optimizer, progress)
+    _check_optimizer(arguments, model)
     trainer = AnchorTrainer(
         model=model,
-        args=_arguments(settings, model, data, dtype, optimizer, progress),
+        args=arguments,
         data_collator=collate if aligner is None else AlignedCollator(collate, aligner.labels),
         train_dataset=data.train,
         eval_dataset=data.val if len(data.val) else None,
@@ -194,21 +201,17 @@ def _train(
         trainer.add_callback(calls.Progress())
 
     started = time.perf_counter()
+    # A short run may draw no image at all, if some rows have none.
+    guard = nullcontext() if data.may_lack_images else expect_anchors(base_of(model))
+    watch = nullcontext() if aligner is None else aligner.watching(model)
     try:
-        with expect_anchors(base_of(model)), nullcontext() if aligner is None else aligner.watching(model):
+        with told_in_one_line(settings), guard, watch:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    except DataError as error:  # raised anew, as from a loader's worker it comes out of torch
-        raise DataError(f"{error}{_left(settings.output)}", error.bad) from error
-    except OSError as error:
-        # A loader's worker's error has its traceback for a message.
-        reason = error.strerror or str(error).strip().rpartition("\n")[2]
-        reason += f" ({error.filename})" if error.filename else ""
-        raise CheckpointError(f"training stopped: {reason}{_left(settings.output)}") from error
     finally:
         interrupt.restore()
     seconds = time.perf_counter() - started
     log = trainer.state.log_history
-    losses = [line["eval_loss"] for line in log if "eval_loss" in line]
+    losses = [line["eval_loss"] for line in log if math.isfinite(line.get("eval_loss", math.nan))]
     result = TrainResult(
         output=settings.output,
         steps=trainer.state.global_step,
@@ -226,9 +229,15 @@ def _train(
     return result
 
 
-def _left(output: Path) -> str:
-    whole = complete_checkpoints(output)
-    return f"; {whole[-1].name} is whole: mend that, and go on from it with --resume" if whole else ""
+def _check_optimizer(arguments: Any, model: Any) -> None:
+    """Trainer would find out when it takes its first step."""
+    from transformers import Trainer
+
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(arguments, model)
+    except (ImportError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        raise SetupError(f"optimizer {arguments.optim.value} cannot be used here: {reason}") from error
 
 
 def _keeper(

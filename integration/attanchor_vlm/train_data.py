@@ -185,7 +185,7 @@ def calibration_samples(data: TrainData, settings: TrainSettings) -> tuple[Itera
     return islice((sample for sample in islice(stream, 100 * count) if sample.images), count), True
 
 
-def some_samples(data: Path, images: Path | None, count: int, seed: int, skip_bad: bool) -> list[Sample]:
+def some_samples(data: Path, images: Path | None, count: int, seed: int = 0, skip_bad: bool = False) -> list[Sample]:
     """`count` samples with images, or all if there are fewer: to measure on. Only their images are decoded.
 
     Args:
@@ -195,6 +195,7 @@ def some_samples(data: Path, images: Path | None, count: int, seed: int, skip_ba
         DataError: the data cannot be read, or (unless `skip_bad`) one of its rows is bad.
     """
     if data.is_dir() or data.suffix == ".parquet":
+        check_folder(images, data)
         with tempfile.TemporaryDirectory() as folder:
             listed = Path(folder) / STREAM_SKIPPED_FILE
             stream = SampleStream(shards_of(data), images, "each", Anything(), skip_bad, listed, seed, 10 * count, 1)

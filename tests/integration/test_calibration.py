@@ -182,7 +182,22 @@ def test_a_fraction_without_keeping_is_measured_once_before_training(world, tmp_
     assert steps(result, "tau") == [tau, tau]
     assert result.tau == load_settings(tmp_path / "run").tau == tau
     assert json.loads((tmp_path / "run" / "run.json").read_text())["result"]["tau"] == tau
-    assert f"tau {tau:.4f} inserts 30.0% of the text tokens, measured on {len(some)} samples" in said
+    assert any(line.startswith(f"tau {tau:.4f} inserts ") and f" on {len(some)} samples" in line for line in said)
+
+
+def test_what_a_run_says_that_it_inserts_is_what_it_inserts(world, tmp_path):
+    """Within a budget, that is less than was asked for."""
+    said: list[str] = []
+    options = {"fraction": 0.9, "max_anchors": 1, "calibration_samples": 1000, "max_steps": 1, "eval_steps": 1}
+    result = train.run(settings(world, tmp_path / "run", **options), said.append, progress=False)
+    model, processor = loading.load(str(small_llava.SHIPPED))
+    rows, _ = read_rows(world / "train.json", world / "images")
+    attach(model, AttAnchorConfig(tau=0.5))
+    found = calibration.measure_scores(model, Collator(processor, "each"), samples(rows, "each"))
+    share = found.fraction(result.tau, max_anchors=1)
+    assert 0.1 < share < 0.3
+    count = len(found.of_sample)
+    assert f"tau {result.tau:.4f} inserts {share:.1%} of the text tokens, measured on {count} samples" in said
 
 
 def test_a_running_quantile_keeps_the_share_that_a_fixed_tau_loses(world, tmp_path):
@@ -246,6 +261,7 @@ def test_the_adapter_keeps_the_tau_of_its_own_checkpoint(world, tmp_path):
     ("change", "message"),
     [
         ({"fraction": 0.0}, "fraction is 0.0; it should be greater than 0"),
+        ({"fraction": 10}, r"fraction is 10; it should be at most 1, which is every text token \(0.1 is a tenth\)"),
         ({"keep_fraction": "epoch"}, "keep_fraction is 'epoch', but there is no fraction"),
         ({"fraction": 0.1, "keep_fraction": "always"}, "keep_fraction is 'always'; it should be one of"),
         ({"calibration_samples": 0}, "calibration_samples is 0"),
@@ -285,6 +301,14 @@ def test_calibrate_prints_draws_and_stores(world, tmp_path, capsys):
     assert cli.main(command(world, "--direction", "image_into_text", "--save", folder)) == 1
     assert "direction is 'text_into_image' there and 'image_into_text' here" in capsys.readouterr().err
     assert load_settings(folder) == stored
+    # Written by hand, without what the processor says.
+    save_settings(AttAnchorConfig(tau=0.9), folder)
+    assert cli.main(command(world, "--save", folder)) == 0
+    assert load_settings(folder).tau < 0.9
+    capsys.readouterr()
+    assert cli.main(command(world, "--fraction", "2")) == 1
+    assert capsys.readouterr().err.startswith("error: fraction is 2.0; it should be at most 1")
+    assert cli.main(command(world, "--fraction", "2", "--direction", "image_into_text")) == 0
 
 
 def test_quantiles_of_more_scores_than_torch_takes():
@@ -338,12 +362,16 @@ def test_a_stored_tau_of_content_words_brings_them_along(tmp_path, monkeypatch):
         (["--fraction", "0"], 1, "fraction is 0.0; it should be greater than 0"),
         (["--plot", "scores.txt"], 2, "scores.txt should end in .png, .pdf or .svg"),
         (["--plot", f"{__file__}/scores.png"], 1, "scores.png cannot be written: "),
+        (["--plot", "{folder}"], 2, "scores.png is a folder; give the name of a picture"),
+        (["--fraction", "10", "--direction", "text_into_image"], 1, "fraction is 10.0; it should be at most 1"),
         (["--save", "gone"], 1, "gone is not a folder; --save should name"),
     ],
 )
-def test_calibrate_refuses_before_it_loads_anything(world, capsys, monkeypatch, more, code, message):
+def test_calibrate_refuses_before_it_loads_anything(world, tmp_path, capsys, monkeypatch, more, code, message):
     monkeypatch.setattr(loading, "load", None)
-    assert cli.main(command(world, *more)) == code
+    folder = tmp_path / "scores.png"
+    folder.mkdir()
+    assert cli.main(command(world, *(word.format(folder=folder) for word in more))) == code
     assert message in capsys.readouterr().err
 
 

@@ -124,6 +124,29 @@ def test_a_bug_keeps_its_traceback(world, tmp_path, monkeypatch):
         cli.main(["train", *command(world, "--output", tmp_path / "run")])
 
 
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of …"),
+            "the GPU's memory is too small: CUDA out of memory. Tried to allocate 20.00 MiB; take a smaller batch",
+        ),
+        (
+            ModuleNotFoundError("No module named 'peft'", name="peft"),
+            "No module named 'peft'; `pip install \".[vlm]\"`",
+        ),
+    ],
+)
+def test_what_a_machine_lacks_is_one_line(world, capsys, monkeypatch, error, said):
+    def load(*args):
+        raise error
+
+    monkeypatch.setattr(loading, "load", load)
+    code, line = fails(capsys, ["generate", "--model", world / "model", "--tau", "0.5", "--prompt", "Where?"])
+    assert code == 1
+    assert line.startswith(f"error: {said}")
+
+
 def test_train_with_overrides_then_look_and_calibrate(world, tmp_path, capsys):
     output = tmp_path / "run"
     options = ["--preset", "small-llava", "--tau", "-1", "--max-steps", "2", "--eval-steps", "1", "--batch-size", "4"]
@@ -182,6 +205,15 @@ def test_every_option_of_train_reaches_the_settings(monkeypatch):
     assert (streamed.fsdp, streamed.gradient_checkpointing, streamed.images) == (True, True, None)
     assert (grouped.group_by_length, grouped.stream, str(grouped.images)) == (True, False, "i")
     assert (streamed.held_out, grouped.held_out) == (0.0, 0.02)
+
+
+def test_a_command_line_without_its_packages_says_which():
+    script = "import sys; sys.modules['typer'] = None; from attanchor_vlm.cli import main"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.endswith('; the command line needs `pip install ".[vlm]"`\n')
+    assert len(done.stderr.splitlines()) == 1
 
 
 def test_help_answers_without_loading_torch():

@@ -44,6 +44,7 @@ BAD_ROWS = {
     "two placeholders": (row(question="<image><image>?"), "2 <image> placeholders for 1 image"),
     "placeholder in an answer": (row(question="What?", answer="<image> it"), "an answer, holds <image>"),
     "image is no name": (row(image=7), '"image" is 7'),
+    "the image itself": (row(image="iVBORw0KGgo" * 500), "…'; it should be the name of a file (File name too long)"),
     "not an object": ("text", "the row is a str"),
     "no turns": ({"image": "a.png"}, '"conversations" is missing'),
     "empty turns": (row(conversations=[]), '"conversations" is missing or empty'),
@@ -51,7 +52,12 @@ BAD_ROWS = {
         row(conversations=[{"from": "human"}]),
         'turn 1 should be an object with "from" and "value"',
     ),
+    "half a character": (row(question="<image>\nWhat \ud83d?"), r"turn 1 holds half a character, '\ud83d', at 13"),
     "unknown speaker": (row(conversations=turns(("bot", "hi"))), "turn 1 is \"from\" 'bot'"),
+    "role is no text": (
+        {"messages": [{"role": ["user"], "content": "a"}]},
+        "turn 1 has \"role\" ['user']; it should be",
+    ),
     "answer first": (row(conversations=turns(("gpt", "hi"))), "turn 1 is by the assistant"),
     "two questions": (row(conversations=turns(("human", "<image>a"), ("human", "b"))), "turn 2 is by the user"),
     "no answer": (row(conversations=turns(("human", "<image>a"))), "a question without an answer"),
@@ -82,6 +88,31 @@ def test_an_image_that_cannot_be_decoded_is_named(folder, damage):
     path = write(folder, [row(), row(image=name)])
     with pytest.raises(data.DataError, match=rf"row 2: image .*{name}"):
         data.read_rows(path, folder / "images")
+    for source in (file, file.read_bytes()):
+        with pytest.raises(data.DataError, match=r"^image .* (cannot be read|is not an image that can be read)"):
+            data.load_image(source)
+
+
+def test_sixteen_bits_a_pixel_are_scaled_and_not_cut_off(folder):
+    values = np.arange(0, 65536, 64, dtype=np.uint16).reshape(32, 32)
+    Image.fromarray(values).save(folder / "images" / "deep.png")
+    shown = np.asarray(data.load_image(folder / "images" / "deep.png"))
+    assert shown.shape == (32, 32, 3)
+    assert (shown == (values >> 8)[..., None]).all()
+    assert (np.asarray(data.load_image(Image.fromarray(values))) == shown).all()
+
+
+def test_photographs_stand_upright(folder):
+    """As every program shows them: cameras note how they were held."""
+    photo, exif = Image.new("RGB", (40, 20), "red"), Image.Exif()
+    exif[0x0112] = 6
+    photo.save(folder / "images" / "held.jpg", exif=exif)
+    assert data.load_image(folder / "images" / "held.jpg").size == (20, 40)
+    whole = (folder / "images" / "held.jpg").read_bytes()
+    assert data.load_image(whole).size == (20, 40)
+    damaged = whole.replace(b"Exif\x00\x00MM\x00*", b"Exif\x00\x00MM\x00!")
+    assert damaged != whole
+    assert data.load_image(damaged).size == (40, 20)  # the image itself is not
 
 
 def test_skip_bad_keeps_the_good_and_lists_the_bad(folder):
@@ -108,6 +139,11 @@ def test_many_bad_rows_are_counted_not_all_printed(folder):
         ('[{"a": 1},\n {"b" 2}]', "data.json", "line 2, column 7: not valid JSON"),
         ('{"a": 1}', "data.json", "holds a JSON dict"),
         ('{"image": null}\n{nonsense\n', "data.jsonl", "line 2, column 2: not valid JSON"),
+        ('{"a": 1}\n{"b": 2}\n', "data.json", "line 2, column 1: not valid JSON .*a row a line should be named .jsonl"),
+        ('[{"a": 1}]', "data.jsonl", "data.jsonl holds a JSON list; a file of that name should hold a row a line"),
+        ("[]", "data.json", "data.json has no usable row"),
+        ("", "data.json", "line 1, column 1: not valid JSON"),
+        ("", "data.jsonl", "data.jsonl has no usable row"),
     ],
 )
 def test_a_file_that_is_no_list_of_rows_is_refused(folder, text, name, reason):
@@ -115,6 +151,20 @@ def test_a_file_that_is_no_list_of_rows_is_refused(folder, text, name, reason):
     path.write_text(text, encoding="utf-8")
     with pytest.raises(data.DataError, match=reason):
         data.read_rows(path, folder / "images")
+
+
+@pytest.mark.parametrize("name", ["data.json", "data.jsonl"])
+def test_a_mark_in_front_of_the_text_is_no_part_of_it(folder, name):
+    text = json.dumps([row()] if name.endswith("json") else row())
+    (folder / name).write_text(f"\ufeff{text}\r\n", encoding="utf-8")
+    assert len(data.read_rows(folder / name, folder / "images")[0]) == 1
+
+
+def test_rows_that_name_images_need_their_folder(folder):
+    with pytest.raises(data.DataError, match=r"data\.json names images, and no folder of images is given; give --"):
+        data.read_rows(write(folder, [row()] * 3), None)
+    text_only = {"conversations": turns(("human", "Hello"), ("gpt", "Hi"))}
+    assert len(data.read_rows(write(folder, [text_only]), None)[0]) == 1
 
 
 def test_a_line_of_json_lines_ends_at_its_newline_alone(folder):
@@ -230,7 +280,7 @@ def test_a_batch_of_text_alone_has_no_anchor_mask(processor):
 
 def test_an_image_that_vanishes_later_is_named(folder, processor):
     sample = data.Sample(5, (("user", "<image>\nHello"), ("assistant", "yes")), (folder / "images" / "gone.png",))
-    with pytest.raises(data.DataError, match=r"gone\.png cannot be read any more"):
+    with pytest.raises(data.DataError, match=r"gone\.png cannot be read: No such file"):
         collate.Collator(processor, "each")([sample])
 
 

@@ -146,7 +146,7 @@ def test_two_processes_train_as_one(world, tmp_path):
     assert_same_adapter(output, whole)
     first, second = json.loads((output / "notes.json").read_text())
     assert any(a != b for a, b in zip(first["had_image"], second["had_image"], strict=True))
-    assert len([line for line in first["said"] if " inserts 30.0%" in line]) == 1  # not measured again on resume
+    assert len([line for line in first["said"] if " inserts " in line]) == 1  # not measured again on resume
     assert second["said"] == []
     state = json.loads((output / "checkpoint-5" / "attanchor_state.json").read_text())
     assert sorted(path.name for path in (output / "checkpoint-5").glob("rng_state_*")) == [

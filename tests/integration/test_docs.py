@@ -1,4 +1,4 @@
-"""Every command that a page of docs/ prints as ```bash runs as printed, in the order of the page."""
+"""Every command that README.md or a page of docs/ prints as ```bash runs as printed, in the order of the page."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 from attanchor_vlm import cli
 
 ROOT = Path(__file__).parents[2]
-PAGES = sorted(ROOT.glob("docs/**/*.md"))
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]
 
 
 def commands(page: Path) -> list[list[str]]:
@@ -35,7 +35,7 @@ def sample(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "page", [page for page in PAGES if commands(page)], ids=lambda page: str(page.relative_to(ROOT / "docs"))
+    "page", [page for page in PAGES if commands(page)], ids=lambda page: str(page.relative_to(ROOT))
 )
 def test_the_commands_of_a_page_run_as_printed(page, sample, tmp_path, monkeypatch, capfd):
     shutil.copytree(sample, tmp_path / "sample")

@@ -109,7 +109,7 @@ def test_a_single_image_needs_no_list(loaded, pictures):
         ([QUESTION], [[]], {"return_dict_in_generate": True}, "return_dict_in_generate is True"),
         ([QUESTION, QUESTION], [[]], {}, "there are 2 prompts and images for 1; prompts should be a list"),
         (QUESTION, [[]], {}, "there is 1 prompt and images for 1; prompts should be a list"),
-        ([QUESTION], ["gone.png"], {}, "image gone.png cannot be read: there is no such file"),
+        ([QUESTION], ["gone.png"], {}, "image gone.png cannot be read: No such file"),
     ],
 )
 def test_what_has_no_single_answer_is_refused_before_generating(loaded, monkeypatch, prompts, images, options, message):
@@ -131,6 +131,36 @@ def test_an_adapter_of_another_model_is_one_error(sample, tmp_path, capsys):
     assert (code, out) == (1, "")
     assert line.startswith(f"error: adapter {tmp_path} does not fit model {sample / 'model'}, which it should")
     assert "size mismatch" in line
+
+    for file in ("adapter_model.safetensors", "adapter_config.json"):
+        whole = (tmp_path / file).read_bytes()
+        (tmp_path / file).write_bytes(whole[: len(whole) // 2])
+        code, out, line = run(capsys, "generate", "--model", sample / "model", "--adapter", tmp_path, "--prompt", "a")
+        assert (code, out) == (1, "")
+        assert line.startswith(f"error: adapter {tmp_path} cannot be read; a file of it is damaged: ")
+
+
+def test_an_adapter_in_the_place_of_its_model_is_refused(sample, tmp_path, capsys, monkeypatch):
+    """Loaded together, they would be exported as no whole model, and trained anew."""
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    config = {"base_model_name_or_path": "models/llava"}
+    for text in (json.dumps(config), "{}"):
+        (adapter / "adapter_config.json").write_text(text)
+        save_settings(AttAnchorConfig(tau=TAU), adapter)
+        monkeypatch.setattr(loading, "load", None)
+        data = ["--data", sample / "train.json", "--images", sample / "images"]
+        for words in (
+            ["generate", "--prompt", QUESTION],
+            ["calibrate", *data],
+            ["export-lm", "--output", tmp_path / "new"],
+            ["train", *data, "--output", tmp_path / "new"],
+        ):
+            code, _, line = run(capsys, *words, "--model", adapter)
+            assert code == 1
+            assert line.startswith(f"error: model {adapter} is an adapter; give the model that it was trained on")
+            assert line.endswith(", models/llava") == (text != "{}")
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
 def test_settings_come_from_the_nearest_place(sample, tmp_path, loaded):
@@ -200,7 +230,7 @@ def test_options_that_do_not_go_together_are_exit_code_2(capsys, arguments, mess
     ("arguments", "message"),
     [
         (["--image", "gone.png"], "image gone.png cannot be read"),
-        (["--image", "{sample}/train.json"], "train.json cannot be read"),
+        (["--image", "{sample}/train.json"], "train.json is not an image that can be read"),
         (["--adapter", "{sample}"], "holds no adapter_config.json; give the folder that train wrote to"),
         (["--prompt", "<image> what?"], "the prompt has 1 <image> placeholder for 0 images"),
         (["--tau", "nan"], "tau is NaN"),
@@ -311,6 +341,8 @@ BAD = [
     ([1], "the row is a list; it should be an object"),
     ({"prompt": " "}, '"prompt" is missing or empty'),
     ({"id": 1.5, "prompt": "a"}, '"id" is 1.5; it should be text or a whole number'),
+    ({"id": "\ud83d", "prompt": "a"}, "\"id\" holds half a character, '\\ud83d', at 0"),
+    ({"prompt": "a \ud83d"}, "the prompt holds half a character, '\\ud83d', at 2"),
     ({"id": "a", "prompt": "a"}, "its id 'a' is that of row 1 too"),
     ({"image": 3, "prompt": "a"}, '"image" is 3'),
     ({"image": "gone.png", "prompt": "a"}, "gone.png does not exist"),
@@ -338,7 +370,7 @@ def test_bad_rows_may_be_left_out(sample, asked, tmp_path, capsys):
     assert cli.main([str(word) for word in command(sample, asked, output, "--skip-bad", "--json")]) == 0
     said = capsys.readouterr()
     left_out = json.loads(said.out)["left_out"]
-    assert [one["row"] for one in left_out] == list(range(8, 18))
+    assert [one["row"] for one in left_out] == list(range(8, 20))
     for one, (_, reason) in zip(left_out, BAD, strict=True):
         assert reason in one["reason"]
         assert f"left out: {asked}, row {one['row']}: {one['reason']}" in said.err
@@ -424,6 +456,19 @@ def test_answers_with_other_words_are_not_gone_on_with(sample, asked, tmp_path, 
     assert reason.format(words=words) in line
 
 
+def test_a_first_question_has_its_own_images_alone(sample, tmp_path):
+    turns = [{"from": "human", "value": "<image> What?"}, {"from": "gpt", "value": "a"}]
+    turns += [{"from": "human", "value": "<image> And here?"}, {"from": "gpt", "value": "b"}]
+    names = ["test-00000.png", "test-00001.png"]
+    rows = [{"image": names, "conversations": turns}, {"images": None, "image": names[1], "prompt": "What?"}]
+    text = "\ufeff" + "".join(f"{json.dumps(row)}\r\n" for row in rows)  # as an editor under Windows saves it
+    (tmp_path / "rows.jsonl").write_text(text, encoding="utf-8", newline="")
+    first, second = questions.read_questions(tmp_path / "rows.jsonl", sample / "images")[0]
+    assert [path.name for path in first.images] == names[:1]
+    assert [path.name for path in second.images] == names[1:]
+    assert second.prompt == "<image>\nWhat?"
+
+
 def test_repeated_ids_of_training_rows_get_their_numbers(tmp_path):
     turns = [{"from": "human", "value": "What?"}]
     rows = [{"id": name, "conversations": turns} for name in ("a", "a", "b", "a")]
@@ -480,7 +525,7 @@ def test_a_prompt_that_grows_past_the_context_names_its_rows(sample, tmp_path):
 # --- The pages. ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("page", ["generate-and-explain", "serve"])
+@pytest.mark.parametrize("page", ["choose-tau", "generate-and-explain", "serve"])
 def test_the_python_of_a_page_runs_as_printed(page, sample, tmp_path, monkeypatch, capsys):
     """What it prints as commands is run by test_docs.py; the checkpoint that one of them exports is made here."""
     text = (Path(__file__).parents[2] / "docs" / f"{page}.md").read_text(encoding="utf-8")

@@ -16,7 +16,18 @@ import forked
 import pytest
 import torch
 
-from attanchor_vlm import callbacks, checkpoints, cli, distributed, presets, run_folder, scenes, small_llava, train
+from attanchor_vlm import (
+    callbacks,
+    checkpoints,
+    cli,
+    distributed,
+    presets,
+    run_folder,
+    scenes,
+    small_llava,
+    train,
+    trainer,
+)
 from attanchor_vlm.checkpoints import CheckpointError
 from attanchor_vlm.data import DataError
 from attanchor_vlm.loading import SetupError
@@ -137,6 +148,28 @@ def test_a_full_disk_under_a_worker_is_one_line(world, tmp_path, monkeypatch, wo
         run(world, tmp_path / "run", workers=workers)
 
 
+class Killed(FullDisk):
+    def __call__(self, samples):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_worker_is_one_line(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "Collator", Killed)
+    with pytest.raises(CheckpointError, match=r"^training stopped: one of the --workers was killed, .*; give fewer$"):
+        run(world, tmp_path / "run", workers=1)
+
+
+def test_an_adapter_s_folders_take_the_place_of_earlier_ones(tmp_path):
+    for text in ("first", "second"):
+
+        def write(folder, text=text):
+            (folder / "additional_chat_templates").mkdir()
+            (folder / "additional_chat_templates" / "tool.jinja").write_text(text)
+
+        checkpoints.replace_files(tmp_path, write)
+    assert contents(tmp_path) == {"additional_chat_templates/tool.jinja": b"second"}
+
+
 def test_a_checkpoint_that_a_kill_tore_is_removed_and_made_anew(world, output):
     torn = output / "checkpoint-5"
     torn.mkdir()
@@ -216,6 +249,14 @@ def test_a_full_disk_leaves_no_half_log_line(world, tmp_path, monkeypatch):
     assert lines[-1]["step"] == 4
 
 
+@pytest.mark.parametrize("text", ["", "[]", "{}"])
+def test_a_damaged_note_of_the_settings_is_one_line(world, output, text):
+    (output / "run.json").write_text(text)
+    with pytest.raises(SetupError, match=r"run\.json cannot be read, so it is not known what to resume: ") as caught:
+        run(world, output, resume=True)
+    assert len(str(caught.value).splitlines()) == 1
+
+
 @pytest.mark.parametrize("name", ["optimizer.pt", "adapter_model.safetensors", "rng_state.pth", "trainer_state.json"])
 def test_a_damaged_checkpoint_is_one_line_that_names_the_one_before(world, output, name):
     file = output / "checkpoint-3" / name
@@ -246,8 +287,7 @@ def test_an_image_that_vanishes_is_one_line_and_leaves_the_checkpoint(world, tmp
     assert code == 1
     error = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
     assert len(error) == 1
-    assert "cannot be read any more" in error[0]
-    assert "checkpoint-2 is whole" in error[0]
+    assert "cannot be read: No such file or directory; checkpoint-2 is whole" in error[0]
     assert "Traceback" not in error[0]
     assert [path.name for path in train.complete_checkpoints(tmp_path / "run")] == ["checkpoint-2"]
 
@@ -268,6 +308,42 @@ def test_a_terminated_run_saves_before_it_ends(world, tmp_path, monkeypatch):
     assert result.steps == 2
     assert [path.name for path in train.complete_checkpoints(tmp_path / "run")] == ["checkpoint-2"]
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_what_other_programs_left_in_a_folder_is_not_touched(world, tmp_path):
+    """A checkpoint of transformers' own Trainer looks like one that a kill tore."""
+    theirs = tmp_path / "theirs" / "checkpoint-500"
+    theirs.mkdir(parents=True)
+    (theirs / "model.safetensors").write_text("weeks of work")
+    with pytest.raises(SetupError, match="theirs holds checkpoint-500, which is not of this command; take another"):
+        run(world, theirs.parent)
+    assert contents(tmp_path) == {"theirs/checkpoint-500/model.safetensors": b"weeks of work"}
+    model = tmp_path / "model"
+    shutil.copytree(small_llava.SHIPPED, model)
+    before = contents(model)
+    with pytest.raises(SetupError, match="model holds a model; take another folder"):
+        run(world, model)
+    assert contents(model) == before
+
+
+@pytest.mark.parametrize("steps", [0, 3])
+def test_a_gpu_that_is_too_small_is_one_line_that_says_what_to_do(world, tmp_path, monkeypatch, steps):
+    original = trainer.AnchorTrainer.compute_loss
+
+    def full(self, model, inputs, *args, **kwargs):
+        if model.training and self.state.global_step == steps:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+        return original(self, model, inputs, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.AnchorTrainer, "compute_loss", full)
+        with pytest.raises(SetupError, match=r"^the GPU's memory does not hold a batch of 4 samples; give ") as caught:
+            run(world, tmp_path / "run")
+    message = str(caught.value)
+    assert "--gradient-checkpointing, or a smaller --batch-size and as much more --accumulation" in message
+    assert ("checkpoint-3 is whole, and --resume goes on from it with --grad" in message) == bool(steps)
+    if steps:
+        assert run(world, tmp_path / "run", resume=True, gradient_checkpointing=True).steps == 6
 
 
 def test_old_checkpoints_are_deleted_but_the_best(tmp_path):

@@ -8,9 +8,9 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from tiny import tiny_llava
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from attanchor_vlm import AttAnchorConfig, attach, cli, infer, load_settings, save_settings, serve
+from attanchor_vlm import AttAnchorConfig, attach, cli, infer, load_settings, loading, save_settings, serve
 from attanchor_vlm.loading import LORA_TARGETS
 from attanchor_vlm.sample import write_sample
 from attanchor_vlm.serve import ServingError, prompt_embeds
@@ -175,6 +175,25 @@ def test_inherited_positions_are_refused(sample, image, tmp_path, capsys):
         prompt_embeds(model, processor, chat(), [image])
     with pytest.raises(ServingError, match="positions is 'inherit'"):
         serve.export_language_model(model, processor, tmp_path / "lm")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_family_that_cannot_be_served_is_refused_before_its_weights_are_loaded(tmp_path, monkeypatch, capsys):
+    config = AutoConfig.for_model("qwen2_5_vl", text_config={"num_hidden_layers": 1}, vision_config={"depth": 1})
+    config.save_pretrained(tmp_path / "model")
+    monkeypatch.setattr(loading, "load", None)
+    assert cli.main(["export-lm", "--model", str(tmp_path / "model"), "--output", str(tmp_path / "lm")]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(
+        "error: qwen2_5_vl cannot be served by prompt embeddings: its tokens have 3 positions each ("
+    )
+    assert len(error.splitlines()) == 1
+
+
+def test_an_adapter_that_is_not_merged_is_refused(tmp_path):
+    model = get_peft_model(tiny_llava(), LoraConfig(r=2, target_modules=LORA_TARGETS)).get_base_model()
+    with pytest.raises(ServingError, match="an adapter stands in the model's layers; merge it first"):
+        serve.export_language_model(model, _NoTokenizer(), tmp_path / "lm")
     assert not list(tmp_path.iterdir())
 
 

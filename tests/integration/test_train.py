@@ -288,6 +288,18 @@ def test_rows_without_images_cannot_be_trained_with_anchors(world, tmp_path):
         run(world, tmp_path / "run", data=path, val_data=None, val_fraction=0)
 
 
+def test_a_short_run_may_draw_rows_of_text_alone(world, tmp_path):
+    rows = json.loads((world / "data" / "train.json").read_text())[:12]
+    for row in rows[:-1]:
+        del row["image"]
+        row["conversations"] = [{"from": "human", "value": "Where?"}, {"from": "gpt", "value": "left"}]
+    path = tmp_path / "mixed.json"
+    path.write_text(json.dumps(rows))
+    result = run(world, tmp_path / "run", data=path, val_data=None, val_fraction=0, max_steps=1, eval_steps=1)
+    assert result.log[0]["inserted_share"] == 0  # the row with an image was not among the first four
+    assert load_settings(tmp_path / "run").tau == -1
+
+
 def test_a_run_without_validation_keeps_its_last_adapter(world, tmp_path):
     result = run(world, tmp_path / "run", val_data=None, val_fraction=0, max_steps=2, eval_steps=2)
     assert result.val_loss is None
@@ -320,6 +332,20 @@ def test_what_needs_a_gpu_falls_back_with_one_line():
     ]
     with pytest.raises(SetupError, match="optimizer is 'adamx'; it should be one of"):
         loading.choose_optimizer("adamx", said.append)
+
+
+def test_an_optimizer_that_is_not_installed_is_said_before_training(world, tmp_path):
+    with pytest.raises(SetupError, match=r"^optimizer galore_adamw cannot be used here: .*"):
+        run(world, tmp_path / "run", optimizer="galore_adamw")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["run.json"]
+
+
+def test_a_run_that_diverges_ends_as_others_do(world, tmp_path):
+    said: list[str] = []
+    chosen = settings(world, tmp_path / "run", lr=1e30, warmup=0.0, scheduler="constant", max_steps=3, eval_steps=3)
+    result = train.run(chosen, said.append, progress=False)
+    assert result.val_loss is None
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["result"]["val_loss"] is None
 
 
 def test_lora_refuses_a_model_it_does_not_fit():

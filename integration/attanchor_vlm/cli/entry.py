@@ -98,6 +98,11 @@ def _message(error: BaseException) -> str | None:
         return f"{named}{error.strerror or error}"
     if type(error).__name__ == "SafetensorError":  # its way to say the same of weights
         return f"weights cannot be read or written: {error}"
+    if isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith("attanchor"):
+        return f'{error}; `pip install ".[vlm]"` brings what the commands need'
+    if type(error).__name__ == "OutOfMemoryError":  # torch's
+        reason = ". ".join(str(error).split(". ")[:2]).rstrip(".")
+        return f"the GPU's memory is too small: {reason}; take a smaller batch, or a smaller model"
     return None
 
 

@@ -17,12 +17,10 @@ from attanchor_vlm.cli.options import (
     MODEL,
     SKIP_BAD,
     Dtype,
+    check_picture,
     content_words,
     quiet,
 )
-from attanchor_vlm.files import check_parent
-
-_PICTURES = (".png", ".pdf", ".svg")
 
 
 @app.command()
@@ -83,7 +81,9 @@ def generate(
             owner = "--input, a file of questions" if input is None else "--prompt, a single question"
             raise typer.BadParameter(f"belongs to {owner}", param_hint=name)
     if explain is not None:
-        _check_picture(explain, image)
+        if not image:
+            raise typer.BadParameter("needs an --image to draw on", param_hint="--explain")
+        check_picture(explain, "--explain")
     if input is not None and output is None:
         raise typer.BadParameter("is missing: the .jsonl that answers are written to", param_hint="--output")
     if input is not None and output is not None and input.resolve() == output.resolve():
@@ -121,16 +121,6 @@ def generate(
         return
     for line in _lines(said):
         typer.echo(line)
-
-
-def _check_picture(explain: Path, image: list[Path] | None) -> None:
-    if explain.suffix not in _PICTURES:
-        raise typer.BadParameter(f"{explain} should end in .png, .pdf or .svg", param_hint="--explain")
-    if not image:
-        raise typer.BadParameter("needs an --image to draw on", param_hint="--explain")
-    if explain.is_dir():
-        raise typer.BadParameter(f"{explain} is a folder; give the name of a picture", param_hint="--explain")
-    check_parent(explain)
 
 
 def _note(line: str) -> None:

@@ -10,6 +10,8 @@ from typing import Annotated
 
 import typer
 
+from attanchor_vlm.files import check_parent
+
 
 class Direction(str, Enum):
     text_into_image = "text_into_image"
@@ -63,6 +65,19 @@ def content_words(english: bool, words: Path | None) -> bool | tuple[str, ...] |
     return read_words(words)
 
 
+def check_picture(path: Path, option: str) -> None:
+    """Refuse, before any work, a name that no picture could be written under.
+
+    Raises:
+        BadParameter, ValueError: naming it.
+    """
+    if path.suffix not in (".png", ".pdf", ".svg"):
+        raise typer.BadParameter(f"{path} should end in .png, .pdf or .svg", param_hint=option)
+    if path.is_dir():
+        raise typer.BadParameter(f"{path} is a folder; give the name of a picture", param_hint=option)
+    check_parent(path)
+
+
 def has_gpu() -> bool:
     import torch
 
@@ -80,5 +95,6 @@ def quiet() -> None:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # of large pictures, and of palettes
     # What one library of Hugging Face says to another about its names.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|accelerate)\.")

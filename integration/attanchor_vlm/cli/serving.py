@@ -33,6 +33,8 @@ def export_lm(
     from attanchor_vlm.settings import FILE_NAME
 
     serve.check_output(output)
+    infer.settings_for(model, adapter, tau)
+    serve.check_family(model)
     loaded, processor = infer.load(
         model, adapter, tau=tau, dtype="auto" if dtype is None else dtype.value, device="cpu", need_settings=False
     )

@@ -21,6 +21,7 @@ from attanchor_vlm.cli.options import (
     Positions,
     Route,
     Turns,
+    check_picture,
     content_words,
     quiet,
 )
@@ -211,17 +212,18 @@ def _stored(
 ) -> tuple[float | None, int | None, bool | tuple[str, ...] | None]:
     """tau, max_anchors and content_words that `calibrate --save` left beside the model, for this direction; if `words`
     are given, only a tau that was measured with the same."""
-    path = Path(model) / "attanchor.json"
+    path = Path(model).expanduser() / "attanchor.json"
     if not path.is_file():
         return None, None, words
-    from attanchor_vlm import load_settings
+    from attanchor_vlm import distributed, load_settings
 
     stored = load_settings(path)
     if stored.direction != direction.value or (words is not None and words != stored.content_words):
         return None, None, words
     bound = "" if stored.max_anchors is None else f" and max_anchors {stored.max_anchors}"
     bound += ", of content words" if stored.content_words else ""
-    typer.echo(f"tau {stored.tau:g}{bound}, from {path}")
+    if distributed.is_main():
+        typer.echo(f"tau {stored.tau:g}{bound}, from {path}")
     return stored.tau, stored.max_anchors, stored.content_words
 
 
@@ -252,26 +254,28 @@ def calibrate(
 ) -> None:
     """Measure the threshold that inserts a wanted fraction of the text tokens. The paper's rule is about a tenth."""
     words = content_words(english_content_words, function_words)
-    if plot is not None and plot.suffix not in (".png", ".pdf", ".svg"):
-        raise typer.BadParameter(f"{plot} should end in .png, .pdf or .svg", param_hint="--plot")
+    if plot is not None:
+        check_picture(plot, "--plot")
     quiet()
     from attanchor_vlm import calibration, save_settings
     from attanchor_vlm.collate import Collator
     from attanchor_vlm.files import check_parent
     from attanchor_vlm.infer import load
     from attanchor_vlm.mixin import attach
+    from attanchor_vlm.presets import check_fraction
     from attanchor_vlm.train_data import some_samples
 
-    calibration.check_fraction(fraction)
-    if plot is not None:
-        check_parent(plot)
+    check_fraction(fraction, direction and direction.value)
     if save is not None and not save.is_dir():
         raise ValueError(f"{save} is not a folder; --save should name that of an adapter or of a model")
+    if save is not None:
+        check_parent(save / "attanchor.json")
     chosen = some_samples(data, images, samples, seed, skip_bad)
     loaded, processor = load(model, adapter, tau=calibration.HIGHEST_TAU)
     config = calibration.settings_of(
         loaded, direction=direction and direction.value, content_words=words, max_anchors=max_anchors
     )
+    check_fraction(fraction, config.direction)
     if save is not None:
         calibration.check_storable(save, config)
     attach(loaded, config)
