@@ -38,7 +38,8 @@ def study(world, output, trains=True, seeds=(0,), **plan):
         model=str(world / "model"),
         output=output,
         plan=evaluation.Plan(data=world / "test.json", images=world / "images", **plan),
-        preset=presets.preset("small-llava", tau=0.5, batch_size=8, lr=1e-2),
+        # Without warm-up, whose first step has a learning rate of 0.
+        preset=presets.preset("small-llava", tau=0.5, batch_size=8, lr=1e-2, warmup=0.0),
         train=rows if trains else None,
         seeds=seeds,
     )
@@ -111,10 +112,17 @@ def test_radii_run_from_the_worst_arm_to_the_best():
     assert radii == pytest.approx(np.array([[0.15, 1.0, 1.0], [1.0, 0.15, 1.0], [0.575, 0.575, 1.0]]))
 
 
-def test_the_radar_of_the_papers_values(tmp_path):
+def test_the_radar_of_the_papers_values(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(figures, "scaled", lambda values, scaled=figures.scaled: drawn.append(values) or scaled(values))
     assert figures.radar(tmp_path / "radar.png", paper_rows("tinyllava-1b"), "TinyLLaVA")
     assert min(Image.open(tmp_path / "radar.png").size) > 600
+    assert drawn[0].shape == (2, 15)
+    assert drawn[0][:, 0] == pytest.approx([-1.0716, -1.0712])  # the lower loss is the better one, and further out
     few = [{**row, "values": {"loss": 1.0, "pope": 2.0}} for row in paper_rows("llava-7b")]
+    # Of CHAIR, hallucinated objects, less is better: nothing here knows that, so it is no axis.
+    for row in few:
+        row["values"]["amber_g/amber_chair"] = 7.8
     assert not figures.radar(tmp_path / "none.png", few, "two metrics")
     assert not (tmp_path / "none.png").exists()
 
@@ -181,8 +189,10 @@ def test_rows_of_views_have_a_placeholder_for_each(world, tmp_path):
     before = data.stat().st_mtime_ns
     variants.write_views(world / "test.json", world / "images", tmp_path / "v", 2, 3, progress=False)
     assert data.stat().st_mtime_ns == before  # made before
+    (tmp_path / ".v.part" / "images").mkdir(parents=True)  # what a kill leaves
     variants.write_views(world / "test.json", world / "images", tmp_path / "v", 2, 4, progress=False)
     assert len(read_rows(data, images)[0]) == 4
+    assert [path.name for path in tmp_path.iterdir()] == ["v"]
 
 
 # --- Rows. -----------------------------------------------------------------------------------------------------------
@@ -280,6 +290,9 @@ def test_a_killed_sweep_goes_on_where_it_was(world, tmp_path, monkeypatch):
     assert {path.name for path in result.files} == {"rows.jsonl", "table.md", "plot.png"}
     quietly(studies.sweep, study(world, tmp_path / "killed"), [1.0, 0.5])
     assert len(measured) == 3  # all done before
+    untrained = study(world, tmp_path / "untrained", trains=False, metrics=("loss",))
+    for before, after in zip(quietly(studies.sweep, untrained, [1.0, 0.5]).rows, whole, strict=True):
+        assert abs(after["values"]["loss"] - before["values"]["loss"]) > 0.01  # what is measured is what was trained
 
 
 @pytest.mark.parametrize("steps", [1, 2])
@@ -294,6 +307,42 @@ def test_a_run_killed_before_its_result_was_written_goes_on(world, tmp_path, ste
     (folder / "run.json").write_text(json.dumps({"settings": run["settings"]}))
     (tmp_path / "rows.jsonl").unlink()
     assert same(quietly(arms.run_arms, one, "x", [Arm("a", 0.5)])) == same(before)
+
+
+def test_a_killed_measurement_goes_on_behind_its_last_benchmark(world, tmp_path, monkeypatch):
+    """Killed in the third of three parts; the row is that of all of them, and nothing is left of the parts."""
+    found = {"loss": 1.5, "a": 1.0, "amber": 2.0, "amber_g/amber_chair": 3.0, "b": float("nan")}
+    asked, kill = [], ["b"]
+
+    def evaluate(model, processor, plan, output, progress):
+        names = (*plan.metrics, *plan.tasks)
+        asked.append((names, tuple(plan.task_data), output.name))
+        if set(names) & set(kill):
+            raise KeyboardInterrupt
+        values = {name: value for name, value in found.items() if set(names) & {name, name.partition("/")[0]}}
+        good = evaluation.finite(values)
+        lost = tuple(set(values) - set(good))
+        return evaluation.Report(good, {"seconds": 1.0} if plan.metrics else {}, len(plan.metrics), not_finite=lost)
+
+    monkeypatch.setattr(evaluation, "evaluate", evaluate)
+    monkeypatch.setattr(Study, "check", lambda self: None)
+    monkeypatch.setattr("attanchor_vlm.experiments.checks.check_pending", lambda *_: None)
+    tasks, data = ("a", "amber", "b", "amber_g"), {"amber": world, "b": world}
+    one = study(world, tmp_path, trains=False, metrics=("loss",), tasks=tasks, task_data=data)
+    with pytest.raises(KeyboardInterrupt):
+        quietly(arms.run_arms, one, "x", [Arm("an arm", 0.5)])
+    parts = [(("loss",), ()), (("a",), ()), (("amber", "amber_g"), ("amber",)), (("b",), ("b",))]
+    assert asked == [(*part, "an-arm-seed0") for part in parts]
+    other = dataclasses.replace(one, plan=dataclasses.replace(one.plan, max_new_tokens=9))
+    with pytest.raises(KeyboardInterrupt):
+        quietly(arms.run_arms, other, "x", [Arm("an arm", 0.5)])
+    assert len(asked) == 8  # parts of other settings are not taken
+    kill.clear()
+    (row,) = quietly(arms.run_arms, one, "x", [Arm("an arm", 0.5)])
+    assert asked[8:] == [(*parts[-1], "an-arm-seed0")]
+    assert row["values"] == {name: value for name, value in found.items() if name != "b"}
+    assert (row["figures"]["seconds"], row["samples"], row["not_finite"]) == (1.0, 1, ["b"])
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
 
 
 def test_rows_say_what_they_came_from(world, tmp_path):
@@ -320,7 +369,7 @@ def test_the_papers_table_with_its_controls(world, tmp_path, capsys):
     options = {
         "--model": world / "model", "--data": world / "train.json", "--test": world / "test.json",
         "--images": world / "images", "--output": output, "--preset": "small-llava", "--taus": "1,0.12", "--tau": 0.12,
-        "--max-steps": 1, "--train-batch-size": 8, "--eval-steps": 1, "--metrics": "loss,exact", "--limit": 6,
+        "--max-steps": 2, "--train-batch-size": 8, "--eval-steps": 1, "--metrics": "loss,exact", "--limit": 6,
         "--max-new-tokens": 4, "--batch-size": 6,
     }  # fmt: skip
     command = ["experiment", "paper", *(str(word) for option in options.items() for word in option)]
@@ -341,12 +390,24 @@ def test_the_papers_table_with_its_controls(world, tmp_path, capsys):
     assert [rows[arm]["settings"]["placement"] for arm in rows] == ["matched"] * 3 + ["random", "front"]
     assert cli.main(command) == 0
     assert capsys.readouterr().out.count("done before") == 5
+    measure = ["eval", "--model", world / "model", "--data", world / "test.json", "--images", world / "images"]
+    measure += ["--metrics", "loss", "--adapter", output / "runs" / "prompt-in-front-seed0"]
+    assert cli.main([str(word) for word in measure]) == 1
+    assert "was trained as the control 'front'" in capsys.readouterr().err
 
 
-def test_the_papers_columns_stand_beside_where_it_has_them(world, tmp_path):
+def test_the_papers_columns_stand_beside_where_it_has_them(world, tmp_path, monkeypatch):
     two = study(world, tmp_path, trains=False, limit=2, seeds=(0, 1))
+    evaluate, folders = evaluation.evaluate, []
+
+    def measuring(*arguments):
+        folders.append(arguments[3].name)
+        return evaluate(*arguments)
+
+    monkeypatch.setattr(evaluation, "evaluate", measuring)
     rows = quietly(studies.sweep, dataclasses.replace(two, preset_name="tinyllava-1b"), [1.0, 0.12]).rows
     assert [(one["seed"], one["arm"]) for one in rows] == [(s, a) for s in (0, 1) for a in ("baseline", "tau 0.12")]
+    assert folders == ["baseline-seed0", "tau-0.12-seed0", "baseline-seed1", "tau-0.12-seed1"]  # of what tasks write
     table = (tmp_path / "table.md").read_text()
     assert "|  | baseline | paper | tau 0.12 | paper |" in table
     assert "| -1.0716 |" in table
@@ -366,6 +427,7 @@ def test_degraded_images_against_tau(world, tmp_path):
     table = (tmp_path / "table.md").read_text()
     assert "| blur 60 |" in table
     assert "## inserted anchors / text tokens" in table
+    assert "\n\n- One seed: a difference may be chance.\n\n" in table
     assert (tmp_path / "plot.png").exists()
 
 
@@ -385,7 +447,13 @@ def test_model_scale_changes_are_against_the_same_models_baseline(world, tmp_pat
     gains = studies._gains(result.rows)["exact match"]["text into image"]
     change = rows["one: text into image"]["values"]["exact"] - rows["one: baseline"]["values"]["exact"]
     assert gains == [(rows["one: baseline"]["figures"]["parameters"], pytest.approx(change))] * 2
-    assert "## two" in (tmp_path / "table.md").read_text()
+    table = (tmp_path / "table.md").read_text()
+    loss = {arm: one["values"]["loss"] for arm, one in rows.items()}  # the only metric of the paper among them
+    better = int(loss["two: text into image"] < loss["two: baseline"])
+    assert (
+        f"- two: text into image: better than two: baseline in {better} of 1 metrics." in table.partition("## two")[2]
+    )
+    assert "- One seed: a difference may be chance." in table
 
 
 # --- Mistakes. -------------------------------------------------------------------------------------------------------
@@ -489,6 +557,14 @@ def test_a_loss_that_is_no_number_costs_neither_the_row_nor_the_others(world, tm
     assert row["not_finite"] == ["loss"]
     assert any("left out, as NaN or infinite: loss" in line for line in said)
     assert "- baseline, seed 0: loss left out, as NaN or infinite." in (tmp_path / "table.md").read_text()
+    # Without any number there is a table that says why, and no picture.
+    nothing = study(world, tmp_path / "nothing", trains=False, limit=1, metrics=("loss",))
+    files = quietly(studies.degrade, nothing, {"blur": [9]}, [1.0]).files
+    assert [path.name for path in files] == ["rows.jsonl", "table.md"]
+    assert "- blur 9, baseline, seed 0: loss left out" in (tmp_path / "nothing" / "table.md").read_text()
+    figures.dots(tmp_path / "none.png", [{"arm": "a", "seed": 0, "values": {}, "figures": {}}], "")
+    figures.along(tmp_path / "none.png", {}, "", "")
+    assert not (tmp_path / "none.png").exists()
 
 
 def test_bad_rows_are_left_out_of_changed_images_too(world, tmp_path, bad_rows):
@@ -509,6 +585,12 @@ def test_bad_rows_are_left_out_of_changed_images_too(world, tmp_path, bad_rows):
         (["tokens", "--model", "m", "--views", "3"], "views is 3"),
         (["degrade", "--model", "m", "--jpeg", "30.5"], "level of jpeg is 30.5; it should be a whole number"),
         (["scale", "--models", "a_b=m", "--models", "a-b=n"], "would have one folder"),
+        (
+            ["degrade", "--model", "m", *(f"--{kind}=none" for kind in variants.KINDS)],
+            "every kind of degradation is left out",
+        ),
+        (["directions", "--model", "m", "--tau", "1"], "tau is 1; it should be below 1"),
+        (["paper", "--model", "m", "--tau", "2"], "tau is 2; it should be below 1"),
     ],
 )
 def test_more_mistakes_are_said_before_anything_runs(world, tmp_path, capsys, command, message):

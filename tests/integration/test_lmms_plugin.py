@@ -171,6 +171,8 @@ def test_model_args_that_mean_nothing_are_refused(lmms_eval, world):
         AttAnchorLmms(str(world / "model"), taw=0.1)
     with pytest.raises(ValueError, match="dtype is 'half'"):
         AttAnchorLmms(str(world / "model"), dtype="half")
+    with pytest.raises(ValueError, match="batch_size is 'auto'; it should be a whole number"):
+        AttAnchorLmms(str(world / "model"), batch_size="auto")
 
 
 # --- The nine benchmarks: lmms-eval's own tasks on a few rows in the form of their data sets, answers as scripted. ----
@@ -306,16 +308,15 @@ def write_task(name, folder):
     return folder
 
 
-def test_the_nine_benchmarks_by_hand(lmms_eval, tmp_path):
+def scripted():
+    """A model for lmms-eval that gives the answers of `CASES`."""
     from lmms_eval.api.model import lmms
 
-    from attanchor_vlm.evaluation import harness
-
-    assert set(CASES) == set(benchmarks.BENCHMARKS)
     task_of = {benchmark.task: name for name, benchmark in benchmarks.BENCHMARKS.items()}
 
     class Scripted(lmms):
         is_simple = False
+        done = False
 
         def generate_until(self, requests):
             said = []
@@ -324,13 +325,39 @@ def test_the_nine_benchmarks_by_hand(lmms_eval, tmp_path):
                 chat = messages(self.task_dict[task][split][doc_id])
                 assert [part["type"] for part in chat[0]["content"]] == ["image", "text"]
                 said.append(CASES[task_of[task]][2][doc_id])
+            self.done = True
             return said
 
         loglikelihood = generate_until_multi_round = generate_until
 
+    return Scripted()
+
+
+def test_the_nine_benchmarks_by_hand(lmms_eval, tmp_path, monkeypatch):
+    import datasets
+
+    from attanchor_vlm.evaluation import harness
+
+    assert set(CASES) == set(benchmarks.BENCHMARKS)
+    model, decode, decoded_again = scripted(), datasets.Image.decode_example, []
+
+    def counting(self, *arguments, **options):
+        if model.done:
+            decoded_again.append(1)
+        return decode(self, *arguments, **options)
+
     data = {name: write_task(name, tmp_path / name) for name in CASES}
-    found = harness.run_tasks(Scripted(), list(CASES), data)
+    monkeypatch.setattr(datasets.Image, "decode_example", counting)
+    found = harness.run_tasks(model, list(CASES), data)
     assert found == pytest.approx({key: value for *_, values in CASES.values() for key, value in values.items()})
+    assert not decoded_again  # answers are scored without their images
+
+
+def test_a_limit_that_gives_half_of_mme_gives_no_sum(lmms_eval, tmp_path):
+    from attanchor_vlm.evaluation import harness
+
+    data = {"mme": write_task("mme", tmp_path / "mme")}
+    assert harness.run_tasks(scripted(), ["mme"], data, limit=2) == {"mme_perception": 200.0}
 
 
 def test_eval_runs_benchmarks_with_the_small_model(lmms_eval, world, tmp_path, capsys):
@@ -366,6 +393,7 @@ def test_eval_runs_benchmarks_with_the_small_model(lmms_eval, world, tmp_path, c
         (["--tasks", "amber"], "task amber needs its data"),
         (["--tasks", "pope", "--task-data", "pope"], "should be NAME=DIR"),
         (["--tasks", "pope", "--include-path", "gone"], "include path gone is not a folder"),
+        (["--tasks", "mme", "--limit", "5"], "limit is 5; with task mme it should be even"),
     ],
 )
 def test_tasks_that_cannot_run_are_refused_before_a_model_is_loaded(lmms_eval, capsys, arguments, message):

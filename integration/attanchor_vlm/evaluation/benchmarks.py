@@ -80,7 +80,7 @@ BENCHMARKS: dict[str, Benchmark] = {
         "MME",
         "mme",
         {
-            "mme": lambda scores: scores["mme_perception_score"] + scores.get("mme_cognition_score", 0.0),
+            "mme": lambda scores: scores["mme_perception_score"] + scores["mme_cognition_score"],
             "mme_perception": _as_is("mme_perception_score"),
         },
         "perception and cognition together, of 2800",

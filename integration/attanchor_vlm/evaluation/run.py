@@ -26,6 +26,7 @@ from attanchor_vlm.mixin import attach, base_of
 LOSS = "loss"
 # What a report says beside the metrics, for those who want to compare runs.
 FIGURES = ("inserted_share", "anchor_score", "image_tokens", "seconds")
+PLACEMENT_FILE = "placement.json"  # beside an adapter that was trained as a control of an experiment
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ class Plan:
                 raise ValueError(f"{name} is {value}; it should be 1 or more")
         text_metrics.check([name for name in self.metrics if name != LOSS], self.bertscore)
         if self.tasks or self.task_data:
-            harness.check_tasks(self.tasks, self.task_data, self.include)
+            harness.check_tasks(self.tasks, self.task_data, self.include, self.limit)
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,20 @@ def load(
         target: Any = base_of(loaded)
         attach(loaded, dataclasses.replace(target.attanchor_config, direction=direction))
     return loaded, processor
+
+
+def check_adapter(adapter: Path | None) -> None:
+    """Refuse a control's adapter: its own settings cannot say where its anchors were, and it would get matched ones.
+
+    Raises:
+        SetupError: saying what it was trained with.
+    """
+    if adapter is not None and (adapter / PLACEMENT_FILE).is_file():
+        placement = json.loads((adapter / PLACEMENT_FILE).read_text(encoding="utf-8"))["placement"]
+        raise loading.SetupError(
+            f"adapter {adapter} was trained as the control {placement!r}, with anchors at other places than matching "
+            "gives; only the experiment that trained it can measure it (attanchor experiment paper)"
+        )
 
 
 def read(plan: Plan, processor: Any, context: int | None, progress: bool = True) -> list[Sample]:

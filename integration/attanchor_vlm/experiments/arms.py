@@ -14,9 +14,18 @@ import torch
 
 from attanchor_vlm import loading
 from attanchor_vlm.evaluation import run as evaluation
-from attanchor_vlm.experiments import checks
+from attanchor_vlm.experiments import checks, parts
 from attanchor_vlm.experiments.rows import Row, Rows
-from attanchor_vlm.experiments.study import Arm, Study, TrainRows, plan_of, preset_of, settings_of, slug, train_settings
+from attanchor_vlm.experiments.study import (
+    Arm,
+    Study,
+    TrainRows,
+    plan_of,
+    preset_of,
+    run_name,
+    settings_of,
+    train_settings,
+)
 from attanchor_vlm.files import write_json
 from attanchor_vlm.placement import placed
 from attanchor_vlm.presets import TrainSettings
@@ -65,6 +74,7 @@ def run_arms(
         say(title)
         row = _run(study, arm, seed, lambda line: say(f"    {line}"), progress)
         rows.add(row)
+        _parts_file(study, arm, seed).unlink(missing_ok=True)
         found[arm.name, seed] = rows.rows[-1]
         after_each(ordered())
     after_each(ordered())
@@ -72,7 +82,7 @@ def run_arms(
 
 
 def _run(study: Study, arm: Arm, seed: int, say: Say, progress: bool) -> Row:
-    model = arm.model or study.model
+    model, settings = arm.model or study.model, settings_of(study, arm)
     with placed(arm.placement, seed):
         adapter: Path | None = None
         trained: dict[str, Any] = {}
@@ -80,9 +90,8 @@ def _run(study: Study, arm: Arm, seed: int, say: Say, progress: bool) -> Row:
             adapter, trained = _train(study, study.train, arm, seed, say, progress)
         dtype = loading.choose_dtype(preset_of(study, arm).dtype, lambda line: None)
         loaded, processor = evaluation.load(model, adapter, arm.tau, arm.direction, dtype)
-        report = evaluation.evaluate(
-            loaded, processor, plan_of(study, arm, seed), study.output / "tasks" / slug(arm.name), progress
-        )
+        plan, tasks = plan_of(study, arm, seed), study.output / "tasks" / run_name(arm.name, seed)
+        report = parts.measure(loaded, processor, plan, settings, _parts_file(study, arm, seed), tasks, progress)
         parameters = sum(parameter.numel() for parameter in loaded.parameters())
     del loaded, processor
     gc.collect()
@@ -94,7 +103,7 @@ def _run(study: Study, arm: Arm, seed: int, say: Say, progress: bool) -> Row:
     return {
         "arm": arm.name,
         "seed": seed,
-        "settings": settings_of(study, arm),
+        "settings": settings,
         "labels": arm.labels,
         "values": report.values,
         "figures": {**report.figures, **evaluation.finite(trained), "parameters": parameters},
@@ -102,6 +111,10 @@ def _run(study: Study, arm: Arm, seed: int, say: Say, progress: bool) -> Row:
         "not_finite": list(report.not_finite),
         **provenance(),
     }
+
+
+def _parts_file(study: Study, arm: Arm, seed: int) -> Path:
+    return study.output / f"{run_name(arm.name, seed)}.parts.jsonl"
 
 
 def _train(study: Study, rows: TrainRows, arm: Arm, seed: int, say: Say, progress: bool) -> tuple[Path, dict[str, Any]]:
@@ -114,7 +127,7 @@ def _train(study: Study, rows: TrainRows, arm: Arm, seed: int, say: Say, progres
         raise InterruptedStudyError(f"interrupted while {arm.name} was trained; the same command goes on")
     if arm.placement != "matched":
         # The adapter's own settings cannot say it: used by itself, it would be run with matched anchors.
-        write_json(folder / "placement.json", {"placement": arm.placement, "seed": seed})
+        write_json(folder / evaluation.PLACEMENT_FILE, {"placement": arm.placement, "seed": seed})
     summary = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))["result"]
     trained = {"train_steps": summary["steps"], "train_seconds": summary["seconds"]}
     if summary["val_loss"] is not None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from attanchor_vlm.experiments.metrics import metric
+from attanchor_vlm.experiments.metrics import SHOWN, metric
 from attanchor_vlm.experiments.tables import means, metric_names
 from attanchor_vlm.figures import PALETTE, plt, save
 
@@ -22,10 +22,10 @@ def radar(path: Path, rows: Sequence[Mapping[str, Any]], title: str) -> bool:
     """A polygon for each arm over the metrics that all of them have; False, and no file, with fewer than three.
 
     Every axis runs from its worst arm to its best, whose values stand at its end: the picture compares arms within an
-    axis, not axes.
+    axis, not axes. Metrics that are not in `SHOWN` have none: lower may be better, as with AMBER's CHAIR.
     """
     found = means(rows)
-    names = [name for name in metric_names(rows) if all(name in values for values in found.values())]
+    names = [name for name in metric_names(rows) if name in SHOWN and all(name in of_arm for of_arm in found.values())]
     if len(names) < _LEAST or len(found) < 2:
         return False
     values = np.array(
@@ -47,7 +47,7 @@ def radar(path: Path, rows: Sequence[Mapping[str, Any]], title: str) -> bool:
     axes.set_xticks(angles, labels, fontsize=8.5)
     axes.set_yticks([])
     axes.set_ylim(0, 1.08)
-    axes.tick_params(pad=24)
+    axes.tick_params(pad=30)
     axes.legend(loc="upper left", bbox_to_anchor=(1.08, 1.05), fontsize=9)
     figure.suptitle(f"{title}\neach axis from its worst arm (inside) to its best (outside)", fontsize=11)
     save(figure, path)
@@ -68,11 +68,13 @@ def along(
     title: str,
     logarithmic: bool = False,
 ) -> None:
-    """A panel for each metric (or group), in it a line for each series of (x, y) points.
+    """A panel for each metric (or group), in it a line for each series of (x, y) points. No file without a panel.
 
     Points of equal x are seeds: the line goes through their mean, each is drawn.
     """
-    columns = min(3, max(len(panels), 1))
+    if not panels:
+        return
+    columns = min(3, len(panels))
     lines = -(-len(panels) // columns)
     figure, axes = plt.subplots(
         lines, columns, figsize=(4.6 * columns, 3.6 * lines), layout="constrained", squeeze=False
@@ -102,9 +104,11 @@ def along(
 
 def dots(path: Path, rows: Sequence[Mapping[str, Any]], title: str) -> None:
     """A panel for each metric, a dot for each arm at the mean over its seeds, small ones for the seeds; the line is the
-    first arm. Axes do not start at zero: differences are small."""
+    first arm. Axes do not start at zero: differences are small. No file without a metric."""
     found, names = means(rows), metric_names(rows)
-    columns = min(4, max(len(names), 1))
+    if not names:
+        return
+    columns = min(4, len(names))
     lines = -(-len(names) // columns)
     width = max(2.8, 0.55 * len(found) + 1)
     figure, axes = plt.subplots(

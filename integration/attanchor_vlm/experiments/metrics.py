@@ -32,7 +32,8 @@ METRICS: dict[str, Metric] = {
     "amber": Metric("AMBER", 1),
     "hallusionbench": Metric("HallusionBench", 2),
 }
-EXACT = Metric("exact match", 4)  # not of the paper: short answers that are right to the letter
+# And one that is not of the paper: short answers that are right to the letter.
+SHOWN = {**METRICS, "exact": Metric("exact match", 4)}
 
 SOURCE = "AttAnchor, arXiv 2509.23109, tables of results by threshold and by model"
 
@@ -115,10 +116,8 @@ _BY_MODEL = {
 
 
 def metric(name: str) -> Metric:
-    """How a metric is shown; those that the paper does not have under their own name."""
-    if name == "exact":
-        return EXACT
-    return METRICS.get(name, Metric(name, 4))
+    """How a metric is shown; under its own name and as it is, if it is none of `SHOWN`."""
+    return SHOWN.get(name, Metric(name, 4))
 
 
 def paper_values(model: str, direction: str = BASELINE, tau: float | None = None) -> dict[str, float] | None:

@@ -118,7 +118,7 @@ def train_settings(study: Study, rows: TrainRows, arm: Arm, seed: int) -> TrainS
         model=arm.model or study.model,
         data=data,
         images=images,
-        output=study.output / _RUNS / f"{slug(arm.trained_as or arm.name)}-seed{seed}",
+        output=study.output / _RUNS / run_name(arm.trained_as or arm.name, seed),
         preset=preset_of(study, arm),
         val_data=rows.val_data,
         turns=rows.turns,
@@ -152,6 +152,11 @@ def settings_of(study: Study, arm: Arm) -> dict[str, Any]:
     else:
         settings |= {"tau": arm.tau, "direction": arm.direction, "dtype": preset["dtype"], "train": None}
     return json.loads(json.dumps(settings, default=str))
+
+
+def run_name(arm: str, seed: int) -> str:
+    """The folder of what belongs to one arm and seed."""
+    return f"{slug(arm)}-seed{seed}"
 
 
 def slug(name: str) -> str:

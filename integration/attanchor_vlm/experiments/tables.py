@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from attanchor_vlm.experiments.metrics import METRICS, SOURCE, metric
+from attanchor_vlm.experiments.metrics import METRICS, SHOWN, SOURCE, metric
 
 Row = Mapping[str, Any]
 _FIGURES = (("inserted_share", "inserted anchors / text tokens", 4), ("image_tokens", "image tokens", 0))
@@ -29,7 +29,7 @@ def _shown_figures(row: Row) -> dict[str, float]:
 def metric_names(rows: Sequence[Row]) -> list[str]:
     """The metrics that the rows have, in the paper's order; those that it does not have come last."""
     there = {name for row in rows for name in row["values"]}
-    known = [name for name in (*METRICS, "exact") if name in there]
+    known = [name for name in SHOWN if name in there]
     return known + sorted(there - set(known))
 
 

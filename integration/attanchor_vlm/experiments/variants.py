@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import shutil
-import tempfile
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -147,9 +146,10 @@ def _write(
     if mark.is_file() and json.loads(mark.read_text(encoding="utf-8")) == about:
         return target
     checked, _ = read_rows(data, images, skip_bad, progress)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
-        made = Path(temporary) / "made"
+    made = folder.with_name(f".{folder.name}.part")
+    try:
+        if made.exists():
+            shutil.rmtree(made)  # of a run that was killed
         (made / "images").mkdir(parents=True)
         names: dict[Path, list[str]] = {}
         rows: list[dict[str, Any]] = []
@@ -167,6 +167,8 @@ def _write(
         if folder.exists():
             shutil.rmtree(folder)  # made for other rows, or cut short
         made.replace(folder)
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
     return target
 
 
