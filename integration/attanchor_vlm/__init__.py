@@ -13,9 +13,8 @@ if TYPE_CHECKING:
     from attanchor_vlm.fallback import with_tokens_of
     from attanchor_vlm.guard import expect_anchors
     from attanchor_vlm.masks import encode_chat, split_turns
-    from attanchor_vlm.mixin import attach, detach, is_attached
+    from attanchor_vlm.mixin import attach, detach, is_attached, prepare_inputs
     from attanchor_vlm.plan import AnchorPlan, AnchorStats
-    from attanchor_vlm.prepare import prepare_inputs
     from attanchor_vlm.settings import load_adapter, load_settings, save_settings
 
 _HOMES = {
@@ -29,7 +28,7 @@ _HOMES = {
     "split_turns": "masks",
     "AnchorPlan": "plan",
     "AnchorStats": "plan",
-    "prepare_inputs": "prepare",
+    "prepare_inputs": "mixin",
     "load_adapter": "settings",
     "load_settings": "settings",
     "save_settings": "settings",

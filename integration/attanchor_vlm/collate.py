@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from attanchor_vlm.data import PLACEHOLDER, BadRow, DataError, Row, Sample, load_image, parts
-from attanchor_vlm.masks import encode_chat
+from attanchor_vlm.masks import check_processor, encode_chat
 
 
 class SampleDataset(Dataset):
@@ -33,9 +33,13 @@ class Collator:
         processor: The model's own.
         turns: "each" (a sample's last answer is learned) or "all" (every answer).
         content_words: As in `encode_chat`.
+
+    Raises:
+        ValueError: the processor has no chat template, or a tokenizer without offsets.
     """
 
     def __init__(self, processor: Any, turns: str, content_words: bool | Collection[str] = False):
+        check_processor(processor)  # now, and not when the first batch is made
         self.content_words = content_words
         self.processor = processor
         self.supervise = "last" if turns == "each" else "all"

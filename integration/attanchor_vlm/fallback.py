@@ -11,16 +11,23 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from attanchor_vlm.config import AttAnchorConfig
-from attanchor_vlm.words import function_token_ids, words_to_leave_out
+from attanchor_vlm.plan import IGNORED
+from attanchor_vlm.words import function_token_ids, special_token_ids, words_to_leave_out
 
 _MARKERS = ("vision_start_token_id", "vision_end_token_id", "boi_token_index", "eoi_token_index")
 _NAMES = ("bos_token_id", "eos_token_id", "pad_token_id", "image_token_id", "video_token_id", *_MARKERS)
 
 
 def mask_from_ids(
-    model: PreTrainedModel, settings: AttAnchorConfig, input_ids: Tensor, is_real: Tensor, is_image: Tensor
+    model: PreTrainedModel,
+    settings: AttAnchorConfig,
+    input_ids: Tensor,
+    is_real: Tensor,
+    is_image: Tensor,
+    labels: Tensor | None = None,
 ) -> Tensor:
-    """(B, S) bool: everything after a sample's first image, less special tokens and the generation prompt.
+    """(B, S) bool: everything after a sample's first image, less special tokens and the generation prompt, which stands
+    at the end or, with `labels`, in front of the first supervised token.
 
     Coarser than the masks of `encode_chat`, which know the user's text: markers that are ordinary text, such as
     "ASSISTANT:" in the middle of a conversation, stay in. With `content_words`, so do function words of several tokens
@@ -39,7 +46,8 @@ def mask_from_ids(
     is_special = torch.isin(input_ids, torch.tensor(special, dtype=input_ids.dtype, device=input_ids.device))
     mask = after_image & is_real & ~is_image & ~is_special
     if settings.generation_prompt_ids:
-        mask &= ~_ends_with(input_ids, is_real, settings.generation_prompt_ids)
+        prompt = is_real if labels is None else is_real & ((labels != IGNORED).cumsum(-1) == 0)
+        mask &= ~_ends_with(input_ids, prompt, settings.generation_prompt_ids)
     return mask
 
 
@@ -54,7 +62,7 @@ def with_tokens_of(config: AttAnchorConfig, processor: Any) -> AttAnchorConfig:
     words = words_to_leave_out(config.content_words)
     return dataclasses.replace(
         config,
-        special_token_ids=tuple(sorted(set(tokenizer.all_special_ids))),
+        special_token_ids=tuple(special_token_ids(tokenizer)),
         generation_prompt_ids=_generation_prompt(processor, tokenizer),
         function_token_ids=() if words is None else function_token_ids(tokenizer, words),
     )
@@ -89,15 +97,15 @@ def _named_token_ids(model: PreTrainedModel) -> Iterable[int]:
                 yield from value
 
 
-def _ends_with(input_ids: Tensor, is_real: Tensor, suffix: tuple[int, ...]) -> Tensor:
-    """(B, S) bool: the last tokens of each sample, where they are `suffix`."""
+def _ends_with(input_ids: Tensor, is_prompt: Tensor, suffix: tuple[int, ...]) -> Tensor:
+    """(B, S) bool: the last tokens of each sample's prompt, where they are `suffix`."""
     batch, slots = input_ids.shape
     if len(suffix) > slots:
-        return torch.zeros_like(is_real)
-    # The index of each of a sample's last len(suffix) real tokens, whichever side the padding is on.
+        return torch.zeros_like(is_prompt)
+    # The index of each of a prompt's last len(suffix) tokens, whichever side the padding is on.
     slot = torch.arange(slots, device=input_ids.device).expand(batch, slots)
-    last = slot.masked_fill(~is_real, -1).topk(len(suffix), dim=-1).values.flip(-1)
+    last = slot.masked_fill(~is_prompt, -1).topk(len(suffix), dim=-1).values.flip(-1)
     wanted = torch.tensor(suffix, dtype=input_ids.dtype, device=input_ids.device)
     matches = ((input_ids.gather(1, last.clamp(min=0)) == wanted) & (last >= 0)).all(-1, keepdim=True)
     # Where nothing matches, index 0 is written with what it holds, False.
-    return torch.zeros_like(is_real).scatter(1, last.clamp(min=0), matches.expand_as(last))
+    return torch.zeros_like(is_prompt).scatter(1, last.clamp(min=0), matches.expand_as(last))

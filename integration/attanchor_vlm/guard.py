@@ -14,7 +14,9 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from attanchor_vlm.adapters import adapter_for
 from attanchor_vlm.config import AttAnchorConfig
+from attanchor_vlm.prepare import by_name, needs_rewriting
 
 # Ids of the base models whose attached forward or generate is running in this thread.
 _through_us: ContextVar[tuple[int, ...]] = ContextVar("attanchor_through_us", default=())
@@ -36,8 +38,9 @@ def inside(model: PreTrainedModel) -> bool:
 
 
 def install(model: PreTrainedModel) -> None:
-    """Watch the base model of an attached model."""
-    model.base_model.register_forward_pre_hook(refuse_bypass, with_kwargs=True)
+    """Watch the base model of an attached model, if it has one inside."""
+    if model.base_model is not model:
+        model.base_model.register_forward_pre_hook(refuse_bypass, with_kwargs=True)
 
 
 def remove(model: PreTrainedModel) -> None:
@@ -47,13 +50,13 @@ def remove(model: PreTrainedModel) -> None:
         model.base_model._forward_pre_hooks_with_kwargs.pop(key, None)
 
 
-def refuse_bypass(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def refuse_bypass(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Forward pre-hook of the base model: images may only come in through the attached forward."""
     stored = getattr(module.config, "attanchor", None)
-    if stored is None or kwargs.get("pixel_values") is None or id(module) in _through_us.get():
+    if stored is None or id(module) in _through_us.get():
         return
     settings = AttAnchorConfig.from_dict(stored)
-    if not settings.inserts_nothing:
+    if needs_rewriting(adapter_for(module), settings, by_name(type(module).forward, args, kwargs)):
         raise RuntimeError(
             f"AttAnchor is attached with tau={settings.tau}, but {type(module).__name__} was called with images past "
             "the attached forward, so no anchor would be inserted. Trainers that call the base model themselves (TRL, "

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from attanchor_vlm import paligemma
-from attanchor_vlm.words import content_spans, words_to_leave_out
+from attanchor_vlm.plan import IGNORED
+from attanchor_vlm.words import content_spans, special_token_ids, words_to_leave_out
 
-IGNORED = -100
 _PRIVATE_USE = range(0xE000, 0xF900)
 
 Message = Mapping[str, Any]
@@ -57,12 +57,14 @@ def encode_chat(
 ) -> dict[str, Tensor]:
     """Tokenize conversations with their images, and mark the tokens that may be copied and those that are learned.
 
+    PaliGemma has no chats: there, a conversation is one question and its answer, put together as it was trained.
+
     Args:
         processor: A processor, or a tokenizer if there are no images; with a chat template and a fast tokenizer.
         conversations: A list of messages ``{"role": …, "content": …}`` or a list of such lists. Content is a string or
             a list of ``{"type": "text", "text": …}`` and ``{"type": "image"}``.
-        images: The images of a conversation in order; with several conversations, a list for each. None takes them from
-            the image parts, ``{"type": "image", "image": …}``.
+        images: A list of each conversation's images in order; of one conversation also its images themselves. None
+            takes them from the image parts, ``{"type": "image", "image": …}``.
         add_generation_prompt: For inference: end with what makes the assistant answer; no labels.
         supervise: The assistant messages that are learned, "all" or "last".
         anchors: The user messages whose text may be copied, "all" or "last".
@@ -71,14 +73,11 @@ def encode_chat(
         padding_side: Default: left with `add_generation_prompt`, otherwise right.
         template_options: Further variables for the template.
 
-    PaliGemma has no chats: there, a conversation is one question and its answer, put together as it was trained.
-
     Returns:
-        What the processor returns, as tensors (B, S): `input_ids`, `attention_mask`, … and the images', without a limit
-        of length; with `anchor_mask`, bool, the user's text less special tokens, or the tokens that hold a part of
-            its content words; and `labels`, int64, -100 except at
-        the answers and what ends them. A template that ends an answer with nothing gets the EOS token there, as a model
-        must learn to stop.
+        What the processor returns, `input_ids` (B, S), `attention_mask` (B, S) … and the images' tensors, without a
+        limit of length; with `anchor_mask`, (B, S) bool, the user's text less special tokens, or the tokens that hold a
+        part of its content words; and `labels`, (B, S) int64, -100 except at the answers and what ends them. A template
+        that ends an answer with nothing gets the EOS token there, as a model must learn to stop.
 
     Raises:
         TypeError, ValueError: naming the conversation and the message; also a template that changes texts or is
@@ -86,9 +85,8 @@ def encode_chat(
     """
     _check_options(supervise, anchors, padding_side)
     left_out = words_to_leave_out(content_words)
+    check_processor(processor)
     tokenizer = getattr(processor, "tokenizer", processor)
-    if not getattr(tokenizer, "is_fast", False):
-        raise ValueError(f"{type(tokenizer).__name__} has no offsets; encode_chat needs a fast tokenizer")
     batch, images = _batched(conversations, images)
     batch = [_checked(messages, index, processor) for index, messages in enumerate(batch)]
     images = _images_of(batch, images)
@@ -101,11 +99,6 @@ def encode_chat(
 
         return paligemma.encode(processor, batch, images, _texts, spans_of, add_generation_prompt, side)
 
-    if not (getattr(processor, "chat_template", None) or getattr(tokenizer, "chat_template", None)):
-        raise ValueError(
-            f"{type(processor).__name__} has no chat template, so it is not known how this model is asked; take the "
-            "instruction-tuned checkpoint, or set processor.chat_template and save the processor"
-        )
     options = {**(template_options or {}), "add_generation_prompt": add_generation_prompt}
     texts, spans = [], []
     for index, messages in enumerate(batch):
@@ -142,11 +135,28 @@ def encode_chat(
             if whole.end > whole.start and not tokens.any():
                 raise ValueError(f"conversation {row}, message {span.message}: the answer has no token of its own")
             answer_mask[row] |= tokens
-    special = torch.tensor(sorted(set(tokenizer.all_special_ids)), dtype=torch.int64)
+    special = torch.tensor(special_token_ids(tokenizer), dtype=torch.int64)
     encoded["anchor_mask"] = anchor_mask & ~answer_mask & ~torch.isin(encoded["input_ids"], special)
     if not add_generation_prompt:
         encoded["labels"] = encoded["input_ids"].masked_fill(~answer_mask, IGNORED)
     return encoded
+
+
+def check_processor(processor: Any) -> None:
+    """Refuse what `encode_chat` cannot do anything with, before there is a conversation.
+
+    Raises:
+        ValueError: a tokenizer without offsets, or no chat template.
+    """
+    tokenizer = getattr(processor, "tokenizer", processor)
+    if not getattr(tokenizer, "is_fast", False):
+        raise ValueError(f"{type(tokenizer).__name__} has no offsets; encode_chat needs a fast tokenizer")
+    has_template = getattr(processor, "chat_template", None) or getattr(tokenizer, "chat_template", None)
+    if not has_template and not paligemma.is_paligemma(processor):
+        raise ValueError(
+            f"{type(processor).__name__} has no chat template, so it is not known how this model is asked; take the "
+            "instruction-tuned checkpoint, or put its template into the model's folder as chat_template.jinja"
+        )
 
 
 def _content_of(span: _Span, text: str, left_out: Collection[str]) -> list[_Span]:
@@ -172,7 +182,8 @@ def _batched(conversations: Any, images: Any) -> tuple[list[list[Message]], list
     if not isinstance(conversations, Sequence) or isinstance(conversations, str) or not conversations:
         raise TypeError("conversations should be a list of messages, or a list of such lists, and not empty")
     if isinstance(conversations[0], Mapping):
-        conversations, images = [conversations], None if images is None else [images]
+        nested = isinstance(images, (list, tuple)) and len(images) == 1 and isinstance(images[0], (list, tuple))
+        conversations, images = [conversations], images if images is None or nested else [images]
     if images is not None:
         if not isinstance(images, Sequence) or len(images) != len(conversations):
             raise ValueError(f"images should be a list, one entry for each of the {len(conversations)} conversations")

@@ -1,4 +1,7 @@
-"""`attach` and `detach`: an instance's class is swapped for a subclass of the same name that rewrites its calls."""
+"""`attach` and `detach`: an instance's class is swapped for a subclass of the same name that rewrites its calls.
+
+`prepare_inputs` rewrites a call for trainers that go past the model's forward.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +22,7 @@ from attanchor_vlm.frozen import release_frozen_tower
 from attanchor_vlm.plan import AnchorPlan, AnchorStats
 from attanchor_vlm.prepare import (
     accepts_encoded_images,
+    by_name,
     check_call,
     is_prepared,
     needs_rewriting,
@@ -45,7 +49,8 @@ def attach(model: nn.Module, config: AttAnchorConfig | None = None) -> nn.Module
 
     Args:
         model: A model of transformers, or a PeftModel around one, whose base model is attached. Attach before wrapping
-            it for distributed training. Attached again, the settings are replaced.
+            it for distributed training; one on several devices (`device_map`) as any other. Attached again, the
+            settings are replaced.
         config: None takes the settings that the model was saved with, in ``model.config.attanchor``.
 
     Returns:
@@ -64,13 +69,18 @@ def attach(model: nn.Module, config: AttAnchorConfig | None = None) -> nn.Module
     if not isinstance(config, AttAnchorConfig):
         raise TypeError(f"config is {type(config).__name__}; it should be an AttAnchorConfig")
     adapter = adapter_for(target)
+    if not target.can_generate():
+        raise TypeError(
+            f"model is {type(target).__name__}, which has no language modelling head; it should be the whole model, as "
+            "AutoModelForImageTextToText loads it"
+        )
     _check_settings(target, adapter, config)
 
     target.config.attanchor = config.to_dict()
     target.attanchor_plan, target.attanchor_stats = None, AnchorStats()
     target.attanchor_calls, target._attanchor_warned = 0, False
     if not is_attached(target):
-        target.__class__ = _attached_class(type(target))  # type: ignore[arg-type]
+        _change_class(target, _attached_class(type(target)))  # type: ignore[arg-type]
         guard.install(target)
     return model
 
@@ -80,7 +90,7 @@ def detach(model: nn.Module) -> nn.Module:
     target: Any = base_of(model)
     if is_attached(target):
         guard.remove(target)
-        target.__class__ = type(target).attanchor_original
+        _change_class(target, type(target).attanchor_original)
         for name in ("attanchor_plan", "attanchor_stats", "attanchor_calls", "_attanchor_warned"):
             target.__dict__.pop(name, None)
         del target.config.attanchor
@@ -109,6 +119,39 @@ def base_of(model: nn.Module) -> PreTrainedModel:
     return target
 
 
+def prepare_inputs(model: nn.Module, *, padding_side: str | None = None, **arguments: Any) -> dict[str, Any]:
+    """What `model`, attached, would hand to the untouched forward: for training loops that bypass `model.forward`.
+
+    Call it inside `compute_loss` of a trainer that calls the base model itself (TRL's SFTTrainer), and pass the result
+    on. Not for FSDP, whose parameters are sharded outside of forward.
+
+    Args:
+        model: An attached model, or a PeftModel around one.
+        padding_side: "right" or "left"; None for the side that `attention_mask` pads.
+        arguments: Those of the model's forward, with `anchor_mask` if there is one.
+
+    Returns:
+        The arguments themselves, less `anchor_mask`, if tau >= 1 or there is no image; otherwise the rewritten ones.
+
+    Raises:
+        ValueError: the model is not attached, or takes pixels alone (route "ids" before transformers 5.18), which would
+            be taken for a prompt without anchors; and as `model` itself.
+    """
+    target: Any = base_of(model)
+    if not is_attached(target):
+        raise ValueError(f"{type(model).__name__} is not attached; it should be a model given to attach")
+    settings, adapter = target.attanchor_config, adapter_for(target)
+    anchor_mask = arguments.pop("anchor_mask", None)
+    check_call(adapter, settings, arguments, anchor_mask)
+    if not needs_rewriting(adapter, settings, arguments):
+        return arguments
+    if (settings.route or adapter.routes[0]) == "ids" and not accepts_encoded_images(target):
+        raise ValueError("prepare_inputs with route 'ids' needs transformers >= 5.18; update it, or use route 'embeds'")
+    prepared = rewrite(target, adapter, settings, arguments, anchor_mask, padding_side)
+    target.record_plan(prepared.plan)
+    return prepared.for_forward()
+
+
 class AttAnchorMixin(_Model):
     """What an attached model has besides its own class. `forward` is made per class, with the original's signature."""
 
@@ -132,8 +175,8 @@ class AttAnchorMixin(_Model):
     ) -> Any:
         """As the model's own, with `anchor_mask`. Sequences are the caller's prompt followed by the new tokens."""
         original: Callable[..., Any] = super().generate  # type: ignore[misc]
-        names = _names(self.attanchor_original.generate)[1:]  # less `inputs`
-        arguments = {**kwargs, **dict(zip(names, positional, strict=False))}
+        arguments = by_name(self.attanchor_original.generate, (inputs, *positional), kwargs)
+        del arguments["inputs"]
         if inputs is not None and arguments.get("input_ids") is None:
             arguments["input_ids"] = inputs
         settings, adapter = self.attanchor_config, adapter_for(self)
@@ -168,13 +211,15 @@ class AttAnchorMixin(_Model):
 
 def _run_forward(model: Any, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The body of every attached forward."""
+    if not is_attached(model):  # detached, but a wrapper on the instance kept this forward (accelerate's for autocast)
+        return original(model, *args, **kwargs)
     anchor_mask = kwargs.pop("anchor_mask", None)
     if guard.inside(model):  # generate has rewritten the prompt, or had nothing to rewrite
         return original(model, *args, **kwargs)
-    if model.training:
-        release_frozen_tower(model, adapter_for(model).vision_tower(model))
     settings, adapter = model.attanchor_config, adapter_for(model)
-    arguments = {**kwargs, **dict(zip(_names(original), args, strict=False))}
+    if model.training:
+        release_frozen_tower(model, adapter.vision_tower(model))
+    arguments = by_name(original, args, kwargs)
     check_call(adapter, settings, arguments, anchor_mask)
     with guard.through_us(model):
         if not needs_rewriting(adapter, settings, arguments):
@@ -220,10 +265,16 @@ def _attached_forward(original: Callable[..., Any]) -> Callable[..., Any]:
     return forward
 
 
-@functools.cache
-def _names(function: Callable[..., Any]) -> tuple[str, ...]:
-    """Parameter names of a method, in order, without `self`."""
-    return tuple(inspect.signature(function).parameters)[1:]
+def _change_class(model: Any, kind: Any) -> None:
+    """Make `model` one of class `kind`, also for the hook of accelerate that it may have around its forward.
+
+    A model on several devices (`device_map`), or offloaded, calls the forward that its class had when it was loaded.
+    """
+    hooked, before = vars(model).get("_old_forward"), type(model).forward
+    model.__class__ = kind
+    if getattr(hooked, "__func__", None) is before:
+        model._old_forward = kind.forward.__get__(model)
+        model.forward.__wrapped__ = model._old_forward  # whose signature Trainer reads
 
 
 def _check_settings(model: PreTrainedModel, adapter: FamilyAdapter, config: AttAnchorConfig) -> None:

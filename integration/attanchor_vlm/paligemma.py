@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attanchor_vlm.plan import IGNORED
+from attanchor_vlm.words import special_token_ids
+
 Spans = list[tuple[int, int]]
 
 
@@ -70,11 +73,11 @@ def encode(
         for start, end in spans_of(text):
             inside = (offsets[row, :, 0] < begin + end) & (offsets[row, :, 1] > begin + start)
             mask[row] |= inside & (offsets[row, :, 0] < offsets[row, :, 1])
-    special = torch.tensor(sorted(set(processor.tokenizer.all_special_ids)), dtype=torch.int64)
+    special = torch.tensor(special_token_ids(processor.tokenizer), dtype=torch.int64)
     encoded["anchor_mask"] = mask & of_prefix & ~torch.isin(encoded["input_ids"], special)
     if not add_generation_prompt:
         if labels is None or not any(suffixes):
-            labels = torch.full_like(encoded["input_ids"], -100)
+            labels = torch.full_like(encoded["input_ids"], IGNORED)
         encoded["labels"] = labels
     return encoded
 

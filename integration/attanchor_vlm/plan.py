@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+IGNORED = -100  # the label that losses skip
+
 
 class AnchorPlan(NamedTuple):
     """What a call inserted and where: B samples, S tokens in the caller's prompt, L in the new one.

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,13 +13,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from attanchor_kernels import AnchoredSequence, merge_sequence, plan_sequence
-from attanchor_vlm.adapters import FamilyAdapter, adapter_for
+from attanchor_vlm.adapters import FamilyAdapter
 from attanchor_vlm.config import AttAnchorConfig
 from attanchor_vlm.fallback import mask_from_ids
-from attanchor_vlm.plan import AnchorPlan
+from attanchor_vlm.plan import IGNORED, AnchorPlan
 from attanchor_vlm.think import add_pauses
 
-IGNORED = -100  # the label that losses skip
 PADDING, TEXT, IMAGE, ANCHOR_TEXT, SILENT_IMAGE = range(5)  # roles of merge_sequence
 
 
@@ -50,30 +50,15 @@ class Prepared(NamedTuple):
         return arguments
 
 
-def prepare_inputs(model: Any, *, padding_side: str | None = None, **arguments: Any) -> dict[str, Any]:
-    """What `model`, attached, would hand to the untouched forward: for training loops that bypass `model.forward`.
+def by_name(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call of a method, those given by position as well."""
+    return {**kwargs, **dict(zip(_names(function), args, strict=False))}
 
-    Call it inside `compute_loss` of a trainer that calls the base model itself (TRL's SFTTrainer), and pass the result
-    on. Not for FSDP, whose parameters are sharded outside of forward.
 
-    Args:
-        model: An attached model; not its PeftModel, but that one's ``get_base_model()``.
-        padding_side: "right" or "left"; None for the side that `attention_mask` pads.
-        arguments: Those of the model's forward, with `anchor_mask` if there is one.
-
-    Returns:
-        The arguments themselves, less `anchor_mask`, if tau >= 1 or there is no image; otherwise the rewritten ones.
-    """
-    if not hasattr(model, "attanchor_config"):
-        raise ValueError(f"{type(model).__name__} is not attached; it should be a model given to attach")
-    settings, adapter = model.attanchor_config, adapter_for(model)
-    anchor_mask = arguments.pop("anchor_mask", None)
-    check_call(adapter, settings, arguments, anchor_mask)
-    if not needs_rewriting(adapter, settings, arguments):
-        return arguments
-    prepared = rewrite(model, adapter, settings, arguments, anchor_mask, padding_side)
-    model.record_plan(prepared.plan)
-    return prepared.for_forward()
+@functools.cache
+def _names(function: Callable[..., Any]) -> tuple[str, ...]:
+    """Parameter names of a method, in order, without `self`."""
+    return tuple(inspect.signature(function).parameters)[1:]
 
 
 def is_prepared(arguments: Mapping[str, Any]) -> bool:
@@ -162,7 +147,7 @@ def rewrite(
     is_image = adapter.placeholders(model, ids)
     is_real = torch.ones_like(is_image) if mask is None else mask.bool()
     if anchor_mask is None:
-        anchor_mask = mask_from_ids(model, settings, ids, is_real, is_image)
+        anchor_mask = mask_from_ids(model, settings, ids, is_real, is_image, labels)
     elif labels is not None:
         _warn_of_answers(model, anchor_mask, labels)
     if padding_side is None:
@@ -320,9 +305,11 @@ def _side_of(mask: Tensor | None) -> str:
 
 
 def _padding_id(model: PreTrainedModel) -> int:
-    for config in (model.generation_config, model.config, model.config.get_text_config()):
-        if getattr(config, "pad_token_id", None) is not None:
-            return config.pad_token_id
+    text = model.config.get_text_config()
+    for config in (model.generation_config, model.config, text):
+        token = getattr(config, "pad_token_id", None)
+        if token is not None and 0 <= token < text.vocab_size:  # the model looks it up
+            return token
     return 0
 
 

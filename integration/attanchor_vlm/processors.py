@@ -1,4 +1,4 @@
-"""Processors of checkpoints, also of those whose videos need a torchvision that is not installed."""
+"""Processors of checkpoints: also where videos need a torchvision that is not installed, and of old LLaVA files."""
 
 from __future__ import annotations
 
@@ -15,18 +15,29 @@ def load_processor(source: str) -> Any:
 
     Processors of Qwen-VL, InternVL, LLaVA-OneVision and SmolVLM bring a part for videos, which torchvision does; where
     that is not installed, they are loaded without it: images and text are processed as ever (by PIL), a video is
-    refused.
+    refused. LLaVA's of early checkpoints, whose files do not say how many tokens an image takes, are told it by the
+    model's config.
 
     Raises:
         ImportError, OSError, ValueError: as `AutoProcessor.from_pretrained` does; also where more than videos needs
             torchvision.
     """
     try:
-        return AutoProcessor.from_pretrained(source)
+        processor: Any = AutoProcessor.from_pretrained(source)
     except (ImportError, ValueError) as error:
         own = None if is_torchvision_available() or "torchvision" not in str(error).lower() else _class_of(source)
         if own is None or "video_processor" not in own.get_attributes():
             raise
+        processor = _load_without_videos(own, source)
+    if getattr(processor, "patch_size", 0) is None:  # LLaVA's and LLaVA-NeXT's
+        config = AutoConfig.from_pretrained(source)
+        processor.patch_size = config.vision_config.patch_size
+        processor.vision_feature_select_strategy = config.vision_feature_select_strategy
+        processor.num_additional_image_tokens = int(config.vision_config.model_type == "clip_vision_model")  # its CLS
+    return processor
+
+
+def _load_without_videos(own: Any, source: str) -> Any:
     try:
         processor: Any = _without_videos(own).from_pretrained(source)
     except ImportError as error:

@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from attanchor_vlm.config import AttAnchorConfig
-from attanchor_vlm.plan import AnchorPlan
+from attanchor_vlm.plan import IGNORED, AnchorPlan
 
-IGNORED = -100
 _RESERVED = re.compile(r"reserved|unused|extra_id|<\|?(?:pad|unk)", re.IGNORECASE)
 
 

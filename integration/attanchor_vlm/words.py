@@ -105,6 +105,13 @@ def read_words(path: Path) -> tuple[str, ...]:
     return tuple(sorted(words))
 
 
+def special_token_ids(tokenizer: Any) -> list[int]:
+    """Ids of all special tokens, sorted: those that the tokenizer has a name for, such as EOS, and those that it only
+    knows as special, such as the markers of Llama 3's chats."""
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    return sorted({*tokenizer.all_special_ids, *(token for token, added in added.items() if added.special)})
+
+
 def function_token_ids(tokenizer: Any, function_words: Collection[str]) -> tuple[int, ...]:
     """Token ids that stand for a function word or for punctuation, for when there is no text but ids alone.
 
@@ -136,4 +143,4 @@ def function_token_ids(tokenizer: Any, function_words: Collection[str]) -> tuple
             # Nothing but the form and space around it.
             if text[left:right].strip() == form.strip() and left <= start and right >= end:
                 found.add(token)
-    return tuple(sorted(found - set(tokenizer.all_special_ids)))
+    return tuple(sorted(found - set(special_token_ids(tokenizer))))

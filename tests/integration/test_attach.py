@@ -6,7 +6,7 @@ import inspect
 
 import pytest
 import torch
-from tiny import EOS, IMAGE, PAD, difference, own_logits, plain, prompts, tiny_llava, with_labels
+from tiny import EOS, IMAGE, PAD, VOCABULARY, difference, own_logits, plain, prompts, tiny_llava, with_labels
 from torch.nn import functional as F
 from transformers import LlavaForConditionalGeneration
 
@@ -262,6 +262,16 @@ def test_an_image_id_outside_the_embedding_table():
     expected = model(**batch).logits
     model.config.image_token_id = 5000
     batch["input_ids"] = batch["input_ids"].masked_fill(batch["input_ids"] == IMAGE, 5000)
+    assert torch.equal(model(**batch).logits, expected)
+
+
+@pytest.mark.parametrize("token", [-1, VOCABULARY])
+def test_a_padding_id_outside_the_embedding_table(token):
+    model, batch = tiny_llava(), prompts([1, 2])
+    attach(model, AttAnchorConfig(tau=TAU, route="ids"))
+    expected = model(**batch).logits
+    for config in (model.generation_config, model.config, model.config.text_config):
+        config.pad_token_id = token
     assert torch.equal(model(**batch).logits, expected)
 
 

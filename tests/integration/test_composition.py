@@ -1,7 +1,9 @@
-"""What an attached model is combined with: loops that bypass it, peft, gradient checkpointing, Trainer."""
+"""What an attached model is combined with: loops that bypass it, wrappers, peft, gradient checkpointing, Trainer."""
 
 from __future__ import annotations
 
+import functools
+import inspect
 import json
 
 import pytest
@@ -35,6 +37,11 @@ def test_calls_past_the_attached_forward_fail():
         model.base_model(**plain(batch))  # as TRL does
     with pytest.raises(RuntimeError, match="past the attached forward"):
         LlavaForConditionalGeneration.forward(model, **plain(batch))  # as Liger does
+    encoded = {"image": model.get_image_features(batch["pixel_values"])}
+    for past in ({"mm_encoder_outputs": encoded}, {}):  # encoded already, or by position
+        images = () if past else (batch["pixel_values"],)
+        with pytest.raises(RuntimeError, match="past the attached forward"):
+            model.base_model(batch["input_ids"], *images, **past)
     prepared = prepare_inputs(model, **batch)
     hidden = model.base_model(**prepared).last_hidden_state
     assert torch.equal(model.lm_head(hidden), model(**batch).logits)
@@ -60,6 +67,25 @@ def test_prepared_inputs_are_not_rewritten_again(route):
         prepare_inputs(tiny_llava(), **batch)
 
 
+@pytest.mark.parametrize("route", ROUTES)
+def test_inputs_are_prepared_for_a_peft_model_as_for_its_base(route):
+    model, batch = with_lora(attach(tiny_llava(), AttAnchorConfig(tau=TAU, route=route))), with_labels(prompts([1, 2]))
+    expected = model(**batch)
+    prepared = prepare_inputs(model, **batch)
+    assert model.attanchor_plan.is_anchor.any()
+    assert torch.equal(model(**prepared).logits, expected.logits)
+    assert torch.equal(model(**prepared).loss, expected.loss)
+
+
+def test_before_transformers_5_18_no_inputs_are_prepared_for_the_ids_route(monkeypatch):
+    for module in ("mixin", "prepare"):
+        monkeypatch.setattr(f"attanchor_vlm.{module}.accepts_encoded_images", lambda model: False)
+    batch = prompts([1])
+    with pytest.raises(ValueError, match=r"prepare_inputs with route 'ids' needs transformers >= 5\.18"):
+        prepare_inputs(attach(tiny_llava(), AttAnchorConfig(tau=TAU, route="ids")), **batch)
+    assert "inputs_embeds" in prepare_inputs(attach(tiny_llava(), AttAnchorConfig(tau=TAU)), **batch)
+
+
 def test_expected_anchors_that_never_came():
     model, batch = tiny_llava(), prompts([1])
     attach(model, AttAnchorConfig(tau=TAU))
@@ -70,6 +96,39 @@ def test_expected_anchors_that_never_came():
     attach(model, AttAnchorConfig(tau=1))
     with expect_anchors(model):
         model(**batch)
+
+
+# --- Wrappers of forward on the instance. -----------------------------------------------------------------------------
+
+
+def test_a_model_on_several_devices_runs_through_us_also_inside_accelerates_hooks():
+    """`from_pretrained(device_map=…)` puts them around the forward that the model has then."""
+    from accelerate import dispatch_model
+    from accelerate.hooks import remove_hook_from_module
+
+    batch = with_labels(prompts([1, 2]))
+    expected = attach(tiny_llava(), AttAnchorConfig(tau=TAU))(**batch)
+    model = dispatch_model(tiny_llava(), {"": "cpu"}, force_hooks=True)
+    before = model(**plain(batch)).logits
+    attach(model, AttAnchorConfig(tau=TAU))
+    assert "forward" in vars(model)
+    assert "anchor_mask" in inspect.signature(model.forward).parameters  # or Trainer drops the column
+    assert torch.equal(model(**batch).logits, expected.logits)
+    assert model.attanchor_plan.is_anchor.any()
+    assert torch.equal(detach(model)(**plain(batch)).logits, before)
+    assert "anchor_mask" not in inspect.signature(model.forward).parameters
+    remove_hook_from_module(attach(model, AttAnchorConfig(tau=TAU)))
+    assert torch.equal(model(**batch).logits, expected.logits)
+
+
+def test_a_wrapper_that_keeps_the_attached_forward_is_harmless_once_detached():
+    """As accelerate's for mixed precision, which Trainer leaves on the model."""
+    model, batch = tiny_llava(), plain(prompts([1]))
+    before = model(**batch).logits
+    attach(model, AttAnchorConfig(tau=-1))
+    model.forward = functools.partial(type(model).forward, model)
+    assert model(**batch).logits.shape != before.shape
+    assert torch.equal(detach(model)(**batch).logits, before)
 
 
 # --- peft and Trainer. ------------------------------------------------------------------------------------------------

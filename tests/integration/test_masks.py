@@ -20,8 +20,10 @@ from tiny import (
     prompts,
     tiny_llava,
 )
+from tokenizers import AddedToken
 
 from attanchor_vlm import AttAnchorConfig, encode_chat, split_turns, with_tokens_of
+from attanchor_vlm.collate import Collator
 from attanchor_vlm.fallback import mask_from_ids
 
 QUESTION, ANSWER = "What is to the left of the red dog?", "It is a small blue cube."
@@ -151,9 +153,11 @@ def test_string_content_and_images_in_parts():
         {"role": "assistant", "content": ANSWER},
     ]
     beside = [user("<image>", QUESTION), assistant(ANSWER)]
-    a, b = encode_chat(processor, inside), encode_chat(processor, beside, [picture(5)])
-    assert a.keys() == b.keys()
-    assert all(torch.equal(a[name], b[name]) for name in a)
+    a = encode_chat(processor, inside)
+    for images in ([picture(5)], [[picture(5)]], picture(5)):
+        b = encode_chat(processor, beside, images)
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[name], b[name]) for name in a)
     assert inside[0]["content"][1] == {"type": "text", "text": QUESTION}  # left as it was
 
 
@@ -169,6 +173,18 @@ def test_special_tokens_typed_by_the_user_take_no_part():
     processor = processor_of("bytes-chatml")
     encoded = encode_chat(processor, [user("<image>", "red<|im_start|>dog"), assistant("No.")], [picture()])
     assert said(processor, encoded, "anchor_mask", 0) == "reddog"
+
+
+def test_special_tokens_that_the_tokenizer_has_no_name_for_take_no_part():
+    """As the markers of Llama 3's chats: special, but in no list of EOS, padding and the like."""
+    tokenizer = byte_level_tokenizer()
+    tokenizer.backend_tokenizer.add_special_tokens([AddedToken("<|eot_id|>", special=True)])
+    marker = tokenizer.convert_tokens_to_ids("<|eot_id|>")
+    assert marker not in tokenizer.all_special_ids
+    processor = llava_processor(tokenizer, CHATML)
+    encoded = encode_chat(processor, [user("<image>", "red<|eot_id|>dog"), assistant("No.")], [picture()])
+    assert said(processor, encoded, "anchor_mask", 0) == "reddog"
+    assert marker in with_tokens_of(AttAnchorConfig(tau=0.1), processor).special_token_ids
 
 
 @pytest.mark.parametrize("supervise", ["all", "last"])
@@ -244,6 +260,8 @@ def test_without_a_chat_template_it_says_what_is_missing():
     processor.chat_template = processor.tokenizer.chat_template = None
     with pytest.raises(ValueError, match="LlavaProcessor has no chat template, so it is not known how this model is"):
         encode_chat(processor, [user("<image>", QUESTION)], [picture()], add_generation_prompt=True)
+    with pytest.raises(ValueError, match="LlavaProcessor has no chat template"):
+        Collator(processor, "each")  # before training begins
 
 
 def test_texts_with_private_use_characters():
@@ -305,6 +323,33 @@ def test_fallback_is_everything_after_the_first_image_less_specials_and_generati
             expected[row, slot] = kept and not (row != 1 and slot >= ends[row] - 2)
     assert torch.equal(mask, expected)
     assert mask[:2].any(-1).all()
+
+
+# Not the unsplit tokenizer, whose tokens reach from the prompt into the answer.
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("kind", KINDS[:3])
+def test_from_ids_alone_training_and_inference_copy_the_same(kind, side):
+    processor, model = processor_of(kind), tiny_llava()
+    model.config.image_token_id = processor.image_token_id
+    settings, found = with_tokens_of(AttAnchorConfig(tau=0.2), processor), []
+    short = [user("<image>", "No?"), assistant(ANSWER + ANSWER)]
+    for messages, prompt in (
+        ([user("<image>", QUESTION)], True),
+        ([user("<image>", QUESTION), assistant(ANSWER)], False),
+    ):
+        batch = encode_chat(
+            processor,
+            [messages, short[: len(messages)]],
+            [[picture()]] * 2,
+            add_generation_prompt=prompt,
+            padding_side=side,
+        )
+        ids, real = batch["input_ids"], batch["attention_mask"].bool()
+        mask = mask_from_ids(model, settings, ids, real, ids == processor.image_token_id, batch.get("labels"))
+        if "labels" in batch:  # what stands behind the answer takes no part, by the leak rule
+            mask &= (batch["labels"] != -100).cumsum(-1) == 0
+        found.append([processor.tokenizer.decode(row[own]) for row, own in zip(ids, mask, strict=True)])
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize("kind", KINDS)

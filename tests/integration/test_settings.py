@@ -26,7 +26,7 @@ from attanchor_vlm import (
     prepare_inputs,
     save_settings,
 )
-from attanchor_vlm.adapters import FamilyAdapter, adapter_for
+from attanchor_vlm.adapters import FamilyAdapter, adapter_for, register
 from attanchor_vlm.config import BACKENDS, DIRECTIONS, POSITIONS
 
 TAU = 0.1  # about half of the candidates of a tiny model
@@ -72,6 +72,26 @@ def test_an_unknown_family_is_told_what_an_adapter_needs():
     model.config.__class__ = type("Other", (type(model.config),), {"model_type": "other_vl"})
     with pytest.raises(ValueError, match=r"no adapter for model_type 'other_vl'.*image_arguments.*routes"):
         attach(model, AttAnchorConfig(tau=TAU))
+
+
+def test_a_model_that_names_no_base_model():
+    """As models of one's own may: `base_model` is then the model itself."""
+    model, batch = tiny_llava(), prompts([1])
+    expected = attach(model, AttAnchorConfig(tau=TAU))(**batch).logits
+    own = {"base_model_prefix": "", "get_input_embeddings": lambda self: self.model.get_input_embeddings()}
+    detach(model).__class__ = type("Flat", (LlavaForConditionalGeneration,), own)
+    assert torch.equal(attach(model, AttAnchorConfig(tau=TAU))(**batch).logits, expected)
+
+
+def test_what_is_no_adapter_is_not_registered():
+    class Other(FamilyAdapter):
+        model_types = ("other_vl",)
+
+    for given, name in ((Other, "the class Other"), ("other_vl", "str")):
+        with pytest.raises(TypeError, match=f"adapter is {name}; it should be an instance of a subclass"):
+            register(given)
+    with pytest.raises(ValueError, match=r"FamilyAdapter\.model_types is empty"):
+        register(FamilyAdapter())
 
 
 def test_an_adapter_states_its_routes_and_token_types(monkeypatch):
@@ -157,6 +177,10 @@ def test_attach_wants_a_model_and_settings():
         attach(tiny_llava(), 0.1)
     with pytest.raises(ValueError, match="config is None"):
         attach(tiny_llava())
+    headless = tiny_llava().base_model
+    with pytest.raises(TypeError, match="model is LlavaModel, which has no language modelling head"):
+        attach(headless, AttAnchorConfig(tau=0.1))
+    assert not hasattr(headless.config, "attanchor")
 
 
 def test_every_public_name_is_there_and_importing_the_package_needs_no_torch():

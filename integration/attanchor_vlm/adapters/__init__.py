@@ -19,7 +19,15 @@ _REGISTRY: dict[str, FamilyAdapter] = {}
 
 
 def register(adapter: FamilyAdapter) -> None:
-    """Make a family known to `attach`, under every ``config.model_type`` that the adapter names."""
+    """Make a family known to `attach`, under every ``config.model_type`` that the adapter names.
+
+    Raises:
+        TypeError: `adapter` is no instance of a subclass of `FamilyAdapter`.
+        ValueError: it names no model type.
+    """
+    if not isinstance(adapter, FamilyAdapter):
+        given = f"the class {adapter.__name__}" if isinstance(adapter, type) else type(adapter).__name__
+        raise TypeError(f"adapter is {given}; it should be an instance of a subclass of FamilyAdapter")
     if not adapter.model_types:
         raise ValueError(f"{type(adapter).__name__}.model_types is empty; it should name the family's model_type")
     for model_type in adapter.model_types:

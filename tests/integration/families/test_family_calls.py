@@ -77,9 +77,12 @@ def test_before_transformers_5_18_the_ids_route_passes_pixels(family, monkeypatc
     generated = model.generate(**batch, **GREEDY)
     for module in ("mixin", "prepare"):
         monkeypatch.setattr(f"attanchor_vlm.{module}.accepts_encoded_images", lambda model: False)
-    assert "pixel_values" in prepare_inputs(model, **batch)
+    seen = []
+    model.base_model.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs), with_kwargs=True)
     with torch.no_grad():
         assert difference(model(**batch).logits, expected) < 1e-5
+    assert seen[0]["pixel_values"] is batch["pixel_values"]
+    assert model.attanchor_plan.is_anchor.any()
     assert torch.equal(model.generate(**batch, **GREEDY), generated)
 
 

@@ -59,6 +59,23 @@ def test_a_chat_is_answered_with_anchors_on_the_users_text(name, tmp_path, monke
         assert processor.tokenizer.decode(batch["input_ids"][row][taken[row]]).rstrip().endswith(text)
 
 
+@pytest.mark.parametrize("name", ["llava", "llava_next"])
+def test_old_files_that_do_not_say_how_many_tokens_an_image_takes(name, tmp_path, monkeypatch):
+    """Those of early 2024 have no processor_config.json: the model's config says what they leave out."""
+    _, expected = written(name, tmp_path, monkeypatch)
+    own = json.loads((tmp_path / "processor_config.json").read_text())
+    images = json.loads((tmp_path / "preprocessor_config.json").read_text())
+    (tmp_path / "processor_config.json").unlink()
+    old = {**images, "processor_class": own.pop("processor_class")}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(old))
+    model, processor = load(str(tmp_path))
+    assert {setting: getattr(processor, setting) for setting in own} == own
+    chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTIONS[0]}]}]
+    batch, same = (encode_chat(one, chat, [picture(0)]) for one in (processor, expected))
+    assert torch.equal(batch["input_ids"], same["input_ids"])
+    assert int((batch["input_ids"] == model.config.image_token_id).sum()) == len(features(model, batch))
+
+
 @every_processor
 def test_a_batch_is_its_questions_alone(name, tmp_path, monkeypatch):
     """One image, several of other shapes, and none, of questions of other lengths."""
