@@ -7,7 +7,7 @@ reported and the rest goes on. The most valuable steps come first, and what no t
 The folder gets the rows, and summary.json, summary.txt and logs.tar.gz, current after every step and named after the
 part that they are of. A step replaces the rows of an earlier run when it begins and leaves those of other steps alone,
 so that three parts fill one folder. The laboratory's plan and rows are in its folder `lab`. Without a GPU the same
-steps run at toy sizes, as a rehearsal.
+steps run at toy sizes, as a rehearsal, into a folder that no GPU has filled.
 """
 
 from __future__ import annotations
@@ -286,7 +286,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", choices=["auto", "cuda", "cpu"], default="auto")
     options = parser.parse_args(arguments)
     begin = time.monotonic()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the step that runs, as an interrupt does
 
     try:
         gpu = None if options.device == "cpu" else find_gpu(sys.executable)
@@ -304,10 +303,14 @@ def main(arguments: list[str] | None = None) -> int:
             parser.error(f"--steps has {', '.join(unknown)}; known are {', '.join(step.name for step in chosen)}")
         chosen = [step for step in chosen if step.name in names]
     if gpu is None:
+        if any(json.loads(path.read_text(encoding="utf-8"))["gpu"] != "none" for path in output.glob("summary*.json")):
+            print(f"{output} is of a GPU, and a rehearsal would replace its rows; name another folder", file=sys.stderr)
+            return 1
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         print("no GPU is used: a rehearsal at toy sizes, whose figures mean nothing")
     output.mkdir(parents=True, exist_ok=True)
     about = {"gpu": gpu.name if gpu else "none", "part": options.part, "torch": torch.__version__}
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the step that runs, as an interrupt does
     outcomes = run_all(chosen, output, options.total - (time.monotonic() - begin), about)
     shutil.rmtree(output / "lab" / "checkpoints", ignore_errors=True)  # what a laboratory cut short leaves is large
     print(f"\n{(output / f'summary{_suffix(options.part)}.txt').read_text(encoding='utf-8')}\n{output}")

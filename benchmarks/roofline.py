@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -91,13 +92,15 @@ def _guarded(what: str, settings: Settings) -> Iterator[None]:
     try:
         yield
         return
-    except torch.OutOfMemoryError:
-        print(f"{what}: not enough memory, not measured", flush=True)
     except Exception as error:
-        outcome = "WRONG" if isinstance(error, WrongResult) else f"failed with {type(error).__name__}"
-        settings.wrong.append(f"{what} {outcome}: {error}".partition("\n")[0])
-        print(f"{what} {outcome}: {error}", flush=True)
-    gc.collect()  # its traceback may hold tensors
+        if isinstance(error, torch.OutOfMemoryError):
+            print(f"{what}: not enough memory, not measured", flush=True)
+        else:
+            outcome = "WRONG" if isinstance(error, WrongResult) else f"failed with {type(error).__name__}"
+            settings.wrong.append(f"{what} {outcome}: {error}".partition("\n")[0])
+            print(f"{what} {outcome}: {error}", flush=True)
+        traceback.clear_frames(error.__traceback__)  # they may hold tensors, which the error outlives
+    gc.collect()
 
 
 def _release(device: torch.device) -> None:

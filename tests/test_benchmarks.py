@@ -101,12 +101,15 @@ def test_no_figure_for_a_wrong_result(tmp_path, monkeypatch, capsys):
 
 
 def test_a_backend_that_fails_costs_no_other_its_figures(tmp_path, monkeypatch, capsys):
-    """Nor any other case; what failed is told in the end as well."""
-    right = roofline.run
+    """Nor any other case, nor memory; what failed is told in the end as well."""
+    right, held = roofline.run, []
 
     def failing(case, inputs, backend):
+        assert not any(tensor() is not None for tensor in held)
         if backend == "triton" and case.operation == "forward":
-            raise RuntimeError("out of resource\nand a page more")
+            kept, error = torch.empty(1), RuntimeError("out of resource\nand a page more")
+            held.append(weakref.ref(kept))
+            raise error  # and this frame, which its traceback holds, holds it
         return right(case, inputs, "reference")
 
     monkeypatch.setattr(roofline, "run", failing)

@@ -94,6 +94,17 @@ def test_parts_fill_one_folder(tmp_path):
     assert {"logs-part1.tar.gz", "summary-part1.json", "logs-part2.tar.gz"} <= set(os.listdir(tmp_path))
 
 
+def test_a_rehearsal_does_not_replace_rows_of_a_gpu(tmp_path, monkeypatch, capsys):
+    """As where a driver broke after the run."""
+    chosen = [step("rows", "pass", writes="lab")]
+    monkeypatch.setattr(gpu, "steps", lambda *_: chosen)
+    gpu.run_all(chosen, tmp_path, 900.0, {"gpu": "Test GPU", "part": 3})
+    (tmp_path / "lab").mkdir()
+    assert gpu.main(["--device", "cpu", "--output", str(tmp_path)]) == 1
+    assert "is of a GPU" in capsys.readouterr().err
+    assert (tmp_path / "lab").exists()
+
+
 def test_the_runner_from_a_foreign_folder(tmp_path):
     """Not installed, another working directory, rows and summary in the folder asked for."""
     command = [sys.executable, "-m", "benchmarks.gpu", "--device", "cpu", "--output", str(tmp_path / "out")]

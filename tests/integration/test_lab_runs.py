@@ -104,10 +104,13 @@ def test_a_line_cut_short_does_not_take_the_next_row_with_it(tmp_path):
         rows.read(file)
 
 
-def test_a_kill_right_behind_the_plan_leaves_a_folder_that_can_be_gone_on_with(tmp_path, pool):
+@pytest.mark.parametrize("left", [None, "", '{"kind": "pl'])
+def test_a_kill_right_behind_the_plan_leaves_a_folder_that_can_be_gone_on_with(tmp_path, pool, left):
     late = dataclasses.replace(plan(), minutes=0.0)
     laboratory.run(late, tmp_path, "cpu", silent, progress=False)
     (tmp_path / "rows.jsonl").unlink()
+    if left is not None:
+        (tmp_path / "rows.jsonl").write_text(left)
     found = laboratory.run(late, tmp_path, "cpu", silent, progress=False)
     assert [row["kind"] for row in found] == ["plan"]
     assert found == [json.loads((tmp_path / "plan.json").read_text())]

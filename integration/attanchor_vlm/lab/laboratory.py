@@ -99,7 +99,7 @@ def _open(plan: Plan, folder: Path, device: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         before = {"kind": "plan", "written": rows.now(), **plan.to_dict(), **rows.environment(device)}
         write_json(folder / PLAN, before)
-    if ROWS not in there:
+    if not json_lines.read(folder / ROWS):
         json_lines.append(folder / ROWS, before)
 
 

@@ -176,22 +176,25 @@ class Laboratory:
     ) -> list[Difference | None]:
         """Statistics of what one list or table shows: of `comparisons`, and behind them of `further` differences.
 
-        One comparison has one answer on a page: those that the plan names keep theirs, the others are a family.
+        One comparison has one answer on a page: those that the plan names keep theirs, and so do all differences from
+        plain in mean accuracy; the others are a family.
         """
-        planned = self.primary()
-        others = iter(family([*(self.differences(one) for one in comparisons if one not in planned), *further]))
-        found = [planned[one] if one in planned else next(others) for one in comparisons]
+        known = self.primary() | self.all_against_plain()
+        others = iter(family([*(self.differences(one) for one in comparisons if one not in known), *further]))
+        found = [known[one] if one in known else next(others) for one in comparisons]
         return [*found, *others]
 
     def all_against_plain(self) -> dict[Comparison, Difference | None]:
-        """Every arm of every setting, in mean accuracy."""
-        keys = [
+        """Every arm of every setting, in mean accuracy: what the plan does not name is one family."""
+        every = [
             Comparison(setting["name"], arm)
             for setting in self.settings
             for arm in self.arms(setting["name"])
             if arm != "plain"
         ]
-        return dict(zip(keys, self.compared(keys), strict=True))
+        planned = self.primary()
+        others = iter(family([self.differences(one) for one in every if one not in planned]))
+        return {one: planned[one] if one in planned else next(others) for one in every}
 
     def against_plain(self, setting: str, metrics: dict[str, Metric]) -> dict[tuple[str, str], Difference | None]:
         """(arm, metric) to the difference from plain, as one table shows them."""

@@ -225,8 +225,8 @@ def _setting(laboratory: Laboratory, setting: dict[str, Any], names: _Pictures) 
     lines += ["**Accuracy.** Means over seeds (standard deviation over seeds).", ""]
     lines += [*_levels(laboratory, name, ACCURACIES), ""]
     lines += [
-        "Paired differences from plain: mean and 95 % interval of that cell alone; bold: established, corrected for "
-        "all cells of the table, or with the plan's comparisons where it is one of them.",
+        "Paired differences from plain: mean and 95 % interval of that cell alone; bold: established, mean accuracy "
+        "as everywhere on this page, the other cells corrected for their number.",
         "",
     ]
     lines += [*_differences(laboratory, name, ACCURACIES), "", *sections.accuracies(laboratory, name), ""]
