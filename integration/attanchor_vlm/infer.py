@@ -24,6 +24,7 @@ from attanchor_vlm.data import PLACEHOLDER, load_image
 from attanchor_vlm.fallback import with_tokens_of
 from attanchor_vlm.masks import encode_chat
 from attanchor_vlm.mixin import attach, base_of, is_attached
+from attanchor_vlm.placement import check_adapter
 from attanchor_vlm.reading import check_characters
 from attanchor_vlm.settings import FILE_NAME, load_adapter, load_settings
 
@@ -50,11 +51,11 @@ def settings_for(
     in place of theirs. None if there are none.
 
     Raises:
-        SetupError: `adapter` is no folder of an adapter, or was trained without anchors and there is no `tau`; or
-            `model` is an adapter.
+        SetupError: `adapter` is no folder of an adapter, was trained without anchors and there is no `tau`, or is that
+            of an experiment's control; or `model` is an adapter.
         ValueError: the settings are damaged, or `tau` is no threshold.
     """
-    refuse_adapter(model)
+    loading.refuse_adapter(model)
     found = None
     if adapter is not None:
         folder = Path(adapter)
@@ -62,6 +63,7 @@ def settings_for(
             raise loading.SetupError(
                 f"adapter {folder} holds no adapter_config.json; give the folder that train wrote to"
             )
+        check_adapter(folder)
         if (folder / FILE_NAME).is_file():
             found = load_settings(folder)
         elif tau is None:
@@ -72,24 +74,6 @@ def settings_for(
         folder = Path(model).expanduser()
         found = load_settings(folder) if (folder / FILE_NAME).is_file() else _saved_attached(folder)
     return _changed(found, tau, content_words)
-
-
-def refuse_adapter(model: str) -> None:
-    """Refuse an adapter's folder in the place of its model's. transformers would load both, unmerged: an export of that
-    is no whole model, and training would begin anew.
-
-    Raises:
-        SetupError: naming the model that it was trained on.
-    """
-    folder = Path(model).expanduser()
-    if not (folder / "adapter_config.json").is_file() or (folder / "config.json").is_file():
-        return
-    try:
-        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        base = f", {config['base_model_name_or_path']}"
-    except (OSError, ValueError, LookupError, TypeError):
-        base = ""
-    raise loading.SetupError(f"model {model} is an adapter; give the model that it was trained on{base}")
 
 
 def _saved_attached(folder: Path) -> AttAnchorConfig | None:
@@ -164,18 +148,27 @@ def load(
         settings = settings if known else with_tokens_of(settings, processor)
         attach(loaded, settings)
     if adapter is not None:
-        try:
-            loaded = load_adapter(loaded, adapter)
-        except (json.JSONDecodeError, SafetensorError) as error:
-            raise loading.SetupError(f"adapter {adapter} cannot be read; a file of it is damaged: {error}") from error
-        except (RuntimeError, ValueError, KeyError, TypeError) as error:
-            reason = " ".join(str(error).split())
-            raise loading.SetupError(
-                f"adapter {adapter} does not fit model {model}, which it should have been trained on: {reason[:300]}"
-            ) from error
+        loaded = with_adapter(loaded, model, adapter)
         if settings is not None:
             attach(loaded, settings)  # in place of the adapter's tau, if another was given
     return loaded.to(device or ("cuda" if gpu else "cpu")).eval(), processor
+
+
+def with_adapter(loaded: Any, model: str, adapter: str | PathLike[str]) -> Any:
+    """`load_adapter` into a model that was `loaded` from `model`.
+
+    Raises:
+        SetupError: the adapter is damaged, or that of another model.
+    """
+    try:
+        return load_adapter(loaded, adapter)
+    except (json.JSONDecodeError, SafetensorError) as error:
+        raise loading.SetupError(f"adapter {adapter} cannot be read; a file of it is damaged: {error}") from error
+    except (RuntimeError, ValueError, KeyError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise loading.SetupError(
+            f"adapter {adapter} does not fit model {model}, which it should have been trained on: {reason[:300]}"
+        ) from error
 
 
 def answer(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 from collections.abc import Callable
@@ -33,41 +34,47 @@ def load(name: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
     """Model and processor of a local folder or a Hub id, with the weights in `dtype`.
 
     Raises:
-        SetupError: there is no such folder, the Hub cannot be reached or does not have it, or it is no
-            image-text-to-text model.
+        SetupError: there is no such folder, the Hub cannot be reached or does not have it, a file of it is damaged, or
+            it is no image-text-to-text model.
     """
     from transformers import AutoModelForImageTextToText
 
     from attanchor_vlm.processors import load_processor
 
     source = source_of(name)
-    local = Path(source).is_dir()
     try:
         # Processor first: it is small, so that a wrong name costs no download.
         processor = load_processor(source)
         model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype)
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        hint = (
-            "the folder should hold config.json, weights and processor files, as save_pretrained writes them"
-            if local
-            else "it is no folder here, so it was looked for on the Hugging Face Hub; check name, network and login "
-            "(`hf auth login`), or download it elsewhere and give its folder"
-        )
-        raise SetupError(f"model {name} cannot be loaded: {reason} ({hint})") from error
+    except Exception as error:  # of damaged files, nearly any kind
+        raise cannot_be_loaded(name, error) from error
     if getattr(processor, "image_processor", None) is None or getattr(processor, "tokenizer", None) is None:
         raise SetupError(f"model {name} has no processor for images and text; AttAnchor trains image-text models")
     return model, processor
+
+
+def cannot_be_loaded(name: str, error: Exception) -> SetupError:
+    """What is said of a model that transformers could not load, or its processor."""
+    hint = (
+        "the folder should hold config.json, weights and processor files, as save_pretrained writes them"
+        if Path(name).expanduser().is_dir()
+        else "it is no folder here, so it was looked for on the Hugging Face Hub; check name, network and login "
+        "(`hf auth login`), or download it elsewhere and give its folder"
+    )
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    reason = " ".join(line.strip() for line in lines[: 2 if lines[0].endswith(":") else 1])
+    return SetupError(f"model {name} cannot be loaded: {reason} ({hint})")
 
 
 def source_of(name: str) -> str:
     """What transformers is given for `name`: a local folder, or a Hub id whose Hub can be reached.
 
     Raises:
-        SetupError: it is neither.
+        SetupError: it is neither, or an adapter.
     """
     path = Path(name).expanduser()
     if path.is_dir():
+        refuse_adapter(name)
         return str(path)
     if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise SetupError(
@@ -77,13 +84,34 @@ def source_of(name: str) -> str:
     return name
 
 
+def refuse_adapter(model: str) -> None:
+    """Refuse an adapter's folder in the place of its model's. transformers would load both, unmerged: an export of that
+    is no whole model, and training would begin anew.
+
+    Raises:
+        SetupError: naming the model that it was trained on.
+    """
+    folder = Path(model).expanduser()
+    if not (folder / "adapter_config.json").is_file() or (folder / "config.json").is_file():
+        return
+    try:
+        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        base = f", {config['base_model_name_or_path']}"
+    except (OSError, ValueError, LookupError, TypeError):
+        base = ""
+    raise SetupError(f"model {model} is an adapter; give the model that it was trained on{base}")
+
+
 def check_hub(name: str) -> None:
     """Refuse a Hub id at once where the Hub cannot be reached: its client would go on trying for minutes."""
     from urllib.parse import urlsplit
 
     from huggingface_hub import constants, try_to_load_from_cache
 
-    cached = isinstance(try_to_load_from_cache(name, "config.json"), str)
+    try:
+        cached = isinstance(try_to_load_from_cache(name, "config.json"), str)
+    except ValueError as error:
+        raise SetupError(f"model {name} is no folder here, and cannot be a Hub id: {error}") from error
     proxied = any(os.environ.get(key) for key in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"))
     if cached or proxied:
         return
@@ -116,8 +144,12 @@ def choose_dtype(wanted: str, say: Callable[[str], None]) -> torch.dtype:
     return getattr(torch, wanted)
 
 
-def choose_optimizer(wanted: str, say: Callable[[str], None]) -> str:
-    """`wanted` if it can run here, else AdamW with one line that says why.
+def choose_optimizer(wanted: str, say: Callable[[str], None], sharded: bool = False) -> str:
+    """`wanted`, or AdamW with one line that says why, if it is one of bitsandbytes' that cannot run here.
+
+    Args:
+        sharded: Whether it steps sharded parameters (FSDP), which bitsandbytes' kernels do not take: its issue 1633, an
+            illegal memory access.
 
     Raises:
         SetupError: transformers has no optimizer of that name.
@@ -127,8 +159,11 @@ def choose_optimizer(wanted: str, say: Callable[[str], None]) -> str:
     names = [member.value for member in OptimizerNames]
     if wanted not in names:
         raise SetupError(f"optimizer is {wanted!r}; it should be one of {', '.join(names)}")
-    if not wanted.endswith(("8bit", "32bit")) and "bnb" not in wanted:
+    if not _is_of_bitsandbytes(wanted):
         return wanted
+    if sharded:
+        say(f"{wanted} cannot step sharded parameters (fsdp): training with adamw_torch")
+        return "adamw_torch"
     if not torch.cuda.is_available():
         missing = "a GPU"
     else:
@@ -140,6 +175,12 @@ def choose_optimizer(wanted: str, say: Callable[[str], None]) -> str:
             return wanted
     say(f"{wanted} needs {missing}: training with adamw_torch")
     return "adamw_torch"
+
+
+def _is_of_bitsandbytes(optimizer: str) -> bool:
+    if optimizer.startswith("adamw_torch"):
+        return False  # torchao brings its adamw_torch_8bit
+    return optimizer.endswith(("8bit", "32bit")) or optimizer in ("ademamix", "rmsprop_bnb")
 
 
 def add_lora(model: Any, preset: Preset) -> nn.Module:

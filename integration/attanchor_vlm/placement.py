@@ -12,7 +12,10 @@ otherwise never lets them.
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Iterator
+from contextvars import ContextVar
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,8 +23,12 @@ from torch import Tensor
 
 from attanchor_kernels import AnchoredSequence, plan_sequence
 from attanchor_vlm import prepare
+from attanchor_vlm.files import write_json
+from attanchor_vlm.loading import SetupError
 
 PLACEMENTS = ("matched", "random", "front")
+_FILE_NAME = "placement.json"  # beside an adapter that was trained with another than "matched"
+_in_force: ContextVar[str] = ContextVar("attanchor_placement", default="matched")
 _LARGE_ODD = (-7046029254386353131, -4417276706812531889, -8796714831421723037)  # splitmix64's constants, signed
 
 
@@ -48,12 +55,34 @@ def placed(placement: str, seed: int = 0) -> Iterator[None]:
     def plan(*arguments: Any, **options: Any) -> AnchoredSequence:
         return place(*arguments, **options, placement=placement, seed=seed, copy=False)
 
-    before = prepare.merge_sequence, prepare.plan_sequence
+    before, token = (prepare.merge_sequence, prepare.plan_sequence), _in_force.set(placement)
     prepare.merge_sequence, prepare.plan_sequence = merge, plan  # type: ignore[assignment]
     try:
         yield
     finally:
         prepare.merge_sequence, prepare.plan_sequence = before
+        _in_force.reset(token)
+
+
+def mark_adapter(folder: Path, placement: str, seed: int) -> None:
+    """Note beside an adapter what it was trained with: its own settings cannot say it."""
+    if placement != "matched":
+        write_json(folder / _FILE_NAME, {"placement": placement, "seed": seed})
+
+
+def check_adapter(folder: Path) -> None:
+    """Refuse a control's adapter where its placement is not in force: it would get matched anchors.
+
+    Raises:
+        SetupError: saying what it was trained with.
+    """
+    path = folder / _FILE_NAME
+    placement = json.loads(path.read_text(encoding="utf-8"))["placement"] if path.is_file() else "matched"
+    if placement not in ("matched", _in_force.get()):
+        raise SetupError(
+            f"adapter {folder} was trained as the control {placement!r}, with anchors at other places than matching "
+            "gives; only the experiment that trained it can use it (attanchor experiment paper)"
+        )
 
 
 def place(

@@ -272,7 +272,7 @@ def _draw_anchor(axes: Axes, example: Anchored, patch: int, colour: str, x: floa
 
 def _label(example: Anchored, patch: int) -> str:
     """What a patch's anchors are called beside the image."""
-    words = [f"{_short(match.text, 14)} {match.score:.2f}" for match in example.matches if match.patch == patch]
+    words = [f"{_short(match.text, 14)} {_number(match.score, 2)}" for match in example.matches if match.patch == patch]
     text = ", ".join(words[:3]) + (f" +{len(words) - 3}" if len(words) > 3 else "")
     box = example.boxes[patch]
     if box.tile is not None:
@@ -359,7 +359,7 @@ def _draw_scores(axes: Axes, example: Anchored, colours: Mapping[int, str], tau:
         axes.text(
             max(score, 0) + 0.012 * high,
             row,
-            f"{score:.{digits}f}",
+            _number(score, digits),
             va="center",
             fontsize=8.5,
             color="#444444",
@@ -369,7 +369,7 @@ def _draw_scores(axes: Axes, example: Anchored, colours: Mapping[int, str], tau:
     if tau < 1:
         axes.axvline(tau, color="black", linestyle="--", linewidth=1, zorder=2)
         axes.annotate(
-            f"tau {tau:.{digits}f}",
+            f"tau {_number(tau, digits)}",
             (tau, 1),
             xycoords=("data", "axes fraction"),
             xytext=(3, 2),
@@ -391,6 +391,10 @@ def _most_telling(matches: Sequence[Match]) -> list[Match]:
         return list(matches)
     ranked = sorted(range(len(matches)), key=lambda i: (matches[i].patch is None, -matches[i].score, i))
     return [matches[i] for i in sorted(ranked[:_MOST_BARS])]
+
+
+def _number(value: float, digits: int) -> str:
+    return f"{round(value, digits) + 0.0:.{digits}f}"  # plus zero, which makes "-0.00" a "0.00"
 
 
 def _short(text: str, most: int) -> str:

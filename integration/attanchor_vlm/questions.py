@@ -257,9 +257,8 @@ def _check(number: int, raw: Any, folder: Path, seen: Collection[str | int]) -> 
     if of_training and name in seen:
         name = f"{name}#{number}"
     prompt, images = _prompt(raw), images_of(raw, folder)
-    places = prompt.count(PLACEHOLDER)
-    if of_training and places:
-        images = images[:places]  # the others are those of later turns
+    if of_training and PLACEHOLDER in str(raw["conversations"]):
+        images = images[: prompt.count(PLACEHOLDER)]  # the others are those of later turns
     text = with_placeholders(prompt, len(images))
     return Question(number, (("user", text),), images, name)
 

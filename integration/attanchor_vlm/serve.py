@@ -177,7 +177,7 @@ def language_model(model: Any) -> Any:
     target: Any = base_of(model)
     check_servable(target)
     if any(hasattr(module, "base_layer") for module in target.modules()):
-        raise ServingError("an adapter stands in the model's layers; merge it first, or give the PeftModel around it")
+        raise ServingError("an adapter stands in the model's layers; merge it first (PeftModel.merge_and_unload)")
     decoder = target.get_decoder()
     config = copy.deepcopy(target.config.get_text_config())
     head = target.get_output_embeddings()

@@ -24,7 +24,6 @@ from attanchor_vlm.data import DataError
 from attanchor_vlm.fallback import with_tokens_of
 from attanchor_vlm.files import write_json
 from attanchor_vlm.guard import expect_anchors
-from attanchor_vlm.infer import refuse_adapter
 from attanchor_vlm.loading import SetupError
 from attanchor_vlm.mishaps import told_in_one_line
 from attanchor_vlm.mixin import attach, base_of
@@ -91,11 +90,11 @@ def _run(settings: TrainSettings, say: Callable[[str], None], progress: bool) ->
     preset = settings.preset
     anchors = anchor_config(preset)
     _check_sharding(settings)
-    refuse_adapter(settings.model)
+    loading.source_of(settings.model)  # that there is no such model is said before images are checked
     checkpoint = prepare_output(settings)
     found = train_data.read(settings, progress)
     dtype = loading.choose_dtype(preset.dtype, say)
-    optimizer = loading.choose_optimizer(_without_bitsandbytes(preset.optimizer, settings.fsdp, say), say)
+    optimizer = loading.choose_optimizer(preset.optimizer, say, settings.fsdp)
     model, processor = loading.load(settings.model, dtype)
     data = train_data.make(found, settings, processor, model, say)
 
@@ -142,14 +141,6 @@ def _check_sharding(settings: TrainSettings) -> None:
         raise SetupError("fsdp shards a model over several processes, and this is one; start them with torchrun")
     if not distributed.can_shard():
         raise SetupError("fsdp needs GPUs, and there is none; leave it out")
-
-
-def _without_bitsandbytes(optimizer: str, fsdp: bool, say: Callable[[str], None]) -> str:
-    """bitsandbytes' kernels take no sharded tensors: its issue 1633, an illegal memory access."""
-    if fsdp and ("bnb" in optimizer or optimizer.endswith(("8bit", "32bit"))):
-        say(f"{optimizer} cannot step sharded parameters (fsdp): training with adamw_torch")
-        return "adamw_torch"
-    return optimizer
 
 
 def _train(

@@ -108,8 +108,8 @@ def read_words(path: Path) -> tuple[str, ...]:
 def special_token_ids(tokenizer: Any) -> list[int]:
     """Ids of all special tokens, sorted: those that the tokenizer has a name for, such as EOS, and those that it only
     knows as special, such as the markers of Llama 3's chats."""
-    added = getattr(tokenizer, "added_tokens_decoder", {})
-    return sorted({*tokenizer.all_special_ids, *(token for token, added in added.items() if added.special)})
+    known = getattr(tokenizer, "added_tokens_decoder", {})
+    return sorted({*tokenizer.all_special_ids, *(token for token, added in known.items() if added.special)})
 
 
 def function_token_ids(tokenizer: Any, function_words: Collection[str]) -> tuple[int, ...]:

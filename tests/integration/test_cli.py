@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 
@@ -100,11 +101,59 @@ def test_a_hub_that_cannot_be_reached_is_said_at_once(monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(loading.SetupError, match="not in the Hub's cache, and HF_HUB_OFFLINE is set"):
         loading.load("nobody/nothing")
+    with pytest.raises(loading.SetupError, match="model my model is no folder here, and cannot be a Hub id: Repo id"):
+        loading.load("my model")
+
+
+@pytest.mark.parametrize("name", ["train", "probe", "generate"])
+def test_a_model_that_is_not_there_is_said_before_images_are_checked(world, tmp_path, capsys, monkeypatch, name):
+    monkeypatch.setattr("attanchor_vlm.data.unreadable", None)
+    gone, output = tmp_path / "gone", tmp_path / "out"
+    words = {
+        "train": command(world, "--output", output, **{"--model": gone}),
+        "probe": command(world, **{"--model": gone}),
+        "generate": [
+            "--model",
+            gone,
+            "--input",
+            world / "train.json",
+            "--images",
+            world / "images",
+            "--output",
+            output,
+        ],
+    }
+    code, line = fails(capsys, [name, *words[name]])
+    assert code == 1
+    assert line.startswith(f"error: model {gone} is not a folder; give the folder of a saved model, or a Hub id")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_that_is_no_model_is_refused(tmp_path):
     with pytest.raises(loading.SetupError, match=r"cannot be loaded: .*\(the folder should hold config.json"):
         loading.load(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "reason"),
+    [
+        ("model.safetensors", "", "Error while deserializing header"),
+        ("config.json", "[]", "argument after"),
+        ("config.json", '{"model_type": "llava", "text_config": 3}', "'text_config': TypeError: Field 'text_config'"),
+        ("processor_config.json", "[]", "'list' object has no attribute"),
+    ],
+)
+def test_a_model_with_a_damaged_file_is_one_line_that_names_it(tmp_path, file, text, reason):
+    model = tmp_path / "model"
+    shutil.copytree(small_llava.SHIPPED, model)
+    (model / file).write_text(text)
+    with pytest.raises(loading.SetupError) as caught:
+        loading.load(str(model))
+    message = str(caught.value)
+    assert message.startswith(f"model {model} cannot be loaded: ")
+    assert reason in message
+    assert message.endswith(" as save_pretrained writes them)")
+    assert len(message.splitlines()) == 1
 
 
 def test_bad_rows_are_lines_of_file_and_row(world, tmp_path, capsys):

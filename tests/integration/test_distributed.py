@@ -234,9 +234,8 @@ def test_sharding_is_refused_where_it_cannot_be(world, tmp_path, monkeypatch):
     with pytest.raises(DataError, match=r"mixed.json, row 1: it has no image, and with fsdp every batch needs one"):
         train.run(chosen, lambda line: None, progress=False)
     said: list[str] = []
-    assert train._without_bitsandbytes("paged_adamw_8bit", True, said.append) == "adamw_torch"
-    assert train._without_bitsandbytes("paged_adamw_8bit", False, said.append) == "paged_adamw_8bit"
-    assert train._without_bitsandbytes("adafactor", True, said.append) == "adafactor"
+    assert loading.choose_optimizer("paged_adamw_8bit", said.append, sharded=True) == "adamw_torch"
+    assert loading.choose_optimizer("adafactor", said.append, sharded=True) == "adafactor"
     assert said == ["paged_adamw_8bit cannot step sharded parameters (fsdp): training with adamw_torch"]
 
 

@@ -390,10 +390,16 @@ def test_the_papers_table_with_its_controls(world, tmp_path, capsys):
     assert [rows[arm]["settings"]["placement"] for arm in rows] == ["matched"] * 3 + ["random", "front"]
     assert cli.main(command) == 0
     assert capsys.readouterr().out.count("done before") == 5
-    measure = ["eval", "--model", world / "model", "--data", world / "test.json", "--images", world / "images"]
-    measure += ["--metrics", "loss", "--adapter", output / "runs" / "prompt-in-front-seed0"]
-    assert cli.main([str(word) for word in measure]) == 1
-    assert "was trained as the control 'front'" in capsys.readouterr().err
+    rows_of_it = ["--data", world / "test.json", "--images", world / "images"]
+    for use in (
+        ["eval", *rows_of_it, "--metrics", "loss"],
+        ["calibrate", *rows_of_it],
+        ["generate", "--prompt", "Where?"],
+        ["export-lm", "--output", tmp_path / "lm"],
+    ):
+        adapter = ["--model", world / "model", "--adapter", output / "runs" / "prompt-in-front-seed0"]
+        assert cli.main([str(word) for word in [*use, *adapter]]) == 1
+        assert "was trained as the control 'front'" in capsys.readouterr().err
 
 
 def test_the_papers_columns_stand_beside_where_it_has_them(world, tmp_path, monkeypatch):
@@ -591,6 +597,7 @@ def test_bad_rows_are_left_out_of_changed_images_too(world, tmp_path, bad_rows):
         ),
         (["directions", "--model", "m", "--tau", "1"], "tau is 1; it should be below 1"),
         (["paper", "--model", "m", "--tau", "2"], "tau is 2; it should be below 1"),
+        (["tokens", "--model", "m", "--tau", "1", "--views", "2"], "tau is 1; it should be below 1"),
     ],
 )
 def test_more_mistakes_are_said_before_anything_runs(world, tmp_path, capsys, command, message):

@@ -219,6 +219,12 @@ def test_the_bars_and_tau_tell_apart_what_rounding_would_not(figure, sample):
     assert {"0.628", "0.604", "tau 0.600"} <= set(texts)
 
 
+def test_a_score_a_hair_below_zero_is_no_minus_zero(tiled, figure):
+    tiled.matches[0] = Match("a", -0.001, None)
+    texts = [text.get_text() for text in figure("p.png", [tiled], TAU, "t").axes[2].texts]
+    assert texts[0] == "0.00"
+
+
 def test_images_may_be_paths_of_any_kind_of_picture(sample, tmp_path):
     model, processor = infer.load(str(sample / "model"), tau=0.6)
     picture = sample / "images" / "test-00000.png"

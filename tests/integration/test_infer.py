@@ -17,6 +17,7 @@ import torch
 
 from attanchor_vlm import AttAnchorConfig, attach, cli, encode_chat, infer, loading, questions, save_settings
 from attanchor_vlm.data import DataError
+from attanchor_vlm.evaluation import run as evaluation
 from attanchor_vlm.sample import write_sample
 
 TAU = 0.5
@@ -131,6 +132,9 @@ def test_an_adapter_of_another_model_is_one_error(sample, tmp_path, capsys):
     assert (code, out) == (1, "")
     assert line.startswith(f"error: adapter {tmp_path} does not fit model {sample / 'model'}, which it should")
     assert "size mismatch" in line
+    data = ["--data", sample / "test.json", "--images", sample / "images"]
+    code, _, other = run(capsys, "probe", "--model", sample / "model", *data, "--adapter", tmp_path, "--json")
+    assert (code, other) == (1, line)
 
     for file in ("adapter_model.safetensors", "adapter_config.json"):
         whole = (tmp_path / file).read_bytes()
@@ -161,6 +165,10 @@ def test_an_adapter_in_the_place_of_its_model_is_refused(sample, tmp_path, capsy
             assert line.startswith(f"error: model {adapter} is an adapter; give the model that it was trained on")
             assert line.endswith(", models/llava") == (text != "{}")
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+    monkeypatch.undo()
+    for load in (loading.load, evaluation.processor_and_context):  # of probe, of experiments
+        with pytest.raises(loading.SetupError, match="is an adapter; give the model"):
+            load(str(adapter))
 
 
 def test_settings_come_from_the_nearest_place(sample, tmp_path, loaded):
@@ -461,12 +469,16 @@ def test_a_first_question_has_its_own_images_alone(sample, tmp_path):
     turns += [{"from": "human", "value": "<image> And here?"}, {"from": "gpt", "value": "b"}]
     names = ["test-00000.png", "test-00001.png"]
     rows = [{"image": names, "conversations": turns}, {"images": None, "image": names[1], "prompt": "What?"}]
+    later = [{**turns[0], "value": "Hello?"}, *turns[1:]]
+    rows += [{"image": names[0], "conversations": later}, {"image": names[0], "conversations": later[:1]}]
     text = "\ufeff" + "".join(f"{json.dumps(row)}\r\n" for row in rows)  # as an editor under Windows saves it
     (tmp_path / "rows.jsonl").write_text(text, encoding="utf-8", newline="")
-    first, second = questions.read_questions(tmp_path / "rows.jsonl", sample / "images")[0]
+    first, second, text_alone, unplaced = questions.read_questions(tmp_path / "rows.jsonl", sample / "images")[0]
     assert [path.name for path in first.images] == names[:1]
     assert [path.name for path in second.images] == names[1:]
     assert second.prompt == "<image>\nWhat?"
+    assert (text_alone.prompt, text_alone.images) == ("Hello?", ())
+    assert (unplaced.prompt, len(unplaced.images)) == ("<image>\nHello?", 1)
 
 
 def test_repeated_ids_of_training_rows_get_their_numbers(tmp_path):

@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_chats_keep_roles_texts_and_the_order_of_images(tmp_path):
-    first, second = Image.new("L", (4, 4)), tmp_path / "b.png"
+    first, second = Image.new("I;16", (4, 4), 0x4000), tmp_path / "b.png"
     Image.new("RGB", (6, 6)).save(second)
 
     def part(kind, **more):
@@ -38,6 +38,7 @@ def test_chats_keep_roles_texts_and_the_order_of_images(tmp_path):
     assert [one["role"] for one in chat] == ["system", "user"]
     assert [one["type"] for one in chat[1]["content"]] == ["image", "text", "image"]
     assert [(image.mode, image.size) for image in images] == [("RGB", (4, 4)), ("RGB", (6, 6))]
+    assert images[0].getpixel((0, 0)) == (0x40, 0x40, 0x40)  # 16 bits a pixel, not cut off
     video = SimpleNamespace(messages=[SimpleNamespace(role="user", content=[part("video", url="v.mp4")])])
     with pytest.raises(ValueError, match="task clips has video; anchors are inserted in images only"):
         requests.as_chat(video, "clips")

@@ -350,8 +350,11 @@ def test_the_command_prints_plots_and_writes_the_control(world, tmp_path, capsys
 def test_mistakes_are_said_before_any_work(world, tmp_path, capsys):
     folder, *_ = world
     (tmp_path / "there").mkdir()
+    (tmp_path / "p.png").mkdir()
     for more, message, code in (
         (("--plot", "p.jpg"), "p.jpg should end in .png, .pdf or .svg", 2),
+        (("--plot", str(tmp_path / "p.png")), "p.png is a folder; give the name of a picture", 2),
+        (("--plot", f"{__file__}/p.png"), "p.png cannot be written: ", 1),
         (("--save-control", str(tmp_path / "there")), "there exists; take another folder", 2),
         (("--adapter", str(tmp_path)), "holds no adapter_config.json", 1),
         (("--samples", "1"), "--samples", 2),

@@ -330,6 +330,10 @@ def test_what_needs_a_gpu_falls_back_with_one_line():
         "bfloat16 needs a GPU, and there is none: training in float32",
         "paged_adamw_8bit needs a GPU: training with adamw_torch",
     ]
+    # Which are bitsandbytes' is no matter of their names' ends alone.
+    assert loading.choose_optimizer("adamw_torch_8bit", said.append) == "adamw_torch_8bit"
+    assert loading.choose_optimizer("ademamix", said.append) == "adamw_torch"
+    assert said[3:] == ["ademamix needs a GPU: training with adamw_torch"]
     with pytest.raises(SetupError, match="optimizer is 'adamx'; it should be one of"):
         loading.choose_optimizer("adamx", said.append)
 

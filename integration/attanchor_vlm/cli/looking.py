@@ -104,6 +104,8 @@ def generate(
                 f"direction is {settings.direction}, and only text in images can be drawn", param_hint="--explain"
             )
 
+    loading.source_of(model)  # that there is no such model is said before images are checked
+
     def load() -> tuple[Any, Any]:
         chosen = None if dtype is None else loading.choose_dtype(dtype.value, _note)
         return infer.load(model, adapter, tau=tau, content_words=words, dtype=chosen)

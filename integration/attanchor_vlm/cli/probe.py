@@ -9,9 +9,7 @@ from typing import Annotated
 import typer
 
 from attanchor_vlm.cli.entry import app
-from attanchor_vlm.cli.options import DATA, IMAGES, MODEL, SKIP_BAD, has_gpu, quiet, to_gpu
-
-_PICTURES = (".png", ".pdf", ".svg")
+from attanchor_vlm.cli.options import DATA, IMAGES, MODEL, SKIP_BAD, check_picture, has_gpu, quiet, to_gpu
 
 
 @app.command()
@@ -40,8 +38,8 @@ def probe(
     seed: Annotated[int, typer.Option(min=0, help="For the choice of samples, and of permutations.")] = 0,
 ) -> None:
     """Say whether matching follows the content of images, with reasons, from best cosines alone; trains nothing."""
-    if plot is not None and plot.suffix not in _PICTURES:
-        raise typer.BadParameter(f"{plot} should end in .png, .pdf or .svg", param_hint="--plot")
+    if plot is not None:
+        check_picture(plot, "--plot")
     if save_control is not None and save_control.exists():
         raise typer.BadParameter(f"{save_control} exists; take another folder", param_hint="--save-control")
     if save_control is not None and adapter is not None:
@@ -54,6 +52,7 @@ def probe(
     from attanchor_vlm.data import samples as make_samples
 
     words = _function_words(function_words)
+    loading.source_of(model)  # that there is no such model is said before images are checked
     rows, bad = read_rows(data, images, skip_bad, progress=not as_json)
     every = [sample for sample in make_samples(rows, "each") if sample.images]
     if len({sample.images for sample in every}) < 2:
@@ -62,9 +61,9 @@ def probe(
         )
     loaded, processor = loading.load(model, loading.choose_dtype("bfloat16" if has_gpu() else "float32", _note))
     if adapter is not None:
-        from attanchor_vlm.settings import load_adapter
+        from attanchor_vlm.infer import with_adapter
 
-        loaded = load_adapter(loaded, adapter)
+        loaded = with_adapter(loaded, model, adapter)
     from attanchor_vlm import probe as probing
     from attanchor_vlm.probe import report
 

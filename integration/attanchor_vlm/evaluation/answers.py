@@ -15,8 +15,9 @@ from attanchor_vlm.adapters import adapter_for
 from attanchor_vlm.collate import Collator, message, to_model
 from attanchor_vlm.config import AttAnchorConfig
 from attanchor_vlm.data import DataError, Sample, load_image
-from attanchor_vlm.masks import IGNORED, encode_chat
+from attanchor_vlm.masks import encode_chat
 from attanchor_vlm.mixin import base_of
+from attanchor_vlm.plan import IGNORED
 from attanchor_vlm.trainer import anchor_counts
 
 HOW = ("generate", "teacher-forced")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +15,6 @@ from tqdm import tqdm
 from attanchor_vlm import infer
 from attanchor_vlm.collate import to_model
 from attanchor_vlm.evaluation.requests import as_chat, cut, generation_options
-from attanchor_vlm.evaluation.run import check_adapter
 from attanchor_vlm.masks import encode_chat
 from attanchor_vlm.mixin import base_of
 
@@ -56,7 +54,6 @@ class AttAnchorLmms(lmms):
             raise ValueError(f"dtype is {dtype!r}; it should be auto, float32, bfloat16 or float16")
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
             raise ValueError(f"batch_size is {batch_size!r}; it should be a whole number, 1 or more")
-        check_adapter(None if adapter is None else Path(adapter))
         if device is None and torch.cuda.is_available():
             device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
         model, processor = infer.load(

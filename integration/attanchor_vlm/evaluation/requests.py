@@ -27,7 +27,7 @@ def as_chat(messages: Any, task: str) -> tuple[list[dict[str, Any]], list[Any]]:
                 content.append({"type": "text", "text": part.text})
             elif part.type == "image":
                 image = part.url
-                images.append(load_image(Path(image)) if isinstance(image, str) else image.convert("RGB"))
+                images.append(load_image(Path(image) if isinstance(image, str) else image))
                 content.append({"type": "image"})
             else:
                 raise ValueError(f"task {task} has {part.type}; anchors are inserted in images only")

@@ -26,7 +26,6 @@ from attanchor_vlm.mixin import attach, base_of
 LOSS = "loss"
 # What a report says beside the metrics, for those who want to compare runs.
 FIGURES = ("inserted_share", "anchor_score", "image_tokens", "seconds")
-PLACEMENT_FILE = "placement.json"  # beside an adapter that was trained as a control of an experiment
 
 
 @dataclass(frozen=True)
@@ -107,20 +106,6 @@ def load(
     return loaded, processor
 
 
-def check_adapter(adapter: Path | None) -> None:
-    """Refuse a control's adapter: its own settings cannot say where its anchors were, and it would get matched ones.
-
-    Raises:
-        SetupError: saying what it was trained with.
-    """
-    if adapter is not None and (adapter / PLACEMENT_FILE).is_file():
-        placement = json.loads((adapter / PLACEMENT_FILE).read_text(encoding="utf-8"))["placement"]
-        raise loading.SetupError(
-            f"adapter {adapter} was trained as the control {placement!r}, with anchors at other places than matching "
-            "gives; only the experiment that trained it can measure it (attanchor experiment paper)"
-        )
-
-
 def read(plan: Plan, processor: Any, context: int | None, progress: bool = True) -> list[Sample]:
     """The samples that text metrics are of: one for every answer of the rows.
 
@@ -145,7 +130,7 @@ def processor_and_context(model: str) -> tuple[Any, int | None]:
     """The processor of a model and how many tokens its language model takes, without its weights.
 
     Raises:
-        SetupError: there is no such model, or it has no processor.
+        SetupError: there is no such model, it has no processor, or a file of it is damaged.
     """
     from transformers import AutoConfig
 
@@ -154,9 +139,8 @@ def processor_and_context(model: str) -> tuple[Any, int | None]:
     source = loading.source_of(model)
     try:
         processor, config = load_processor(source), AutoConfig.from_pretrained(source)
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise loading.SetupError(f"model {model} cannot be loaded: {reason}") from error
+    except Exception as error:  # of damaged files, nearly any kind
+        raise loading.cannot_be_loaded(model, error) from error
     return processor, getattr(config.get_text_config(), "max_position_embeddings", None)
 
 

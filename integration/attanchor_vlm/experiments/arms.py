@@ -26,8 +26,7 @@ from attanchor_vlm.experiments.study import (
     settings_of,
     train_settings,
 )
-from attanchor_vlm.files import write_json
-from attanchor_vlm.placement import placed
+from attanchor_vlm.placement import mark_adapter, placed
 from attanchor_vlm.presets import TrainSettings
 from attanchor_vlm.provenance import provenance
 
@@ -125,9 +124,7 @@ def _train(study: Study, rows: TrainRows, arm: Arm, seed: int, say: Say, progres
     folder = settings.output
     if not is_trained(folder) and _train_or_go_on(settings, say, progress).interrupted:
         raise InterruptedStudyError(f"interrupted while {arm.name} was trained; the same command goes on")
-    if arm.placement != "matched":
-        # The adapter's own settings cannot say it: used by itself, it would be run with matched anchors.
-        write_json(folder / evaluation.PLACEMENT_FILE, {"placement": arm.placement, "seed": seed})
+    mark_adapter(folder, arm.placement, seed)
     summary = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))["result"]
     trained = {"train_steps": summary["steps"], "train_seconds": summary["seconds"]}
     if summary["val_loss"] is not None:

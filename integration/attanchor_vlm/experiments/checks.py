@@ -76,7 +76,7 @@ def _check_earlier_run(settings: TrainSettings) -> None:
     path: Path = settings.output / RUN_FILE
     try:
         before = json.loads(path.read_text(encoding="utf-8"))["settings"]
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return  # nothing there, or nothing that could be gone on from
     now = json.loads(json.dumps(as_json(settings)))
     different = [name for name in now if name not in _FREE and before.get(name) != now[name]]

@@ -206,6 +206,7 @@ def tokens(
 ) -> Result:
     """Baseline against text into image with every image given in 1, 2 or 5 views, in training as in testing."""
     study.check()
+    tau_of_anchors = _tau_of(study.preset)
     for count in views:
         variants.check_views(count)
     data, images = _test_rows(study)
@@ -219,7 +220,7 @@ def tokens(
             if study.train is not None:
                 source = study.train.data, study.train.images
                 train = variants.write_views(*source, folder / "train", count, None, progress, skip_bad)
-        for tau in (1.0, _tau_of(study.preset)):
+        for tau in (1.0, tau_of_anchors):
             labels = {"views": count, "tau": tau}
             name = f"{count} view{'s' * (count > 1)}, {_name_of(tau)}"
             arms.append(Arm(name, tau, train_rows=train, test_rows=test, labels=labels))

@@ -77,7 +77,7 @@ def for_users(laboratory: Laboratory) -> list[str]:
 
 
 def _highest(laboratory: Laboratory) -> list[str]:
-    """The arm of each setting that stands highest above plain, of those that a user could run."""
+    """The arm of each setting that stands highest above plain, of those (two or more) that a user could run."""
     lines = []
     against_plain = laboratory.all_against_plain()
     for setting in laboratory.settings:
@@ -86,7 +86,7 @@ def _highest(laboratory: Laboratory) -> list[str]:
             for comparison, difference in against_plain.items()
             if comparison.setting == setting["name"] and difference is not None and comparison.arm not in TOLD
         ]
-        if not able:
+        if len(able) < 2:  # one arm is not the best of any
             continue
         arm, difference = max(able, key=lambda entry: entry[1].mean)
         if difference.mean <= 0:
