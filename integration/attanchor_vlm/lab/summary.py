@@ -70,13 +70,15 @@ def in_short(laboratories: Sequence[Laboratory]) -> list[str]:
     lines += _room(laboratories)
     if told:
         lines.append(f"Told where the object is, which no method is: {_listed(told)}.")
+    if better or worse:
+        lines[-1] += " (In brackets: 95 % intervals, corrected for what was compared together.)"
     return lines
 
 
 def _room(laboratories: Sequence[Laboratory]) -> list[str]:
     """How far plain concatenation is from having learned the task: where a gain can show, and what it then is."""
     levels = [
-        (f"{laboratory.size}, {setting['name']}", mean_and_deviation(values)[0])
+        (_where(laboratory, setting["name"]), mean_and_deviation(values)[0])
         for laboratory in laboratories
         for setting in laboratory.settings
         if (values := list(laboratory.values(setting["name"], "plain", MEAN).values()))
@@ -84,16 +86,22 @@ def _room(laboratories: Sequence[Laboratory]) -> list[str]:
     listed = "; ".join(f"{number(level, 0, False)} % ({name})" for name, level in levels)
     lines = [f"Plain concatenation itself reached a mean accuracy of {listed}."]
     if unlearned := [name for name, level in levels if level < _LEARNED]:
+        where = "in all of them" if len(unlearned) == len(levels) > 1 else "; ".join(unlearned)
         lines[0] += (
-            f" Below {_LEARNED} % ({'; '.join(unlearned)}) it has not learned the task to its end, so a gain there may "
-            "be faster learning."
+            f" Below {_LEARNED} % ({where}) it has not learned the task to its end, so a gain there may be faster "
+            "learning."
         )
     return lines
 
 
 def _listed(found: Sequence[_Found]) -> str:
     return "; ".join(
-        f"{title(arm)} ({laboratory.size}, {setting}: {number(difference.mean)} points, corrected interval "
-        f"{interval(difference)}, {difference.seeds} seeds)"
+        f"{title(arm)} ({_where(laboratory, setting)}: {number(difference.mean)} points [{interval(difference)}], "
+        f"{difference.seeds} seeds)"
         for laboratory, setting, arm, difference in found
     )
+
+
+def _where(laboratory: Laboratory, setting: str) -> str:
+    """Size and setting; a plan of one setting may give both one name."""
+    return setting if setting == laboratory.size else f"{laboratory.size}, {setting}"
