@@ -401,6 +401,19 @@ def test_settings_that_make_no_sense_are_refused(world, tmp_path, change, messag
         settings(world, tmp_path, **change)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_mixed_precision_follows_the_run_in_float32(world, tmp_path, monkeypatch, dtype):
+    """Both compute in autocast on a CPU as well, though users get them on a GPU alone."""
+    full = run(world, tmp_path / "full")
+    monkeypatch.setattr(loading, "choose_dtype", lambda wanted, say: dtype)
+    monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: True)
+    half = run(world, tmp_path / "half")
+    losses, expected = ([line["loss"] for line in one.log if "loss" in line] for one in (half, full))
+    assert losses == pytest.approx(expected, rel=2e-3)
+    assert losses != expected
+    assert half.val_loss == pytest.approx(full.val_loss, rel=2e-3)
+
+
 @pytest.mark.parametrize("name", presets.SCHEDULERS)
 def test_schedulers_are_those_that_need_no_further_numbers(name):
     from transformers import get_scheduler
