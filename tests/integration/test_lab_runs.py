@@ -218,7 +218,7 @@ def test_the_plans_hold_every_arm_and_setting_that_is_promised():
 def test_the_cpu_size_rehearsed_and_reported(tmp_path, pool, capsys):
     folder = str(tmp_path / "lab")
     assert cli.main(["lab", "--size", "cpu", "--rehearse", "--output", folder, "--no-progress"]) == 0
-    assert "12 of 12 runs done" in capsys.readouterr().out
+    assert "5 of 5 runs done" in capsys.readouterr().out
     assert cli.main(["report", folder, "--output", str(tmp_path / "page.md")]) == 0
     text = (tmp_path / "page.md").read_text()
     assert "nothing can be said" in text  # one seed
@@ -247,14 +247,33 @@ def test_every_setting_of_the_gpu_size_rehearsed(tmp_path, pool):
 
 @pytest.mark.parametrize(
     ("name", "changed"),
-    [("long", {"stage2.steps": [3000]}), ("share", {"stage2.share": [0.1, 0.5]})],
+    [
+        ("long", {"stage2.steps": [3000]}),
+        ("share", {"stage2.share": [0.1, 0.5]}),
+        ("placements", {"alignment": [0.0]}),
+        (
+            "settings",
+            {
+                "shape.layers": [6],
+                "stage1.steps": [0],
+                "stage2.steps": [1500],
+                "stage2.curriculum": [0.2],
+                "stage2.method": ["lora"],
+                "stage2.lr": [0.004],
+                "stage2.hold_share": [False],
+                "mixture.yes": [0.5],
+                "mixture.negatives": [["random", "popular", "adversarial"]],
+                "blur_train": [0.8],
+            },
+        ),
+    ],
 )
-def test_the_plans_in_the_documentation_are_the_cpu_size_s_main_setting_with_one_thing_changed(name, changed):
+def test_the_plans_in_the_documentation_are_the_cpu_size_s_main_setting_with_little_changed(name, changed):
     folder = Path(__file__).parents[2] / "docs" / "lab"
     made, device = plan_file.from_file(folder / f"{name}-plan.json", workers=3)
     assert (device, made.workers, made.size) == ("cpu", 3, name)
     main = plans.plan("cpu").settings[0]
-    assert {setting.start_key() for setting in made.settings} == {main.start_key()}
+    assert made.settings[0].start_key() == main.start_key()
     found: dict[str, list] = {}
     for setting in made.settings:
         for factor, (_, value) in advice.factors(main.to_dict(), setting.to_dict()).items():

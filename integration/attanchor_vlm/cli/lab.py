@@ -22,7 +22,7 @@ class Size(str, Enum):
 def lab(
     output: Annotated[Path, typer.Option(help="Folder for plan and rows. One that was cut short is gone on with.")],
     size: Annotated[
-        Size | None, typer.Option(help="smoke: a minute; cpu: 15 or so on two quiet cores; gpu: nine of one H200.")
+        Size | None, typer.Option(help="smoke: a minute; cpu: ten on two quiet cores; gpu: nine of one H200.")
     ] = None,
     own: Annotated[Path | None, typer.Option("--plan", help="A plan of your own, made from a plan.json.")] = None,
     workers: Annotated[

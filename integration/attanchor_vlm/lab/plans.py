@@ -59,7 +59,6 @@ def _cpu() -> Plan:
         "36 patches, 3 layers of width 64, alignment loss, training that induces a yes-prior",
         arms=("plain", "t2i", "t2i-inherit", "random-inherit", "front"),
         seeds=(0, 1, 2, 3, 4, 5),
-        more=("i2t", "end", "random", "true-inherit"),
         world=World(least=3, most=6),
         stage1=Stage1(steps=450, lr=4e-3),
         stage2=Stage2(steps=360, lr=2e-3),
@@ -67,17 +66,7 @@ def _cpu() -> Plan:
         blur_test=(0.0, 0.8),
         test_scenes=400,
     )
-    without = dataclasses.replace(
-        main,
-        name="no-alignment",
-        title="the same without the alignment loss",
-        arms=("plain", "t2i-inherit", "t2i-content-inherit"),
-        seeds=(0, 1, 2),
-        more=(),
-        alignment=0.0,
-        blur_test=(0.0,),
-    )
-    return Plan("cpu", (main, without), _contrasts("main", *_QUESTIONS))
+    return Plan("cpu", (main,), _contrasts("main", *_QUESTIONS))
 
 
 def _gpu() -> Plan:
