@@ -184,12 +184,17 @@ def targets_block(rows: list[Row], image: str) -> str:
 
 
 def laboratory_block(rows: list[Row], image: str) -> str:
-    """What the laboratory's page says in short. `attanchor report` writes that page from the laboratory's own rows."""
+    """What the laboratory's page says in short, and the answers of its first plan, which is the size `cpu`.
+
+    `attanchor report` writes that page from the laboratory's own rows.
+    """
     page = (ROOT / LABORATORY).read_text(encoding="utf-8")
     short = page.partition("## In short\n")[2].partition("\n## ")[0].strip()
     if not short:
         raise ValueError(f"{LABORATORY} has no section 'In short'")
-    return f"{short}\n\nFrom the rows under `docs/lab`, by `attanchor report`; all of it: [the report]({LABORATORY}).\n"
+    first = "\n\nIn the size ".join(short.split("\n\nIn the size ")[:2])
+    page_link = f"the other plans and all the rest: [the report]({LABORATORY})"
+    return f"{first}\n\nFrom the rows under `docs/lab`, by `attanchor report`; {page_link}.\n"
 
 
 BLOCKS: dict[str, Callable[[list[Row], str], str]] = {

@@ -172,6 +172,30 @@ def test_where_anchors_showed_nothing_is_told_beside_where_they_helped(tmp_path)
     assert "showed no gain that holds after correction: text into image, function words left out (" in said
 
 
+def test_many_comparisons_that_show_nothing_are_told_by_their_range(tmp_path):
+    folders = [tmp_path / str(number) for number in range(7)]
+    effects = [0.1, *(0.001 * number for number in range(6))]
+    files = []
+    for folder, effect in zip(folders, effects, strict=True):
+        folder.mkdir()
+        files.append(
+            laboratory(folder, {"plain": 0, "t2i": effect, "i2t": 0.0}, spread=0.02 if effect < 0.1 else 0.004)
+        )
+    found = records.load(files)
+    said = " ".join(summary.in_short(found))
+    means = [statistics.family([one.differences(Comparison("main", "t2i"))])[0].mean for one in found[1:]]
+    assert "showed no gain that holds after correction: text into image (made up, main" in said  # six are listed
+    assert said.count("text into image (") == 7
+    extra = tmp_path / "extra"
+    extra.mkdir()
+    found += records.load([laboratory(extra, {"plain": 0, "t2i": -0.02, "i2t": 0.0}, spread=0.03, seeds=3)])
+    said = " ".join(summary.in_short(found))
+    assert "in 7 comparisons of 3 to 5 seeds, from text into image (made up, main: −" in said
+    assert f" to text into image (made up, main: +{max(means):.1f} points" in said
+    assert said.count("text into image (") == 3
+    assert re.search(r"Plain concatenation itself reached a mean accuracy of \d\d % \(made up, main\) to \d\d % ", said)
+
+
 @pytest.mark.parametrize(("level", "learned"), [(0.0, False), (0.35, True)])
 def test_a_plain_arm_that_has_not_learned_the_task_is_told(tmp_path, level, learned):
     file = laboratory(tmp_path, {"plain": level, "t2i": level})
@@ -362,7 +386,9 @@ def test_the_report_is_the_same_each_time(tmp_path, undrawn):
 
 def test_the_page_in_the_repository_is_what_its_rows_give(tmp_path, undrawn):
     """Sizes in the order of the page; its pictures are there."""
-    folders = [PAGES / size for size in ("cpu", "long", "share", "gpu") if (PAGES / size).exists()]
+    folders = [
+        PAGES / size for size in ("cpu", "placements", "long", "share", "settings", "gpu") if (PAGES / size).exists()
+    ]
     written = report.write(folders, tmp_path / "report.md")
     assert (tmp_path / "report.md").read_text() == (PAGES / "report.md").read_text()
     assert all((PAGES / path.name).exists() for path in written)

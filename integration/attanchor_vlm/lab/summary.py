@@ -10,6 +10,7 @@ from attanchor_vlm.lab.statistics import Difference, mean_and_deviation
 from attanchor_vlm.lab.wording import ANCHORS, TOLD, capital, interval, number, verdict
 
 _LEARNED = 90  # % of mean accuracy, from which on the task counts as learned
+_MANY = 6  # of which more are told by their range
 
 
 class _Found(NamedTuple):
@@ -66,7 +67,7 @@ def in_short(laboratories: Sequence[Laboratory]) -> list[str]:
     else:
         lines.append("No other placement improved on plain concatenation so that it holds after correction.")
     if helped and open_:
-        lines.append(f"Anchors at the matched patches showed no gain that holds after correction: {_listed(open_)}.")
+        lines.append(f"Anchors at the matched patches showed no gain that holds after correction{_unsure(open_)}.")
     lines += _room(laboratories)
     if told:
         lines.append(f"Told where the object is, which no method is: {_listed(told)}.")
@@ -83,7 +84,11 @@ def _room(laboratories: Sequence[Laboratory]) -> list[str]:
         for setting in laboratory.settings
         if (values := list(laboratory.values(setting["name"], "plain", MEAN).values()))
     ]
-    listed = "; ".join(f"{number(level, 0, False)} % ({name})" for name, level in levels)
+    if len(levels) > _MANY:
+        ends = min(levels, key=lambda one: one[1]), max(levels, key=lambda one: one[1])
+        listed = " to ".join(f"{number(level, 0, False)} % ({name})" for name, level in ends)
+    else:
+        listed = "; ".join(f"{number(level, 0, False)} % ({name})" for name, level in levels)
     lines = [f"Plain concatenation itself reached a mean accuracy of {listed}."]
     if unlearned := [name for name, level in levels if level < _LEARNED]:
         where = "in all of them" if len(unlearned) == len(levels) > 1 else "; ".join(unlearned)
@@ -92,6 +97,16 @@ def _room(laboratories: Sequence[Laboratory]) -> list[str]:
             "learning."
         )
     return lines
+
+
+def _unsure(found: Sequence[_Found]) -> str:
+    """All of them; many by their number and the ends of their range."""
+    if len(found) <= _MANY:
+        return f": {_listed(found)}"
+    by_mean = sorted(found, key=lambda one: one.difference.mean)
+    seeds = sorted({one.difference.seeds for one in found})
+    counts = f"{seeds[0]} seeds" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]} seeds"
+    return f" in {len(found)} comparisons of {counts}, from {_listed(by_mean[:1])} to {_listed(by_mean[-1:])}"
 
 
 def _listed(found: Sequence[_Found]) -> str:
