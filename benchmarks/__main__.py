@@ -84,7 +84,8 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--batch", type=_number, help="samples a step (default: 4, on a CPU 2)")
     run.add_argument("--real-size", action="store_true", default=None, help="real sizes on a CPU too (slow)")
 
-    run = measuring("tune", "search for faster launch configurations of the Triton forward kernel")
+    run = measuring("tune", "search for faster launch configurations of the forward kernels")
+    run.add_argument("--backends", type=_names, help="default: cuda and triton as far as available")
     run.add_argument("--shapes", type=_names, help="names, with commas; default: the four models, on a CPU 'toy'")
     run.add_argument("--batches", type=_numbers, default=(8, 1, 32), help="default: 8,1,32")
     run.add_argument("--limit", type=float, default=500, help="seconds for everything (default: %(default)s)")

@@ -23,6 +23,7 @@ from attanchor_kernels.testing.inputs import Shape
 
 TOOLS = ("memcheck", "racecheck", "synccheck")
 FOUND, UNAVAILABLE = 86, 3
+NOT_BUILT = ("no construct kernel that was asked for runs on this device", "are built for 90a alone")
 CANNOT_RUN = ("Device not supported", "Unable to find injection library", "Failed to initialize", "not supported on")
 # Few, since every one is compiled anew for Triton; together they take every branch of the launchers.
 CONFIGURATIONS: tuple[tuple[torch.dtype, Shape, int, dict[str, Any]], ...] = (
@@ -72,7 +73,34 @@ def work(device: torch.device, names: Sequence[str]) -> None:
                 results.append([field.detach().cpu() for field in fields if field is not None])
             for one, other in zip(*results, strict=True):
                 assert torch.equal(one, other), f"{backend}, {dtype}, {shape}, {options}: wrong"
+        if backend == "cuda":
+            _work_of_variants(device)
         print(f"{backend}: right", flush=True)
+
+
+def _work_of_variants(device: torch.device) -> None:
+    """Every compiled way of the CUDA construct kernel that this device runs, whatever the shape would choose."""
+    from attanchor_kernels import reference
+    from attanchor_kernels.backends.cuda import launch
+    from attanchor_kernels.problem import Problem
+    from attanchor_kernels.testing.inputs import TAU, matched_pair
+
+    for dtype in (torch.bfloat16, torch.float32):
+        # Aligned rows, that tiles can be kept on chip, of several chunks for most blocks of a cluster.
+        image, text = matched_pair(3, Shape("aligned", 75, 21, 1120), dtype=dtype, device=device, seed=1)
+        problem = Problem(image, text, TAU, max_anchors=8)
+        expected_rows, expected = reference.construct(problem)
+        for tuning in launch.variants(dtype):
+            try:
+                embeds, made = launch.run(problem, copy=True, tuning=tuning)
+            except RuntimeError as error:
+                if not any(sign in str(error) for sign in NOT_BUILT):
+                    raise
+                print(f"{dtype}, {tuning}: left out, {error}", flush=True)
+                continue
+            assert embeds is not None
+            same = torch.equal(embeds, expected_rows) and torch.equal(made.places, expected.places)
+            assert same, f"{dtype}, {tuning}: wrong"
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -35,8 +35,9 @@ Choice choose(const Variants& variants, int cluster, const Problem& p, const Tun
     const Variant& v = variants.list[i];
     const int tiles = divide_up(most_images(p.rows), v.images);
     if (v.cluster != cluster || (tuning.tile_images && v.images != tuning.tile_images)) continue;
-    if (v.holds && tiles > MOST_HELD_TILES) continue;
-    const int shared = v.shared_bytes + (v.holds ? held_bytes(p.rows.row_bytes, v.images, cluster) : 0);
+    const int64_t pitch = v.holds ? held_pitch(p.rows.row_bytes, cluster) : 0;
+    if (v.holds && (tiles > MOST_HELD_TILES || pitch > MOST_STRETCHES * STRETCH_BYTES)) continue;
+    const int shared = v.shared_bytes + static_cast<int>(pitch) * v.images;
     const int resident = arch::resident_blocks(v.kernel, THREADS, shared, cluster);
     if (resident == 0) continue;
     const bool busy = static_cast<int64_t>(p.batch) * tiles * cluster >= resident;
@@ -45,20 +46,29 @@ Choice choose(const Variants& variants, int cluster, const Problem& p, const Tun
   return best;
 }
 
+Variants held_variants(Scalar scalar, bool groups) {
+  if (scalar == Scalar::float32) return groups ? Variants{nullptr, 0} : held_float_variants();
+  if (scalar == Scalar::float16) return groups ? group_half_variants() : held_half_variants();
+  return groups ? group_bfloat_variants() : held_bfloat_variants();
+}
+
+Variants plain_variants(Scalar scalar) {
+  if (scalar == Scalar::float32) return float_variants();
+  return scalar == Scalar::float16 ? half_variants() : bfloat_variants();
+}
+
 // Clusters that hold their tile where the device has them and a tile fits; otherwise rows are read again through L2.
 Choice choose(const Problem& p, Scalar scalar, const Tuning& tuning) {
-  const bool halves = scalar == Scalar::float16;
-  const Variants held = scalar == Scalar::float32 ? held_float_variants()
-                        : halves                  ? held_half_variants()
-                                                  : held_bfloat_variants();
-  const Variants plain = scalar == Scalar::float32 ? float_variants() : halves ? half_variants() : bfloat_variants();
   const bool may_hold = tuning.hold != 0 && p.rows.width == 16 && p.embeds != nullptr;
   const int wanted = tuning.cluster ? tuning.cluster : wanted_cluster(p);
   for (const bool hold : {true, false}) {
-    if (hold ? !may_hold : tuning.hold == 1) continue;
+    const bool groups = tuning.groups == 1;
+    if (hold ? !may_hold : tuning.hold == 1 || groups) continue;
+    if (groups && !arch::has_groups()) continue;
     for (const int cluster : {8, 4, 1}) {
       if (cluster > wanted) continue;
-      const Choice choice = choose(hold ? held : plain, cluster, p, tuning);
+      const Variants variants = hold ? held_variants(scalar, groups) : plain_variants(scalar);
+      const Choice choice = choose(variants, cluster, p, tuning);
       if (choice.variant != nullptr) return choice;
     }
   }
@@ -88,6 +98,8 @@ const char* launch_construct(Problem p, Scalar scalar, Tuning tuning, void* stre
   p.assemble_tiles = v.holds ? 0 : divide_up(p.capacity, p.tile_rows);
   // So many samples between match and assemble as are matched at once: nobody waits, and little leaves the L2 cache.
   const int lag = tuning.lag >= 0 ? tuning.lag : divide_up(clusters, p.match_tiles);
+  p.held_pitch = static_cast<int>(held_pitch(p.rows.row_bytes, v.cluster));
+  p.bulk = tuning.bulk != 0;
   p.lag = lag < 1 ? 1 : lag > p.batch ? p.batch : lag;
   const int64_t items = static_cast<int64_t>(p.batch) * (p.match_tiles + divide_up(p.assemble_tiles, v.cluster));
   const int blocks = static_cast<int>(items < clusters ? items : clusters) * v.cluster;

@@ -37,7 +37,7 @@ ATTANCHOR_DEVICE Work work_of(const Problem& p, int assemble_items, unsigned tic
 template <class E, int IMAGES, int CLUSTER>
 struct ConstructShared {
   union {
-    typename MatchTile<E, IMAGES, CLUSTER, false>::Shared match;
+    typename MatchTile<Multiplier<E, IMAGES>, IMAGES, CLUSTER, false>::Shared match;
     AssembleShared assemble;
   };
   unsigned ticket[2];
@@ -98,7 +98,7 @@ ATTANCHOR_DEVICE void construct(const Problem& p) {
     const Work work = work_of(p, assemble_items, ticket);
     if (work.matches) {
       const int base = p.rows.merges ? match_base.advance(p, work.sample, s.match.scratch) : 0;
-      MatchTile<E, IMAGES, CLUSTER, false> tile(p, s.match, rank, work.sample, nullptr);
+      MatchTile<Multiplier<E, IMAGES>, IMAGES, CLUSTER, false> tile(p, s.match, rank, work.sample);
       const int movers = tile.run(work.item, base);
       finish_match(p, s.match, work.sample, movers, arrivals);
     } else {
@@ -126,7 +126,8 @@ ATTANCHOR_KERNEL(THREADS, 2) construct_kernel(ATTANCHOR_ARGUMENT(Problem) p) {
 struct Variant {
   int images;
   int cluster;
-  bool holds;  // keeps its tile in shared memory, beyond shared_bytes
+  bool holds;   // keeps its tile in shared memory, beyond shared_bytes
+  bool groups;  // multiplies by warpgroups
   int shared_bytes;
   void (*kernel)(Problem);
 };
@@ -134,7 +135,7 @@ struct Variant {
 template <class E, int IMAGES, int CLUSTER>
 Variant variant() {
   constexpr int shared = static_cast<int>(sizeof(ConstructShared<E, IMAGES, CLUSTER>));
-  return {IMAGES, CLUSTER, false, shared, construct_kernel<E, IMAGES, CLUSTER>};
+  return {IMAGES, CLUSTER, false, false, shared, construct_kernel<E, IMAGES, CLUSTER>};
 }
 
 // The variants of an element type, and how many there are; each in a file of its own, to compile side by side.
@@ -148,5 +149,7 @@ Variants bfloat_variants();
 Variants held_float_variants();
 Variants held_half_variants();
 Variants held_bfloat_variants();
+Variants group_half_variants();
+Variants group_bfloat_variants();
 
 }  // namespace attanchor

@@ -10,28 +10,32 @@
 // Whoever waits, waits for work on the same sample or for one that waits for an earlier sample: never in a circle.
 #pragma once
 
+#include <type_traits>
+
 #include "construct.cuh"
 #include "held.cuh"
+#include "multiply_group.cuh"
 
 namespace attanchor {
 
 constexpr int MOST_HELD_TILES = 2048;  // tiles of a sample, a bit each
 
-template <class E, int IMAGES, int CLUSTER>
+template <class Product, int IMAGES, int CLUSTER>
 struct ConstructHeldShared {
   union {
-    typename MatchTile<E, IMAGES, CLUSTER, true>::Shared match;
+    typename MatchTile<Product, IMAGES, CLUSTER, true>::Shared match;  // first: its alignment is the memory's
     HeldShared assemble;
   };
   uint32_t given_up[MOST_HELD_TILES / 32];
   FeatureBase base;  // merge form: of the sample that is owed
+  word64 arrivals[MOST_STRETCHES];
   unsigned ticket[2];
 };
 
-// Bytes that a block holds of a tile.
-inline int held_bytes(int64_t row_bytes, int images, int cluster) {
+// Bytes from one row that a block holds to the next: the most chunks of any block, and 16 bytes that shift the banks.
+inline int64_t held_pitch(int64_t row_bytes, int cluster) {
   const int64_t chunks = (row_bytes + CHUNK_BYTES - 1) / CHUNK_BYTES;
-  return static_cast<int>((chunks + cluster - 1) / cluster * images * PITCH);
+  return (chunks + cluster - 1) / cluster * CHUNK_BYTES + 16;
 }
 
 // What a cluster still has to copy, of one sample.
@@ -41,40 +45,44 @@ struct Owed {
   int given_up = 0;  // how many tiles
 };
 
-template <class E, int IMAGES, int CLUSTER>
+template <class Product, int IMAGES, int CLUSTER>
 struct ConstructHeld {
-  using Shared = ConstructHeldShared<E, IMAGES, CLUSTER>;
-  using Match = MatchTile<E, IMAGES, CLUSTER, true>;
+  using Shared = ConstructHeldShared<Product, IMAGES, CLUSTER>;
+  using Match = MatchTile<Product, IMAGES, CLUSTER, true>;
   static constexpr int HELD_AT = (static_cast<int>(sizeof(Shared)) + 127) / 128 * 128;
 
   const Problem& p;
   Shared& s;
-  uint8_t* held;
   const int rank;
+  HeldRows<IMAGES> held;
   Owed owed;
 
   ATTANCHOR_DEVICE ConstructHeld(const Problem& problem)
       : p(problem),
         s(*reinterpret_cast<Shared*>(arch::shared_memory())),
-        held(arch::shared_memory() + HELD_AT),
-        rank(arch::cluster_rank<CLUSTER>()) {}
+        rank(arch::cluster_rank<CLUSTER>()),
+        held(p, rank, CLUSTER, arch::shared_memory() + HELD_AT, s.arrivals) {}
 
   ATTANCHOR_DEVICE void run() {
     const unsigned total = static_cast<unsigned>(p.batch) * p.match_tiles;
     for (int word = arch::thread(); word < MOST_HELD_TILES / 32; word += THREADS) s.given_up[word] = 0;
-    if (arch::thread() == 0) s.base = FeatureBase();
+    if (arch::thread() == 0) {
+      s.base = FeatureBase();
+      held.start_barriers();
+    }
     for (unsigned turn = 0;; turn ^= 1) {
       const unsigned ticket = draw_ticket<CLUSTER>(p, s.ticket + turn, rank, total);
       const int sample = ticket < total ? static_cast<int>(ticket / p.match_tiles) : -1;
       if (owed.sample >= 0 && sample != owed.sample) settle();
-      if (sample < 0) return;
+      if (sample < 0) break;
       if (owed.held_tile >= 0) give_up();
       if (p.rows.merges && sample != s.base.sample) advance_base(sample);
       owed.sample = sample;
       owed.held_tile = static_cast<int>(ticket % p.match_tiles);
-      const int movers = Match(p, s.match, rank, sample, held).run(owed.held_tile, s.base.base);
+      const int movers = Match(p, s.match, rank, sample, &held).run(owed.held_tile, s.base.base);
       finish_match(p, s.match, owed.sample, movers, p.match_tiles * CLUSTER);
     }
+    arch::wait_bulk_stores();  // they read shared memory, which ends with the block
   }
 
  private:
@@ -92,7 +100,7 @@ struct ConstructHeld {
 
   // Copy everything owed of a sample, all of whose tiles have been drawn.
   ATTANCHOR_DEVICE void settle() {
-    HeldTile<E, IMAGES, CLUSTER> tiles(p, s.assemble, rank, owed.sample, s.base.base, held);
+    HeldTile<IMAGES, CLUSTER> tiles(p, s.assemble, rank, owed.sample, s.base.base, held);
     tiles.plan.wait(p.match_tiles * CLUSTER, tiles.movers);
     const int last = owed.given_up > 0 ? p.match_tiles : owed.held_tile + 1;
     for (int tile = owed.given_up > 0 ? 0 : owed.held_tile; tile < last; tile++) {
@@ -109,19 +117,22 @@ struct ConstructHeld {
   }
 };
 
-template <class E, int IMAGES, int CLUSTER>
+template <class E, int IMAGES, int CLUSTER, bool GROUPS>
 ATTANCHOR_KERNEL(THREADS, 2) construct_held_kernel(ATTANCHOR_ARGUMENT(Problem) p) {
-  if constexpr (CLUSTER <= arch::LARGEST_CLUSTER) {
+  using Product = std::conditional_t<GROUPS, GroupMultiplier<E>, Multiplier<E, IMAGES>>;
+  if constexpr (CLUSTER <= arch::LARGEST_CLUSTER && (!GROUPS || arch::HAS_GROUPS)) {
     gather_cluster<CLUSTER>();
-    ConstructHeld<E, IMAGES, CLUSTER>(p).run();
+    ConstructHeld<Product, IMAGES, CLUSTER>(p).run();
   } else {
     arch::fail();
   }
 }
 
-template <class E, int IMAGES, int CLUSTER>
+template <class E, int IMAGES, int CLUSTER, bool GROUPS = false>
 Variant held_variant() {
-  return {IMAGES, CLUSTER, true, ConstructHeld<E, IMAGES, CLUSTER>::HELD_AT, construct_held_kernel<E, IMAGES, CLUSTER>};
+  using Product = std::conditional_t<GROUPS, GroupMultiplier<E>, Multiplier<E, IMAGES>>;
+  constexpr int shared = ConstructHeld<Product, IMAGES, CLUSTER>::HELD_AT;
+  return {IMAGES, CLUSTER, true, GROUPS, shared, construct_held_kernel<E, IMAGES, CLUSTER, GROUPS>};
 }
 
 }  // namespace attanchor

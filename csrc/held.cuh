@@ -29,9 +29,8 @@ struct HeldShared {
   unsigned arrived;
 };
 
-template <class E, int IMAGES, int CLUSTER>
+template <int IMAGES, int CLUSTER>
 struct HeldTile {
-  using Match = MatchTile<E, IMAGES, CLUSTER, true>;
   static_assert(IMAGES <= LIST, "a tile's images fit in the list");
 
   const Problem& p;
@@ -39,12 +38,12 @@ struct HeldTile {
   const Plan plan;
   const int rank;  // in the cluster
   const int feature_base;
-  const uint8_t* held;
+  const HeldRows<IMAGES>& held;
   int real = 0, movers = 0, others = 0;  // of the sample
 
   ATTANCHOR_DEVICE HeldTile(const Problem& problem, HeldShared& shared, int in_cluster, int sample, int base,
-                            const uint8_t* in_held)
-      : p(problem), s(shared), plan(problem, sample), rank(in_cluster), feature_base(base), held(in_held) {
+                            const HeldRows<IMAGES>& rows)
+      : p(problem), s(shared), plan(problem, sample), rank(in_cluster), feature_base(base), held(rows) {
     const Counts counts = count_slots(p, sample, 0, s.scratch);
     real = counts.real;
     movers = !p.rows.merges ? p.movers : p.image_into_text ? counts.images : counts.texts;
@@ -197,18 +196,22 @@ struct HeldTile {
     for (int entry = arch::warp(); entry < ENTRIES; entry += WARPS) {
       const RowJob& job = s.job[entry];
       if (job.to[0] == nullptr && job.to[1] == nullptr) continue;
-      copy_columns(job, from_shared && entry < LIST && job.filling == Filling::none ? held + entry * PITCH : nullptr);
+      const bool is_held = from_shared && entry < LIST && job.filling == Filling::none;
+      if (!is_held || !p.bulk) {
+        copy_columns(job, is_held ? held.row(entry) : nullptr);
+      } else if (arch::lane() == 0) {
+        if (job.to[0] != nullptr) held.store(entry, job.to[0]);
+        if (job.to[1] != nullptr) held.store(entry, job.to[1]);
+      }
     }
   }
 
-  // This block's columns of a row, by a warp; from `shared`, chunk after chunk, if that is given.
+  // This block's columns of a row, by a warp; from `shared` if that is given.
   ATTANCHOR_DEVICE void copy_columns(const RowJob& job, const uint8_t* shared) const {
     constexpr int AHEAD = 4;
     const arch::Policy once = arch::drop_from_l2();
-    const int64_t begin = static_cast<int64_t>(Match::first_chunk(p.rows, rank)) * CHUNK_BYTES;
-    const int64_t chunks_end = static_cast<int64_t>(Match::first_chunk(p.rows, rank + 1)) * CHUNK_BYTES;
-    const int64_t end = chunks_end < p.rows.row_bytes ? chunks_end : p.rows.row_bytes;
-    const int count = static_cast<int>(end - begin) / 16;
+    const int64_t begin = held.first;
+    const int count = held.bytes / 16;
     const auto filling = filled<arch::Vector>(job.filling == Filling::nan ? p.rows.nan : 0);
     for (int start = arch::lane(); start < count; start += 32 * AHEAD) {
       arch::Vector row[AHEAD];
@@ -218,8 +221,7 @@ struct HeldTile {
         row[i] = filling;
         if (at >= count || job.filling != Filling::none) continue;
         if (shared != nullptr) {
-          const uint8_t* from = shared + static_cast<int64_t>(at / VECTORS) * IMAGES * PITCH + at % VECTORS * 16;
-          row[i] = *reinterpret_cast<const arch::Vector*>(from);
+          row[i] = reinterpret_cast<const arch::Vector*>(shared)[at];
         } else {
           row[i] = arch::load_stream(reinterpret_cast<const arch::Vector*>(job.from + begin) + at, once);
         }

@@ -4,28 +4,29 @@
 // blocks of a cluster share a tile: each takes a range of its columns, so that the texts are read once a cluster; they
 // add up their products through each other's shared memory, each for some of the rows.
 //
-// With HELD a block keeps its columns of the image rows in shared memory, to copy them out from there (held.cuh).
+// With HELD a block keeps its columns of the image rows in shared memory (hold.cuh), to copy them out from there
+// (held.cuh).
 #pragma once
 
+#include "hold.cuh"
 #include "keys.cuh"
 #include "multiply.cuh"
 #include "slots.cuh"
 
 namespace attanchor {
 
-template <class E, int IMAGES_, int CLUSTER_, bool HELD>
+template <class Product, int IMAGES_, int CLUSTER_, bool HELD>
 struct MatchTile {
   static constexpr int IMAGES = IMAGES_;
   static constexpr int CLUSTER = CLUSTER_;
   static constexpr int ROWS = IMAGES + TEXTS;
   static constexpr int OWN = IMAGES / CLUSTER;  // image rows whose products a block adds up and publishes
-  using Product = Multiplier<E, IMAGES>;
   static constexpr int PARTS = Product::PARTS;
   static_assert(OWN * CLUSTER == IMAGES && OWN >= 4, "every block of a cluster publishes some rows");
 
   struct Shared {
     union {
-      uint8_t stages[STAGES][(HELD ? TEXTS : ROWS) * PITCH];
+      uint8_t stages[STAGES][(HELD ? TEXTS : ROWS) * Product::TEXT_PITCH];  // 1024-byte aligned if they are swizzled
       struct {
         Partial<IMAGES, 1> sum;         // this block's columns; the other blocks of the cluster read it
         Parts<IMAGES, PARTS> partial;   // the warps' columns
@@ -46,15 +47,11 @@ struct MatchTile {
   Shared& s;
   int rank;  // in the cluster
   int sample;
-  uint8_t* held;  // with HELD: chunk after chunk, IMAGES rows each
+  HeldRows<IMAGES>* held;  // with HELD
 
-  ATTANCHOR_DEVICE MatchTile(const Problem& problem, Shared& shared, int in_cluster, int of_sample, uint8_t* in_held)
-      : p(problem), s(shared), rank(in_cluster), sample(of_sample), held(in_held) {}
-
-  // The chunks of a row that are this block's.
-  static ATTANCHOR_DEVICE int first_chunk(const Rows& rows, int rank) {
-    return static_cast<int>((rows.row_bytes + CHUNK_BYTES - 1) / CHUNK_BYTES * rank / CLUSTER);
-  }
+  ATTANCHOR_DEVICE MatchTile(const Problem& problem, Shared& shared, int in_cluster, int of_sample,
+                             HeldRows<IMAGES>* rows = nullptr)
+      : p(problem), s(shared), rank(in_cluster), sample(of_sample), held(rows) {}
 
   // Returns the number of movers of the sample. Never waits for work of another cluster.
   ATTANCHOR_DEVICE int run(int tile, int feature_base) {
@@ -68,6 +65,10 @@ struct MatchTile {
       if (merges) text_total = find_slots(p, sample, Kind::text, first_text, TEXTS, s.slot + IMAGES, s.scratch);
       if (!some) break;
       find_texts(first_text);
+      if constexpr (HELD) {  // the rows that were held are done with
+        arch::wait_bulk_stores();
+        arch::order_bulk();
+      }
       arch::sync_block();
       if constexpr (HELD) {
         multiply_held(first_text == 0);
@@ -117,22 +118,22 @@ struct MatchTile {
 
   // This block's columns of the products and squared norms, to `sum`.
   ATTANCHOR_DEVICE void multiply() {
-    const int begin = first_chunk(p.rows, rank), end = first_chunk(p.rows, rank + 1);
+    const int begin = first_chunk(p.rows, rank, CLUSTER), end = first_chunk(p.rows, rank + 1, CLUSTER);
     const Stager<ROWS, false> stager(s.row, arch::keep_in_l2());
     Product product;
 #pragma unroll 1
     for (int ahead = 0; ahead < STAGES - 1; ahead++) {
-      if (begin + ahead < end) stager.start(s.stages[ahead], p.rows, begin + ahead);
+      if (begin + ahead < end) stager.start(s.stages[ahead], PITCH, p.rows, begin + ahead);
       arch::commit_copies();
     }
     for (int chunk = begin; chunk < end; chunk++) {
       arch::wait_copies<STAGES - 2>();
       arch::sync_block();  // the chunk is here for everyone, and everyone is done with the one before
       const int next = chunk + STAGES - 1;
-      if (next < end) stager.start(s.stages[(next - begin) % STAGES], p.rows, next);
+      if (next < end) stager.start(s.stages[(next - begin) % STAGES], PITCH, p.rows, next);
       arch::commit_copies();
       const uint8_t* stage = s.stages[(chunk - begin) % STAGES];
-      product.multiply(stage, stage + IMAGES * PITCH);
+      product.multiply(stage, PITCH, stage + IMAGES * PITCH);
       if ((chunk - begin) % SLICE_CHUNKS == SLICE_CHUNKS - 1) product.end_slice();
     }
     add_up(product);
@@ -140,19 +141,18 @@ struct MatchTile {
 
   // The same with the image rows on their way all at once, to stay; `load` says whether they are still to come.
   ATTANCHOR_DEVICE void multiply_held(bool load) {
-    const int begin = first_chunk(p.rows, rank), end = first_chunk(p.rows, rank + 1);
-    const Stager<IMAGES, true> images(s.row, arch::drop_from_l2());
-    const Stager<TEXTS, true> texts(s.row + IMAGES, arch::keep_in_l2());
+    const int begin = first_chunk(p.rows, rank, CLUSTER), end = first_chunk(p.rows, rank + 1, CLUSTER);
+    const Stager<TEXTS, true, Product::SWIZZLES> texts(s.row + IMAGES, arch::keep_in_l2());
+    const bool stages = load && !p.bulk;
+    if (load && p.bulk) held->load(s.row);
     Product product;
 #pragma unroll 1
     for (int ahead = 0; ahead < STAGES - 1; ahead++) {
-      if (load && begin + ahead < end) images.start(held_chunk(ahead), p.rows, begin + ahead);
-      if (begin + ahead < end) texts.start(s.stages[ahead], p.rows, begin + ahead);
+      if (stages) stage_images(begin, begin + ahead, begin + ahead + 1 < end ? begin + ahead + 1 : end);
+      if (begin + ahead < end) texts.start(s.stages[ahead], Product::TEXT_PITCH, p.rows, begin + ahead);
       arch::commit_copies();
     }
-    for (int chunk = begin + STAGES - 1; load && chunk < end; chunk++) {
-      images.start(held_chunk(chunk - begin), p.rows, chunk);
-    }
+    if (stages) stage_images(begin, begin + STAGES - 1, end);
     arch::commit_copies();
     for (int chunk = begin; chunk < end; chunk++) {
       // The group with the rest of the images is one more that may be under way until it is needed.
@@ -161,18 +161,29 @@ struct MatchTile {
       } else {
         arch::wait_copies<STAGES - 2>();
       }
+      if (load && p.bulk) held->wait(chunk - begin);
+      if constexpr (Product::SWIZZLES) arch::order_bulk();  // warpgroups read the texts as bulk copies do
       arch::sync_block();
       const int next = chunk + STAGES - 1;
-      if (next < end) texts.start(s.stages[(next - begin) % STAGES], p.rows, next);
+      if (next < end) texts.start(s.stages[(next - begin) % STAGES], Product::TEXT_PITCH, p.rows, next);
       arch::commit_copies();
-      product.multiply(held_chunk(chunk - begin), s.stages[(chunk - begin) % STAGES]);
+      const uint8_t* images = held->memory + (chunk - begin) * CHUNK_BYTES;
+      product.multiply(images, held->pitch, s.stages[(chunk - begin) % STAGES]);
       if ((chunk - begin) % SLICE_CHUNKS == SLICE_CHUNKS - 1) product.end_slice();
     }
     arch::wait_copies<0>();
+    if (load && p.bulk) held->loads++;
     add_up(product);
   }
 
-  ATTANCHOR_DEVICE uint8_t* held_chunk(int nth) const { return held + static_cast<int64_t>(nth) * IMAGES * PITCH; }
+  // Without bulk copies: start the chunks `from` … `to` - 1 of the image rows.
+  ATTANCHOR_DEVICE void stage_images(int begin, int from, int to) const {
+    const Stager<IMAGES, true> images(s.row, arch::drop_from_l2());
+#pragma unroll 1
+    for (int chunk = from; chunk < to; chunk++) {
+      images.start(held->memory + (chunk - begin) * CHUNK_BYTES, held->pitch, p.rows, chunk);
+    }
+  }
 
   // The sums of all warps, to `sum`.
   ATTANCHOR_DEVICE void add_up(Product& product) {

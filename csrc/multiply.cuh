@@ -33,6 +33,8 @@ struct Multiplier {
   static constexpr int ROW_WARPS = IMAGES / 16;
   static constexpr int PARTS = WARPS / (2 * ROW_WARPS);
   static constexpr int STEPS = CHUNK_BYTES / 32 / PARTS;
+  static constexpr bool SWIZZLES = false;
+  static constexpr int TEXT_PITCH = PITCH;
   static constexpr int SQUARES = 4 / ROW_WARPS;  // 8-text tiles whose norms a warp takes
 
   float sum[4][4], slice[4][4];
@@ -57,10 +59,10 @@ struct Multiplier {
     }
   }
 
-  // A chunk of the image rows and of the text rows, PITCH bytes a row.
-  ATTANCHOR_DEVICE void multiply(const uint8_t* images, const uint8_t* texts) {
+  // A chunk of the image rows, `pitch` bytes apart, and of the text rows, PITCH bytes apart.
+  ATTANCHOR_DEVICE void multiply(const uint8_t* images, int pitch, const uint8_t* texts) {
     const int lane = arch::lane();
-    const uint8_t* image = images + (row_warp * 16 + lane % 16) * PITCH + lane / 16 * 16;
+    const uint8_t* image = images + (row_warp * 16 + lane % 16) * pitch + lane / 16 * 16;
     const uint8_t* text = texts + (text_warp * 32 + lane / 16 * 8 + lane % 8) * PITCH + lane / 8 % 2 * 16;
     ATTANCHOR_UNROLL
     for (int step = 0; step < STEPS; step++) {
@@ -130,6 +132,8 @@ struct Multiplier {
 template <int IMAGES>
 struct Multiplier<float, IMAGES> {
   static constexpr int PARTS = 1;
+  static constexpr bool SWIZZLES = false;
+  static constexpr int TEXT_PITCH = PITCH;
   static constexpr int EACH = IMAGES / 16;
   static_assert(IMAGES + TEXTS <= THREADS, "one thread a row for the norms");
 
@@ -148,8 +152,8 @@ struct Multiplier<float, IMAGES> {
     return arch::multiply_add(arch::bits_float(a.w), arch::bits_float(b.w), sum);
   }
 
-  ATTANCHOR_DEVICE void multiply(const uint8_t* images, const uint8_t* texts) {
-    const uint8_t* image = images + arch::thread() / 16 * PITCH;
+  ATTANCHOR_DEVICE void multiply(const uint8_t* images, int pitch, const uint8_t* texts) {
+    const uint8_t* image = images + arch::thread() / 16 * pitch;
     const uint8_t* text = texts + arch::thread() % 16 * PITCH;
 #pragma unroll 2
     for (int at = 0; at < CHUNK_BYTES; at += 16) {
@@ -158,14 +162,14 @@ struct Multiplier<float, IMAGES> {
       for (int j = 0; j < 4; j++) b[j] = *reinterpret_cast<const arch::Vector*>(text + j * 16 * PITCH + at);
       ATTANCHOR_UNROLL
       for (int i = 0; i < EACH; i++) {
-        const arch::Vector a = *reinterpret_cast<const arch::Vector*>(image + i * 16 * PITCH + at);
+        const arch::Vector a = *reinterpret_cast<const arch::Vector*>(image + i * 16 * pitch + at);
         ATTANCHOR_UNROLL
         for (int j = 0; j < 4; j++) slice[i][j] = dot(a, b[j], slice[i][j]);
       }
     }
     const int row = arch::thread();
     if (row >= IMAGES + TEXTS) return;
-    const uint8_t* own = row < IMAGES ? images + row * PITCH : texts + (row - IMAGES) * PITCH;
+    const uint8_t* own = row < IMAGES ? images + row * pitch : texts + (row - IMAGES) * PITCH;
     for (int at = 0; at < CHUNK_BYTES; at += 16) {
       const arch::Vector v = *reinterpret_cast<const arch::Vector*>(own + at);
       square_slice = dot(v, v, square_slice);

@@ -72,6 +72,8 @@ struct Problem {
   int assemble_tiles;  // of a sample
   int tile_rows;       // slots of an assemble tile, at most 32
   int lag;             // samples between match and assemble
+  int held_pitch;      // bytes from one held row to the next
+  bool bulk;           // tiles that are kept on chip come and go by bulk copies
 };
 
 // The copy alone, and its transpose.
@@ -97,6 +99,8 @@ struct Tuning {
   int tile_rows = 0;
   int lag = -1;
   int hold = -1;  // 1: only kernels that keep their tile on chip, 0: none of them, -1: by shape
+  int bulk = -1;    // 0: those move it without bulk copies
+  int groups = -1;  // 1: only kernels that multiply by warpgroups, which keep their tile on chip
 };
 
 // Launch on `stream` of the current device. Null, or what went wrong.

@@ -34,11 +34,11 @@ ATTANCHOR_DEVICE void stage_vector(uint8_t* to, const uint8_t* from, int bytes, 
   }
 }
 
-// The rows of a tile as one thread copies them: 8 threads a row, 32 rows at a time.
-template <int ROWS, bool ALIGNED>
+// The rows of a tile as one thread copies them: 8 threads a row, 32 rows at a time. SWIZZLED: vector v of row r goes to
+// the place v ^ r % 8, as warpgroup instructions read it.
+template <int ROWS, bool ALIGNED, bool SWIZZLED = false>
 struct Stager {
   static constexpr int EACH = (ROWS + 31) / 32;
-  static constexpr int BYTES = ROWS * PITCH;
 
   const uint8_t* from[EACH];  // null: the row is not there and reads as zeros
   arch::Policy policy;
@@ -51,8 +51,8 @@ struct Stager {
     }
   }
 
-  // Start the copy of a chunk into a stage.
-  ATTANCHOR_DEVICE void start(uint8_t* stage, const Rows& rows, int chunk) const {
+  // Start the copy of a chunk of every row to `to` and each `pitch` bytes behind it.
+  ATTANCHOR_DEVICE void start(uint8_t* to, int pitch, const Rows& rows, int chunk) const {
     const int64_t offset = static_cast<int64_t>(chunk) * CHUNK_BYTES + arch::thread() % VECTORS * 16;
     const int64_t left = rows.row_bytes - offset;
     const int within = left >= 16 ? 16 : left > 0 ? static_cast<int>(left) : 0;
@@ -63,7 +63,8 @@ struct Stager {
       const int bytes = from[i] == nullptr ? 0 : within;
       // Nothing is read where no bytes exist, but the address must still be a good one.
       const uint8_t* address = bytes > 0 ? from[i] + offset : rows.text != nullptr ? rows.text : rows.image;
-      stage_vector<ALIGNED>(stage + at * PITCH + arch::thread() % VECTORS * 16, address, bytes, rows.width, policy);
+      const int place = SWIZZLED ? arch::thread() % VECTORS ^ at % 8 : arch::thread() % VECTORS;
+      stage_vector<ALIGNED>(to + at * pitch + place * 16, address, bytes, rows.width, policy);
     }
   }
 };

@@ -355,7 +355,7 @@ def test_tuning_tries_one_change_at_a_time(tmp_path, monkeypatch, capsys):
     from attanchor_kernels.backends.triton import schedule
 
     usual = schedule.construct
-    monkeypatch.setattr(tune, "FIELDS", {"block_rows": (16, "wrong"), "no such field": (1,)})
+    monkeypatch.setattr(tune, "FIELDS", {"triton": {"block_rows": (16, "wrong"), "no such field": (1,)}})
     path = tmp_path / "tune.jsonl"
     assert main(["tune", "--device", "cpu", "--batches", "1", "--output", str(path), "--limit", "3600"]) == 0
     (row,) = rows.read(path)

@@ -25,8 +25,9 @@ TARGETS = ("80", "90a", "100a")
 
 
 def is_tested(source: str, target: str) -> bool:
-    """float16 differs from bfloat16 in one instruction: one target stands for it. Clusters begin with sm_90."""
-    if "half" in source:
+    """float16 differs from bfloat16 in one instruction: one target stands for it. Clusters begin with sm_90, and
+    warpgroup instructions are sm_90a's alone."""
+    if "half" in source or "group" in source:
         return target == "90a"
     return "held" not in source or target != "80"
 
@@ -94,7 +95,8 @@ def readable(mangled: str) -> str:
     assert name is not None, mangled
     element = re.search(r"kernelI(?:NS_4arch\d(\w+?)E|(f))", mangled)
     kind = [(element.group(1) or "float")] if element else []
-    return " ".join([name.group(1), *kind, *re.findall(r"Li(\d+)E", mangled)])
+    groups = ["groups"] if "Lb1E" in mangled else []
+    return " ".join([name.group(1), *kind, *re.findall(r"Li(\d+)E", mangled), *groups])
 
 
 @needs_nvcc
@@ -129,12 +131,7 @@ def barrier_faults(ptx: str) -> list[str]:
     and meets at a barrier before a key is read, which passes by the first-level cache.
     """
     faults = []
-    for entry in re.split(r"^(?:\.visible )?\.(?=entry|func)", ptx, flags=re.MULTILINE)[1:]:
-        if not entry.startswith("entry"):
-            continue
-        lines = (re.sub(r"^@!?%p\d+\s+", "", line.strip()) for line in entry.splitlines())
-        found = (next((name for name, pattern in EVENTS.items() if re.match(pattern, line)), "") for line in lines)
-        order = " ".join(filter(None, found))
+    for kernel, order in events(ptx, EVENTS):
         wanted = {
             "maxima before an arrival": r"maximum barrier (?:barrier )*fence add fence",
             "arrivals": r"barrier fence add fence barrier",
@@ -142,22 +139,85 @@ def barrier_faults(ptx: str) -> list[str]:
         }
         counts = {name: len(re.findall(pattern, order)) for name, pattern in wanted.items()}
         if counts != (expected := {"maxima before an arrival": 1, "arrivals": 2, "waits": 1}):
-            faults.append(f"{readable(entry.split('(')[0])}: {counts}, expected {expected}")
+            faults.append(f"{kernel}: {counts}, expected {expected}")
     return faults
+
+
+def events(ptx: str, patterns: dict[str, str]) -> list[tuple[str, str]]:
+    """The kernels of a PTX file, and what of `patterns` each has, in the order of its lines."""
+    kernels = []
+    for entry in re.split(r"^(?:\.visible )?\.(?=entry|func)", ptx, flags=re.MULTILINE)[1:]:
+        if not entry.startswith("entry"):
+            continue
+        lines = (re.sub(r"^@!?%p\d+\s+", "", line.strip()) for line in entry.splitlines())
+        found = (next((name for name, pattern in patterns.items() if re.match(pattern, line)), "") for line in lines)
+        kernels.append((readable(entry.split("(")[0]), " ".join(filter(None, found))))
+    return kernels
+
+
+def ptx_of(source: str, folder: Path) -> str:
+    made = folder / "made.ptx"
+    command = [str(nvcc()), "-std=c++17", "-O3", f"-I{CSRC}", "-arch=compute_90a", "-ptx", str(CSRC / source)]
+    done = subprocess.run([*command, "-o", str(made)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return made.read_text()
 
 
 @needs_nvcc
 @pytest.mark.parametrize("source", ["construct_float.cu", "construct_held_float.cu"])
 def test_the_barrier_is_in_the_code(source, tmp_path):
     """Fences for the whole GPU around arrivals and behind waits; and the check would see them go."""
-    made = tmp_path / "made.ptx"
-    command = [str(nvcc()), "-std=c++17", "-O3", f"-I{CSRC}", "-arch=compute_90a", "-ptx", str(CSRC / source)]
-    done = subprocess.run([*command, "-o", str(made)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    ptx = made.read_text()
+    ptx = ptx_of(source, tmp_path)
     assert barrier_faults(ptx) == []
     for planted in (("fence.acq_rel.gpu", "fence.acq_rel.cta"), ("ld.global.cg.u64", "ld.global.u64")):
         assert barrier_faults(ptx.replace(*planted)), planted
+
+
+# The same for bulk copies and warpgroups, which do not see shared memory as other instructions do.
+ASYNCHRONOUS = {
+    "barrier": r"bar\.sync|barrier\.cluster\.wait",
+    "started": r"mbarrier\.init",
+    "shown": r"fence\.mbarrier_init\.release\.cluster",
+    "ordered": r"fence\.proxy\.async\.shared::cta",
+    "expected": r"mbarrier\.arrive\.expect_tx",
+    "load": r"cp\.async\.bulk\.shared::cluster\.global",
+    "awaited": r"mbarrier\.try_wait\.parity",
+    "store": r"cp\.async\.bulk\.global\.shared::cta",
+    "drained": r"cp\.async\.bulk\.wait_group\.read 0",
+    "begun": r"wgmma\.fence",
+    "product": r"wgmma\.mma_async\.sync\.aligned\.m64n32k16",
+    "finished": r"wgmma\.wait_group\.sync\.aligned 0",
+}
+
+
+def asynchronous_faults(ptx: str, groups: bool) -> list[str]:
+    """What the kernels of a PTX file lack of the order that asynchronous work needs."""
+    wanted = [
+        r"started (?:started )*shown barrier",
+        r"drained ordered barrier expected load",  # behind whatever stored and used the rows that were held
+        r"load.* drained$",
+        r"awaited (?:ordered )?barrier",
+        r"store store",
+    ]
+    if groups:
+        wanted += [r"awaited ordered barrier begun (?:product ){4}finished"]
+    return [
+        f"{kernel} lacks {pattern}: {order}"
+        for kernel, order in events(ptx, ASYNCHRONOUS)
+        for pattern in wanted
+        if len(re.findall(pattern, order)) != 1
+    ]
+
+
+@needs_nvcc
+@pytest.mark.parametrize("source", ["construct_held_float.cu", "construct_group_half.cu"])
+def test_asynchronous_work_is_ordered_in_the_code(source, tmp_path):
+    """Bulk copies and warpgroups come behind fences, barriers and waits; and the check would see them go."""
+    ptx, groups = ptx_of(source, tmp_path), "group" in source
+    assert asynchronous_faults(ptx, groups) == []
+    steps = ["fence.mbarrier_init", "fence.proxy.async", "mbarrier.try_wait", "cp.async.bulk.wait_group.read"]
+    for step in [*steps, *(["wgmma.fence", "wgmma.wait_group"] if groups else [])]:
+        assert asynchronous_faults(ptx.replace(step, "nothing"), groups), step
 
 
 def test_bindings_compile_on_the_stable_abi(tmp_path):

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from attanchor_kernels import AnchoredSequence, reference, validate
 from attanchor_kernels.api import shift_places
+from attanchor_kernels.backends.launching import rows_contiguous
 from attanchor_kernels.problem import Problem
 from attanchor_kernels.testing.checks import assert_keeps_contract
 from attanchor_kernels.testing.inputs import TAU, Shape, matched_pair, random_roles
@@ -28,22 +29,25 @@ if emulated.missing():
 
 emulator = emulated.Emulator()
 launch = emulator.launch
-# Of every compiled kernel: image rows of a tile, blocks of a cluster, whether it holds its tile on chip.
-_HALF = [(16, 1, 0), (64, 1, 0)] + [(rows, cluster, hold) for rows in (32, 64) for cluster in (4, 8) for hold in (0, 1)]
-VARIANTS = {
-    torch.float32: [(32, 1, 0), (32, 8, 0), (32, 8, 1)],
-    torch.float16: _HALF,
-    torch.bfloat16: _HALF,
-}
 
 
 @st.composite
 def schedules(draw, problem: Problem):
     """A compiled variant, tile sizes, and a device that runs few blocks at once in a random order."""
-    tile_images, cluster, hold = draw(st.sampled_from(VARIANTS[problem.text.dtype]))
+    tuning = draw(st.sampled_from(launch.variants(problem.text.dtype)))
     # Tiles are held by 16-byte copies alone: where rows are not aligned, the launcher takes another variant.
-    tuning = launch.Tuning(tile_images, cluster, draw(st.sampled_from([1, 3, 8, 32])), draw(st.integers(1, 3)), -hold)
-    return tuning, cluster * draw(st.sampled_from([1, 2, 5])), draw(st.integers(0, 2**32))
+    tuning = tuning._replace(hold=-tuning.hold, groups=tuning.groups if is_aligned(problem) else -1)
+    tuning = tuning._replace(tile_rows=draw(st.sampled_from([1, 3, 8, 32])), lag=draw(st.integers(1, 3)))
+    return tuning, tuning.cluster * draw(st.sampled_from([1, 2, 5])), draw(st.integers(0, 2**32))
+
+
+def is_aligned(problem: Problem) -> bool:
+    """Whether all rows begin and end at multiples of 16 bytes, as the launcher sees them."""
+    numbers = [problem.hidden * problem.text.element_size()]
+    for rows in (rows_contiguous(problem.image), rows_contiguous(problem.text)):
+        strides = zip(rows.stride()[:-1], rows.shape[:-1], strict=True)
+        numbers += [rows.data_ptr(), *(stride * rows.element_size() for stride, count in strides if count > 1)]
+    return all(number % 16 == 0 for number in numbers)
 
 
 def run(problem: Problem, schedule) -> tuple[AnchoredSequence, Tensor]:
@@ -51,7 +55,7 @@ def run(problem: Problem, schedule) -> tuple[AnchoredSequence, Tensor]:
     tuning, resident, seed = schedule
     emulator.configure(resident, seed)
     embeds, made = launch.run(problem, copy=True, tuning=tuning)
-    planned = launch.run(problem, copy=False, tuning=tuning._replace(hold=0))[1]
+    planned = launch.run(problem, copy=False, tuning=tuning._replace(hold=0, groups=-1))[1]
     for one, other in zip(made, planned, strict=True):
         assert torch.equal(one, other)
     assert not any(words.any() for words in emulator.workspace.held(torch.device("cpu")))
@@ -123,9 +127,9 @@ def test_more_than_a_tile(poisoned_empty, dtype, direction):
     arguments = None, None, None, 6, direction, "inherit", None, "left"
     problem = validate.build_call(image.to(dtype), text.to(dtype), 0.3, *arguments).problem
     results = []
-    for tile_images, cluster, hold in VARIANTS[dtype]:
-        schedule = launch.Tuning(tile_images, cluster, 16, 1, hold), cluster * 3, 11
-        results.append(run(problem, schedule))
+    # float16 differs from bfloat16 in its multiplication alone.
+    for tuning in launch.variants(dtype)[:: 5 if dtype == torch.float16 else 1]:
+        results.append(run(problem, (tuning._replace(tile_rows=16, lag=1), tuning.cluster * 3, 11)))
     assert_keeps_contract(results[0][0], problem, trimmed=False)
     check_rows(problem, *results[0])
     for result, _ in results[1:]:
@@ -140,8 +144,7 @@ def test_limit(poisoned_empty, make):
     problem = make()
     check(problem, (launch.Tuning(), 8, 12))
     if problem.hidden * problem.text.element_size() % 16 == 0:
-        tile_images, cluster, _ = VARIANTS[problem.text.dtype][-1]
-        result, _ = run(problem, (launch.Tuning(tile_images, cluster, hold=1), 8, 13))
+        result, _ = run(problem, (launch.variants(problem.text.dtype)[-1], 8, 13))
         assert_keeps_contract(result, problem, trimmed=False)
 
 
@@ -193,8 +196,8 @@ def test_held_tiles(poisoned_empty, direction, resident):
     arguments = None, None, None, direction, "sequential", None, "right"
     build = validate.build_call(image, text, 0.5, mask, *arguments).problem
     for problem in (merge, build):
-        for cluster in (4, 8):
-            check(problem, (launch.Tuning(32, cluster, hold=1), cluster * resident, resident))
+        for cluster, bulk in ((4, 1), (8, 0), (8, 1)):
+            check(problem, (launch.Tuning(32, cluster, hold=1, bulk=bulk), cluster * resident, resident))
 
 
 def test_the_binary_says_what_it_was_built_for():
@@ -216,8 +219,8 @@ def test_large_d_in_slices(poisoned_empty):
     """At D = 9000, with sums that truncate, a text equal to an image scores 1 within the band."""
     image = torch.rand(1, 3, 9000, generator=torch.Generator().manual_seed(6)).bfloat16()
     problem = validate.build_call(image, image.clone(), 0.9, None, None, None, None, *_PLAIN).problem
-    for tile_images, cluster, hold in ((16, 1, 0), (64, 8, 0), (64, 8, 1)):
-        result, _ = run(problem, (launch.Tuning(tile_images, cluster, hold=hold), 8, 1))
+    for tile_images, cluster, hold, groups in ((16, 1, 0, -1), (64, 8, 0, -1), (64, 8, 1, -1), (64, 8, 1, 1)):
+        result, _ = run(problem, (launch.Tuning(tile_images, cluster, hold=hold, groups=groups), 8, 1))
         assert (result.score - 1).abs().max() < 2e-5
         assert result.host.tolist() == [[0, 1, 2]]
 
@@ -228,8 +231,10 @@ def test_long_rows(poisoned_empty, tile_images, cluster):
     image, text = matched_pair(2, Shape("long rows", 100, 20, 3200), dtype=torch.bfloat16)
     problem = validate.build_call(image, text, TAU, None, None, None, 8, *_PLAIN).problem
     expected_rows, expected = reference.construct(problem)
-    for hold in (0, 1):
-        result, places = run(problem, (launch.Tuning(tile_images, cluster, hold=hold), 16, hold))
+    ways = [{"hold": 0}, {"hold": 1, "bulk": 0}, {"hold": 1, "bulk": 1}]
+    ways += [{"hold": 1, "groups": 1}] if tile_images == 64 else []
+    for seed, way in enumerate(ways):
+        result, places = run(problem, (launch.Tuning(tile_images, cluster, **way), 16, seed))
         assert result.is_anchor.any()
         assert torch.equal(result.embeds, expected_rows)
         assert torch.equal(places, expected.places)

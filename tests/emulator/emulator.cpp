@@ -1,99 +1,14 @@
-// The scheduler behind arch.cuh: fibers, barriers, asynchronous copies, and a device that runs few blocks at once.
-#include <setjmp.h>
+// The scheduler behind arch.cuh: fibers, barriers, and a device that runs few blocks at once.
+#include "device.h"
+
 #include <sys/mman.h>
-#include <ucontext.h>
-
-#include <deque>
-#include <memory>
-#include <random>
-#include <string>
-#include <vector>
-
-#include "arch.cuh"
 
 namespace attanchor::arch::emulator {
 
 Thread* current = nullptr;
 int grid_blocks = 0;
 int resident_limit = 4;
-
-namespace {
-
-constexpr size_t STACK_BYTES = 64 * 1024;
-constexpr int CANARY_BYTES = 256;
-constexpr uint8_t GARBAGE = 0xcb;
-
-struct Piece {
-  void* to;
-  const void* from;
-  int bytes, size;
-
-  void arrive() const {
-    std::memcpy(to, from, bytes);
-    std::memset(static_cast<uint8_t*>(to) + bytes, 0, size - bytes);
-  }
-};
-
-struct Group {
-  std::vector<Piece> pieces;
-  bool arrived = false;
-
-  void arrive() {
-    if (!arrived) {
-      for (const Piece& piece : pieces) piece.arrive();
-    }
-    arrived = true;
-  }
-};
-
-enum class State { ready, pausing, waiting, done };
-
-struct Fiber : Thread {
-  ucontext_t first;
-  jmp_buf where;
-  uint8_t* stack = nullptr;
-  bool started = false;
-  State state = State::ready;
-  std::vector<Piece> open;
-  std::deque<Group> groups;
-};
-
-struct Maximum {
-  word64* word;
-  word64 value;
-  const Thread* thread;
-  uint64_t generation;  // of the block's barrier
-};
-
-struct Cluster {
-  std::vector<std::unique_ptr<Block>> blocks;
-  std::vector<Block*> members;
-  std::vector<std::vector<Maximum>> maxima;  // of each block, not yet visible to others
-  std::vector<std::vector<uint8_t>> shared;
-  std::vector<std::vector<Warp>> warps;
-  std::vector<std::unique_ptr<Fiber>> fibers;
-  Barrier barrier;
-  int running = 0;
-};
-
-struct Device {
-  std::mt19937_64 random{0};
-  std::vector<Fiber*> ready, pausing;
-  std::vector<std::unique_ptr<Cluster>> clusters;
-  std::vector<uint8_t*> stacks;
-  std::string error;
-  jmp_buf scheduler;
-  ucontext_t scheduler_context;
-  const std::function<void()>* kernel = nullptr;
-  int pauses = 0;  // in a row, with nothing else to run
-  uint64_t steps = 0, change_at = 0;
-  const Block* slow_block = nullptr;
-  int slow_warp = 0;
-};
-
 Device device;
-
-Fiber* self() { return static_cast<Fiber*>(current); }
 
 void leave(State state) {
   Fiber* fiber = self();
@@ -101,10 +16,26 @@ void leave(State state) {
   if (_setjmp(fiber->where) == 0) _longjmp(device.scheduler, 1);
 }
 
+int in_cluster(const Cluster& cluster, const Block* block) {
+  for (size_t i = 0; i < cluster.members.size(); i++) {
+    if (cluster.members[i] == block) return static_cast<int>(i);
+  }
+  return -1;
+}
+
+namespace {
+
+constexpr size_t STACK_BYTES = 64 * 1024;
+constexpr int CANARY_BYTES = 256;
+
 void enter() {
   current->block->begun = true;
   (*device.kernel)();
-  for (Group& group : self()->groups) group.arrive();
+  for (CopyGroup& group : self()->groups) group.arrive();
+  if (!self()->products.empty()) device.error = "a thread ends with products under way";
+  for (const Flight& flight : device.flights) {
+    if (flight.storer == current) device.error = "a thread ends while what it stores is still read from shared memory";
+  }
   current->block->running--;
   leave(State::done);
 }
@@ -132,13 +63,6 @@ void resume(Fiber* fiber) {
   swapcontext(&device.scheduler_context, &fiber->first);
 }
 
-int in_cluster(const Cluster& cluster, const Block* block) {
-  for (size_t i = 0; i < cluster.members.size(); i++) {
-    if (cluster.members[i] == block) return static_cast<int>(i);
-  }
-  return -1;
-}
-
 std::vector<Maximum>& maxima_of(const Block* block) {
   for (auto& cluster : device.clusters) {
     const int at = in_cluster(*cluster, block);
@@ -156,7 +80,7 @@ void start_cluster(int first_block, int size, int threads, int shared) {
   cluster->barrier.expected = size * threads;
   cluster->maxima.resize(size);
   for (int i = 0; i < size; i++) {
-    cluster->shared.emplace_back(shared + CANARY_BYTES + 128, GARBAGE);
+    cluster->shared.emplace_back(shared + CANARY_BYTES + 1024, GARBAGE);
     cluster->warps.emplace_back(threads / 32);
     cluster->blocks.push_back(std::make_unique<Block>());
     cluster->members.push_back(cluster->blocks.back().get());
@@ -168,7 +92,7 @@ void start_cluster(int first_block, int size, int threads, int shared) {
     block.cluster_barrier = &cluster->barrier;
     block.cluster = cluster->members.data();
     const auto address = reinterpret_cast<uintptr_t>(cluster->shared[i].data());
-    block.shared = reinterpret_cast<uint8_t*>((address + 127) / 128 * 128);
+    block.shared = reinterpret_cast<uint8_t*>((address + 1023) / 1024 * 1024);
     block.warps = cluster->warps[i].data();
     for (Warp& warp : cluster->warps[i]) warp.barrier.expected = 32;
     for (int thread = 0; thread < threads; thread++) {
@@ -184,12 +108,13 @@ void start_cluster(int first_block, int size, int threads, int shared) {
 }
 
 // A random fiber, but for a while at a time hardly any of one block, or of one of its warps: it must fall as far behind
-// as what waits for it allows.
-Fiber* take(std::vector<Fiber*>& from) {
+// as what waits for it allows. `fair`: any of them, since nothing else may be left that can go on.
+Fiber* take(std::vector<Fiber*>& from, bool fair) {
   if (device.steps++ == device.change_at) {
     const auto& cluster = *device.clusters[device.random() % device.clusters.size()];
     device.slow_block = cluster.members[device.random() % cluster.members.size()];
     device.slow_warp = static_cast<int>(device.random() % 16);  // 8 and above: all of them
+    device.landing = 1 << (1 + device.random() % 20);
     device.change_at = device.steps + (1u << device.random() % 18);
   }
   size_t at = 0;
@@ -197,7 +122,7 @@ Fiber* take(std::vector<Fiber*>& from) {
     at = device.random() % from.size();
     const bool is_slow = from[at]->block == device.slow_block &&
                          (device.slow_warp >= 8 || from[at]->index / 32 == device.slow_warp);
-    if (!is_slow) break;
+    if (fair || !is_slow) break;
   }
   Fiber* fiber = from[at];
   from[at] = from.back();
@@ -216,6 +141,9 @@ bool retire(Fiber* fiber, int shared) {
       for (const Maximum& maximum : maxima) show(maximum);
     }
     for (const Block* block : cluster.members) {
+      for (const Flight& flight : device.flights) {
+        if (flight.block == block) device.error = "a block ends with a bulk copy under way";
+      }
       for (int at = 0; at < CANARY_BYTES; at++) {
         if (block->shared[shared + at] != GARBAGE) device.error = "a block writes past its shared memory";
       }
@@ -259,27 +187,6 @@ void maybe_switch() {
   leave(State::ready);
 }
 
-void queue_copy(void* to, const void* from, int bytes, int size) {
-  if (bytes < 0 || bytes > size) fail("an asynchronous copy of a wrong size");
-  // Until it has arrived nobody may rely on what was there before.
-  self()->open.push_back({to, from, bytes, size});
-}
-
-void commit_copies() {
-  Fiber* fiber = self();
-  fiber->groups.push_back({std::move(fiber->open), false});
-  fiber->open.clear();
-  if (device.random() % 2) fiber->groups.back().arrive();
-}
-
-void wait_copies(int pending) {
-  auto& groups = self()->groups;
-  while (static_cast<int>(groups.size()) > pending) {
-    groups.front().arrive();
-    groups.pop_front();
-  }
-}
-
 void maximize(word64* word, word64 value) {
   maybe_switch();
   maxima_of(current->block).push_back({word, value, current, current->block->barrier.generation});
@@ -314,6 +221,11 @@ const char* run(int blocks, int threads, int shared, int cluster, const std::fun
       resident += cluster;
     }
     if (resident == 0) break;
+    const bool stuck = device.ready.empty() && device.pauses > 0;
+    if (!device.flights.empty() && (stuck || device.random() % device.landing == 0)) {
+      land(device.random() % device.flights.size());
+      device.pauses = 0;
+    }
     const bool polls = !device.pausing.empty() && (device.ready.empty() || device.random() % 64 == 0);
     if (!polls && device.ready.empty()) {
       device.error = "deadlock: every thread waits at a barrier";
@@ -324,8 +236,9 @@ const char* run(int blocks, int threads, int shared, int cluster, const std::fun
       device.error = "deadlock: every thread waits for another block";
       break;
     }
-    Fiber* fiber = take(polls ? device.pausing : device.ready);
+    Fiber* fiber = take(polls ? device.pausing : device.ready, device.ready.empty());
     resume(fiber);
+    if (fiber->state != State::pausing) device.pauses = 0;  // what it waited for has come
     if (fiber->state == State::done && device.error.empty() && retire(fiber, shared)) resident -= cluster;
   }
   for (auto& left : device.clusters) {
@@ -334,6 +247,7 @@ const char* run(int blocks, int threads, int shared, int cluster, const std::fun
     }
   }
   device.clusters.clear();
+  device.flights.clear();
   device.ready.clear();
   device.pausing.clear();
   current = nullptr;

@@ -24,7 +24,7 @@ _assemble_backward = torch.ops.attanchor_cuda.assemble_backward.default
 
 
 class Tuning(NamedTuple):
-    """How a construct launch is cut into tiles; 0, or -1 for the last two, leaves it to the shape.
+    """How a construct launch is cut into tiles; 0, or -1 for the last four, leaves it to the shape.
 
     Nothing here changes a decision beyond rounding, nor any row. Only compiled combinations of tile_images and cluster
     are accepted (csrc/construct_*.cu).
@@ -35,9 +35,31 @@ class Tuning(NamedTuple):
     tile_rows: int = 0  # slots of an assemble tile, at most 32
     lag: int = -1  # samples between match and assemble
     hold: int = -1  # 1: keep tiles on chip between match and copy, 0: read them again
+    bulk: int = -1  # 0: tiles that are kept on chip come and go without bulk copies
+    groups: int = -1  # 1: keep tiles and multiply by warpgroups (wgmma; 64 rows of 16-bit elements, built for 90a)
 
 
 BY_SHAPE = Tuning()
+
+
+def variants(dtype: torch.dtype) -> list[Tuning]:
+    """Every compiled way of construct, for tests and tuning. Clusters need a GPU of compute capability 9.0 or more, and
+    groups one of 9.0."""
+    if dtype == torch.float32:
+        return [
+            Tuning(32, 1, hold=0),
+            Tuning(32, 8, hold=0),
+            Tuning(32, 8, hold=1, bulk=0),
+            Tuning(32, 8, hold=1, bulk=1),
+        ]
+    held = [Tuning(rows, cluster, hold=1) for rows in (32, 64) for cluster in (4, 8)]
+    return [
+        Tuning(16, 1, hold=0),
+        Tuning(64, 1, hold=0),
+        *(tuning._replace(hold=0) for tuning in held),
+        *(tuning._replace(bulk=bulk) for tuning in held for bulk in (0, 1)),
+        *(Tuning(64, cluster, hold=1, groups=1) for cluster in (4, 8)),
+    ]
 
 
 def construct(problem: Problem) -> tuple[Tensor, Plan]:
@@ -52,8 +74,8 @@ def plan(problem: Problem) -> Plan:
     return run(problem, copy=False)[1]
 
 
-def run(problem: Problem, *, copy: bool, tuning: Tuning = BY_SHAPE) -> tuple[Tensor | None, Plan]:
-    """Launch the construct kernel; `tuning` overrides the choice by shape."""
+def run(problem: Problem, *, copy: bool, tuning: Tuning | None = None) -> tuple[Tensor | None, Plan]:
+    """Launch the construct kernel; `tuning` overrides `BY_SHAPE`."""
     batch, movers, device = problem.batch, problem.movers, problem.text.device
     image, text = rows_contiguous(problem.image), rows_contiguous(problem.text)
     embeds = empty_embeds(problem) if copy else None
@@ -83,7 +105,7 @@ def run(problem: Problem, *, copy: bool, tuning: Tuning = BY_SHAPE) -> tuple[Ten
         problem.image_into_text,
         problem.inherit,
         problem.pad_left,
-        *tuning,
+        *(BY_SHAPE if tuning is None else tuning),
         stream,
     )
     return embeds, made
