@@ -117,8 +117,8 @@ void construct(Tensor image, Tensor text, Optional roles, Optional turn, Optiona
                Optional anchor_mask, Optional position_ids, Optional embeds, Tensor new_position_ids,
                Tensor attention_mask, Tensor source, Tensor is_anchor, Tensor host, Tensor score, Tensor places,
                Tensor state, double tau, int64_t budget, bool image_into_text, bool inherit, bool pad_left,
-               int64_t tile_images, int64_t cluster, int64_t tile_rows, int64_t lag, int64_t hold, int64_t bulk,
-               int64_t groups, int64_t stream) {
+               int64_t tile_images, int64_t cluster, int64_t tile_rows, int64_t lag, int64_t blocks, int64_t hold,
+               int64_t bulk, int64_t groups, int64_t stream) {
   const OnDevice on_device(text);
   const int64_t batch = text.size(0), movers = host.size(1);
   Problem p = {};
@@ -166,6 +166,7 @@ void construct(Tensor image, Tensor text, Optional roles, Optional turn, Optiona
   tuning.cluster = static_cast<int>(cluster);
   tuning.tile_rows = static_cast<int>(tile_rows);
   tuning.lag = static_cast<int>(lag);
+  tuning.blocks = static_cast<int>(blocks);
   tuning.hold = static_cast<int>(hold);
   tuning.bulk = static_cast<int>(bulk);
   tuning.groups = static_cast<int>(groups);
@@ -216,7 +217,7 @@ STABLE_TORCH_LIBRARY(attanchor_cuda, library) {
       "Tensor? anchor_mask, Tensor? position_ids, Tensor(a!)? embeds, Tensor(b!) new_position_ids, "
       "Tensor(c!) attention_mask, Tensor(d!) source, Tensor(e!) is_anchor, Tensor(f!) host, Tensor(g!) score, "
       "Tensor(h!) places, Tensor(i!) state, float tau, int budget, bool image_into_text, bool inherit, bool pad_left, "
-      "int tile_images, int cluster, int tile_rows, int lag, int hold, int bulk, int groups, int stream) -> ()");
+      "int tile_images, int cluster, int tile_rows, int lag, int blocks, int hold, int bulk, int groups, int stream) -> ()");
   library.def(
       "assemble(Tensor image, Tensor text, Tensor source, Tensor places, Tensor(a!) embeds, int stream) -> ()");
   library.def(

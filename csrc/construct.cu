@@ -86,12 +86,15 @@ int choose_tile_rows(const Problem& p, int resident) {
 
 const char* launch_construct(Problem p, Scalar scalar, Tuning tuning, void* stream) {
   if (p.batch == 0 || p.capacity == 0) return nullptr;
-  const Choice choice = choose(p, scalar, tuning);
+  Choice choice = choose(p, scalar, tuning);
   if (choice.variant == nullptr) {
     return "no construct kernel that was asked for runs on this device; rebuild attanchor_kernels with "
            "ATTANCHOR_CUDA_ARCHS naming its compute capability";
   }
   const Variant& v = *choice.variant;
+  if (tuning.blocks > 0 && tuning.blocks < choice.resident) {  // any grid will do
+    choice.resident = divide_up(tuning.blocks, v.cluster) * v.cluster;
+  }
   const int images = most_images(p.rows), clusters = choice.resident / v.cluster;
   p.match_tiles = images > v.images ? divide_up(images, v.images) : 1;
   p.tile_rows = tuning.tile_rows ? tuning.tile_rows : choose_tile_rows(p, choice.resident);

@@ -98,8 +98,9 @@ struct Tuning {
   int cluster = 0;      // programs that share a match tile's columns, 0 = by shape
   int tile_rows = 0;
   int lag = -1;
-  int hold = -1;  // 1: only kernels that keep their tile on chip, 0: none of them, -1: by shape
-  int bulk = -1;    // 0: those move it without bulk copies
+  int blocks = 0;  // most that run at once, 0 = what the device runs
+  int hold = -1;   // 1: only kernels that keep their tile on chip, 0: none of them, -1: by shape
+  int bulk = -1;   // 0: those move it without bulk copies
   int groups = -1;  // 1: only kernels that multiply by warpgroups, which keep their tile on chip
 };
 

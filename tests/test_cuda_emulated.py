@@ -251,7 +251,9 @@ def test_barrier_on_any_device(resident):
     results = []
     for seed in range(4):
         for lag in (1, 2, 5):
-            results.append(run(problem, (launch.Tuning(16, 1, tile_rows=4, lag=lag), resident, seed))[0])
+            # blocks: the device's number, then a grid of one block, two and three.
+            tuning = launch.Tuning(16, 1, tile_rows=4, lag=lag, blocks=seed)
+            results.append(run(problem, (tuning, resident, seed))[0])
     assert_keeps_contract(results[0], problem, trimmed=False)
     for result in results[1:]:
         assert all(torch.equal(one, other) for one, other in zip(result, results[0], strict=True))

@@ -62,6 +62,20 @@ def test_many_samples_in_one_launch():
         assert_same(made(problem, launch.Tuning(32, 8, hold=1, bulk=bulk)), expected)
 
 
+@pytest.mark.parametrize("clusters", [1, 2, 3, 11])
+@pytest.mark.parametrize(
+    "way", [{"cluster": 1, "lag": 1}, {"cluster": 8, "hold": 0, "lag": 3}, {"cluster": 8, "hold": 1}]
+)
+def test_a_small_grid_is_enough(clusters, way):
+    """As on a small slice of a GPU: fewer blocks than a sample has tiles, down to one block or one cluster."""
+    tuning = launch.Tuning(**way, blocks=clusters * way["cluster"])
+    if reason := lacks(tuning):
+        pytest.skip(reason)
+    image, text = planted(9, Shape("many tiles", 300, 20, 1024))
+    problem = Problem(image, text, TAU)
+    assert_same(made(problem, tuning), AnchoredSequence(*flat(reference.construct(problem))))
+
+
 def made(problem: Problem, tuning: launch.Tuning) -> AnchoredSequence:
     dirty = [torch.full((2**20,), float("nan"), device=DEVICE) for _ in range(4)]
     torch.cuda.synchronize()

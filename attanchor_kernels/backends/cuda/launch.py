@@ -24,7 +24,7 @@ _assemble_backward = torch.ops.attanchor_cuda.assemble_backward.default
 
 
 class Tuning(NamedTuple):
-    """How a construct launch is cut into tiles; 0, or -1 for the last four, leaves it to the shape.
+    """How a construct launch is cut into tiles; 0, or -1 where that is the default, leaves it to the shape.
 
     Nothing here changes a decision beyond rounding, nor any row. Only compiled combinations of tile_images and cluster
     are accepted (csrc/construct_*.cu).
@@ -34,6 +34,7 @@ class Tuning(NamedTuple):
     cluster: int = 0  # blocks that share the columns of a match tile
     tile_rows: int = 0  # slots of an assemble tile, at most 32
     lag: int = -1  # samples between match and assemble
+    blocks: int = 0  # most that run at once, at least a cluster; 0: as many as the device runs
     hold: int = -1  # 1: keep tiles on chip between match and copy, 0: read them again
     bulk: int = -1  # 0: tiles that are kept on chip come and go without bulk copies
     groups: int = -1  # 1: keep tiles and multiply by warpgroups (wgmma; 64 rows of 16-bit elements, built for 90a)
