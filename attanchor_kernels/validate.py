@@ -84,6 +84,8 @@ def _options(tau, direction: str, positions: str, position_ids, padding_side: st
         raise TypeError(f"tau is {type(tau).__name__}; it should be a Python float (reading a tensor would sync)")
     if tau != tau:  # NaN; math.isnan cannot be traced
         raise ValueError("tau is NaN; it should be a number (tau >= 1 inserts nothing)")
+    if isinstance(tau, int) and abs(tau) >= 2**1023:
+        raise ValueError("tau is an integer that no float holds; it should be a number of usual size, such as 0.5")
     for name, value, allowed in (
         ("direction", direction, DIRECTIONS),
         ("positions", positions, POSITIONS),

@@ -29,6 +29,7 @@ BUILD_ERRORS = [
     ({"tau": torch.tensor(0.1)}, TypeError, "tau is Tensor; it should be a Python float"),
     ({"tau": True}, TypeError, "tau is bool"),
     ({"tau": math.nan}, ValueError, "tau is NaN"),
+    ({"tau": 10**400}, ValueError, "tau is an integer that no float holds"),
     ({"img_mask": torch.ones(2, 5)}, TypeError, "img_mask has dtype torch.float32; it should be torch.bool"),
     ({"img_mask": [True]}, TypeError, "img_mask is list"),
     ({"txt_mask": torch.ones(2, 5).bool()}, ValueError, r"txt_mask has shape \(2, 5\); it should be \(2, 3\)"),
