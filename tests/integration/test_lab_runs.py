@@ -251,6 +251,7 @@ def test_every_setting_of_the_gpu_size_rehearsed(tmp_path, pool):
         ("long", {"stage2.steps": [3000]}),
         ("share", {"stage2.share": [0.1, 0.5]}),
         ("placements", {"alignment": [0.0]}),
+        ("again", {"alignment": [0.0], "stage2.method": ["lora"], "stage2.lr": [0.004]}),
         (
             "settings",
             {
