@@ -22,6 +22,8 @@ from attanchor_kernels.testing.inputs import TAU, Shape, matched_pair, random_ro
 sys.path.insert(0, str(Path(__file__).parent / "emulator"))
 import emulated
 
+from benchmarks import tune
+
 if torch.cuda.is_available():
     pytest.skip("the kernels themselves run here: tests/gpu", allow_module_level=True)
 if emulated.missing():
@@ -198,6 +200,21 @@ def test_held_tiles(poisoned_empty, direction, resident):
     for problem in (merge, build):
         for cluster, bulk in ((4, 1), (8, 0), (8, 1)):
             check(problem, (launch.Tuning(32, cluster, hold=1, bulk=bulk), cluster * resident, resident))
+
+
+def test_tuning_changes_the_choice_and_puts_it_back():
+    """What `python -m benchmarks tune` tries reaches the launch; a way that there is not is an error, and the last."""
+    image = torch.randn(1, 5, 16, generator=torch.Generator().manual_seed(0))
+    problem = Problem(image, image.clone(), 0.5)
+    emulator.configure(8, 0)
+    with (
+        tune.choice_with("cuda", {"groups": 1}),
+        pytest.raises(RuntimeError, match="no construct kernel that was asked"),
+    ):
+        launch.construct(problem)  # float32 has none
+    embeds, made = launch.construct(problem)
+    assert made.host.tolist() == [[0, 1, 2, 3, 4]]
+    assert torch.equal(embeds, reference.construct(problem)[0])
 
 
 def test_the_binary_says_what_it_was_built_for():
