@@ -21,6 +21,7 @@ from benchmarks import cases, floor, timing
 from benchmarks.cases import Case, Inputs, make_inputs, run, verify
 from benchmarks.rows import Store
 
+UNAVAILABLE = 3  # exit status where no backend that was asked for is there
 NOISE = 0.01  # a change must win by this share
 BACKENDS = ("cuda", "triton")
 FIELDS: dict[str, dict[str, tuple[Any, ...]]] = {
@@ -143,7 +144,7 @@ def main(options: argparse.Namespace) -> int:
     wanted = [name for name, reason in reasons.items() if reason is None]
     if not wanted:
         print(f"nothing to tune: {'; '.join(str(reason) for reason in reasons.values())}", file=sys.stderr)
-        return 2
+        return UNAVAILABLE
     names = options.shapes or (("toy",) if device.type == "cpu" else tuple(shape.name for shape in cases.SHAPES))
     if unknown := [name for name in names if name not in cases.SHAPE_OF]:
         print(f"--shapes is {', '.join(unknown)}; it should be of {', '.join(cases.SHAPE_OF)}", file=sys.stderr)

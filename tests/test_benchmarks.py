@@ -14,6 +14,7 @@ from benchmarks import (
     baselines,
     cases,
     floor,
+    gpu,
     models,
     overhead,
     roofline,
@@ -348,6 +349,15 @@ def test_the_sanitizer_says_that_it_is_not_here(monkeypatch, capsys):
     monkeypatch.setattr(sanitize, "find_binary", lambda: None)
     assert sanitize.main([]) == sanitize.UNAVAILABLE
     assert "it comes with the CUDA toolkit" in capsys.readouterr().out
+
+
+def test_tuning_a_backend_that_is_not_there_is_no_failure_of_a_gpu_run(tmp_path, capsys):
+    """`make gpu` tells "not available" from "failed" by the exit status."""
+    command = ["tune", "--device", "cpu", "--backends", "cuda", "--output", str(tmp_path / "tune.jsonl")]
+    assert main(command) == gpu.UNAVAILABLE
+    assert "nothing to tune: " in capsys.readouterr().err
+    assert main([*command[:3], "--backends", "metal"]) == 2
+    assert "--backends is metal; it should be of cuda, triton" in capsys.readouterr().err
 
 
 def test_tuning_tries_one_change_at_a_time(tmp_path, monkeypatch, capsys):
