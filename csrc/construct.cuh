@@ -126,8 +126,7 @@ ATTANCHOR_KERNEL(THREADS, 2) construct_kernel(ATTANCHOR_ARGUMENT(Problem) p) {
 struct Variant {
   int images;
   int cluster;
-  bool holds;   // keeps its tile in shared memory, beyond shared_bytes
-  bool groups;  // multiplies by warpgroups
+  bool holds;  // keeps its tile in shared memory, beyond shared_bytes
   int shared_bytes;
   void (*kernel)(Problem);
 };
@@ -135,7 +134,7 @@ struct Variant {
 template <class E, int IMAGES, int CLUSTER>
 Variant variant() {
   constexpr int shared = static_cast<int>(sizeof(ConstructShared<E, IMAGES, CLUSTER>));
-  return {IMAGES, CLUSTER, false, false, shared, construct_kernel<E, IMAGES, CLUSTER>};
+  return {IMAGES, CLUSTER, false, shared, construct_kernel<E, IMAGES, CLUSTER>};
 }
 
 // The variants of an element type, and how many there are; each in a file of its own, to compile side by side.

@@ -132,7 +132,7 @@ template <class E, int IMAGES, int CLUSTER, bool GROUPS = false>
 Variant held_variant() {
   using Product = std::conditional_t<GROUPS, GroupMultiplier<E>, Multiplier<E, IMAGES>>;
   constexpr int shared = ConstructHeld<Product, IMAGES, CLUSTER>::HELD_AT;
-  return {IMAGES, CLUSTER, true, GROUPS, shared, construct_held_kernel<E, IMAGES, CLUSTER, GROUPS>};
+  return {IMAGES, CLUSTER, true, shared, construct_held_kernel<E, IMAGES, CLUSTER, GROUPS>};
 }
 
 }  // namespace attanchor
