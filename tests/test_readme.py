@@ -4,11 +4,11 @@ import inspect
 import re
 from pathlib import Path
 
+import attanchor_vlm
 import pytest
 from PIL import Image
 
 import attanchor_kernels
-import attanchor_vlm
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -20,7 +20,7 @@ def blocks(language: str) -> list[str]:
 
 def test_the_python_blocks_run_in_order():
     """`model`, `processor` and `image`, which a reader brings, are the small model of the demo and a grey picture."""
-    from attanchor_vlm.loading import load
+    from attanchor_vlm.model.load import load
 
     model, processor = load(str(Path(attanchor_vlm.__file__).parent / "assets" / "small-llava"))
     names = {"model": model, "processor": processor, "image": Image.new("RGB", (96, 96), (120, 120, 120))}

@@ -8,12 +8,11 @@ import sys
 from pathlib import Path
 
 import torch
-
 from attanchor_vlm import AttAnchorConfig, attach, save_settings
-from attanchor_vlm.collate import Collator
-from attanchor_vlm.data import read_rows, samples
-from attanchor_vlm.loading import add_lora, load
-from attanchor_vlm.presets import preset
+from attanchor_vlm.data.batches import Collator
+from attanchor_vlm.data.rows import read_rows, samples
+from attanchor_vlm.model.load import add_lora, load
+from attanchor_vlm.training.config import preset
 
 name, data, images, output, *steps = sys.argv[1:]
 device = "cuda" if torch.cuda.is_available() else "cpu"

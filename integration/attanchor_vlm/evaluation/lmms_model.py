@@ -12,11 +12,11 @@ from lmms_eval.api.model import lmms
 from lmms_eval.protocol import ChatMessages
 from tqdm import tqdm
 
-from attanchor_vlm import infer
-from attanchor_vlm.collate import to_model
+from attanchor_vlm.chat.encode import encode_chat
+from attanchor_vlm.data.batches import to_model
 from attanchor_vlm.evaluation.requests import as_chat, cut, generation_options
-from attanchor_vlm.masks import encode_chat
-from attanchor_vlm.mixin import base_of
+from attanchor_vlm.inference import ask as infer
+from attanchor_vlm.model.attach import base_of
 
 
 class AttAnchorLmms(lmms):

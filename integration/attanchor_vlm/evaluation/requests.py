@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from attanchor_vlm.data import load_image
+from attanchor_vlm.data.rows import load_image
 
 _SAMPLING = ("temperature", "top_p", "top_k")
 _PASSED_ON = ("num_beams", "repetition_penalty", "length_penalty", "no_repeat_ngram_size")
