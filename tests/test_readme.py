@@ -20,9 +20,9 @@ def blocks(language: str) -> list[str]:
 
 def test_the_python_blocks_run_in_order():
     """`model`, `processor` and `image`, which a reader brings, are the small model of the demo and a grey picture."""
-    from attanchor_vlm.model.load import load
+    from attanchor_vlm.model.load import load_pretrained
 
-    model, processor = load(str(Path(attanchor_vlm.__file__).parent / "assets" / "small-llava"))
+    model, processor = load_pretrained(str(Path(attanchor_vlm.__file__).parent / "assets" / "small-llava"))
     names = {"model": model, "processor": processor, "image": Image.new("RGB", (96, 96), (120, 120, 120))}
     for block in blocks("python"):
         exec(compile(block, "README.md", "exec"), names)

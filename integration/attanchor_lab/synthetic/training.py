@@ -223,8 +223,8 @@ def hosts_as_patches(host: Tensor, patches: int) -> Tensor:
 
 def _add_lora(made: Any) -> None:
     """Adapters of rank 16 in place, on language model and projector; everything else is frozen."""
-    from attanchor_vlm.model.load import add_lora
     from attanchor_vlm.training.config import preset
+    from attanchor_vlm.training.lora import add_lora
 
     add_lora(made, preset("small-llava"))  # puts the adapters into `made` itself
 

@@ -18,10 +18,9 @@ from attanchor_vlm import distributed
 from attanchor_vlm.data.batches import Collator, to_model
 from attanchor_vlm.data.rows import Sample
 from attanchor_vlm.model.adapter_files import FILE_NAME, load_settings
-from attanchor_vlm.model.attach import attach, base_of
+from attanchor_vlm.model.attach import attach, base_of, set_tau
 from attanchor_vlm.model.config import AttAnchorConfig
-from attanchor_vlm.model.plan import AnchorPlan
-from attanchor_vlm.training.config import check_fraction
+from attanchor_vlm.model.plan import taking_part
 
 HIGHEST_TAU = 0.999  # 1 would insert nothing, and would not measure either
 # What a threshold does not depend on, or what the processor says anew.
@@ -64,24 +63,6 @@ class Scores:
     def fraction(self, tau: float, max_anchors: int | None = None) -> float:
         """Inserted anchors per text token."""
         return float(self.inserted(tau, max_anchors).sum()) / self.takers
-
-
-def set_tau(model: nn.Module, tau: float) -> None:
-    """Change the threshold of an attached model (or of a PeftModel around one), and nothing else."""
-    target: Any = base_of(model)
-    target.config.attanchor = dataclasses.replace(target.attanchor_config, tau=tau).to_dict()
-
-
-def tau_of(model: nn.Module) -> float:
-    """The threshold of an attached model."""
-    target: Any = base_of(model)
-    return target.attanchor_config.tau
-
-
-def taking_part(plan: AnchorPlan, anchor_mask: Tensor) -> Tensor:
-    """Text tokens that take part in a call, as a 0-d tensor: those of samples without an image do not."""
-    matched = torch.isfinite(plan.score).any(-1, keepdim=True)
-    return (anchor_mask.to(matched.device) & matched).sum()
 
 
 @torch.no_grad()
@@ -258,3 +239,18 @@ def score_plot(path: Path, scores: Scores, tau: float, max_anchors: int | None =
     if title:
         figure.suptitle(title, fontsize=12, fontweight="bold")
     save(figure, path)
+
+
+def check_fraction(fraction: float, direction: str | None, name: str = "fraction") -> None:
+    """Refuse a fraction that no threshold can give: text has no more anchors than tokens.
+
+    Args:
+        direction: None where it is not known yet.
+
+    Raises:
+        ValueError: naming it.
+    """
+    if not fraction > 0:
+        raise ValueError(f"{name} is {fraction}; it should be greater than 0")
+    if fraction > 1 and direction == "text_into_image":
+        raise ValueError(f"{name} is {fraction}; it should be at most 1, which is every text token (0.1 is a tenth)")

@@ -18,13 +18,14 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from attanchor_vlm.analysis.probe_kinds import CONTENT, token_kinds
-from attanchor_vlm.chat.words import FUNCTION_WORDS
+from attanchor_vlm.chat.words import FUNCTION_WORDS, content_spans
 from attanchor_vlm.data.batches import Collator, to_model
 from attanchor_vlm.data.rows import PLACEHOLDER, Sample
 from attanchor_vlm.model.attach import base_of
 from attanchor_vlm.model.families import adapter_for
 from attanchor_vlm.model.image_rows import rows_by_sample
+
+CONTENT, FUNCTION, PUNCTUATION = KINDS = ("content", "function", "punctuation")
 
 PARTNERS = 4  # other images that every prompt is scored with
 CONTROLS = 20  # permutations of the projector's output features: their extreme is a test at one in twenty
@@ -217,3 +218,47 @@ def _vocabulary(tokenizer: Any, samples: Sequence[Sample], function_words: Colle
 
 def _unit(rows: Tensor) -> Tensor:
     return F.normalize(rows.float(), dim=-1)
+
+
+def token_kinds(
+    tokenizer: Any, ids: Sequence[int], chosen: Sequence[bool], function_words: Collection[str] = FUNCTION_WORDS
+) -> list[str | None]:
+    """The kind of every chosen token, None for the others.
+
+    A token of several words (a metaspace tokenizer may have them) counts as content if one of them is; a token without
+    a letter or digit is punctuation. Works on decoded text, so that pieces of a word are known for what they are.
+
+    Args:
+        tokenizer: Any of transformers.
+        ids: Of one sequence.
+        chosen: As long as `ids`; runs of True are read as text.
+        function_words: In lower case.
+    """
+    kinds: list[str | None] = [None] * len(ids)
+    start = 0
+    while start < len(ids):
+        end = start
+        while end < len(ids) and chosen[end]:
+            end += 1
+        if end > start:
+            kinds[start:end] = _kinds_of_run(tokenizer, list(ids[start:end]), function_words)
+        start = max(end, start + 1)
+    return kinds
+
+
+def _kinds_of_run(tokenizer: Any, ids: list[int], function_words: Collection[str]) -> list[str]:
+    # Where every token ends in the text, from the text of ever longer beginnings: right for every tokenizer, whatever
+    # it does with spaces. Half a character decodes to the replacement sign, and belongs to the token that ends it.
+    text = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+    ends = [
+        len(tokenizer.decode(ids[: n + 1], clean_up_tokenization_spaces=False).rstrip("�")) for n in range(len(ids))
+    ]
+    spans = content_spans(text, function_words)
+    kinds, start = [], 0
+    for end in ends:
+        if any(first < end and last > start for first, last in spans):
+            kinds.append(CONTENT)
+        else:
+            kinds.append(FUNCTION if any(character.isalnum() for character in text[start:end]) else PUNCTUATION)
+        start = max(end, start)
+    return kinds

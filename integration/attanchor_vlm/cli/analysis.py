@@ -60,12 +60,15 @@ def probe(
         raise DataError(
             f"{data} has rows about fewer than two images; the probe compares a question's image with others"
         )
-    loaded, processor = loading.load(model, loading.choose_dtype("bfloat16" if has_gpu() else "float32", _note))
+    loaded, processor = loading.load_pretrained(
+        model, loading.choose_dtype("bfloat16" if has_gpu() else "float32", _note)
+    )
     if adapter is not None:
-        from attanchor_vlm.inference.ask import with_adapter
+        from attanchor_vlm.model.load import with_adapter
 
         loaded = with_adapter(loaded, model, adapter)
-    from attanchor_vlm.analysis import probe, probe_control, probe_report
+    from attanchor_vlm.analysis import probe, probe_control
+    from attanchor_vlm.analysis.probe import lines
     from attanchor_vlm.analysis.probe_scores import choose, prompt_scores
 
     chosen = choose(every, samples, seed)
@@ -81,7 +84,7 @@ def probe(
         said = {"model": model, "adapter": None if adapter is None else str(adapter), **result.to_dict()}
         typer.echo(json.dumps({**said, "bad_rows": len(bad)}, ensure_ascii=False, allow_nan=False))
         return
-    for line in probe_report.lines(result):
+    for line in lines(result):
         typer.echo(line)
     for name, path in (("picture", plot), ("control", save_control)):
         if path is not None:

@@ -91,10 +91,9 @@ def generate(
 
     words = content_words(english_content_words, function_words)
     quiet()
-    from attanchor_vlm.inference import ask as infer
     from attanchor_vlm.model import load as loading
 
-    settings = infer.settings_for(model, adapter, tau, words)
+    settings = loading.settings_for(model, adapter, tau, words)
     if explain is not None and settings is not None:
         if settings.inserts_nothing:
             raise typer.BadParameter(
@@ -109,7 +108,7 @@ def generate(
 
     def load() -> tuple[Any, Any]:
         chosen = None if dtype is None else loading.choose_dtype(dtype.value, _note)
-        return infer.load(model, adapter, tau=tau, content_words=words, dtype=chosen)
+        return loading.load(model, adapter, tau=tau, content_words=words, dtype=chosen)
 
     if prompt is not None:
         said = _answer(load, prompt, image or [], explain, max_new_tokens)

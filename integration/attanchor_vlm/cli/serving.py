@@ -29,14 +29,14 @@ def export_lm(
     Prompts with their images and anchors come from attanchor_vlm.inference.export.prompt_embeds.
     """
     quiet()
-    from attanchor_vlm.inference import ask as infer
     from attanchor_vlm.inference import export as serve
     from attanchor_vlm.model.adapter_files import FILE_NAME
+    from attanchor_vlm.model.load import load, settings_for
 
     serve.check_output(output)
-    infer.settings_for(model, adapter, tau)
+    settings_for(model, adapter, tau)
     serve.check_family(model)
-    loaded, processor = infer.load(
+    loaded, processor = load(
         model, adapter, tau=tau, dtype="auto" if dtype is None else dtype.value, device="cpu", need_settings=False
     )
     serve.export_language_model(loaded, processor, output)

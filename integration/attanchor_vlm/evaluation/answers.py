@@ -16,10 +16,9 @@ from attanchor_vlm.constants import IGNORE_INDEX
 from attanchor_vlm.data.batches import Collator, message, to_model
 from attanchor_vlm.data.rows import Sample, load_image
 from attanchor_vlm.errors import DataError
-from attanchor_vlm.model.attach import base_of
+from attanchor_vlm.model.attach import anchor_counts, base_of
 from attanchor_vlm.model.config import AttAnchorConfig
 from attanchor_vlm.model.families import adapter_for
-from attanchor_vlm.training.trainer import anchor_counts
 
 HOW = ("generate", "teacher-forced")
 

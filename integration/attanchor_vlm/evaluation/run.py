@@ -20,7 +20,6 @@ from attanchor_vlm.data.rows import Sample, read_rows, samples
 from attanchor_vlm.errors import DataError, SetupError
 from attanchor_vlm.evaluation import answers, harness, text_metrics
 from attanchor_vlm.evaluation.text_metrics import BertScoreModel
-from attanchor_vlm.inference import ask as infer
 from attanchor_vlm.model import load as loading
 from attanchor_vlm.model.attach import attach, base_of
 from attanchor_vlm.records import write_atomically, write_json
@@ -96,12 +95,12 @@ def load(
     direction: str | None = None,
     dtype: torch.dtype | None = None,
 ) -> tuple[Any, Any]:
-    """As `infer.load`, but a model that has no settings is taken without anchors.
+    """As `model.load.load`, but a model that has no settings is taken without anchors.
 
     Args:
         direction: Instead of the stored one.
     """
-    loaded, processor = infer.load(model, adapter, tau=tau, dtype=dtype, default_tau=1.0)
+    loaded, processor = loading.load(model, adapter, tau=tau, dtype=dtype, default_tau=1.0)
     if direction is not None:
         target: Any = base_of(loaded)
         attach(loaded, dataclasses.replace(target.attanchor_config, direction=direction))

@@ -6,28 +6,19 @@ answer(model, processor, "Where is the dog?", ["photo.jpg"]).text
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from attanchor_lab.placements import check_adapter
 from PIL import Image
-from safetensors import SafetensorError
 
 from attanchor_vlm.chat.encode import encode_chat
 from attanchor_vlm.data.batches import message, to_model
 from attanchor_vlm.data.reading import check_characters
 from attanchor_vlm.data.rows import PLACEHOLDER, load_image
-from attanchor_vlm.errors import SetupError
-from attanchor_vlm.model import load as loading
-from attanchor_vlm.model.adapter_files import FILE_NAME, load_adapter, load_settings
-from attanchor_vlm.model.attach import attach, base_of, is_attached
-from attanchor_vlm.model.candidates import with_tokens_of
-from attanchor_vlm.model.config import AttAnchorConfig
+from attanchor_vlm.model.attach import base_of, is_attached
 
 Picture = Image.Image | str | PathLike[str]
 
@@ -39,135 +30,6 @@ class Answer(NamedTuple):
     text: str
     inserted: int
     candidates: int
-
-
-def settings_for(
-    model: str,
-    adapter: str | PathLike[str] | None = None,
-    tau: float | None = None,
-    content_words: bool | tuple[str, ...] | None = None,
-) -> AttAnchorConfig | None:
-    """The settings that `load` will attach with, as far as files tell without loading the model: those of the adapter,
-    or of the model's folder (attanchor.json, or config.json if it was saved attached), with `tau` and `content_words`
-    in place of theirs. None if there are none.
-
-    Raises:
-        SetupError: `adapter` is no folder of an adapter, was trained without anchors and there is no `tau`, or is that
-            of an experiment's control; or `model` is an adapter.
-        ValueError: the settings are damaged, or `tau` is no threshold.
-    """
-    loading.refuse_adapter(model)
-    found = None
-    if adapter is not None:
-        folder = Path(adapter)
-        if not (folder / "adapter_config.json").is_file():
-            raise SetupError(f"adapter {folder} holds no adapter_config.json; give the folder that train wrote to")
-        check_adapter(folder)
-        if (folder / FILE_NAME).is_file():
-            found = load_settings(folder)
-        elif tau is None:
-            raise SetupError(
-                f"adapter {folder} has no {FILE_NAME}, so it was trained without anchors; give --tau (1 for none)"
-            )
-    else:
-        folder = Path(model).expanduser()
-        found = load_settings(folder) if (folder / FILE_NAME).is_file() else _saved_attached(folder)
-    return _changed(found, tau, content_words)
-
-
-def _saved_attached(folder: Path) -> AttAnchorConfig | None:
-    try:
-        stored = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("attanchor")
-    except (OSError, ValueError, AttributeError):
-        return None  # whether it is a model at all is said when it is loaded
-    return None if stored is None else AttAnchorConfig.from_dict(stored)
-
-
-def _changed(
-    settings: AttAnchorConfig | None, tau: float | None, content_words: bool | tuple[str, ...] | None
-) -> AttAnchorConfig | None:
-    if tau is not None:
-        settings = AttAnchorConfig(tau=tau) if settings is None else dataclasses.replace(settings, tau=tau)
-    if settings is not None and content_words is not None:
-        settings = dataclasses.replace(settings, content_words=content_words, function_token_ids=())
-    return settings
-
-
-def load(
-    model: str,
-    adapter: str | PathLike[str] | None = None,
-    *,
-    tau: float | None = None,
-    content_words: bool | tuple[str, ...] | None = None,
-    dtype: torch.dtype | str | None = None,
-    device: torch.device | str | None = None,
-    need_settings: bool = True,
-    default_tau: float | None = None,
-) -> tuple[Any, Any]:
-    """A model with its processor, its adapter and its anchors, ready for `answer`.
-
-    Args:
-        model: Folder of a saved model, or a Hub id.
-        adapter: Folder of an adapter that `attanchor train` or `save_settings` wrote, with its ``attanchor.json``.
-        tau: Instead of the stored threshold; 1 for no anchors.
-        content_words: As in `AttAnchorConfig`, instead of what is stored.
-        dtype: Of the weights, "auto" for the one that they are saved in; None for bfloat16 on a GPU that computes in
-            it, else float32.
-        device: None for the GPU, if there is one.
-        need_settings: False leaves a model that nothing says a tau for as it is, plain.
-        default_tau: The threshold of a model that nothing else says one for.
-
-    Returns:
-        The attached model (with an adapter: a PeftModel around it) in evaluation mode, and the processor.
-
-    Raises:
-        SetupError: model or adapter cannot be loaded, or nothing says which tau to use.
-    """
-    settings = settings_for(model, adapter, tau, content_words)
-    missing = SetupError(
-        f"model {model} has no AttAnchor settings; give --tau (1 for no anchors), or an --adapter with its own"
-    )
-    need_settings = need_settings and default_tau is None
-    if settings is None and need_settings and (Path(model).expanduser() / "config.json").is_file():
-        raise missing  # of a model on the Hub, its config says more
-    gpu = torch.cuda.is_available()
-    if dtype is None:
-        dtype = torch.bfloat16 if gpu and torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    weights: Any = dtype
-    loaded, processor = loading.load(model, weights)
-    stored = getattr(loaded.config, "attanchor", None)
-    if stored is not None and adapter is None and not (Path(model).expanduser() / FILE_NAME).is_file():
-        settings = _changed(AttAnchorConfig.from_dict(stored), tau, content_words)
-    if settings is None and need_settings:
-        raise missing
-    settings = settings or _changed(None, default_tau, content_words)
-    if settings is not None:
-        # Adapters know the tokens of the processor that they were trained with.
-        known = settings.special_token_ids and (settings.function_token_ids or not settings.content_words)
-        settings = settings if known else with_tokens_of(settings, processor)
-        attach(loaded, settings)
-    if adapter is not None:
-        loaded = with_adapter(loaded, model, adapter)
-        if settings is not None:
-            attach(loaded, settings)  # in place of the adapter's tau, if another was given
-    return loaded.to(device or ("cuda" if gpu else "cpu")).eval(), processor
-
-
-def with_adapter(loaded: Any, model: str, adapter: str | PathLike[str]) -> Any:
-    """`load_adapter` into a model that was `loaded` from `model`.
-
-    Raises:
-        SetupError: the adapter is damaged, or that of another model.
-    """
-    try:
-        return load_adapter(loaded, adapter)
-    except (json.JSONDecodeError, SafetensorError) as error:
-        raise SetupError(f"adapter {adapter} cannot be read; a file of it is damaged: {error}") from error
-    except (RuntimeError, ValueError, KeyError, TypeError) as error:
-        reason = " ".join(str(error).split())
-        raise SetupError(
-            f"adapter {adapter} does not fit model {model}, which it should have been trained on: {reason[:300]}"
-        ) from error
 
 
 def answer(

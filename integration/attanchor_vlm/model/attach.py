@@ -19,8 +19,7 @@ from attanchor_vlm.model import generate as generation
 from attanchor_vlm.model import guard
 from attanchor_vlm.model.config import AttAnchorConfig
 from attanchor_vlm.model.families import FamilyAdapter, adapter_for
-from attanchor_vlm.model.frozen import release_frozen_tower
-from attanchor_vlm.model.plan import AnchorPlan, AnchorStats
+from attanchor_vlm.model.plan import AnchorPlan, AnchorStats, taking_part
 from attanchor_vlm.model.rewrite import (
     accepts_encoded_images,
     by_name,
@@ -308,3 +307,50 @@ def _check_pause_token(model: PreTrainedModel, token: int | None) -> None:
         raise ValueError(f"pause_token_id is {token}; the model's vocabulary has {known.num_embeddings} tokens")
     if token == getattr(model.config, "image_token_id", None):
         raise ValueError(f"pause_token_id is {token}, the model's image placeholder; it should be another token")
+
+
+def anchor_counts(model: torch.nn.Module, inputs: dict) -> torch.Tensor:
+    """(3,) of the last call, on the device and without a sync: inserted, text tokens taking part, sum of the inserted
+    ones' scores."""
+    mask = inputs.get("anchor_mask")
+    attached: Any = base_of(model)
+    plan = attached.attanchor_plan
+    if plan is None or mask is None:  # handed through: nothing could be inserted
+        counts = torch.zeros(3, device=inputs["input_ids"].device)
+        counts[1] = 0 if mask is None else mask.sum()
+        return counts
+    candidates = taking_part(plan, mask)
+    inserted = plan.host >= 0
+    score = plan.score.masked_fill(~inserted, 0).sum()
+    return torch.stack([inserted.sum().float(), candidates.to(score.device).float(), score.float()])
+
+
+def set_tau(model: nn.Module, tau: float) -> None:
+    """Change the threshold of an attached model (or of a PeftModel around one), and nothing else."""
+    target: Any = base_of(model)
+    target.config.attanchor = dataclasses.replace(target.attanchor_config, tau=tau).to_dict()
+
+
+def tau_of(model: nn.Module) -> float:
+    """The threshold of an attached model."""
+    target: Any = base_of(model)
+    return target.attanchor_config.tau
+
+
+def release_frozen_tower(model: PreTrainedModel, tower: nn.Module | None) -> None:
+    """Remove the hooks by which gradient checkpointing makes a frozen tower's patch embeddings require gradients.
+
+    `enable_input_require_grads` puts one on the input embedding of every model inside the model. On a tower in which
+    nothing is trained it only keeps all activations alive. Does nothing while any parameter of the tower is trained.
+    """
+    if tower is None or any(parameter.requires_grad for parameter in tower.parameters()):
+        return
+    for module in tower.modules():
+        hooks = module._forward_hooks
+        for key in [key for key, hook in hooks.items() if _makes_inputs_require_grads(hook)]:
+            del hooks[key]
+
+
+def _makes_inputs_require_grads(hook: object) -> bool:
+    # A closure of transformers, known by its name alone.
+    return "enable_input_require_grads" in getattr(hook, "__qualname__", "")

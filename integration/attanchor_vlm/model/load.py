@@ -1,33 +1,28 @@
-"""Load a model with its processor, choose what the device can compute in, and put LoRA where it belongs."""
+"""Load a model with its processor, its adapter and its anchors, in what the device can compute in."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import socket
 from collections.abc import Callable
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from attanchor_lab.placements import check_adapter
+from safetensors import SafetensorError
 
 from attanchor_vlm.errors import SetupError
-from attanchor_vlm.training.config import Preset
-
-# Language model and projector, never the vision tower: "all-linear" and plain names hit the tower as well. Gemma 3's
-# projector is a bare parameter, which LoRA cannot adapt.
-LORA_TARGETS = (
-    r".*(language_model|text_model)\..*\.(q|k|v|o|gate|up|down)_proj"
-    r"|.*multi_modal_projector\.linear(_[12])?"
-    r"|.*visual\.merger\.mlp\.[02]"
-    r"|.*visual\.(merger|deepstack_merger_list\.\d+)\.linear_fc[12]"
-    r"|.*connector\.modality_projection\.proj"
-)
-_TOWERS = ("vision_tower.", "vision_model.", "visual.blocks.", "visual.patch_embed.")
+from attanchor_vlm.model.adapter_files import FILE_NAME, load_adapter, load_settings
+from attanchor_vlm.model.attach import attach
+from attanchor_vlm.model.candidates import with_tokens_of
+from attanchor_vlm.model.config import AttAnchorConfig
 
 
-def load(name: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+def load_pretrained(name: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
     """Model and processor of a local folder or a Hub id, with the weights in `dtype`.
 
     Raises:
@@ -141,74 +136,130 @@ def choose_dtype(wanted: str, say: Callable[[str], None]) -> torch.dtype:
     return getattr(torch, wanted)
 
 
-def choose_optimizer(wanted: str, say: Callable[[str], None], sharded: bool = False) -> str:
-    """`wanted`, or AdamW with one line that says why, if it is one of bitsandbytes' that cannot run here.
+def settings_for(
+    model: str,
+    adapter: str | PathLike[str] | None = None,
+    tau: float | None = None,
+    content_words: bool | tuple[str, ...] | None = None,
+) -> AttAnchorConfig | None:
+    """The settings that `load` will attach with, as far as files tell without loading the model: those of the adapter,
+    or of the model's folder (attanchor.json, or config.json if it was saved attached), with `tau` and `content_words`
+    in place of theirs. None if there are none.
+
+    Raises:
+        SetupError: `adapter` is no folder of an adapter, was trained without anchors and there is no `tau`, or is that
+            of an experiment's control; or `model` is an adapter.
+        ValueError: the settings are damaged, or `tau` is no threshold.
+    """
+    refuse_adapter(model)
+    found = None
+    if adapter is not None:
+        folder = Path(adapter)
+        if not (folder / "adapter_config.json").is_file():
+            raise SetupError(f"adapter {folder} holds no adapter_config.json; give the folder that train wrote to")
+        check_adapter(folder)
+        if (folder / FILE_NAME).is_file():
+            found = load_settings(folder)
+        elif tau is None:
+            raise SetupError(
+                f"adapter {folder} has no {FILE_NAME}, so it was trained without anchors; give --tau (1 for none)"
+            )
+    else:
+        folder = Path(model).expanduser()
+        found = load_settings(folder) if (folder / FILE_NAME).is_file() else _saved_attached(folder)
+    return _changed(found, tau, content_words)
+
+
+def _saved_attached(folder: Path) -> AttAnchorConfig | None:
+    try:
+        stored = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("attanchor")
+    except (OSError, ValueError, AttributeError):
+        return None  # whether it is a model at all is said when it is loaded
+    return None if stored is None else AttAnchorConfig.from_dict(stored)
+
+
+def _changed(
+    settings: AttAnchorConfig | None, tau: float | None, content_words: bool | tuple[str, ...] | None
+) -> AttAnchorConfig | None:
+    if tau is not None:
+        settings = AttAnchorConfig(tau=tau) if settings is None else dataclasses.replace(settings, tau=tau)
+    if settings is not None and content_words is not None:
+        settings = dataclasses.replace(settings, content_words=content_words, function_token_ids=())
+    return settings
+
+
+def load(
+    model: str,
+    adapter: str | PathLike[str] | None = None,
+    *,
+    tau: float | None = None,
+    content_words: bool | tuple[str, ...] | None = None,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+    need_settings: bool = True,
+    default_tau: float | None = None,
+) -> tuple[Any, Any]:
+    """A model with its processor, its adapter and its anchors, ready for `answer`.
 
     Args:
-        sharded: Whether it steps sharded parameters (FSDP), which bitsandbytes' kernels do not take: its issue 1633, an
-            illegal memory access.
+        model: Folder of a saved model, or a Hub id.
+        adapter: Folder of an adapter that `attanchor train` or `save_settings` wrote, with its ``attanchor.json``.
+        tau: Instead of the stored threshold; 1 for no anchors.
+        content_words: As in `AttAnchorConfig`, instead of what is stored.
+        dtype: Of the weights, "auto" for the one that they are saved in; None for bfloat16 on a GPU that computes in
+            it, else float32.
+        device: None for the GPU, if there is one.
+        need_settings: False leaves a model that nothing says a tau for as it is, plain.
+        default_tau: The threshold of a model that nothing else says one for.
+
+    Returns:
+        The attached model (with an adapter: a PeftModel around it) in evaluation mode, and the processor.
 
     Raises:
-        SetupError: transformers has no optimizer of that name.
+        SetupError: model or adapter cannot be loaded, or nothing says which tau to use.
     """
-    from transformers.training_args import OptimizerNames
-
-    names = [member.value for member in OptimizerNames]
-    if wanted not in names:
-        raise SetupError(f"optimizer is {wanted!r}; it should be one of {', '.join(names)}")
-    if not _is_of_bitsandbytes(wanted):
-        return wanted
-    if sharded:
-        say(f"{wanted} cannot step sharded parameters (fsdp): training with adamw_torch")
-        return "adamw_torch"
-    if not torch.cuda.is_available():
-        missing = "a GPU"
-    else:
-        try:
-            import bitsandbytes  # noqa: F401  the import is the test
-        except ImportError:
-            missing = "bitsandbytes (`pip install bitsandbytes`)"
-        else:
-            return wanted
-    say(f"{wanted} needs {missing}: training with adamw_torch")
-    return "adamw_torch"
-
-
-def _is_of_bitsandbytes(optimizer: str) -> bool:
-    if optimizer.startswith("adamw_torch"):
-        return False  # torchao brings its adamw_torch_8bit
-    return optimizer.endswith(("8bit", "32bit")) or optimizer in ("ademamix", "rmsprop_bnb")
-
-
-def add_lora(model: Any, preset: Preset) -> nn.Module:
-    """A PeftModel with fresh adapters on language model and projector; everything else is frozen.
-
-    Raises:
-        SetupError: the model has no module that the adapters could go on, or one of its vision tower would be hit.
-    """
-    from peft import LoraConfig, get_peft_model
-
-    config = LoraConfig(
-        r=preset.lora_rank, lora_alpha=preset.lora_alpha, lora_dropout=preset.lora_dropout, target_modules=LORA_TARGETS
+    settings = settings_for(model, adapter, tau, content_words)
+    missing = SetupError(
+        f"model {model} has no AttAnchor settings; give --tau (1 for no anchors), or an --adapter with its own"
     )
-    try:
-        model = get_peft_model(model, config)
-    except ValueError as error:
-        raise SetupError(f"LoRA finds no language model or projector in {type(model).__name__}: {error}") from error
-    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    hit = [name for name in trained if any(tower in name for tower in _TOWERS)]
-    if hit:
-        raise SetupError(f"LoRA would train the vision tower of {type(model).__name__}: {hit[0]}")
-    return model
+    need_settings = need_settings and default_tau is None
+    if settings is None and need_settings and (Path(model).expanduser() / "config.json").is_file():
+        raise missing  # of a model on the Hub, its config says more
+    gpu = torch.cuda.is_available()
+    if dtype is None:
+        dtype = torch.bfloat16 if gpu and torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    weights: Any = dtype
+    loaded, processor = load_pretrained(model, weights)
+    stored = getattr(loaded.config, "attanchor", None)
+    if stored is not None and adapter is None and not (Path(model).expanduser() / FILE_NAME).is_file():
+        settings = _changed(AttAnchorConfig.from_dict(stored), tau, content_words)
+    if settings is None and need_settings:
+        raise missing
+    settings = settings or _changed(None, default_tau, content_words)
+    if settings is not None:
+        # Adapters know the tokens of the processor that they were trained with.
+        known = settings.special_token_ids and (settings.function_token_ids or not settings.content_words)
+        settings = settings if known else with_tokens_of(settings, processor)
+        attach(loaded, settings)
+    if adapter is not None:
+        loaded = with_adapter(loaded, model, adapter)
+        if settings is not None:
+            attach(loaded, settings)  # in place of the adapter's tau, if another was given
+    return loaded.to(device or ("cuda" if gpu else "cpu")).eval(), processor
 
 
-def layer_classes(model: nn.Module) -> list[str]:
-    """Names of the layers that a sharded model is cut into, those of its language model and its vision tower.
+def with_adapter(loaded: Any, model: str, adapter: str | PathLike[str]) -> Any:
+    """`load_adapter` into a model that was `loaded` from `model`.
 
-    A model's own list (`_no_split_modules`) names classes that need not be in it, which accelerate refuses.
+    Raises:
+        SetupError: the adapter is damaged, or that of another model.
     """
-    whole = {name for module in model.modules() for name in getattr(module, "_no_split_modules", None) or ()}
-    repeated = {
-        type(layer).__name__ for module in model.modules() if isinstance(module, nn.ModuleList) for layer in module
-    }
-    return sorted(whole & repeated)
+    try:
+        return load_adapter(loaded, adapter)
+    except (json.JSONDecodeError, SafetensorError) as error:
+        raise SetupError(f"adapter {adapter} cannot be read; a file of it is damaged: {error}") from error
+    except (RuntimeError, ValueError, KeyError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise SetupError(
+            f"adapter {adapter} does not fit model {model}, which it should have been trained on: {reason[:300]}"
+        ) from error

@@ -72,3 +72,9 @@ def _mean_where(plan: AnchorPlan | None, select: Callable[[AnchorPlan], Tensor])
         return torch.full((), torch.nan)
     chosen = select(plan)
     return plan.score.masked_fill(~chosen, 0).sum() / chosen.sum()
+
+
+def taking_part(plan: AnchorPlan, anchor_mask: Tensor) -> Tensor:
+    """Text tokens that take part in a call, as a 0-d tensor: those of samples without an image do not."""
+    matched = torch.isfinite(plan.score).any(-1, keepdim=True)
+    return (anchor_mask.to(matched.device) & matched).sum()

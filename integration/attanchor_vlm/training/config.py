@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from attanchor_vlm.analysis.calibrate import check_fraction
+
 
 @dataclass(frozen=True)
 class Preset:
@@ -212,21 +214,6 @@ class TrainSettings:
         if self.val_fraction is not None:
             return self.val_fraction
         return 0.0 if self.stream or self.val_data is not None else 0.02
-
-
-def check_fraction(fraction: float, direction: str | None, name: str = "fraction") -> None:
-    """Refuse a fraction that no threshold can give: text has no more anchors than tokens.
-
-    Args:
-        direction: None where it is not known yet.
-
-    Raises:
-        ValueError: naming it.
-    """
-    if not fraction > 0:
-        raise ValueError(f"{name} is {fraction}; it should be greater than 0")
-    if fraction > 1 and direction == "text_into_image":
-        raise ValueError(f"{name} is {fraction}; it should be at most 1, which is every text token (0.1 is a tenth)")
 
 
 def _check_stream(settings: TrainSettings) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from attanchor_vlm import distributed
-from attanchor_vlm.analysis.calibrate import HIGHEST_TAU, measure_scores, tau_of
+from attanchor_vlm.analysis.calibrate import HIGHEST_TAU, measure_scores
 from attanchor_vlm.data import dataset as train_data
 from attanchor_vlm.data.batches import Collator
 from attanchor_vlm.data.dataset import TrainData
@@ -23,7 +23,7 @@ from attanchor_vlm.data.stream import SampleStream
 from attanchor_vlm.errors import DataError, SetupError
 from attanchor_vlm.model import load as loading
 from attanchor_vlm.model.adapter_files import save_settings
-from attanchor_vlm.model.attach import attach, base_of
+from attanchor_vlm.model.attach import attach, base_of, tau_of
 from attanchor_vlm.model.candidates import with_tokens_of
 from attanchor_vlm.model.config import AttAnchorConfig
 from attanchor_vlm.model.guard import expect_anchors
@@ -33,6 +33,7 @@ from attanchor_vlm.training import checkpoints
 from attanchor_vlm.training.alignment import AlignedCollator, aligner_for
 from attanchor_vlm.training.checkpoints import complete_checkpoints
 from attanchor_vlm.training.config import Preset, TrainSettings
+from attanchor_vlm.training.lora import add_lora, choose_optimizer, layer_classes
 from attanchor_vlm.training.mishaps import told_in_one_line
 from attanchor_vlm.training.run_folder import RUN_FILE, STREAM_SKIPPED_FILE, as_json, check_steps_left, prepare_output
 
@@ -96,8 +97,8 @@ def _run(settings: TrainSettings, say: Callable[[str], None], progress: bool) ->
     checkpoint = prepare_output(settings)
     found = train_data.read(settings, progress)
     dtype = loading.choose_dtype(preset.dtype, say)
-    optimizer = loading.choose_optimizer(preset.optimizer, say, settings.fsdp)
-    model, processor = loading.load(settings.model, dtype)
+    optimizer = choose_optimizer(preset.optimizer, say, settings.fsdp)
+    model, processor = loading.load_pretrained(settings.model, dtype)
     data = train_data.make(found, settings, processor, model, say)
 
     # What to leave out in calls without a mask, as of an evaluation harness.
@@ -110,7 +111,7 @@ def _run(settings: TrainSettings, say: Callable[[str], None], progress: bool) ->
     except (ValueError, TypeError) as error:
         raise SetupError(f"AttAnchor cannot be attached to {settings.model}: {error}") from error
     set_seed(settings.seed)  # before the adapters are drawn: runs that differ in anchors alone start alike
-    model = loading.add_lora(model, preset)
+    model = add_lora(model, preset)
 
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
@@ -325,7 +326,7 @@ def _memory(settings: TrainSettings, model: torch.nn.Module) -> dict[str, Any]:
     chosen: dict[str, Any] = {}
     if settings.fsdp:
         # Adapters are saved whole, by one process; the rest of a checkpoint is what accelerate makes of it.
-        layers = loading.layer_classes(model)
+        layers = layer_classes(model)
         sharding = {"version": 2, "state_dict_type": "FULL_STATE_DICT", "transformer_layer_cls_to_wrap": layers}
         chosen |= {"fsdp": True, "fsdp_config": sharding}
     if settings.gradient_checkpointing:

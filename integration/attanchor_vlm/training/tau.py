@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from attanchor_vlm import distributed
-from attanchor_vlm.analysis.calibrate import HIGHEST_TAU, Scores, set_tau, taking_part
-from attanchor_vlm.model.attach import base_of
-from attanchor_vlm.model.plan import AnchorPlan
+from attanchor_vlm.analysis.calibrate import HIGHEST_TAU, Scores
+from attanchor_vlm.model.attach import base_of, set_tau
+from attanchor_vlm.model.plan import AnchorPlan, taking_part
 
 _BINS = 4000  # over the cosines -1 to 1
 

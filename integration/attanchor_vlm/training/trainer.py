@@ -14,10 +14,9 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from attanchor_vlm import distributed
-from attanchor_vlm.analysis.calibrate import set_tau, taking_part, tau_of
 from attanchor_vlm.data.stream import SampleStream, StreamLoader
 from attanchor_vlm.model.adapter_files import load_settings, save_settings
-from attanchor_vlm.model.attach import base_of
+from attanchor_vlm.model.attach import anchor_counts, base_of, set_tau, tau_of
 from attanchor_vlm.training import checkpoints
 from attanchor_vlm.training.tau import TauKeeper
 
@@ -196,19 +195,3 @@ class LengthGroupedSampler(torch.utils.data.Sampler[int]):
     def __iter__(self):
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
         return iter(get_length_grouped_indices(self.lengths, self.batch, generator=generator))
-
-
-def anchor_counts(model: torch.nn.Module, inputs: dict) -> torch.Tensor:
-    """(3,) of the last call, on the device and without a sync: inserted, text tokens taking part, sum of the inserted
-    ones' scores."""
-    mask = inputs.get("anchor_mask")
-    attached: Any = base_of(model)
-    plan = attached.attanchor_plan
-    if plan is None or mask is None:  # handed through: nothing could be inserted
-        counts = torch.zeros(3, device=inputs["input_ids"].device)
-        counts[1] = 0 if mask is None else mask.sum()
-        return counts
-    candidates = taking_part(plan, mask)
-    inserted = plan.host >= 0
-    score = plan.score.masked_fill(~inserted, 0).sum()
-    return torch.stack([inserted.sum().float(), candidates.to(score.device).float(), score.float()])

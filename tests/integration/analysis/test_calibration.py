@@ -82,7 +82,7 @@ def test_a_budget_bounds_every_sample():
 
 @pytest.mark.parametrize(("direction", "fraction"), [("text_into_image", 0.2), ("image_into_text", 0.5)])
 def test_a_model_with_the_measured_tau_inserts_the_fraction(world, direction, fraction):
-    model, processor = loading.load(str(small_llava.SHIPPED))
+    model, processor = loading.load_pretrained(str(small_llava.SHIPPED))
     before = AttAnchorConfig(tau=0.3, direction=direction)
     attach(model, before)
     rows, _ = read_rows(world / "train.json", world / "images")
@@ -102,7 +102,7 @@ def test_a_model_with_the_measured_tau_inserts_the_fraction(world, direction, fr
 
 
 def test_rows_of_text_alone_cannot_be_measured():
-    model, processor = loading.load(str(small_llava.SHIPPED))
+    model, processor = loading.load_pretrained(str(small_llava.SHIPPED))
     attach(model, AttAnchorConfig(tau=0.3))
     with pytest.raises(ValueError, match="no sample has an image"):
         calibration.measure_scores(model, Collator(processor, "each"), [])
@@ -168,7 +168,7 @@ def test_a_fraction_without_keeping_is_measured_once_before_training(world, tmp_
     said: list[str] = []
     chosen = settings(world, tmp_path / "run", fraction=0.3, max_steps=2, eval_steps=2, calibration_samples=1000)
     result = train.run(chosen, said.append, progress=False)
-    model, processor = loading.load(str(small_llava.SHIPPED))
+    model, processor = loading.load_pretrained(str(small_llava.SHIPPED))
     rows, _ = read_rows(world / "train.json", world / "images")
     some = list(samples(rows, "each"))
     tau, _ = calibration.threshold_for_share(model, processor, some, 0.3, AttAnchorConfig(tau=0.5))
@@ -183,7 +183,7 @@ def test_what_a_run_says_that_it_inserts_is_what_it_inserts(world, tmp_path):
     said: list[str] = []
     options = {"fraction": 0.9, "max_anchors": 1, "calibration_samples": 1000, "max_steps": 1, "eval_steps": 1}
     result = train.run(settings(world, tmp_path / "run", **options), said.append, progress=False)
-    model, processor = loading.load(str(small_llava.SHIPPED))
+    model, processor = loading.load_pretrained(str(small_llava.SHIPPED))
     rows, _ = read_rows(world / "train.json", world / "images")
     attach(model, AttAnchorConfig(tau=0.5))
     found = calibration.measure_scores(model, Collator(processor, "each"), samples(rows, "each"))
@@ -361,7 +361,7 @@ def test_a_stored_tau_of_content_words_brings_them_along(tmp_path, monkeypatch):
     ],
 )
 def test_calibrate_refuses_before_it_loads_anything(world, tmp_path, capsys, monkeypatch, more, code, message):
-    monkeypatch.setattr(loading, "load", None)
+    monkeypatch.setattr(loading, "load_pretrained", None)
     folder = tmp_path / "scores.png"
     folder.mkdir()
     assert cli.main(command(world, *(word.format(folder=folder) for word in more))) == code

@@ -15,8 +15,8 @@ from attanchor_lab.small_llava import model as small_llava
 from attanchor_vlm import AttAnchorConfig, attach, cli, detach, encode_chat
 from attanchor_vlm.analysis.probe import DOES_NOT_FOLLOW, FOLLOWS, UNDECIDED, WEAK, measure
 from attanchor_vlm.analysis.probe_control import permute_projector
-from attanchor_vlm.analysis.probe_kinds import CONTENT, FUNCTION, PUNCTUATION, token_kinds
-from attanchor_vlm.analysis.probe_scores import CONTROLS, PARTNERS, PromptScores, choose, prompt_scores
+from attanchor_vlm.analysis.probe_kinds import CONTENT, FUNCTION, PUNCTUATION
+from attanchor_vlm.analysis.probe_scores import CONTROLS, PARTNERS, PromptScores, choose, prompt_scores, token_kinds
 from attanchor_vlm.data.batches import Collator
 from attanchor_vlm.data.rows import Sample, read_rows, samples
 from attanchor_vlm.model import load as loading
@@ -38,7 +38,7 @@ def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
     scenes.write_dataset(folder, "some", 30, seed=3)
     rows, _ = read_rows(folder / "some.json", folder / "images")
-    model, processor = loading.load(str(small_llava.SHIPPED))
+    model, processor = loading.load_pretrained(str(small_llava.SHIPPED))
     return folder, model, processor, choose(list(samples(rows, "each")), 120)
 
 
@@ -51,7 +51,7 @@ def aligned(world):
 @pytest.fixture(scope="module")
 def permuted(world):
     _, _, _, chosen = world
-    model, processor = loading.load(str(small_llava.SHIPPED))
+    model, processor = loading.load_pretrained(str(small_llava.SHIPPED))
     return list(prompt_scores(permute_projector(model, 0), processor, chosen, 30))
 
 
@@ -175,7 +175,7 @@ def test_controls_are_the_scores_of_models_with_permuted_features(world):
     prompts = list(prompt_scores(model, processor, chosen[:3], seed=5))
     order = torch.Generator().manual_seed(5 + 2**31)
     permutation = torch.randperm(64, generator=order)  # the first control's
-    other, _ = loading.load(str(small_llava.SHIPPED))
+    other, _ = loading.load_pretrained(str(small_llava.SHIPPED))
     last = other.model.multi_modal_projector.linear_2
     with torch.no_grad():  # text permuted by p is image permuted by its inverse
         inverse = permutation.argsort()

@@ -98,12 +98,12 @@ def test_a_hub_that_cannot_be_reached_is_said_at_once(monkeypatch):
     monkeypatch.setattr(loading.socket, "create_connection", refuse)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     with pytest.raises(SetupError, match=r"nobody/nothing is no folder here, and .* cannot be reached \(Name or"):
-        loading.load("nobody/nothing")
+        loading.load_pretrained("nobody/nothing")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(SetupError, match="not in the Hub's cache, and HF_HUB_OFFLINE is set"):
-        loading.load("nobody/nothing")
+        loading.load_pretrained("nobody/nothing")
     with pytest.raises(SetupError, match="model my model is no folder here, and cannot be a Hub id: Repo id"):
-        loading.load("my model")
+        loading.load_pretrained("my model")
 
 
 @pytest.mark.parametrize("name", ["train", "probe", "generate"])
@@ -132,7 +132,7 @@ def test_a_model_that_is_not_there_is_said_before_images_are_checked(world, tmp_
 
 def test_a_folder_that_is_no_model_is_refused(tmp_path):
     with pytest.raises(SetupError, match=r"cannot be loaded: .*\(the folder should hold config.json"):
-        loading.load(str(tmp_path))
+        loading.load_pretrained(str(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -149,7 +149,7 @@ def test_a_model_with_a_damaged_file_is_one_line_that_names_it(tmp_path, file, t
     shutil.copytree(small_llava.SHIPPED, model)
     (model / file).write_text(text)
     with pytest.raises(SetupError) as caught:
-        loading.load(str(model))
+        loading.load_pretrained(str(model))
     message = str(caught.value)
     assert message.startswith(f"model {model} cannot be loaded: ")
     assert reason in message
@@ -191,7 +191,7 @@ def test_what_a_machine_lacks_is_one_line(world, capsys, monkeypatch, error, sai
     def load(*args):
         raise error
 
-    monkeypatch.setattr(loading, "load", load)
+    monkeypatch.setattr(loading, "load_pretrained", load)
     code, line = fails(capsys, ["generate", "--model", world / "model", "--tau", "0.5", "--prompt", "Where?"])
     assert code == 1
     assert line.startswith(f"error: {said}")

@@ -133,7 +133,7 @@ def test_interruption_is_exit_code_130(sample, monkeypatch, capsys):
     def interrupted(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(loading, "load", interrupted)
+    monkeypatch.setattr(loading, "load_pretrained", interrupted)
     arguments = ["generate", "--model", sample / "model", "--tau", "0.6", "--prompt", "What?"]
     assert cli.main([str(word) for word in arguments]) == 130
     assert capsys.readouterr().err == "interrupted\n"

@@ -10,6 +10,7 @@ from attanchor_vlm import cli
 from attanchor_vlm.errors import DataError
 from attanchor_vlm.evaluation import benchmarks
 from attanchor_vlm.inference import ask as infer
+from attanchor_vlm.model.load import load
 from attanchor_vlm.training import run as train
 from lmms_toy import existence, make_world
 from PIL import Image
@@ -224,7 +225,7 @@ def test_eval_runs_benchmarks_with_the_small_model(lmms_eval, world, tmp_path, c
     assert cli.main([str(word) for word in [*command, "--json", "--batch-size", "3"]]) == 0
     printed = json.loads(capsys.readouterr().out)
     assert set(printed["values"]) == {"pope", "pope_f1"}
-    model, processor = infer.load(str(world / "model"), tau=0.3)
+    model, processor = load(str(world / "model"), tau=0.3)
     prompt = "{}\nAnswer the question using a single word or phrase."
     right = [
         infer.answer(model, processor, prompt.format(text), [file], max_new_tokens=128).text.lower() == truth

@@ -9,8 +9,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from attanchor_vlm.evaluation import lmms_plugin, requests
+from attanchor_vlm.evaluation import lmms_plugin
+from attanchor_vlm.evaluation.lmms_model import as_chat, cut, generation_options
 from attanchor_vlm.inference import ask as infer
+from attanchor_vlm.model.load import load
 from lmms_toy import existence, make_world
 from PIL import Image
 
@@ -32,14 +34,14 @@ def test_chats_keep_roles_texts_and_the_order_of_images(tmp_path):
         content=[part("image", url=first), part("text", text="and"), part("image", url=str(second))],
     )
     system = SimpleNamespace(role="system", content=[part("text", text="be brief")])
-    chat, images = requests.as_chat(SimpleNamespace(messages=[system, user]), "t")
+    chat, images = as_chat(SimpleNamespace(messages=[system, user]), "t")
     assert [one["role"] for one in chat] == ["system", "user"]
     assert [one["type"] for one in chat[1]["content"]] == ["image", "text", "image"]
     assert [(image.mode, image.size) for image in images] == [("RGB", (4, 4)), ("RGB", (6, 6))]
     assert images[0].getpixel((0, 0)) == (0x40, 0x40, 0x40)  # 16 bits a pixel, not cut off
     video = SimpleNamespace(messages=[SimpleNamespace(role="user", content=[part("video", url="v.mp4")])])
     with pytest.raises(ValueError, match="task clips has video; anchors are inserted in images only"):
-        requests.as_chat(video, "clips")
+        as_chat(video, "clips")
 
 
 @pytest.mark.parametrize(
@@ -59,12 +61,12 @@ def test_chats_keep_roles_texts_and_the_order_of_images(tmp_path):
     ],
 )
 def test_generation_settings(given, wanted):
-    assert requests.generation_options(given, 99) == wanted
+    assert generation_options(given, 99) == wanted
 
 
 def test_answers_end_at_the_first_stop_string():
-    assert requests.cut("yes\n\nUSER: no", ["USER:", "\n\n"]) == "yes"
-    assert requests.cut("yes", None) == requests.cut("yes", []) == requests.cut("yes\nno", "\n") == "yes"
+    assert cut("yes\n\nUSER: no", ["USER:", "\n\n"]) == "yes"
+    assert cut("yes", None) == cut("yes", []) == cut("yes\nno", "\n") == "yes"
 
 
 def test_the_package_registers_the_model():
@@ -137,7 +139,7 @@ def test_the_registered_model_runs_a_task_from_local_files(lmms_eval, world, tmp
         task_manager=TaskManager("ERROR", include_path=str(folder), include_defaults=False),
         bootstrap_iters=0,
     )
-    model, processor = infer.load(str(world / "model"), tau=tau)
+    model, processor = load(str(world / "model"), tau=tau)
     answers = [infer.answer(model, processor, text, [file], max_new_tokens=4) for text, _, file in asked]
     said = [sample["filtered_resps"][0] for sample in results["samples"]["scenes"]]
     assert said == [one.text for one in answers]

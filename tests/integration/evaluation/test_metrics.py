@@ -15,7 +15,7 @@ from attanchor_vlm import AttAnchorConfig, attach, cli
 from attanchor_vlm.data.rows import read_rows, samples
 from attanchor_vlm.evaluation import amber, answers, extras, run, text_metrics
 from attanchor_vlm.evaluation.text_metrics import BertScoreModel
-from attanchor_vlm.model.load import load
+from attanchor_vlm.model.load import load_pretrained
 from transformers import BertConfig, BertModel
 
 needs_java = pytest.mark.skipif(shutil.which("java") is None, reason="METEOR needs java")
@@ -225,7 +225,7 @@ def test_the_loss_is_trainers(world, test_samples, tau, tmp_path):
     from attanchor_vlm.training.trainer import AnchorTrainer
     from transformers import TrainingArguments
 
-    model, processor = load(str(world / "model"))
+    model, processor = load_pretrained(str(world / "model"))
     attach(model, AttAnchorConfig(tau=tau))
     ours = answers.score_answers(model, processor, test_samples, batch_size=3, progress=False)
     arguments = TrainingArguments(
@@ -243,7 +243,7 @@ def test_the_loss_is_trainers(world, test_samples, tau, tmp_path):
 def test_forced_predictions_are_the_likeliest_tokens(world, test_samples, tau):
     """Token by token: the greedy continuation of the prompt and the true answer so far. Batch and padding change
     nothing, and the answers of one token are those that are generated."""
-    model, processor = load(str(world / "model"))
+    model, processor = load_pretrained(str(world / "model"))
     attach(model, AttAnchorConfig(tau=tau))
     forced = answers.score_answers(model, processor, test_samples, 4, predict=True, progress=False)
     alone = answers.score_answers(model, processor, test_samples, 1, predict=True, progress=False)

@@ -15,6 +15,7 @@ from attanchor_vlm.inference import explain as evaluate
 from attanchor_vlm.inference import picture as plots
 from attanchor_vlm.inference.picture import Anchored, Match, anchor_picture, describe
 from attanchor_vlm.model.geometry import Box
+from attanchor_vlm.model.load import load
 from matplotlib import pyplot as plt
 from matplotlib.colors import to_hex
 from matplotlib.patches import Rectangle
@@ -200,7 +201,7 @@ def test_a_question_is_explained_by_the_command_line(sample, tmp_path, capsys, s
     arguments = ["generate", "--model", sample / "model", "--tau", 0.6, "--image", image, "--explain", picture]
     assert cli.main([str(word) for word in arguments] + ["--prompt", "Where is the orange ring?"]) == 0
     answer, *lines, last = capsys.readouterr().out.splitlines()
-    model, processor = infer.load(str(sample / "model"), tau=0.6)
+    model, processor = load(str(sample / "model"), tau=0.6)
     expected = infer.answer(model, processor, "Where is the orange ring?", [image])
     assert answer == expected.text
     assert last == f"picture: {picture}"
@@ -214,7 +215,7 @@ def test_a_question_is_explained_by_the_command_line(sample, tmp_path, capsys, s
 
 
 def test_the_bars_and_tau_tell_apart_what_rounding_would_not(figure, sample):
-    model, processor = infer.load(str(sample / "model"), tau=0.6)
+    model, processor = load(str(sample / "model"), tau=0.6)
     image = infer.open_image(sample / "images" / "test-00000.png")
     shown = evaluate.explain(model, processor, image, "Where is the orange ring?")
     texts = [text.get_text() for text in figure("p.png", [shown], 0.6, "t").axes[1].texts]
@@ -228,7 +229,7 @@ def test_a_score_a_hair_below_zero_is_no_minus_zero(tiled, figure):
 
 
 def test_images_may_be_paths_of_any_kind_of_picture(sample, tmp_path):
-    model, processor = infer.load(str(sample / "model"), tau=0.6)
+    model, processor = load(str(sample / "model"), tau=0.6)
     picture = sample / "images" / "test-00000.png"
     Image.open(picture).convert("RGBA").save(tmp_path / "rgba.png")
     expected = describe(evaluate.explain(model, processor, infer.open_image(picture), "Where is the orange ring?"))

@@ -14,6 +14,8 @@ from attanchor_vlm.errors import SetupError
 from attanchor_vlm.evaluation import run as evaluation
 from attanchor_vlm.inference import ask as infer
 from attanchor_vlm.model import load as loading
+from attanchor_vlm.model.load import load, settings_for
+from attanchor_vlm.training.lora import LORA_TARGETS
 from infer_toy import QUESTION, TAU, run
 
 
@@ -26,7 +28,7 @@ def sample(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def loaded(sample):
-    return infer.load(str(sample / "model"), tau=TAU)
+    return load(str(sample / "model"), tau=TAU)
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +52,7 @@ def test_an_answer_is_what_generate_gives(loaded, pictures):
     assert 0 < inserted < 6
     # Longer options reach generate; a plain model answers as well.
     assert infer.answer(model, processor, QUESTION, [image], max_new_tokens=1).text == expected.split()[0]
-    plain, _ = infer.load(str(loaded[0].config._name_or_path), tau=1)
+    plain, _ = load(str(loaded[0].config._name_or_path), tau=1)
     assert infer.answer(plain, processor, QUESTION, [image], max_new_tokens=8).inserted == 0
 
 
@@ -108,10 +110,10 @@ def test_what_has_no_single_answer_is_refused_before_generating(loaded, monkeypa
 def test_an_adapter_of_another_model_is_one_error(sample, tmp_path, capsys):
     from peft import LoraConfig, get_peft_model
 
-    model, _ = loading.load(str(sample / "model"))
+    model, _ = loading.load_pretrained(str(sample / "model"))
     model.config.text_config.intermediate_size *= 2
     wider = type(model)(model.config)
-    wrapped = get_peft_model(wider, LoraConfig(r=2, target_modules=loading.LORA_TARGETS))
+    wrapped = get_peft_model(wider, LoraConfig(r=2, target_modules=LORA_TARGETS))
     wrapped.save_pretrained(tmp_path)
     save_settings(AttAnchorConfig(tau=TAU), tmp_path)
     code, out, line = run(capsys, "generate", "--model", sample / "model", "--adapter", tmp_path, "--prompt", "a")
@@ -138,7 +140,7 @@ def test_an_adapter_in_the_place_of_its_model_is_refused(sample, tmp_path, capsy
     for text in (json.dumps(config), "{}"):
         (adapter / "adapter_config.json").write_text(text)
         save_settings(AttAnchorConfig(tau=TAU), adapter)
-        monkeypatch.setattr(loading, "load", None)
+        monkeypatch.setattr(loading, "load_pretrained", None)
         data = ["--data", sample / "train.json", "--images", sample / "images"]
         for words in (
             ["generate", "--prompt", QUESTION],
@@ -152,30 +154,30 @@ def test_an_adapter_in_the_place_of_its_model_is_refused(sample, tmp_path, capsy
             assert line.endswith(", models/llava") == (text != "{}")
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
     monkeypatch.undo()
-    for load in (loading.load, evaluation.processor_and_context):  # of probe, of experiments
+    for load_any in (loading.load_pretrained, evaluation.processor_and_context):  # of probe, of experiments
         with pytest.raises(SetupError, match="is an adapter; give the model"):
-            load(str(adapter))
+            load_any(str(adapter))
 
 
 def test_settings_come_from_the_nearest_place(sample, tmp_path, loaded):
     _, processor = loaded
     stored = AttAnchorConfig(tau=0.3, max_anchors=2, special_token_ids=(0,))
     folder = tmp_path / "model"
-    attach(infer.load(str(sample / "model"), tau=0.7)[0], stored).save_pretrained(folder)
+    attach(load(str(sample / "model"), tau=0.7)[0], stored).save_pretrained(folder)
     processor.save_pretrained(folder)
-    assert infer.load(str(folder))[0].attanchor_config == stored  # of config.json
-    assert infer.settings_for(str(folder)) == stored
-    assert infer.load(str(folder), default_tau=1)[0].attanchor_config == stored
-    found = infer.load(str(folder), tau=0.4)[0].attanchor_config
+    assert load(str(folder))[0].attanchor_config == stored  # of config.json
+    assert settings_for(str(folder)) == stored
+    assert load(str(folder), default_tau=1)[0].attanchor_config == stored
+    found = load(str(folder), tau=0.4)[0].attanchor_config
     assert (found.tau, found.max_anchors) == (0.4, 2)
     save_settings(AttAnchorConfig(tau=0.2), folder)  # as calibrate writes them
-    found = infer.load(str(folder))[0].attanchor_config
+    found = load(str(folder))[0].attanchor_config
     assert (found.tau, found.max_anchors) == (0.2, None)
     assert found.special_token_ids == (0, 1, 2)  # of the processor
     with pytest.raises(SetupError, match="has no AttAnchor settings; give --tau"):
-        infer.load(str(sample / "model"))
-    assert not hasattr(infer.load(str(sample / "model"), need_settings=False)[0], "attanchor_config")
-    assert infer.load(str(sample / "model"), default_tau=0.9)[0].attanchor_config.tau == 0.9
+        load(str(sample / "model"))
+    assert not hasattr(load(str(sample / "model"), need_settings=False)[0], "attanchor_config")
+    assert load(str(sample / "model"), default_tau=0.9)[0].attanchor_config.tau == 0.9
 
 
 def test_generate_answers_and_as_json(sample, loaded, pictures, capsys):
@@ -231,7 +233,7 @@ def test_options_that_do_not_go_together_are_exit_code_2(capsys, arguments, mess
     ],
 )
 def test_what_cannot_be_used_is_said_before_the_model_is_loaded(sample, capsys, monkeypatch, arguments, message):
-    monkeypatch.setattr(loading, "load", None)
+    monkeypatch.setattr(loading, "load_pretrained", None)
     given = [word.format(sample=sample) for word in arguments]
     code, out, line = run(capsys, "generate", "--model", sample / "model", "--prompt", "a", "--tau", "0.5", *given)
     assert (code, out) == (1, "")
@@ -251,7 +253,7 @@ def test_what_cannot_be_used_is_said_before_the_model_is_loaded(sample, capsys, 
 def test_a_picture_that_cannot_be_is_refused_before_the_model_is_loaded(
     sample, tmp_path, capsys, monkeypatch, arguments, code, message
 ):
-    monkeypatch.setattr(loading, "load", None)
+    monkeypatch.setattr(loading, "load_pretrained", None)
     (tmp_path / "adapter_config.json").write_text("{}")
     save_settings(AttAnchorConfig(tau=TAU, direction="image_into_text"), tmp_path)
     (tmp_path / "anchors.png").mkdir()

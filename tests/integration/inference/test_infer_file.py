@@ -17,6 +17,7 @@ from attanchor_vlm.errors import DataError
 from attanchor_vlm.inference import ask as infer
 from attanchor_vlm.inference import ask_file as questions
 from attanchor_vlm.model import load as loading
+from attanchor_vlm.model.load import load
 from infer_toy import QUESTION, TAU, run
 
 
@@ -29,7 +30,7 @@ def sample(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def loaded(sample):
-    return infer.load(str(sample / "model"), tau=TAU)
+    return load(str(sample / "model"), tau=TAU)
 
 
 def write(path, rows):
@@ -110,7 +111,7 @@ BAD = [
 
 @pytest.mark.parametrize(("row", "reason"), BAD[:-1], ids=[reason for _, reason in BAD[:-1]])
 def test_a_bad_row_is_an_error_before_anything_starts(sample, asked, tmp_path, capsys, monkeypatch, row, reason):
-    monkeypatch.setattr(loading, "load", None)
+    monkeypatch.setattr(loading, "load_pretrained", None)
     write(asked, [*asked.read_text().split("\n")[:-1], "", row])
     assert cli.main([str(word) for word in command(sample, asked, tmp_path / "answers.jsonl")]) == 1
     error = capsys.readouterr().err
@@ -237,7 +238,7 @@ def test_repeated_ids_of_training_rows_get_their_numbers(tmp_path):
 
 
 def test_an_output_that_cannot_be_written_is_an_error_before_anything_starts(sample, asked, capsys, monkeypatch):
-    monkeypatch.setattr(loading, "load", None)
+    monkeypatch.setattr(loading, "load_pretrained", None)
     code, _, line = run(capsys, *command(sample, asked, asked / "answers.jsonl"))
     assert (code, line) == (1, f"error: {asked / 'answers.jsonl'} cannot be written: {asked} is not a folder")
     assert cli.main(["export-lm", "--model", str(sample / "model"), "--output", str(asked / "lm")]) == 1
@@ -273,7 +274,7 @@ def test_a_batch_that_does_not_fit_says_what_to_do(loaded, asked, tmp_path, monk
 
 
 def test_a_prompt_that_grows_past_the_context_names_its_rows(sample, tmp_path):
-    model, processor = infer.load(str(sample / "model"), tau=-1)
+    model, processor = load(str(sample / "model"), tau=-1)
     name = os.path.relpath(sample / "images", tmp_path)
     row = {"image": f"{name}/test-00000.png", "prompt": "red ring " * 400}
     rows = questions.read_questions(write(tmp_path / "long.jsonl", [row]))[0]

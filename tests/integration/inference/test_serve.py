@@ -12,7 +12,8 @@ from attanchor_vlm.inference import ask as infer
 from attanchor_vlm.inference import export as serve
 from attanchor_vlm.inference.export import ServingError, prompt_embeds
 from attanchor_vlm.model import load as loading
-from attanchor_vlm.model.load import LORA_TARGETS
+from attanchor_vlm.model.load import load
+from attanchor_vlm.training.lora import LORA_TARGETS
 from peft import LoraConfig, get_peft_model
 from tiny import tiny_llava
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -37,7 +38,7 @@ def image(sample):
 def adapter(sample, tmp_path_factory):
     """An adapter that changes both the language model and the projector, much enough to change answers."""
     folder = tmp_path_factory.mktemp("adapter")
-    model, _ = infer.load(str(sample / "model"), tau=TAU)
+    model, _ = load(str(sample / "model"), tau=TAU)
     attach(model, AttAnchorConfig(tau=-1, max_anchors=3))  # what random adapters leave of the scores is low
     torch.manual_seed(1)
     targets = LoraConfig(r=4, lora_alpha=16, target_modules=LORA_TARGETS, init_lora_weights=False)
@@ -70,14 +71,14 @@ def test_an_adapter_is_merged_and_its_settings_are_kept(sample, adapter, image, 
     kept = load_settings(tmp_path / "lm")
     assert (kept.tau, kept.max_anchors) == (-1, 3)
 
-    model, processor = infer.load(str(sample / "model"), adapter)
+    model, processor = load(str(sample / "model"), adapter)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "lm").eval()
     expected = infer.answer(model, processor, QUESTION, [image], max_new_tokens=8)
     assert expected.inserted == 3
     assert said_by(plain, prompt_embeds(model, processor, chat(), [image]).embeds, processor) == expected.text
 
     # The adapter matters: without it, in either half, something else is said.
-    base, _ = infer.load(str(sample / "model"), tau=TAU)
+    base, _ = load(str(sample / "model"), tau=TAU)
     rows = prompt_embeds(model, processor, chat(), [image]).embeds
     assert not torch.equal(rows, prompt_embeds(base, processor, chat(), [image]).embeds)
     with torch.no_grad():
@@ -100,7 +101,7 @@ def test_an_adapter_is_merged_and_its_settings_are_kept(sample, adapter, image, 
     ids=lambda settings: ", ".join(map(str, settings.values())),
 )
 def test_rows_follow_the_settings(settings, sample, image):
-    model, processor = infer.load(str(sample / "model"), tau=0.5)
+    model, processor = load(str(sample / "model"), tau=0.5)
     attach(model, AttAnchorConfig(**settings))
     plain = serve.language_model(model)
     expected = infer.answer(model, processor, QUESTION, [image, image], max_new_tokens=8)
@@ -115,7 +116,7 @@ def test_rows_follow_the_settings(settings, sample, image):
 
 
 def test_text_alone_is_looked_up(sample):
-    model, processor = infer.load(str(sample / "model"), tau=TAU)
+    model, processor = load(str(sample / "model"), tau=TAU)
     rows = prompt_embeds(model, processor, chat(images=0))
     assert torch.equal(rows.embeds, model.get_input_embeddings()(rows.input_ids))
     expected = infer.answer(model, processor, QUESTION, max_new_tokens=8).text
@@ -123,7 +124,7 @@ def test_text_alone_is_looked_up(sample):
 
 
 def test_rows_need_no_layers_of_the_language_model(sample, image):
-    model, processor = infer.load(str(sample / "model"), tau=TAU)
+    model, processor = load(str(sample / "model"), tau=TAU)
     expected = prompt_embeds(model, processor, chat(), [image]).embeds
     before = sum(parameter.numel() for parameter in model.parameters())
     serve.release_language_layers(model)
@@ -170,7 +171,7 @@ def _scaled(forward):
 
 
 def test_inherited_positions_are_refused(sample, image, tmp_path, capsys):
-    model, processor = infer.load(str(sample / "model"), tau=TAU)
+    model, processor = load(str(sample / "model"), tau=TAU)
     settings = AttAnchorConfig(tau=TAU, positions="inherit", force_inherit=True)
     attach(model, settings)
     with pytest.raises(ServingError, match="positions is 'inherit', but engines count the positions"):
@@ -183,7 +184,7 @@ def test_inherited_positions_are_refused(sample, image, tmp_path, capsys):
 def test_a_family_that_cannot_be_served_is_refused_before_its_weights_are_loaded(tmp_path, monkeypatch, capsys):
     config = AutoConfig.for_model("qwen2_5_vl", text_config={"num_hidden_layers": 1}, vision_config={"depth": 1})
     config.save_pretrained(tmp_path / "model")
-    monkeypatch.setattr(loading, "load", None)
+    monkeypatch.setattr(loading, "load_pretrained", None)
     assert cli.main(["export-lm", "--model", str(tmp_path / "model"), "--output", str(tmp_path / "lm")]) == 1
     error = capsys.readouterr().err
     assert error.startswith(
@@ -214,7 +215,7 @@ def test_nothing_is_overwritten_or_half_written(sample, tmp_path, monkeypatch, c
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    model, processor = infer.load(str(sample / "model"), tau=TAU)
+    model, processor = load(str(sample / "model"), tau=TAU)
     monkeypatch.setattr(type(processor.tokenizer), "save_pretrained", full)  # after the weights
     with pytest.raises(OSError, match="No space left"):
         serve.export_language_model(model, processor, tmp_path / "lm")
@@ -227,7 +228,7 @@ def test_the_weights_keep_their_dtype_or_get_another(sample, tmp_path, capsys):
     assert said["dtype"] == "bfloat16"
     assert said["settings"] is None
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "b", dtype="auto").dtype == torch.bfloat16
-    model, processor = infer.load(str(sample / "model"), tau=TAU, dtype=torch.bfloat16)
+    model, processor = load(str(sample / "model"), tau=TAU, dtype=torch.bfloat16)
     model.save_pretrained(tmp_path / "half")
     processor.save_pretrained(tmp_path / "half")
     assert export(capsys, "--model", tmp_path / "half", "--output", tmp_path / "c")["dtype"] == "bfloat16"

@@ -11,19 +11,19 @@ import numpy as np
 import pytest
 import torch
 from attanchor_lab import demo
+from attanchor_lab.demo import Accuracy
 from attanchor_lab.scenes import dataset as scenes
 from attanchor_lab.small_llava import model as small_llava
 from attanchor_lab.small_llava import pretrain as stage1
 from attanchor_vlm.errors import SetupError
 from attanchor_vlm.inference import picture as plots
-from attanchor_vlm.inference.explain import Accuracy
 from attanchor_vlm.model import load as loading
 from PIL import Image
 
 
 @pytest.fixture(scope="module")
 def shipped():
-    return loading.load(str(small_llava.SHIPPED))
+    return loading.load_pretrained(str(small_llava.SHIPPED))
 
 
 def test_answers_are_true_of_the_scenes():

@@ -36,6 +36,7 @@ from attanchor_vlm.training.alignment import (
     image_alignment,
     read_captions,
 )
+from attanchor_vlm.training.lora import add_lora
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +61,7 @@ def world(tmp_path_factory):
     scenes.write_dataset(folder, "train", 60, seed=0)
     write_captions(folder, "train", 60, seed=0)
     scenes.write_dataset(folder, "val", 2, seed=2)
-    model, processor = loading.load(str(small_llava.SHIPPED))
+    model, processor = loading.load_pretrained(str(small_llava.SHIPPED))
     save(permute_projector(model), processor, folder / "unaligned")
     return folder
 
@@ -182,7 +183,7 @@ def test_the_first_step_adds_the_alignment_to_the_loss_of_the_answers_and_to_no_
         three = run(world, tmp_path / "three", align_weight=3.0, **captions, **same)
         assert logged(three, "align_loss") == pytest.approx([3 * align], rel=1e-5)
     # Counted anew, batch by batch, on the model as it was.
-    model, processor = loading.load(str(world / "unaligned"))
+    model, processor = loading.load_pretrained(str(world / "unaligned"))
     labels = CaptionLabels(processor.tokenizer, read_captions(world / "captions.json", world / "images"))
     values = []
     with torch.no_grad():
@@ -196,9 +197,9 @@ def test_the_first_step_adds_the_alignment_to_the_loss_of_the_answers_and_to_no_
 
 
 def test_only_the_projector_gets_a_gradient_from_the_alignment(world):
-    model, processor = loading.load(str(world / "unaligned"))
+    model, processor = loading.load_pretrained(str(world / "unaligned"))
     attach(model, AttAnchorConfig(tau=0.2))
-    model = loading.add_lora(model, presets.PRESETS["small-llava"]).train()
+    model = add_lora(model, presets.PRESETS["small-llava"]).train()
     rows, _ = read_rows(world / "train.json", world / "images")
     aligner = Aligner(CaptionLabels(processor.tokenizer, read_captions(world / "captions.json", world / "images")), 1.0)
     batch = AlignedCollator(Collator(processor, "each"), aligner.labels)(list(samples(rows[:8], "each")))
@@ -269,7 +270,7 @@ def test_what_cannot_be_aligned_is_refused_before_training(world, tmp_path):
     with pytest.raises(DataError, match=r"other.json has no caption for any image of .*train.json"):
         run(world, tmp_path / "run", align_weight=1.0, align_labels=str(tmp_path / "other.json"))
     assert not list((tmp_path / "run").glob("checkpoint-*"))
-    model, processor = loading.load(str(world / "unaligned"))
+    model, processor = loading.load_pretrained(str(world / "unaligned"))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("language_model" in name)
     with pytest.raises(SetupError, match="nothing of LlavaForConditionalGeneration's projector is trained"):

@@ -19,6 +19,7 @@ from attanchor_vlm.errors import DataError, SetupError
 from attanchor_vlm.model import load as loading
 from attanchor_vlm.training import config as presets
 from attanchor_vlm.training import run as train
+from attanchor_vlm.training.lora import add_lora, choose_optimizer, layer_classes
 
 PAGE = Path(__file__).parents[3] / "docs" / "several-gpus.md"
 
@@ -132,7 +133,7 @@ def assert_same_run(output, whole):
 
 def assert_same_adapter(output, whole):
     assert load_settings(output).tau == pytest.approx(whole.tau, rel=1e-6)
-    plain, _ = loading.load(str(small_llava.SHIPPED))
+    plain, _ = loading.load_pretrained(str(small_llava.SHIPPED))
     loaded = load_adapter(plain, output)
     for (name, a), (_, b) in zip(loaded.named_parameters(), whole.model.named_parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4, msg=name)
@@ -237,16 +238,16 @@ def test_sharding_is_refused_where_it_cannot_be(world, tmp_path, monkeypatch):
     with pytest.raises(DataError, match=r"mixed.json, row 1: it has no image, and with fsdp every batch needs one"):
         train.run(chosen, lambda line: None, progress=False)
     said: list[str] = []
-    assert loading.choose_optimizer("paged_adamw_8bit", said.append, sharded=True) == "adamw_torch"
-    assert loading.choose_optimizer("adafactor", said.append, sharded=True) == "adafactor"
+    assert choose_optimizer("paged_adamw_8bit", said.append, sharded=True) == "adamw_torch"
+    assert choose_optimizer("adafactor", said.append, sharded=True) == "adafactor"
     assert said == ["paged_adamw_8bit cannot step sharded parameters (fsdp): training with adamw_torch"]
 
 
 def test_layers_are_cut_where_the_model_has_them():
     """CLIP's own list names the layers of its text tower too, which a LLaVA does not have."""
-    model, _ = loading.load(str(small_llava.SHIPPED))
-    assert loading.layer_classes(model) == ["CLIPEncoderLayer", "LlamaDecoderLayer"]
-    assert loading.layer_classes(loading.add_lora(model, presets.Preset())) == ["CLIPEncoderLayer", "LlamaDecoderLayer"]
+    model, _ = loading.load_pretrained(str(small_llava.SHIPPED))
+    assert layer_classes(model) == ["CLIPEncoderLayer", "LlamaDecoderLayer"]
+    assert layer_classes(add_lora(model, presets.Preset())) == ["CLIPEncoderLayer", "LlamaDecoderLayer"]
 
 
 def fail_on_main(folder):

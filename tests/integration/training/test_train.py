@@ -15,11 +15,12 @@ from attanchor_vlm.data.batches import Collator
 from attanchor_vlm.data.rows import read_rows, samples
 from attanchor_vlm.errors import DataError, SetupError
 from attanchor_vlm.model import load as loading
-from attanchor_vlm.model.attach import base_of
+from attanchor_vlm.model.attach import anchor_counts, base_of
 from attanchor_vlm.training import callbacks, checkpoints
 from attanchor_vlm.training import config as presets
 from attanchor_vlm.training import run as train
 from attanchor_vlm.training import trainer as trainer_module
+from attanchor_vlm.training.lora import add_lora, choose_optimizer
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +111,7 @@ def test_the_share_is_that_of_the_plan(world, tmp_path, tau, direction):
     assert line["inserted_share"] > 0
 
     seen = []
-    original = trainer_module.anchor_counts
+    original = anchor_counts
 
     def counting(model, inputs):
         plan = base_of(model).attanchor_plan
@@ -130,7 +131,7 @@ def test_the_share_is_that_of_the_plan(world, tmp_path, tau, direction):
 
 
 def test_only_language_model_and_projector_are_trained(world, trained):
-    fresh, _ = loading.load(str(world / "model"))
+    fresh, _ = loading.load_pretrained(str(world / "model"))
     after = {name.replace(".base_layer", ""): p for name, p in base_of(trained.model).named_parameters()}
     for name, parameter in fresh.named_parameters():
         assert torch.equal(parameter, after[name]), f"{name}, a weight of the model itself, changed"
@@ -147,7 +148,7 @@ def test_only_language_model_and_projector_are_trained(world, trained):
 
 def test_the_adapter_comes_back_with_its_settings(world, trained):
     assert load_settings(trained.output).tau == -1
-    fresh, processor = loading.load(str(world / "model"))
+    fresh, processor = loading.load_pretrained(str(world / "model"))
     loaded = load_adapter(fresh, trained.output).eval()
     rows, _ = read_rows(world / "data" / "val.json", world / "data" / "images")
     batch = Collator(processor, "each")(list(samples(rows[:4], "each")))
@@ -227,7 +228,7 @@ def test_gradient_checkpointing_changes_nothing_and_spares_the_tower(world, tmp_
         watched.append(output.requires_grad)
 
     with pytest.MonkeyPatch.context() as patch:
-        original = loading.add_lora
+        original = add_lora
 
         def add_lora_and_watch(model, preset):
             model.model.vision_tower.encoder.register_forward_hook(lambda m, i, o: watch(m, i, o.last_hidden_state))
@@ -304,7 +305,7 @@ def test_a_run_without_validation_keeps_its_last_adapter(world, tmp_path):
 def test_label_smoothing_is_refused(world, tmp_path):
     from transformers import TrainingArguments
 
-    model, _ = loading.load(str(world / "model"))
+    model, _ = loading.load_pretrained(str(world / "model"))
     with pytest.raises(ValueError, match=r"label_smoothing_factor is 0\.1; it should be 0"):
         trainer_module.AnchorTrainer(
             model=model, args=TrainingArguments(str(tmp_path), label_smoothing_factor=0.1, report_to="none")
@@ -316,20 +317,20 @@ def test_what_needs_a_gpu_falls_back_with_one_line():
     said: list[str] = []
     assert loading.choose_dtype("float16", said.append) == torch.float32
     assert loading.choose_dtype("bfloat16", said.append) == torch.float32
-    assert loading.choose_optimizer("paged_adamw_8bit", said.append) == "adamw_torch"
+    assert choose_optimizer("paged_adamw_8bit", said.append) == "adamw_torch"
     assert loading.choose_dtype("float32", said.append) == torch.float32
-    assert loading.choose_optimizer("adamw_torch", said.append) == "adamw_torch"
+    assert choose_optimizer("adamw_torch", said.append) == "adamw_torch"
     assert said == [
         "float16 needs a GPU, and there is none: training in float32",
         "bfloat16 needs a GPU, and there is none: training in float32",
         "paged_adamw_8bit needs a GPU: training with adamw_torch",
     ]
     # Which are bitsandbytes' is no matter of their names' ends alone.
-    assert loading.choose_optimizer("adamw_torch_8bit", said.append) == "adamw_torch_8bit"
-    assert loading.choose_optimizer("ademamix", said.append) == "adamw_torch"
+    assert choose_optimizer("adamw_torch_8bit", said.append) == "adamw_torch_8bit"
+    assert choose_optimizer("ademamix", said.append) == "adamw_torch"
     assert said[3:] == ["ademamix needs a GPU: training with adamw_torch"]
     with pytest.raises(SetupError, match="optimizer is 'adamx'; it should be one of"):
-        loading.choose_optimizer("adamx", said.append)
+        choose_optimizer("adamx", said.append)
 
 
 def test_an_optimizer_that_is_not_installed_is_said_before_training(world, tmp_path):
@@ -348,7 +349,7 @@ def test_a_run_that_diverges_ends_as_others_do(world, tmp_path):
 
 def test_lora_refuses_a_model_it_does_not_fit():
     with pytest.raises(SetupError, match="LoRA finds no language model or projector in Sequential"):
-        loading.add_lora(torch.nn.Sequential(torch.nn.Linear(2, 2)), presets.Preset())
+        add_lora(torch.nn.Sequential(torch.nn.Linear(2, 2)), presets.Preset())
 
 
 def test_presets_are_the_papers():
@@ -427,7 +428,7 @@ def test_runs_that_differ_in_anchors_alone_start_alike(world, tmp_path):
 
 
 def test_the_attached_model_is_left_as_its_own_class(world):
-    model, _ = loading.load(str(world / "model"))
+    model, _ = loading.load_pretrained(str(world / "model"))
     attach(model, AttAnchorConfig(tau=0.5))
-    peft = loading.add_lora(model, presets.PRESETS["small-llava"])
+    peft = add_lora(model, presets.PRESETS["small-llava"])
     assert type(base_of(peft)).__name__ == "LlavaForConditionalGeneration"

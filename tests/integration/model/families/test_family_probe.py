@@ -14,10 +14,10 @@ from attanchor_vlm.data.rows import Sample
 from attanchor_vlm.errors import SetupError
 from attanchor_vlm.model.families import adapter_for
 from attanchor_vlm.model.geometry import patch_boxes
-from attanchor_vlm.model.load import add_lora
 from attanchor_vlm.training.alignment import KEY, Aligner, CaptionLabels, ClipLabels, Votes, image_alignment
 from attanchor_vlm.training.alignment.aligner import _check_projector
 from attanchor_vlm.training.config import PRESETS
+from attanchor_vlm.training.lora import add_lora
 from builders import FAMILIES, FIRST_WORD, Family, features
 from PIL import Image
 

@@ -15,7 +15,7 @@ from attanchor_lab.scenes import dataset as scenes
 from attanchor_vlm import AttAnchorConfig, attach, cli, encode_chat, load_settings, with_tokens_of
 from attanchor_vlm.errors import SetupError
 from attanchor_vlm.inference import ask as infer
-from attanchor_vlm.model.load import load
+from attanchor_vlm.model.load import load_pretrained
 from attanchor_vlm.model.processors import load_processor
 from builders import features, plain
 from checkpoints import picture
@@ -70,7 +70,7 @@ def test_old_files_that_do_not_say_how_many_tokens_an_image_takes(name, tmp_path
     (tmp_path / "processor_config.json").unlink()
     old = {**images, "processor_class": own.pop("processor_class")}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(old))
-    model, processor = load(str(tmp_path))
+    model, processor = load_pretrained(str(tmp_path))
     assert {setting: getattr(processor, setting) for setting in own} == own
     chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTIONS[0]}]}]
     batch, same = (encode_chat(one, chat, [picture(0)]) for one in (processor, expected))
@@ -187,4 +187,4 @@ def test_a_processor_that_needs_torchvision_for_more_says_so(tmp_path, monkeypat
 
     monkeypatch.setattr("attanchor_vlm.model.processors.AutoProcessor.from_pretrained", refuse)
     with pytest.raises(SetupError, match="FancyImageProcessor requires the Torchvision library"):
-        load(str(tmp_path))
+        load_pretrained(str(tmp_path))
