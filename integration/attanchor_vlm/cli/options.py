@@ -79,6 +79,7 @@ class Options:
             else:
                 parser, metavar = (_number, "NUMBER") if kind == int | float else (None, about["metavar"])
                 option = typer.Option(help=help, metavar=metavar, parser=parser, show_default=False)
+                kind = str if parser is not None else kind
                 kind = kind if required else kind | None
             made.append(_parameter(name, Annotated[kind, option], REQUIRED if required else default))
             if field.name == "content_words":

@@ -33,9 +33,16 @@ def train(given: dict[str, Any]) -> None:
 def _train(given: dict[str, Any]) -> bool:
     """Whether the run was interrupted."""
     quiet()
-    config = TrainConfig.from_preset(given.pop("preset", None), **given)
+    preset = given.pop("preset", None)
+    config = TrainConfig.from_preset(preset, **given)
+    from attanchor_vlm import distributed
     from attanchor_vlm.training import run as training
 
+    if preset is None and distributed.is_main():
+        foreign = (
+            "" if {"tau", "fraction"} & set(given) else "; its tau may not be this model's: --fraction measures one"
+        )
+        typer.echo(f"preset {config.preset}, by the model's family{foreign}")
     return training.run(config, typer.echo).interrupted
 
 
