@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -143,12 +143,6 @@ def threshold_for_share(
     tau = scores.threshold(share)
     attach(model, dataclasses.replace(config, tau=tau))
     return tau, scores.ranked
-
-
-def settings_of(model: nn.Module, changes: Mapping[str, Any]) -> AttAnchorConfig:
-    """The settings of an attached model, with `changes` in their place."""
-    target: Any = base_of(model)
-    return dataclasses.replace(target.attanchor_config, **changes)
 
 
 def check_storable(directory: Path, config: AttAnchorConfig) -> None:

@@ -98,7 +98,7 @@ def calibrate(
     from attanchor_vlm.analysis.calibrate import check_fraction
     from attanchor_vlm.data.batches import Collator
     from attanchor_vlm.data.dataset import some_samples
-    from attanchor_vlm.model.attach import attach
+    from attanchor_vlm.model.attach import base_of
     from attanchor_vlm.model.load import load
     from attanchor_vlm.records import check_parent
 
@@ -108,12 +108,12 @@ def calibrate(
     if save is not None:
         check_parent(save / "attanchor.json")
     chosen = some_samples(source["data"], source.get("images"), samples, seed, source.get("skip_bad", False))
-    loaded, processor = load(source["model"], adapter, tau=calibration.HIGHEST_TAU)
-    config = calibration.settings_of(loaded, changes)
+    loaded, processor = load(source["model"], adapter, tau=calibration.HIGHEST_TAU, **changes)
+    target: Any = base_of(loaded)
+    config = target.attanchor_config
     check_fraction(fraction, config.direction)
     if save is not None:
         calibration.check_storable(save, config)
-    attach(loaded, config)
     collate = Collator(processor, "each", config.content_words)
     scores = calibration.measure_scores(loaded, collate, chosen, batch_size, progress=not as_json)
     tau = scores.threshold(fraction)
