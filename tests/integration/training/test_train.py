@@ -234,7 +234,7 @@ def test_gradient_checkpointing_changes_nothing_and_spares_the_tower(world, tmp_
             model.model.vision_tower.encoder.register_forward_hook(lambda m, i, o: watch(m, i, o.last_hidden_state))
             return original(model, preset)
 
-        patch.setattr(loading, "add_lora", add_lora_and_watch)
+        patch.setattr(train, "add_lora", add_lora_and_watch)
         spared = run(world, tmp_path / "spared", gradient_checkpointing=True, **options)
     assert watched
     assert not any(watched)
