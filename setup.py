@@ -99,7 +99,7 @@ def extension() -> dict:
     say(f"the CUDA extension is built with CUDA {cuda[0]}.{cuda[1]} for {', '.join(archs)}")
     module = CUDAExtension(
         "attanchor_kernels._C",
-        sorted(map(str, [*Path("csrc").glob("*.cu"), Path("csrc/bindings.cpp")])),
+        sorted(map(str, [*Path("csrc").rglob("*.cu"), Path("csrc/bindings.cpp")])),
         include_dirs=[str(Path("csrc").resolve())],
         depends=sorted(map(str, [*Path("csrc").glob("*.cuh"), *Path("csrc").glob("*.h")])),
         define_macros=[("TORCH_TARGET_VERSION", f"0x{LEAST_TORCH[0]:02x}{LEAST_TORCH[1]:02x}000000000000")],

@@ -46,10 +46,9 @@ Choice choose(const Variants& variants, int cluster, const Problem& p, const Tun
   return best;
 }
 
-Variants held_variants(Scalar scalar, bool groups) {
-  if (scalar == Scalar::float32) return groups ? Variants{nullptr, 0} : held_float_variants();
-  if (scalar == Scalar::float16) return groups ? group_half_variants() : held_half_variants();
-  return groups ? group_bfloat_variants() : held_bfloat_variants();
+Variants held_variants(Scalar scalar) {
+  if (scalar == Scalar::float32) return held_float_variants();
+  return scalar == Scalar::float16 ? held_half_variants() : held_bfloat_variants();
 }
 
 Variants plain_variants(Scalar scalar) {
@@ -62,12 +61,10 @@ Choice choose(const Problem& p, Scalar scalar, const Tuning& tuning) {
   const bool may_hold = tuning.hold != 0 && p.rows.width == 16 && p.embeds != nullptr;
   const int wanted = tuning.cluster ? tuning.cluster : wanted_cluster(p);
   for (const bool hold : {true, false}) {
-    const bool groups = tuning.groups == 1;
-    if (hold ? !may_hold : tuning.hold == 1 || groups) continue;
-    if (groups && !arch::has_groups()) continue;
+    if (hold ? !may_hold : tuning.hold == 1) continue;
     for (const int cluster : {8, 4, 1}) {
       if (cluster > wanted) continue;
-      const Variants variants = hold ? held_variants(scalar, groups) : plain_variants(scalar);
+      const Variants variants = hold ? held_variants(scalar) : plain_variants(scalar);
       const Choice choice = choose(variants, cluster, p, tuning);
       if (choice.variant != nullptr) return choice;
     }

@@ -70,14 +70,6 @@ int resident_blocks(K kernel, int threads, int shared, int cluster) {
   return known[key] = count;
 }
 
-inline bool has_groups() {
-  int device = 0, major = 0, minor = 0;
-  if (cudaGetDevice(&device) != cudaSuccess) return false;
-  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
-  return major == 9 && minor == 0;
-}
-
 template <class Argument>
 const char* launch(void (*kernel)(Argument), int blocks, int threads, int shared, int cluster, void* stream,
                    const Argument& argument) {

@@ -101,7 +101,6 @@ struct Tuning {
   int blocks = 0;  // most that run at once, 0 = what the device runs
   int hold = -1;   // 1: only kernels that keep their tile on chip, 0: none of them, -1: by shape
   int bulk = -1;   // 0: those move it without bulk copies
-  int groups = -1;  // 1: only kernels that multiply by warpgroups, which keep their tile on chip
 };
 
 // Launch on `stream` of the current device. Null, or what went wrong.

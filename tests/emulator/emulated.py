@@ -48,7 +48,7 @@ def compiler() -> str | None:
 
 def build() -> Path:
     """The module's path; compiled only if a source or the PyTorch version has changed."""
-    sources = sorted([*(path for folder in (CSRC, HERE) for path in folder.glob("*.[ch]*")), Path(__file__)])
+    sources = sorted([*(path for folder in (CSRC, HERE) for path in folder.rglob("*.[ch]*")), Path(__file__)])
     digest = hashlib.sha256(f"{torch.__version__} {sys.version} {FLAGS} {BINDING_FLAGS}".encode())
     for source in sources:
         digest.update(source.name.encode() + source.read_bytes())
@@ -63,7 +63,7 @@ def build() -> Path:
 
 
 def _compile(folder: Path, module: Path) -> None:
-    units: list[tuple[Path, list[str]]] = [(source, ["-x", "c++"]) for source in sorted(CSRC.glob("*.cu"))]
+    units: list[tuple[Path, list[str]]] = [(source, ["-x", "c++"]) for source in sorted(CSRC.rglob("*.cu"))]
     units += [*((source, []) for source in sorted(HERE.glob("*.cpp"))), (CSRC / "bindings.cpp", BINDING_FLAGS)]
     objects = []
     for source, flags in units:

@@ -32,7 +32,6 @@ void enter() {
   current->block->begun = true;
   (*device.kernel)();
   for (CopyGroup& group : self()->groups) group.arrive();
-  if (!self()->products.empty()) device.error = "a thread ends with products under way";
   for (const Flight& flight : device.flights) {
     if (flight.storer == current) device.error = "a thread ends while what it stores is still read from shared memory";
   }
@@ -80,7 +79,7 @@ void start_cluster(int first_block, int size, int threads, int shared) {
   cluster->barrier.expected = size * threads;
   cluster->maxima.resize(size);
   for (int i = 0; i < size; i++) {
-    cluster->shared.emplace_back(shared + CANARY_BYTES + 1024, GARBAGE);
+    cluster->shared.emplace_back(shared + CANARY_BYTES + 128, GARBAGE);
     cluster->warps.emplace_back(threads / 32);
     cluster->blocks.push_back(std::make_unique<Block>());
     cluster->members.push_back(cluster->blocks.back().get());
@@ -92,7 +91,7 @@ void start_cluster(int first_block, int size, int threads, int shared) {
     block.cluster_barrier = &cluster->barrier;
     block.cluster = cluster->members.data();
     const auto address = reinterpret_cast<uintptr_t>(cluster->shared[i].data());
-    block.shared = reinterpret_cast<uint8_t*>((address + 1023) / 1024 * 1024);
+    block.shared = reinterpret_cast<uint8_t*>((address + 127) / 128 * 128);
     block.warps = cluster->warps[i].data();
     for (Warp& warp : cluster->warps[i]) warp.barrier.expected = 32;
     for (int thread = 0; thread < threads; thread++) {

@@ -27,7 +27,7 @@ class Tuning(NamedTuple):
     """How a construct launch is cut into tiles; 0, or -1 where that is the default, leaves it to the shape.
 
     Nothing here changes a decision beyond rounding, nor any row. Only compiled combinations of tile_images and cluster
-    are accepted (csrc/construct_*.cu).
+    are accepted (csrc/instantiations).
     """
 
     tile_images: int = 0  # image rows of a match tile
@@ -37,15 +37,13 @@ class Tuning(NamedTuple):
     blocks: int = 0  # most that run at once, at least a cluster; 0: as many as the device runs
     hold: int = -1  # 1: keep tiles on chip between match and copy, 0: read them again
     bulk: int = -1  # 0: tiles that are kept on chip come and go without bulk copies
-    groups: int = -1  # 1: keep tiles and multiply by warpgroups (wgmma; 64 rows of 16-bit elements, built for 90a)
 
 
 BY_SHAPE = Tuning()
 
 
 def variants(dtype: torch.dtype) -> list[Tuning]:
-    """Every compiled way of construct, for tests and tuning. Clusters need a GPU of compute capability 9.0 or more, and
-    groups one of 9.0."""
+    """Every compiled way of construct, for tests and tuning. Clusters need a GPU of compute capability 9.0 or more."""
     if dtype == torch.float32:
         return [
             Tuning(32, 1, hold=0),
@@ -59,7 +57,6 @@ def variants(dtype: torch.dtype) -> list[Tuning]:
         Tuning(64, 1, hold=0),
         *(tuning._replace(hold=0) for tuning in held),
         *(tuning._replace(bulk=bulk) for tuning in held for bulk in (0, 1)),
-        *(Tuning(64, cluster, hold=1, groups=1) for cluster in (4, 8)),
     ]
 
 
