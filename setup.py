@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -28,8 +29,21 @@ class Unable(Exception):
     """Why the extension cannot be built here."""
 
 
+def hidden_toolkit() -> str | None:
+    """The CUDA toolkit, where PyTorch would not find it: nvcc on the PATH is a script or a link that leads there."""
+    nvcc = shutil.which("nvcc")
+    named = "CUDA_HOME" in os.environ or "CUDA_PATH" in os.environ
+    if nvcc is None or named or Path(nvcc).parents[1].joinpath("include", "cuda_runtime.h").exists():
+        return None
+    said = subprocess.run([nvcc, "--dryrun", "-x", "cu", "-c", os.devnull], capture_output=True, text=True).stderr
+    found = re.search(r"^#\$ TOP=(.+)$", said, re.MULTILINE)
+    return str(Path(found.group(1)).resolve()) if found and Path(found.group(1), "bin", "nvcc").exists() else None
+
+
 def toolchain() -> tuple[int, int]:
     """Version of the nvcc that PyTorch will call."""
+    if home := hidden_toolkit():
+        os.environ["CUDA_HOME"] = home
     try:
         import torch
         from torch.utils.cpp_extension import CUDA_HOME

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -247,6 +248,33 @@ def test_build_says_what_it_does(wish, says):
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert says in done.stderr
     assert (done.returncode == 0) == (wish in ("", "0"))
+
+
+@pytest.mark.parametrize("shape", ["toolkit", "script", "link", "script that says nothing"])
+def test_the_toolkit_behind_a_wrapper_is_found(tmp_path, monkeypatch, shape):
+    """PyTorch takes the folder above nvcc's for the toolkit; where that holds no headers, nvcc itself is asked."""
+    toolkit = tmp_path / "cuda"
+    for path in ("bin/nvcc", "include/cuda_runtime.h"):
+        (toolkit / path).parent.mkdir(parents=True)
+        (toolkit / path).write_text(f"#!/bin/sh\necho '#$ TOP={toolkit}/bin/..' >&2\n")
+    (toolkit / "bin/nvcc").chmod(0o755)
+    wrapper = tmp_path / "local/bin/nvcc"
+    wrapper.parent.mkdir(parents=True)
+    if shape == "link":
+        wrapper.symlink_to(toolkit / "bin/nvcc")
+    else:
+        wrapper.write_text("#!/bin/sh\n" + f'exec {toolkit}/bin/nvcc "$@"\n' * (shape == "script"))
+        wrapper.chmod(0o755)
+    monkeypatch.setenv("ATTANCHOR_BUILD_CUDA", "0")
+    monkeypatch.setenv("PATH", str(toolkit / "bin" if shape == "toolkit" else wrapper.parent))
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    monkeypatch.delenv("CUDA_PATH", raising=False)
+    monkeypatch.setattr("setuptools.setup", lambda **options: None)
+    monkeypatch.chdir(ROOT)
+    hidden_toolkit = runpy.run_path("setup.py")["hidden_toolkit"]
+    assert hidden_toolkit() == (str(toolkit) if shape in ("script", "link") else None)
+    monkeypatch.setenv("CUDA_HOME", "/elsewhere")
+    assert hidden_toolkit() is None
 
 
 def main() -> None:
