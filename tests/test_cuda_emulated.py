@@ -210,6 +210,19 @@ def test_held_tiles(poisoned_empty, direction, resident):
             check(problem, (launch.Tuning(32, cluster, hold=1, bulk=bulk), cluster * resident, resident))
 
 
+@pytest.mark.parametrize("features", [0, 5, 60, 70])
+def test_missing_features_on_held_tiles(poisoned_empty, features):
+    """More placeholders without a feature than the tiles have rows: each becomes a row of NaN with all its fields."""
+    generator = torch.Generator().manual_seed(features)
+    roles = torch.full((2, 130), 2, dtype=torch.uint8)
+    roles[:, ::5] = 3
+    roles[1, :40] = 0
+    text = torch.randn(2, 130, 32, generator=generator, dtype=torch.bfloat16)
+    problem = Problem(text[0, :features].clone(), text, 0.5, roles=roles, max_anchors=9, pad_left=True)
+    for tuning in (launch.Tuning(), launch.Tuning(32, 8, hold=1), launch.Tuning(32, 4, hold=1, bulk=0)):
+        check(problem, (tuning, 8, features))
+
+
 def test_tuning_changes_the_choice_and_puts_it_back():
     """What `python -m benchmarks tune` tries reaches the launch; a way that there is not is an error, and the last."""
     image = torch.randn(1, 5, 16, generator=torch.Generator().manual_seed(0))
