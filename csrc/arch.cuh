@@ -281,9 +281,10 @@ ATTANCHOR_DEVICE void multiply_matrices<Half>(float (&c)[4], uint32_t a0, uint32
 
 // --- Launch ---------------------------------------------------------------------------------------------------------
 
-// Blocks (of clusters of `cluster`) of a kernel that the current device runs at once; 0 if it cannot run there.
+// `count` becomes how many blocks (of clusters of `cluster`) of a kernel the current device runs at once, 0 where it
+// cannot run. Null, or what went wrong in asking.
 template <class K>
-int resident_blocks(K kernel, int threads, int shared, int cluster);
+const char* count_resident(K kernel, int threads, int shared, int cluster, int& count);
 
 // Start `blocks` blocks. Null, or what went wrong.
 template <class Argument>

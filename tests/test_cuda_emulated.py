@@ -37,8 +37,8 @@ launch = emulator.launch
 def schedules(draw, problem: Problem):
     """A compiled variant, tile sizes, and a device that runs few blocks at once in a random order."""
     tuning = draw(st.sampled_from(launch.variants(problem.text.dtype)))
-    # Tiles are held by 16-byte copies alone: where rows are not aligned, the launcher takes another variant.
-    tuning = tuning._replace(hold=-tuning.hold)
+    if not is_aligned(problem):  # tiles are held by 16-byte copies alone
+        tuning = tuning._replace(hold=0)
     tuning = tuning._replace(tile_rows=draw(st.sampled_from([1, 3, 8, 32])), lag=draw(st.integers(1, 3)))
     return tuning, tuning.cluster * draw(st.sampled_from([1, 2, 5])), draw(st.integers(0, 2**32))
 
@@ -236,6 +236,37 @@ def test_tuning_changes_the_choice_and_puts_it_back():
     embeds, made = launch.construct(problem)
     assert made.host.tolist() == [[0, 1, 2, 3, 4]]
     assert torch.equal(embeds, reference.construct(problem)[0])
+
+
+def test_the_launch_says_what_ran():
+    """What is asked for is what runs, or an error that says why not; left to the shape, the rule decides."""
+    image, text = (torch.zeros(2, count, 2048, dtype=torch.bfloat16) for count in (100, 10))
+    problem = Problem(image, text, 0.5)
+    emulator.configure(32, 0)
+    for tuning in launch.variants(torch.bfloat16):
+        way = launch.launched(problem, tuning=tuning)
+        assert way[:3] == (tuning.tile_images, tuning.cluster, bool(tuning.hold))
+        assert way.bulk == (tuning.hold == 1 and tuning.bulk != 0)
+        assert way.resident == 32
+        assert way.blocks <= way.resident
+        assert way.shared_bytes > tuning.hold * tuning.tile_images * 4096 // tuning.cluster
+    way = launch.launched(problem)
+    assert (way.hold, way.cluster, way.tile_rows, way.lag) == (True, 8, 0, 0)
+    way = launch.launched(problem, copy=False)
+    assert (way.hold, way.cluster) == (False, 8)
+    assert way.tile_rows * way.lag > 0
+    assert launch.launched(problem._replace(image=image[:0], text=text[:0])) is None
+    with pytest.raises(RuntimeError, match="hold is 1; tiles are kept on chip only where rows are copied"):
+        launch.launched(problem, copy=False, tuning=launch.Tuning(hold=1))
+    emulator.configure(7, 0)  # no cluster of 8 fits
+    assert launch.launched(problem).cluster == 4
+    with pytest.raises(RuntimeError, match="no construct kernel that was asked for runs on this device"):
+        launch.launched(problem, tuning=launch.Tuning(cluster=8))
+    emulator.fail("out of memory")
+    with pytest.raises(RuntimeError, match=r"attanchor_cuda\.construct: out of memory"):
+        launch.launched(problem)
+    emulator.fail("")
+    assert launch.launched(problem).cluster == 4
 
 
 def test_the_binary_says_what_it_was_built_for():

@@ -13,6 +13,7 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <string>
 #include <vector>
 
 #define ATTANCHOR_DEVICE inline
@@ -69,6 +70,7 @@ struct Thread {
 
 extern Thread* current;
 extern int grid_blocks, resident_limit;
+extern std::string failure;  // what the device answers when it is asked for its size
 
 void wait(Barrier& barrier);
 void pause();
@@ -344,8 +346,9 @@ void multiply_matrices(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uin
 // --- Launch -----------------------------------------------------------------------------------------------------------
 
 template <class K>
-int resident_blocks(K, int, int, int cluster) {
-  return emulator::resident_limit < cluster ? 0 : emulator::resident_limit / cluster * cluster;
+const char* count_resident(K, int, int, int cluster, int& count) {
+  count = emulator::resident_limit / cluster * cluster;
+  return emulator::failure.empty() ? nullptr : emulator::failure.c_str();
 }
 
 template <class Argument>

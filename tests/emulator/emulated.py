@@ -97,6 +97,7 @@ class Emulator:
         self.binary = module
         self._library = ctypes.CDLL(path)
         self._library.attanchor_emulate.argtypes = [ctypes.c_int, ctypes.c_uint64]
+        self._library.attanchor_emulate_failure.argtypes = [ctypes.c_char_p]
         sys.modules[name] = module
         try:
             self.backend = importlib.import_module("attanchor_kernels.backends.cuda")
@@ -111,3 +112,7 @@ class Emulator:
     def configure(self, resident: int, seed: int) -> None:
         """From now on so many blocks run at once, and things happen in the order that the seed gives."""
         self._library.attanchor_emulate(resident, seed)
+
+    def fail(self, reason: str) -> None:
+        """From now on asking the device how much it runs is an error for this reason; empty: it answers."""
+        self._library.attanchor_emulate_failure(reason.encode())

@@ -8,6 +8,7 @@ namespace attanchor::arch::emulator {
 Thread* current = nullptr;
 int grid_blocks = 0;
 int resident_limit = 4;
+std::string failure;
 Device device;
 
 void leave(State state) {
@@ -263,3 +264,6 @@ extern "C" void attanchor_emulate(int resident, uint64_t seed) {
   device.random.seed(seed);
   device.steps = device.change_at = 0;
 }
+
+// For ctypes: what the device answers from now on when it is asked how much it runs; empty: the truth.
+extern "C" void attanchor_emulate_failure(const char* failure) { attanchor::arch::emulator::failure = failure; }
