@@ -21,9 +21,9 @@ from attanchor_vlm.model.config import AttAnchorConfig
 from attanchor_vlm.model.families import FamilyAdapter, adapter_for
 from attanchor_vlm.model.plan import AnchorPlan, AnchorStats, taking_part
 from attanchor_vlm.model.rewrite import (
-    accepts_encoded_images,
     by_name,
     check_call,
+    given_cache,
     is_prepared,
     needs_rewriting,
     rewrite,
@@ -134,8 +134,7 @@ def prepare_inputs(model: nn.Module, *, padding_side: str | None = None, **argum
         The arguments themselves, less `anchor_mask`, if tau >= 1 or there is no image; otherwise the rewritten ones.
 
     Raises:
-        ValueError: the model is not attached, or takes pixels alone (route "ids" before transformers 5.18), which would
-            be taken for a prompt without anchors; and as `model` itself.
+        ValueError: the model is not attached; and as `model` itself.
     """
     target: Any = base_of(model)
     if not is_attached(target):
@@ -145,8 +144,6 @@ def prepare_inputs(model: nn.Module, *, padding_side: str | None = None, **argum
     check_call(adapter, settings, arguments, anchor_mask)
     if not needs_rewriting(adapter, settings, arguments):
         return arguments
-    if (settings.route or adapter.routes[0]) == "ids" and not accepts_encoded_images(target):
-        raise ValueError("prepare_inputs with route 'ids' needs transformers >= 5.18; update it, or use route 'embeds'")
     prepared = rewrite(target, adapter, settings, arguments, anchor_mask, padding_side)
     target.record_plan(prepared.plan)
     return prepared.for_forward()
@@ -186,8 +183,7 @@ class AttAnchorMixin(_Model):
             with guard.through_us(self):
                 return original(inputs, *positional, **kwargs)
 
-        encoded_images = "ids" in adapter.routes and accepts_encoded_images(self)
-        route = generation.route_for(self, settings.route or adapter.routes[0], arguments, encoded_images)
+        route = generation.route_for(self, adapter, settings.route or adapter.routes[0], arguments)
         settings = dataclasses.replace(settings, route=route)
         input_ids = arguments["input_ids"]
         if arguments.get("attention_mask") is None:
@@ -224,7 +220,7 @@ def _run_forward(model: Any, original: Callable[..., Any], args: tuple[Any, ...]
     with guard.through_us(model):
         if not needs_rewriting(adapter, settings, arguments):
             # A step of a caller's own decoding loop, and what `prepare_inputs` made, keep the plan.
-            if arguments.get("past_key_values") is None and not is_prepared(arguments):
+            if given_cache(arguments) is None and not is_prepared(arguments):
                 model.record_plan(None)
             return original(model, *args, **kwargs)
         prepared = rewrite(model, adapter, settings, arguments, anchor_mask, None)
@@ -282,11 +278,6 @@ def _check_settings(model: PreTrainedModel, adapter: FamilyAdapter, config: AttA
     route = config.route or adapter.routes[0]
     if route not in adapter.routes:
         raise ValueError(f"route is {route!r}; for {family} it should be one of {', '.join(map(repr, adapter.routes))}")
-    if route == "ids" and config.direction == "image_into_text" and not accepts_encoded_images(model):
-        raise ValueError(
-            "route is 'ids' with direction 'image_into_text', which needs mm_encoder_outputs (transformers >= 5.18): "
-            "image tokens are repeated, and pixels cannot be"
-        )
     if config.pause_tokens:
         _check_pause_token(model, config.pause_token_id)
     if (config.positions or adapter.positions) != "inherit" or adapter.positions_per_token > 1:

@@ -62,6 +62,12 @@ def _names(function: Callable[..., Any]) -> tuple[str, ...]:
     return tuple(inspect.signature(function).parameters)[1:]
 
 
+def given_cache(arguments: Mapping[str, Any]) -> Any:
+    """A call's KV cache, which transformers names `past_key_values` up to 5.23 and `cache` from 5.24 on; or None."""
+    given = (arguments.get(name) for name in ("cache", "past_key_values"))
+    return next((cache for cache in given if cache is not None), None)
+
+
 def is_prepared(arguments: Mapping[str, Any]) -> bool:
     """Whether a call's arguments may be those of `prepare_inputs`."""
     encoded = arguments.get("mm_encoder_outputs")
@@ -103,11 +109,11 @@ def check_call(
             f"{adapter.image_arguments[0]} is given with inputs_embeds; anchors are inserted by token, so pass "
             "input_ids, or detach the model"
         )
-    cache = arguments.get("past_key_values")
+    cache = given_cache(arguments)
     if cache is not None and int(cache.get_seq_length()) > 0:
         raise ValueError(
-            "images are given together with a past_key_values that is not empty; which tokens are inserted depends on "
-            "the whole prompt, so pass the whole conversation and no cache"
+            "images are given together with a KV cache that is not empty; which tokens are inserted depends on the "
+            "whole prompt, so pass the whole conversation and no cache"
         )
 
 
@@ -209,30 +215,14 @@ def rewrite(
     if route == "embeds":
         prompt = {"inputs_embeds": built.embeds}
     else:
-        prompt = _ids_prompt(model, adapter, settings, arguments, plan, encoded, rows, (is_image & is_real).to(device))
+        prompt = _ids_prompt(adapter, plan, encoded, rows, (is_image & is_real).to(device))
     return Prepared(plan if pauses is None else pauses.in_callers_slots(plan), prompt, others)
 
 
-def accepts_encoded_images(model: PreTrainedModel) -> bool:
-    """Whether forward takes `mm_encoder_outputs` (transformers >= 5.18)."""
-    return "mm_encoder_outputs" in inspect.signature(type(model).forward).parameters
-
-
 def _ids_prompt(
-    model: PreTrainedModel,
-    adapter: FamilyAdapter,
-    settings: AttAnchorConfig,
-    arguments: Mapping[str, Any],
-    plan: AnchorPlan,
-    encoded: Any,
-    rows: Tensor,
-    holds_image: Tensor,
+    adapter: FamilyAdapter, plan: AnchorPlan, encoded: Any, rows: Tensor, holds_image: Tensor
 ) -> dict[str, Any]:
     """The lengthened ids, with the image features in the order of their placeholders."""
-    if not accepts_encoded_images(model):
-        # Text copies leave the order of the images alone, so the pixels serve, at the cost of a second encoding;
-        # `attach` has refused image copies.
-        return {"input_ids": plan.input_ids, **{k: arguments[k] for k in adapter.image_arguments if k in arguments}}
     row_of_slot = holds_image.flatten().cumsum(0).view_as(holds_image) - 1
     source = plan.source.clamp(min=0)
     is_image = holds_image.gather(1, source) & (plan.source >= 0)
