@@ -339,10 +339,11 @@ def _check_length(model: PreTrainedModel, length: int) -> None:
 
 def _warn_of_answers(model: Any, anchor_mask: Tensor, labels: Tensor) -> None:
     """Once: an answer token in the mask is taken out, as it would leak the label. Off the CPU looked for once only."""
-    if model._attanchor_warned or (labels.device.type != "cpu" and model.attanchor_calls):
+    calls = model._attanchor_calls
+    if calls.warned or (labels.device.type != "cpu" and calls.rewritten):
         return
     if bool((anchor_mask & (labels != IGNORE_INDEX)).any()):
-        model._attanchor_warned = True
+        calls.warned = True
         warnings.warn(
             "anchor_mask selects tokens that labels supervises; they are left out, since a copy in front of the answer "
             "would leak it and does not exist at inference",
