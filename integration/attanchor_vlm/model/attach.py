@@ -334,6 +334,8 @@ def _check_settings(model: PreTrainedModel, adapter: FamilyAdapter, config: AttA
     if (config.positions or adapter.positions) != "inherit" or adapter.positions_per_token > 1:
         return
     attention = getattr(model.config.get_text_config(), "_attn_implementation", None) or ""
+    if config.keep is not None and ("flash" not in attention or config.force_inherit):
+        return  # gaps and repeats are taken as they are where a mask is passed, as it always is
     if not config.force_inherit or "flash" in attention:
         raise ValueError(
             f"positions is 'inherit', but {family} has one position per token: repeated positions are then taken for "

@@ -13,6 +13,7 @@ DIRECTIONS = ("text_into_image", "image_into_text")
 POSITIONS = ("sequential", "inherit")
 ROUTES = ("embeds", "ids")
 BACKENDS = ("auto", "reference", "triton", "cuda")
+KEEP_BY = {"cells", "salience", "relevance"}  # and what `dropping.register_rule` adds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,8 +21,8 @@ class AttAnchorConfig:
     """What `attach` inserts, and how. Kept in ``model.config.attanchor`` and beside adapters in ``attanchor.json``.
 
     Attributes:
-        tau: Cosine threshold: a token is inserted if its best cosine is at least tau. ``tau >= 1`` inserts nothing and
-            leaves every call to the untouched model.
+        tau: Cosine threshold: a token is inserted if its best cosine is at least tau. ``tau >= 1`` inserts nothing and,
+            without `keep`, leaves every call to the untouched model.
         direction: "text_into_image" (copies of the question's tokens behind the image tokens that they match) or
             "image_into_text" (the reverse).
         positions: "sequential" (0, 1, 2, … over the new sequence), "inherit" (an anchor takes its host's position, all
@@ -29,8 +30,18 @@ class AttAnchorConfig:
         max_anchors: At most so many copies a sample, the best-scoring ones; None for no bound.
         route: "embeds" (the model gets `inputs_embeds`), "ids" (it gets lengthened `input_ids` and the image features),
             or None for the family's default.
+        keep: How much of each image stays, a fraction (``1 / 3``) or a number of tokens (``192``); the others are
+            dropped in the same pass, so that prompts get shorter. None drops nothing. Where the image encoder takes
+            tiles as images of their own (InternVL, Idefics3, SmolVLM, Gemma 3's crops), each of them is meant. With
+            ``tau >= 1`` this is plain token dropping. What stays depends on the question: a cached prefix or image
+            serves no other one, and tokens dropped for a first question are not there for a second.
+        keep_by: Who stays, besides the tokens behind which an anchor stands. "cells": one token, the best match of the
+            question, in each of as many rectangles of the image's grid as may stay. "salience": those that the image
+            encoder's class token attends to most, where it has one (CLIP), else as "relevance". "relevance": those that
+            match the question best, over all images of a sample together.
         backend: Backend of `attanchor_kernels`: "auto", "reference", "triton" or "cuda".
-        force_inherit: Allow "inherit" in a family with one position per token, where it is refused otherwise.
+        force_inherit: Allow "inherit" in a family with one position per token, where it is refused otherwise; with
+            `keep` only under flash-attention.
         pause_tokens: Think mode of "image_into_text": so many pause tokens at the end of every prompt with an image, in
             front of the answer; attended to, never learned, never copied.
         pause_token_id: The token that pauses, which `pause_tokens` needs; one that means nothing else, such as a
@@ -51,6 +62,8 @@ class AttAnchorConfig:
     direction: str = "text_into_image"
     positions: str | None = None
     max_anchors: int | None = None
+    keep: float | None = None
+    keep_by: str = "cells"
     route: str | None = None
     backend: str = "auto"
     force_inherit: bool = False
@@ -79,6 +92,9 @@ class AttAnchorConfig:
             if self.max_anchors < 0:
                 raise ValueError(f"max_anchors is {self.max_anchors}; it should be at least 0")
             object.__setattr__(self, "max_anchors", int(self.max_anchors))
+        if self.keep is not None:
+            object.__setattr__(self, "keep", _share(self.keep))
+        _one_of("keep_by", self.keep_by, sorted(KEEP_BY))
         if not isinstance(self.force_inherit, bool):
             raise TypeError(f"force_inherit is {type(self.force_inherit).__name__}; it should be a bool")
         self._check_pauses()
@@ -111,8 +127,13 @@ class AttAnchorConfig:
 
     @property
     def inserts_nothing(self) -> bool:
-        """tau >= 1: calls are handed through as they are."""
+        """tau >= 1: there are no anchors."""
         return self.tau >= 1
+
+    @property
+    def changes_nothing(self) -> bool:
+        """Calls are handed through as they are."""
+        return self.inserts_nothing and self.keep is None
 
     def to_dict(self) -> dict[str, object]:
         """The settings as JSON has them."""
@@ -138,9 +159,22 @@ class AttAnchorConfig:
         return cls(**settings)  # type: ignore[arg-type]
 
 
-def _one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:
+def _one_of(name: str, value: object, allowed: Iterable[object]) -> None:
     if value not in allowed:
         raise ValueError(f"{name} is {value!r}; it should be one of {', '.join(map(repr, allowed))}")
+
+
+def _share(keep: object) -> float:
+    """`keep` as an int or a float, which mean a number and a fraction."""
+    if isinstance(keep, bool) or not isinstance(keep, numbers.Real):
+        raise TypeError(f"keep is {type(keep).__name__}; it should be a fraction, a number of tokens, or None")
+    if isinstance(keep, numbers.Integral):
+        if keep < 1:
+            raise ValueError(f"keep is {keep}; it should be a fraction, or at least 1 token of an image")
+        return int(keep)
+    if not 0 < keep <= 1:
+        raise ValueError(f"keep is {keep}; a fraction should be above 0 and at most 1 (a number of tokens is an int)")
+    return float(keep)
 
 
 def _token_ids(name: str, ids: object) -> tuple[int, ...]:

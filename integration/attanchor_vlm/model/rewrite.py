@@ -12,15 +12,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from attanchor_kernels import AnchoredSequence, merge_sequence, plan_sequence
+from attanchor_kernels import AnchoredSequence, Role, merge_sequence, plan_sequence
 from attanchor_vlm.constants import IGNORE_INDEX
 from attanchor_vlm.model.candidates import mask_from_ids
 from attanchor_vlm.model.config import AttAnchorConfig
+from attanchor_vlm.model.dropping import survivors
 from attanchor_vlm.model.families import FamilyAdapter
 from attanchor_vlm.model.pauses import add_pauses
 from attanchor_vlm.model.plan import AnchorPlan
-
-PADDING, TEXT, IMAGE, ANCHOR_TEXT, SILENT_IMAGE = range(5)  # roles of merge_sequence
 
 
 class PreparedImages(dict):
@@ -77,7 +76,7 @@ def is_prepared(arguments: Mapping[str, Any]) -> bool:
 def needs_rewriting(adapter: FamilyAdapter, settings: AttAnchorConfig, arguments: Mapping[str, Any]) -> bool:
     """Whether anchors are to be inserted in a call."""
     prepared = isinstance(arguments.get("mm_encoder_outputs"), PreparedImages)
-    return not settings.inserts_nothing and adapter.has_images(arguments) and not prepared
+    return not settings.changes_nothing and adapter.has_images(arguments) and not prepared
 
 
 def check_call(
@@ -98,7 +97,7 @@ def check_call(
                 f"anchor_mask is given without {adapter.image_arguments[0]}; text tokens are matched with image "
                 "tokens, so leave it out of a call without images"
             )
-    if not settings.inserts_nothing and (video := adapter.video_argument(arguments)) is not None:
+    if not settings.changes_nothing and (video := adapter.video_argument(arguments)) is not None:
         raise ValueError(
             f"{video} is given, but anchors are inserted in images only; leave videos out, or detach the model"
         )
@@ -174,13 +173,16 @@ def rewrite(
     route = settings.route or adapter.routes[0]
 
     device = text_embeds.device
+    roles, turn = roles.to(device), _to(turn, device)
+    kept = survivors(settings, adapter, model, arguments, encoded, rows, silent, text_embeds, roles, turn)
     try:
         built = (merge_sequence if route == "embeds" else plan_sequence)(
             text_embeds,
             rows,
-            roles.to(device),
+            roles,
             settings.tau,
-            turn=_to(turn, device),
+            turn=turn,
+            **kept,
             max_anchors=settings.max_anchors,
             direction=settings.direction,
             positions="inherit" if inherit else "sequential",
@@ -272,14 +274,14 @@ def _leak_rule(labels: Tensor, is_image: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _roles(is_real: Tensor, is_image: Tensor, anchor_mask: Tensor, takes_part: Tensor, silent: Tensor | None) -> Tensor:
-    roles = torch.full(is_real.shape, TEXT, dtype=torch.uint8, device=is_real.device)
-    roles.masked_fill_(anchor_mask & takes_part, ANCHOR_TEXT)
-    roles.masked_fill_(is_image, IMAGE).masked_fill_(~is_real, PADDING)
-    holds_image = roles == IMAGE
+    roles = torch.full(is_real.shape, Role.TEXT, dtype=torch.uint8, device=is_real.device)
+    roles.masked_fill_(anchor_mask & takes_part, Role.ANCHOR_TEXT)
+    roles.masked_fill_(is_image, Role.IMAGE).masked_fill_(~is_real, Role.PADDING)
+    holds_image = roles == Role.IMAGE
     # masked_scatter reads past the end of a short source; the operator reports the wrong number of features.
     if silent is not None and len(silent) == int(holds_image.sum()):
-        roles = roles.masked_scatter(holds_image, torch.where(silent, SILENT_IMAGE, IMAGE).to(roles))
-    return roles.masked_fill_(holds_image & ~takes_part, SILENT_IMAGE)
+        roles = roles.masked_scatter(holds_image, torch.where(silent, Role.SILENT_IMAGE, Role.IMAGE).to(roles))
+    return roles.masked_fill_(holds_image & ~takes_part, Role.SILENT_IMAGE)
 
 
 def _plain_positions(model: PreTrainedModel, adapter: FamilyAdapter, arguments: Mapping[str, Any]) -> Tensor | None:
