@@ -40,11 +40,12 @@ def load_pretrained(name: str, dtype: torch.dtype = torch.float32) -> tuple[Any,
     try:
         # Processor first: it is small, so that a wrong name costs no download.
         processor = load_processor(source)
-        model, found = AutoModelForImageTextToText.from_pretrained(
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(
             source, dtype=dtype, output_loading_info=True, trust_remote_code=False
         )
     except Exception as error:  # of damaged files, nearly any kind
         raise cannot_be_loaded(name, error) from error
+    model, found = loaded
     _check_weights(name, model, found)
     if getattr(processor, "image_processor", None) is None or getattr(processor, "tokenizer", None) is None:
         raise SetupError(f"model {name} has no processor for images and text; AttAnchor trains image-text models")
