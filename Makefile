@@ -24,7 +24,7 @@ endef
 # the day, builds them.
 define install
 	sed -n '/^setuptools==/,/# via/p' $(2) | $(1)/bin/python -m pip install --quiet --no-deps --require-hashes -r /dev/stdin
-	$(1)/bin/python -m pip install --quiet --no-deps --require-hashes --no-build-isolation --use-pep517 -r $(2)
+	$(1)/bin/python -m pip install --quiet --no-deps --require-hashes --no-build-isolation -r $(2)
 	ATTANCHOR_BUILD_CUDA=0 $(1)/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 endef
 
