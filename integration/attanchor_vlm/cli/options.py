@@ -21,7 +21,7 @@ from attanchor_vlm.records import check_parent
 from attanchor_vlm.settings import REQUIRED, settings_of
 
 # Of `AnchorOptions`: what a trained model can be used with other than as stored.
-IN_USE = ("tau", "content_words")
+IN_USE = ("tau", "keep", "keep_by", "content_words")
 
 MODEL = Annotated[str, typer.Option(help="Folder of a saved model, or a Hugging Face Hub id.")]
 ADAPTER = Annotated[Path | None, typer.Option(help="Folder of a trained adapter; brings its own tau.")]
@@ -77,9 +77,10 @@ class Options:
             if kind is bool:
                 option = typer.Option(f"--{name.replace('_', '-')}", help=help)
             else:
-                parser, metavar = (_number, "NUMBER") if kind == int | float else (None, about["metavar"])
+                parser, metavar = None, about["metavar"]
+                if kind == int | float:  # typer takes no union; the parser says which
+                    kind, parser, metavar = str, _number, "NUMBER"
                 option = typer.Option(help=help, metavar=metavar, parser=parser, show_default=False)
-                kind = str if parser is not None else kind
                 kind = kind if required else kind | None
             made.append(_parameter(name, Annotated[kind, option], REQUIRED if required else default))
             if field.name == "content_words":

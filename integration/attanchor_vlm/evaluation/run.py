@@ -69,7 +69,7 @@ def processor_and_context(model: str) -> tuple[Any, int | None]:
 
     source = loading.source_of(model)
     try:
-        processor, config = load_processor(source), AutoConfig.from_pretrained(source)
+        processor, config = load_processor(source), AutoConfig.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # of damaged files, nearly any kind
         raise loading.cannot_be_loaded(model, error) from error
     return processor, getattr(config.get_text_config(), "max_position_embeddings", None)

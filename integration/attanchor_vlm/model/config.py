@@ -14,11 +14,15 @@ DIRECTIONS = ("text_into_image", "image_into_text")
 POSITIONS = ("sequential", "inherit")
 ROUTES = ("embeds", "ids")
 BACKENDS = ("auto", "reference", "triton", "cuda")
+KEEP_BY = {"cells", "salience", "relevance"}  # and what `dropping.register_rule` adds
 
 
 @dataclasses.dataclass(frozen=True)
 class AnchorOptions:
     """What to insert, and how: what a user chooses of an `AttAnchorConfig`, and a training run of its own.
+
+    What `keep` leaves depends on the question: a cached prefix or image serves no other one, and tokens dropped for a
+    first question are not there for a second.
 
     Raises:
         TypeError, ValueError: a setting has the wrong type or value.
@@ -26,8 +30,8 @@ class AnchorOptions:
 
     tau: float = setting(
         REQUIRED,
-        "Cosine threshold: a token is inserted if its best cosine is at least tau; 1 inserts nothing, and leaves every "
-        "call to the untouched model.",
+        "Cosine threshold: a token is inserted if its best cosine is at least tau; 1 inserts nothing and, without "
+        "keep, leaves every call to the untouched model.",
     )
     direction: str = setting(
         "text_into_image",
@@ -40,6 +44,19 @@ class AnchorOptions:
         choices=POSITIONS,
     )
     max_anchors: int | None = setting(None, "At most so many copies a sample, the best-scoring ones.")
+    keep: int | float | None = setting(
+        None,
+        "How much of each image stays, a fraction (0.33) or a number of tokens (192); the others are dropped in the "
+        "same pass, and prompts get shorter. Tiles that are encoded as images of their own are meant one by one. With "
+        "a tau of 1 this is plain token dropping.",
+    )
+    keep_by: str = setting(
+        "cells",
+        "Who stays, besides the hosts of anchors. cells: the question's best match in each of as many rectangles of "
+        "the image as may stay; salience: what the image encoder's class token attends to most, where it has one; "
+        "relevance: the question's best matches.",
+        choices=("cells", "salience", "relevance"),
+    )
     route: str | None = setting(
         None,
         "The model gets `inputs_embeds`, or lengthened `input_ids` and the image features; by default the family's.",
@@ -47,7 +64,9 @@ class AnchorOptions:
     )
     backend: str = setting("auto", "Backend of attanchor_kernels.", choices=BACKENDS)
     force_inherit: bool = setting(
-        False, "Allow positions `inherit` in a family with one position a token, where they are refused otherwise."
+        False,
+        "Allow positions `inherit` in a family with one position a token, where they are refused otherwise (with keep: "
+        "under flash-attention alone).",
     )
     pause_tokens: int = setting(
         0,
@@ -72,6 +91,9 @@ class AnchorOptions:
         _one_of("backend", self.backend, BACKENDS)
         if self.max_anchors is not None:
             object.__setattr__(self, "max_anchors", _natural("max_anchors", self.max_anchors))
+        if self.keep is not None:
+            object.__setattr__(self, "keep", _share(self.keep))
+        _one_of("keep_by", self.keep_by, sorted(KEEP_BY))
         if not isinstance(self.force_inherit, bool):
             raise TypeError(f"force_inherit is {type(self.force_inherit).__name__}; it should be a bool")
         object.__setattr__(self, "pause_tokens", _natural("pause_tokens", self.pause_tokens))
@@ -122,8 +144,13 @@ class AttAnchorConfig(AnchorOptions):
 
     @property
     def inserts_nothing(self) -> bool:
-        """tau >= 1: calls are handed through as they are."""
+        """tau >= 1: there are no anchors."""
         return self.tau >= 1
+
+    @property
+    def changes_nothing(self) -> bool:
+        """Calls are handed through as they are."""
+        return self.inserts_nothing and self.keep is None
 
     def to_dict(self) -> dict[str, object]:
         """The settings as JSON has them."""
@@ -149,7 +176,7 @@ class AttAnchorConfig(AnchorOptions):
         return cls(**settings)  # type: ignore[arg-type]
 
 
-def _one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:
+def _one_of(name: str, value: object, allowed: Iterable[object]) -> None:
     if value not in allowed:
         raise ValueError(f"{name} is {value!r}; it should be one of {', '.join(map(repr, allowed))}")
 
@@ -160,6 +187,19 @@ def _natural(name: str, value: object) -> int:
     if value < 0:
         raise ValueError(f"{name} is {value}; it should be at least 0")
     return int(value)
+
+
+def _share(keep: object) -> float:
+    """`keep` as an int or a float, which mean a number and a fraction."""
+    if isinstance(keep, bool) or not isinstance(keep, numbers.Real):
+        raise TypeError(f"keep is {type(keep).__name__}; it should be a fraction, a number of tokens, or None")
+    if isinstance(keep, numbers.Integral):
+        if keep < 1:
+            raise ValueError(f"keep is {keep}; it should be a fraction, or at least 1 token of an image")
+        return int(keep)
+    if not 0 < keep <= 1:
+        raise ValueError(f"keep is {keep}; a fraction should be above 0 and at most 1 (a number of tokens is an int)")
+    return float(keep)
 
 
 def _token_ids(name: str, ids: object) -> tuple[int, ...]:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import pickle
+import re
 import socket
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Collection, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -26,8 +29,8 @@ def load_pretrained(name: str, dtype: torch.dtype = torch.float32) -> tuple[Any,
     """Model and processor of a local folder or a Hub id, with the weights in `dtype`.
 
     Raises:
-        SetupError: there is no such folder, the Hub cannot be reached or does not have it, a file of it is damaged, or
-            it is no image-text-to-text model.
+        SetupError: there is no such folder, the Hub cannot be reached or does not have it, a file of it is damaged or
+            lacks weights, or it is no image-text-to-text model. Code that comes with a checkpoint is never run.
     """
     from transformers import AutoModelForImageTextToText
 
@@ -37,12 +40,33 @@ def load_pretrained(name: str, dtype: torch.dtype = torch.float32) -> tuple[Any,
     try:
         # Processor first: it is small, so that a wrong name costs no download.
         processor = load_processor(source)
-        model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype)
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(
+            source, dtype=dtype, output_loading_info=True, trust_remote_code=False
+        )
     except Exception as error:  # of damaged files, nearly any kind
         raise cannot_be_loaded(name, error) from error
+    model, found = loaded
+    _check_weights(name, model, found)
     if getattr(processor, "image_processor", None) is None or getattr(processor, "tokenizer", None) is None:
         raise SetupError(f"model {name} has no processor for images and text; AttAnchor trains image-text models")
     return model, processor
+
+
+def _check_weights(name: str, model: torch.nn.Module, found: Mapping[str, Collection[str]]) -> None:
+    """Refuse a model with weights that are random, for want of stored ones, or NaN; tell of stored ones left over."""
+    if missing := sorted(found["missing_keys"]):
+        raise SetupError(
+            f"model {name} lacks {len(missing)} of its weights, such as {missing[0]}, which would be random; copy the "
+            "checkpoint whole"
+        )
+    if surplus := sorted(found["unexpected_keys"]):
+        warnings.warn(
+            f"model {name} has {len(surplus)} weights that {type(model).__name__} does not use, such as {surplus[0]}",
+            stacklevel=3,
+        )
+    broken = [key for key, weight in model.named_parameters() if not torch.isfinite(weight).all()]
+    if broken:
+        raise SetupError(f"model {name} has weights that are NaN or infinite, such as {broken[0]}; it is damaged")
 
 
 def cannot_be_loaded(name: str, error: Exception) -> SetupError:
@@ -255,7 +279,7 @@ def with_adapter(loaded: Any, model: str, adapter: str | PathLike[str]) -> Any:
         return load_adapter(loaded, adapter)
     except (json.JSONDecodeError, SafetensorError) as error:
         raise SetupError(f"adapter {adapter} cannot be read; a file of it is damaged: {error}") from error
-    except (RuntimeError, ValueError, KeyError, TypeError) as error:
+    except (RuntimeError, ValueError, KeyError, TypeError, pickle.UnpicklingError, re.error) as error:
         reason = " ".join(str(error).split())
         raise SetupError(
             f"adapter {adapter} does not fit model {model}, which it should have been trained on: {reason[:300]}"
