@@ -25,7 +25,10 @@ from attanchor_vlm.settings import check_fraction
 
 HIGHEST_TAU = 0.999  # 1 would insert nothing, and would not measure either
 # What a threshold does not depend on, or what the processor says anew.
-_FREE_TO_STORE = ("tau", "max_anchors", "special_token_ids", "generation_prompt_ids", "function_token_ids")
+_FREE_TO_STORE = (
+    *("tau", "max_anchors", "keep", "keep_by"),
+    *("special_token_ids", "generation_prompt_ids", "function_token_ids"),
+)
 
 
 @dataclass(frozen=True)

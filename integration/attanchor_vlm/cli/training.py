@@ -47,8 +47,8 @@ def _train(given: dict[str, Any]) -> bool:
 
 
 def _stored(given: dict[str, Any]) -> dict[str, Any]:
-    """tau, max_anchors and content_words that `calibrate --save` left beside the model, where neither tau nor fraction
-    is given; if a direction or words are, only a tau that was measured with the same."""
+    """What `calibrate --save` left beside the model, where neither tau nor fraction is given; if a direction or words
+    are, only a tau that was measured with the same."""
     path = Path(given["model"]).expanduser() / "attanchor.json"
     if "tau" in given or "fraction" in given or not path.is_file():
         return {}
@@ -59,18 +59,19 @@ def _stored(given: dict[str, Any]) -> dict[str, Any]:
     measured |= {"content_words": given["content_words"]} if "content_words" in given else {}
     if any(getattr(stored, name) != value for name, value in measured.items()):
         return {}
-    bound = "" if stored.max_anchors is None else f" and max_anchors {stored.max_anchors}"
+    bounds = {name: getattr(stored, name) for name in ("max_anchors", "keep")}
+    bound = "".join(f" and {name} {value}" for name, value in bounds.items() if value is not None)
     bound += ", of content words" if stored.content_words else ""
     if distributed.is_main():
         typer.echo(f"tau {stored.tau:g}{bound}, from {path}")
-    found = {name: getattr(stored, name) for name in ("tau", "max_anchors", "content_words")}
+    found = {name: getattr(stored, name) for name in ("tau", "max_anchors", "keep", "keep_by", "content_words")}
     return {name: value for name, value in found.items() if value is not None}
 
 
 @app.command()
 @takes(
     Options(TrainConfig, ("model", "data", "images", "skip_bad")),
-    Options(AnchorOptions, ("max_anchors", "direction", "content_words"), unsaid="as stored"),
+    Options(AnchorOptions, ("max_anchors", "direction", "keep", "keep_by", "content_words"), unsaid="as stored"),
 )
 def calibrate(
     source: dict[str, Any],
