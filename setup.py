@@ -139,6 +139,6 @@ setup(
     license_files=["LICENSE"],
     packages=PACKAGES,
     package_dir={name: f"integration/{name}" for name in ("attanchor_vlm", "attanchor_lab")},
-    package_data={"attanchor_lab": ["small_llava/assets/**"]},
+    package_data={"attanchor_lab": ["small_llava/assets/**", "paper/values.json"]},
     **extension(),
 )

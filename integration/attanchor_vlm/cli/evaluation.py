@@ -94,7 +94,7 @@ def evaluate(
         run.check_output(output)
     import torch
 
-    from attanchor_vlm.provenance import provenance
+    from attanchor_vlm.provenance import environment
 
     loaded, processor = run.load(
         model, adapter, tau, direction and direction.value, getattr(torch, dtype.value) if dtype else None
@@ -107,7 +107,7 @@ def evaluate(
         "predictions": predictions.value if plan.metrics else None,
         "limit": limit,
         "seed": seed,
-        **provenance(),
+        **environment(),
     }
     written = run.write(report, output, about) if output is not None else []
     if as_json:
