@@ -15,7 +15,7 @@ def environment(device: str | None = None, *left_out: str) -> dict[str, str | in
     """What every row of the library, the laboratory and the benchmarks says of where it comes from.
 
     `version`, `commit`, `date` (UTC), `torch`, `triton`, `transformers`, `peft`, `python`, `device` ("cpu" or "cuda"),
-    `gpu`, `driver`, `cuda`, `processor`, `cores`, `threads`; "none", "unknown" or "not installed" for what is not there.
+    `gpu`, `driver`, `cuda`, `processor`, `cores`, `threads`. What is not there is "none", "unknown" or "not installed".
 
     Args:
         device: What was computed on; None for the GPU if there is one.

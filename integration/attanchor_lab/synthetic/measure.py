@@ -13,9 +13,9 @@ from torch.nn import functional as F
 from attanchor_lab import lab_placement as placement
 from attanchor_lab.scenes import questions
 from attanchor_lab.scenes import world as scenes
-from attanchor_lab.scenes.dataset import KINDS
+from attanchor_lab.scenes.alignment import match_counts, match_quality
 from attanchor_lab.scenes.questions import EXISTENCE, LENGTH, NEGATIVES, WORDS, YES, Mixture
-from attanchor_lab.small_llava.alignment import match_counts, match_quality
+from attanchor_lab.scenes.world import KINDS
 from attanchor_lab.synthetic import arms
 from attanchor_lab.synthetic.arms import Asker, Batch, Built
 from attanchor_lab.synthetic.plan import Condition

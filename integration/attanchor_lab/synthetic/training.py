@@ -13,8 +13,9 @@ from torch.nn import functional as F
 
 from attanchor_lab.scenes import questions
 from attanchor_lab.scenes import world as scenes
-from attanchor_lab.scenes.questions import IMAGE, LENGTH, START
-from attanchor_lab.small_llava.alignment import alignment_loss, match_counts, match_quality
+from attanchor_lab.scenes.alignment import alignment_loss, match_counts, match_quality
+from attanchor_lab.scenes.questions import COLOUR, ID, IMAGE, LABELS, LENGTH, START
+from attanchor_lab.scenes.world import EMPTY
 from attanchor_lab.synthetic import arms, model
 from attanchor_lab.synthetic.arms import Arm, Asker, Batch, Built
 from attanchor_lab.synthetic.plan import Condition
@@ -22,6 +23,11 @@ from attanchor_lab.synthetic.plan import Condition
 _EVERY = 10  # steps between two choices of tau
 _MEMORY = 8  # batches whose scores they rest on
 _LOGS = 20  # points of a training curve
+# Colours, shapes, "empty", then the words that describe no patch.
+_ALIGNED = [
+    *range(COLOUR, COLOUR + LABELS),
+    *(ID[word] for word in (EMPTY, *["is", "there", "a", "what", "colour", "where", "the", "?"])),
+]
 _EASY = (1, 4)  # objects in the scenes that a model begins with
 
 State = dict[str, Tensor]
@@ -71,8 +77,8 @@ def _language(made: Any, condition: Condition, generator: torch.Generator) -> di
         answer = F.cross_entropy(logits.flatten(0, 1).float(), asked.answer.flatten())
         loss = answer
         if condition.alignment:
-            table = made.get_input_embeddings().weight
-            loss = loss + condition.alignment * alignment_loss(features, table, drawn, condition.temperature)
+            words = made.get_input_embeddings().weight[_ALIGNED]
+            loss = loss + condition.alignment * alignment_loss(features, words, drawn, condition.temperature)
         _step(optimizer, rate, loss, trained)
         if _is_logged(step, recipe.steps):
             log.append({"step": step + 1, "answer_loss": _finite(answer)})
@@ -133,10 +139,9 @@ def stage2(condition: Condition, arm: Arm, seed: int, state: State, device: str)
         answer = F.cross_entropy(answered.logits.float(), batch.questions.answer)
         loss = answer
         if condition.alignment:
-            table = base.get_input_embeddings().weight
-            loss = loss + condition.alignment * alignment_loss(
-                batch.features, table, batch.scenes, condition.temperature
-            )
+            words = base.get_input_embeddings().weight[_ALIGNED]
+            aligned = alignment_loss(batch.features, words, batch.scenes, condition.temperature)
+            loss = loss + condition.alignment * aligned
         _step(optimizer, rate, loss, trained)
         if answered.built.score is not None and arm.has_tau:
             scores.append(candidate_scores(answered.built.score))
