@@ -51,6 +51,7 @@ def curves(path: Path, panels: Mapping[str, Mapping[str, pd.DataFrame]]) -> None
     from scipy import stats
 
     arms = list(dict.fromkeys(arm for series in panels.values() for arm in series))
+    reach = max((series[arm].mean(axis=1).abs().max() for series in panels.values() for arm in series), default=0) or 1
     figure, places = _grid(len(panels) or 1, 4, 3.9, 2.9)
     named: dict[str, Any] = {}
     for axes, (name, series) in zip(places, panels.items(), strict=False):
@@ -62,7 +63,7 @@ def curves(path: Path, panels: Mapping[str, Mapping[str, pd.DataFrame]]) -> None
                 low, high = values.mean(axis=1) - half, values.mean(axis=1) + half
                 axes.fill_between(values.index, low, high, color=colour, alpha=0.12)
         axes.axhline(0, color="black", linewidth=0.8)
-        axes.set_ylim(-0.6, 0.4)
+        axes.set_ylim(-1.1 * reach, 1.1 * reach)
         axes.set_title(name, fontsize=10)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)

@@ -82,7 +82,7 @@ def run(
                     break
                 waiting.remove(job)
                 if job.after in broken and job.failed:
-                    store(job, job.failed("the weights that it starts from could not be made"))
+                    store(job, job.failed("what it starts from could not be made"))
                 elif time.monotonic() < end:
                     running[pool.submit(job.work)] = job
                 else:

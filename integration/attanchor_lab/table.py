@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 from attanchor_vlm.errors import SetupError
+from attanchor_vlm.records import markdown_table
 
 try:
     import pandas as pd
@@ -86,12 +87,6 @@ def probability(p: float) -> str:
     return "< .001" if p < 0.001 else f"{p:.3f}".removeprefix("0")
 
 
-def markdown(heads: Sequence[str], lines: Sequence[Sequence[str]], words: int = 1) -> list[str]:
-    """A table as lines of Markdown; the first `words` columns to the left, numbers to the right."""
-    rule = [*["---"] * words, *["---:"] * (len(heads) - words)]
-    return ["| " + " | ".join(line) + " |" for line in (heads, rule, *lines)]
-
-
 # --- Metrics by arm, of experiments. ---------------------------------------------------------------------------------
 
 
@@ -133,7 +128,7 @@ def by_arm(table: pd.DataFrame, metrics: Mapping[str, Metric]) -> list[str]:
     lines = [
         [how.title, *(how.mean(of_arm[arm][name]) for arm in arms)] for name, how in metrics.items() if name in table
     ]
-    return markdown(["", *arms], lines)
+    return markdown_table(["", *arms], lines)
 
 
 def beside(
@@ -170,7 +165,7 @@ def beside(
                 change.append(plain.change(shown[""], shown["base"]) if len(shown) == 2 else "")
         lines.append(line)
         changes.append(change)
-    return [*markdown(heads, lines), "", f"Change against {baseline}:", "", *markdown(heads, changes)]
+    return [*markdown_table(heads, lines), "", f"Change against {baseline}:", "", *markdown_table(heads, changes)]
 
 
 def improved(table: pd.DataFrame, metrics: Mapping[str, Metric], arm: str, baseline: str) -> tuple[int, int]:
@@ -190,4 +185,4 @@ def pivot(table: pd.DataFrame, name: str, how: Metric, across: str, down: str, c
         [how.mean(table.loc[(table[down] == row) & (table[across] == column), name]) for column in columns]
         for row in rows
     ]
-    return markdown([corner, *columns], [[row, *line] for row, line in zip(rows, cells, strict=True)])
+    return markdown_table([corner, *columns], [[row, *line] for row, line in zip(rows, cells, strict=True)])

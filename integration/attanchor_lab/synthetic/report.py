@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from attanchor_vlm.records import check_parent, write_atomically
+from attanchor_vlm.records import check_parent, markdown_table, write_atomically
 
 from attanchor_lab.runner import Row
 from attanchor_lab.synthetic.arms import ARMS
 from attanchor_lab.synthetic.laboratory import latest, read
-from attanchor_lab.table import compare, interval, markdown, number, probability
+from attanchor_lab.table import compare, interval, number, probability
 
 NAMED = "## The comparisons named before the runs"  # the README shows lines of this section
 _COMPARED = ("plan", "setting", "arm", "against")
@@ -276,7 +276,7 @@ def _verdicts(table: pd.DataFrame, asks: dict[Any, str] | None = None) -> list[s
         figures = [number(line["mean"], sign=True), interval(line["low"], line["high"]), probability(line["p"])]
         lines.append([*words, str(line["seeds"]), *figures, line["verdict"]])
     heads = ["plan, setting", *(["question"] if asks else []), "compared"]
-    return markdown(
+    return markdown_table(
         [*heads, "seeds", "difference, points", "95 % interval", "p", "verdict"], lines, words=3 if asks else 2
     )
 
@@ -298,7 +298,7 @@ def _explained(laboratories: Sequence[Laboratory]) -> list[str]:
             lines.append([where, f"{_title(c['arm'])} − {_title(c['against'])}", *cells])
     if not lines:
         return ["No plan names a comparison."]
-    return markdown(["plan, setting", "compared", *(METRICS[name].title for name in _EXPLAINED)], lines, words=2)
+    return markdown_table(["plan, setting", "compared", *(METRICS[name].title for name in _EXPLAINED)], lines, words=2)
 
 
 def _levels(laboratories: Sequence[Laboratory]) -> list[str]:
@@ -308,7 +308,7 @@ def _levels(laboratories: Sequence[Laboratory]) -> list[str]:
         for setting, arm in one.arms():
             cells = [number(means.loc[(setting, arm), name], metric.digits) for name, metric in METRICS.items()]
             lines.append([_where(one.plan["size"], setting), _title(arm), *cells])
-    return markdown(["plan, setting", "arm", *(metric.title for metric in METRICS.values())], lines, words=2)
+    return markdown_table(["plan, setting", "arm", *(metric.title for metric in METRICS.values())], lines, words=2)
 
 
 def _curves(laboratories: Sequence[Laboratory]) -> dict[str, dict[str, pd.DataFrame]]:
@@ -383,4 +383,4 @@ def _runs(laboratories: Sequence[Laboratory]) -> list[str]:
         machine = [device, plan["torch"], plan["transformers"], commits, number(minutes, 0)]
         lines.append([plan["size"], plan["written"], *machine, str(len(states)), *counts])
     heads = ["plan", "written", "machine", "torch", "transformers", "commit", "minutes of processor time"]
-    return [*markdown([*heads, "runs", "done", "failed", "not started"], lines, words=6), "", *failures]
+    return [*markdown_table([*heads, "runs", "done", "failed", "not started"], lines, words=6), "", *failures]

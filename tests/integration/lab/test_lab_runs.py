@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
+import os
 import re
 import subprocess
 import sys
@@ -139,6 +141,23 @@ def test_arms_without_weights_fail_instead_of_waiting(tmp_path, started, monkeyp
     found = laboratory.read(tmp_path / "lab")
     assert all(row["status"] == "failed" for row in found[1:])
     assert len(found) == 1 + 2 + 5
+
+
+def test_a_killed_process_costs_its_own_job_alone():
+    """And what comes after it is told why it is not done."""
+    kept: dict[str, dict] = {}
+
+    def job(name, work, after=None):
+        return runner.Job(name, name, work, lambda error: {"status": "failed", "error": error}, after)
+
+    done = functools.partial(dict, status="done")
+    jobs = [job("killed", functools.partial(os._exit, 1)), job("behind", done, "killed"), job("other", done)]
+    said: list[str] = []
+    runner.run(jobs, lambda job, row: kept.update({job.key: row}), 1, say=said.append, progress=False)
+    assert kept["other"] == {"status": "done"}
+    assert "its process was killed" in kept["killed"]["error"]
+    assert kept["behind"]["status"] == "failed"
+    assert len(said) == 2
 
 
 def test_a_worker_ends_with_the_laboratory_that_started_it(monkeypatch):
