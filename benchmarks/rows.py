@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import functools
+import gc
 import importlib.metadata
 import json
 import os
 import platform
 import subprocess
+import sys
 import tempfile
-from collections.abc import Iterable
+import traceback
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +23,11 @@ import torch
 Row = dict[str, Any]
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
+IMAGES = ROOT / "docs" / "images"
+
+
+class BadRows(ValueError):
+    """A file of rows that is none."""
 
 
 def _output_of(*command: str) -> str:
@@ -97,7 +106,7 @@ def read(path: Path) -> list[Row]:
     """The rows of one file, or of every .jsonl file of a folder; none if there is no such file or folder.
 
     Raises:
-        ValueError: a line is no JSON object, naming file and line.
+        BadRows: a line is no JSON object, naming file and line.
     """
     files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path] if path.exists() else []
     found: list[Row] = []
@@ -108,9 +117,9 @@ def read(path: Path) -> list[Row]:
             try:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
-                raise ValueError(f"{file}, line {number} is no JSON: {error}") from error
+                raise BadRows(f"{file}, line {number} is no JSON: {error}") from error
             if not isinstance(row, dict):
-                raise ValueError(f"{file}, line {number} is {type(row).__name__}; it should be a JSON object")
+                raise BadRows(f"{file}, line {number} is {type(row).__name__}; it should be a JSON object")
             found.append(row)
     return found
 
@@ -122,15 +131,61 @@ def of_newest_gpu(rows: list[Row]) -> list[Row]:
     return [row for row in measured if newest is not None and row["gpu"] == newest["gpu"]]
 
 
-class Store:
-    """The rows of one run. The file is rewritten after every row, so that a run cut short keeps what it measured."""
+def ratio(row: Row, part: str) -> str:
+    """What became of a part: the median over the pairs and its quartiles, and whether they say anything."""
+    low, middle, high = (row[f"{part}_ratio{which}"] for which in ("_q1", "", "_q3"))
+    return f"{middle:.3g} x [{low:.3g}, {high:.3g}]" + (", within the spread" if row[f"{part}_within_spread"] else "")
 
-    def __init__(self, path: Path, device: str, run: str) -> None:
-        self.path, self.device, self.run = path, device, run
+
+def table(head: list[str], lines: Iterable[list[str]]) -> str:
+    """A Markdown table."""
+    return "\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *lines]) + "\n"
+
+
+class Run:
+    """One run of a command: its device, its rows, what failed in it.
+
+    The file is rewritten after every row, so that a run cut short keeps what it measured.
+    """
+
+    def __init__(self, path: Path, device: str, run: str, dtype: str | None = None) -> None:
+        self.path, self.run = path, run
+        self.device = torch.device(device)
+        self.dtype: torch.dtype = getattr(torch, dtype or ("float32" if device == "cpu" else "bfloat16"))
         self.rows: list[Row] = []
+        self.failed: list[str] = []
 
     def add(self, row: Row) -> Row:
-        row = {"run": self.run, **row, **environment(self.device)}
+        row = {"run": self.run, **row, **environment(self.device.type)}
         self.rows.append(row)
         write(self.path, self.rows)
         return row
+
+    @contextlib.contextmanager
+    def guarded(self, what: str) -> Iterator[None]:
+        """A failure inside is told, kept for the end, and costs nothing else its figures.
+
+        What does not fit into the device's memory is left out, and said so.
+        """
+        try:
+            yield
+        except Exception as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                print(f"{what}: not enough memory, not measured", flush=True)
+            else:
+                self.failed.append(f"{what}: {type(error).__name__}: {error}".partition("\n")[0])
+                print(f"{what} failed: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+            traceback.clear_frames(error.__traceback__)  # they may hold tensors, which the error outlives
+        self.release()
+
+    def release(self) -> None:
+        """Give back what nothing holds any more: a model of 14 GB must be gone before the next one comes."""
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def status(self) -> int:
+        """The command's exit status; what failed is told once more."""
+        for what in self.failed:
+            print(f"wrong or missing: {what}", file=sys.stderr)
+        return int(bool(self.failed))

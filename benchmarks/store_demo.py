@@ -6,11 +6,17 @@ import argparse
 import json
 import shutil
 import sys
+from pathlib import Path
 
-from benchmarks.rows import RESULTS, Row, Store
+from benchmarks.rows import IMAGES, RESULTS, Row, Run
 
 PICTURES = ("loss.png", "scenes.png", "photographs.png")
 KINDS = ("existence", "colour", "place", "mean")
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("demo", type=Path, help="folder that `make demo` wrote")
+    parser.add_argument("--images", type=Path, default=IMAGES, help="folder of the README's pictures")
 
 
 def main(options: argparse.Namespace) -> int:
@@ -25,7 +31,7 @@ def main(options: argparse.Namespace) -> int:
         temporary = options.images / f"demo-{name}.part"
         shutil.copyfile(options.demo / name, temporary)
         temporary.replace(options.images / f"demo-{name}")
-    Store(RESULTS / "demo.jsonl", "cpu", "demo").add(results)
+    Run(RESULTS / "demo.jsonl", "cpu", "demo").add(results)
     return 0
 
 
