@@ -10,6 +10,8 @@ from benchmarks import options
 from benchmarks.rows import BadRows
 
 COMMANDS = {
+    "smoke": "every way of every kernel once, held to the reference, in processes that may hang",
+    "sanitize": "every kernel under compute-sanitizer; exit status 3 if it is not here",
     "roofline": "every operator and backend against a copy of the same bytes",
     "overhead": "what anchors cost in whole models, and what dropping image tokens saves",
     "training": "a short LoRA training run of TinyLLaVA, plain against anchors",

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from attanchor_kernels import AnchoredSequence, build_sequence, merge_sequence, ops
+from attanchor_kernels import AnchoredSequence, backends, build_sequence, merge_sequence, ops
 from attanchor_kernels.problem import Problem
 from attanchor_kernels.testing.checks import BAND
 from attanchor_kernels.testing.inputs import SHAPES, TAU, Shape, merge_form
@@ -99,9 +99,9 @@ def make_inputs(case: Case, device: torch.device, seed: int) -> Inputs:
         return Inputs(image, text, roles, positions)
     if case.operation == "forward":
         return Inputs(image, text, position_ids=positions)
-    source, places = _plan(case, image, text)
+    plan = ops.plan(problem_of(case, Inputs(image, text)), "reference")
     grad = torch.randn(case.batch, case.capacity, case.shape.hidden, device=device, dtype=torch.float32)
-    return Inputs(image, text, None, positions, grad.to(case.dtype), source, places)
+    return Inputs(image, text, None, positions, grad.to(case.dtype), plan.source, plan.places)
 
 
 def _pair(case: Case, device: torch.device, seed: int) -> tuple[Tensor, Tensor]:
@@ -124,11 +124,29 @@ def _pair(case: Case, device: torch.device, seed: int) -> tuple[Tensor, Tensor]:
     return image, text
 
 
-def _plan(case: Case, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
-    """`source` and `places` of a forward of the same case."""
-    problem = Problem(image, text, TAU, max_anchors=case.max_anchors)
-    plan = ops.plan(problem, "reference")
-    return plan.source, plan.places
+def kernel_backends(device: torch.device) -> list[str]:
+    """The backends that are measured against the floor: on a GPU the kernels, on a CPU the reference."""
+    if device.type == "cpu":
+        return ["reference"]
+    return [name for name in ("cuda", "triton") if backends.why_not(name, device.type) is None]
+
+
+def problem_of(case: Case, inputs: Inputs) -> Problem:
+    """What the operator of a forward or a merge hands to its backend."""
+    options: dict = {"max_anchors": case.max_anchors, "roles": inputs.roles}
+    if inputs.position_ids is not None:
+        options |= {"inherit": True, "position_ids": inputs.position_ids}
+    return Problem(inputs.image, inputs.text, TAU, **options)
+
+
+def launched(backend: str, case: Case, inputs: Inputs, tuning: Any = None) -> dict[str, Any]:
+    """How the CUDA backend cuts a forward or a merge into tiles and what the device runs at once, for a row."""
+    if backend != "cuda" or inputs.image.device.type != "cuda" or case.operation == "backward":
+        return {}
+    from attanchor_kernels.backends.cuda import launch
+
+    found = launch.launched(problem_of(case, inputs), tuning=tuning)
+    return {} if found is None else {"launched": found._asdict()}
 
 
 def run(case: Case, inputs: Inputs, backend: str) -> tuple[Any, ...]:

@@ -3,19 +3,32 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from attanchor_kernels import backends
 from attanchor_kernels.testing.inputs import SHAPES
-from benchmarks import floor, options, timing
+from benchmarks import floor, options, smoke, timing, tune
 from benchmarks.baselines import MATMUL_DTYPES, Compiled, plain_merge, verify_merge
-from benchmarks.cases import OPERATIONS, SHAPE_OF, Case, Inputs, WrongResult, make_inputs, run, verify
-from benchmarks.rows import Row, Run
+from benchmarks.cases import (
+    OPERATIONS,
+    SHAPE_OF,
+    Case,
+    Inputs,
+    WrongResult,
+    kernel_backends,
+    launched,
+    make_inputs,
+    run,
+    verify,
+)
+from benchmarks.rows import Row, Run, read
 from benchmarks.timing import Timing
 
 PASSES = ("kernels", "baselines")
@@ -92,6 +105,7 @@ class Roofline(Run):
                 verify(case, expected, run(case, sets[0], name))
                 taken = self.measure([partial(run, case, inputs, name) for inputs in sets])
                 row = {**case.describe(), **taken.describe(), "backend": name, "floor_us": round(least.p50 * 1e6, 3)}
+                row |= launched(name, case, sets[0])
                 row["auto"] = name == backends.choose("auto", self.device, case.dtype)
                 row["ratio"] = round(taken.p50 / least.p50, 4)
                 # Digits, not decimals: it can be tiny.
@@ -135,13 +149,6 @@ class Roofline(Run):
                     self.baseline(compiled.name, case, [partial(compiled, inputs) for inputs in sets])
 
 
-def kernel_backends(device: torch.device) -> list[str]:
-    """The backends that are measured against the floor: on a GPU the kernels, on a CPU the reference."""
-    if device.type == "cpu":
-        return ["reference"]
-    return [name for name in ("cuda", "triton") if backends.why_not(name, device.type) is None]
-
-
 def add_options(parser: argparse.ArgumentParser) -> None:
     options.device(parser)
     options.output(parser, "roofline")
@@ -160,6 +167,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--matmuls", type=options.names(MATMUL_DTYPES), help="compiled baselines' matmul; '' for none, as on a CPU"
     )
+    parser.add_argument("--smoke", type=Path, help="rows of a smoke run: what failed there is not chosen")
     parser.add_argument("--repeats", type=options.number, default=15, help="of each measurement (default: %(default)s)")
     parser.add_argument("--budget", type=float, default=0.4, help="seconds for each measurement (default: %(default)s)")
 
@@ -171,6 +179,14 @@ def main(given: argparse.Namespace) -> int:
             print(f"--backends is {name}, which cannot run here: {reason}", file=sys.stderr)
             return 2
     on = Roofline(given)
+    # After a smoke run in which tiles that stay on chip failed, the other way is measured.
+    changes = smoke.safe_choice(read(given.smoke)) if given.smoke else {}
+    with tune.choice_with("cuda", changes) if changes else contextlib.nullcontext():
+        _measure(on, given)
+    return on.status()
+
+
+def _measure(on: Roofline, given: argparse.Namespace) -> None:
     on_cpu = on.device.type == "cpu"
     shapes = given.shapes or (("toy",) if on_cpu else tuple(shape.name for shape in SHAPES))
     # The sizes that the targets are about come first, so that a run cut short has them.
@@ -192,4 +208,3 @@ def main(given: argparse.Namespace) -> int:
         forward = [case for case in cases if case.operation == "forward" and case.batch in COMPILED_BATCHES]
         for name in shapes:
             on.compiled([case for case in forward if case.shape.name == name], matmuls)
-    return on.status()

@@ -345,7 +345,7 @@ def test_what_runs_under_the_sanitizer_finds_a_wrong_result(monkeypatch, capsys)
 
 def test_the_sanitizer_says_that_it_is_not_here(monkeypatch, capsys):
     monkeypatch.setattr(sanitize, "find_binary", lambda: None)
-    assert sanitize.main([]) == sanitize.UNAVAILABLE
+    assert main(["sanitize"]) == sanitize.UNAVAILABLE
     assert "it comes with the CUDA toolkit" in capsys.readouterr().out
 
 
