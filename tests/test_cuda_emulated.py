@@ -12,11 +12,11 @@ from limits import LIMITS
 from strategies import KERNEL_DTYPES, build_arguments, merge_arguments
 from torch import Tensor
 
-from attanchor_kernels import AnchoredSequence, reference, validate
+from attanchor_kernels import AnchoredSequence, checks, reference
 from attanchor_kernels.api import shift_places
 from attanchor_kernels.backends.launching import rows_contiguous
 from attanchor_kernels.problem import Problem
-from attanchor_kernels.testing.checks import assert_keeps_contract
+from attanchor_kernels.testing.contract import assert_keeps_contract
 from attanchor_kernels.testing.inputs import TAU, Shape, matched_pair, random_roles
 
 sys.path.insert(0, str(Path(__file__).parent / "emulator"))
@@ -88,7 +88,7 @@ def check_transpose(problem: Problem, source: Tensor, places: Tensor) -> None:
     if problem.batch % 2:  # an upstream gradient need not be contiguous
         upstream = upstream.repeat_interleave(2, dim=1)[:, ::2]
     for need_image, need_text in ((True, True), (True, False), (False, True)):
-        arguments = upstream, source, places, tuple(image.shape), tuple(text.shape), need_image, need_text
+        arguments = upstream, places, tuple(image.shape), tuple(text.shape), need_image, need_text
         got, expected = emulator.backend.assemble_backward(*arguments), reference.assemble_backward(*arguments)
         for one, other in zip(got, expected, strict=True):
             assert torch.equal(one, other)
@@ -104,7 +104,7 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
 def test_build(poisoned_empty, data):
     """Every option of build_sequence, ragged and empty inputs, any strides, on every variant and a random device."""
     arguments = data.draw(build_arguments(KERNEL_DTYPES))
-    problem = validate.build_call(**arguments).problem
+    problem = checks.build_call(**arguments).problem
     check(problem, data.draw(schedules(problem)))
 
 
@@ -113,7 +113,7 @@ def test_build(poisoned_empty, data):
 def test_merge(poisoned_empty, data):
     """Every option of merge_sequence and plan_sequence, roles in any order."""
     arguments = data.draw(merge_arguments(KERNEL_DTYPES))
-    problem = validate.merge_call(**arguments).problem
+    problem = checks.merge_call(**arguments).problem
     check(problem, data.draw(schedules(problem)))
 
 
@@ -127,7 +127,7 @@ def test_more_than_a_tile(poisoned_empty, dtype, direction):
     text[:, ::9] += image[:, 3::8][:, :8]
     image[:, 68], text[:, 65] = image[:, 3], text[:, 9]  # equal hosts, equal movers
     arguments = None, None, None, 6, direction, "inherit", None, "left"
-    problem = validate.build_call(image.to(dtype), text.to(dtype), 0.3, *arguments).problem
+    problem = checks.build_call(image.to(dtype), text.to(dtype), 0.3, *arguments).problem
     results = []
     # float16 differs from bfloat16 in its multiplication alone.
     for tuning in launch.variants(dtype)[:: 5 if dtype == torch.float16 else 1]:
@@ -158,7 +158,7 @@ def test_large_budget(poisoned_empty, direction, budget):
     movers, hosts = (torch.randint(-1, 2, (1, count, 5), generator=generator).float() for count in (300, 20))
     image, text = (hosts, movers) if direction == "text_into_image" else (movers, hosts)
     arguments = None, None, None, budget, direction, "sequential", None, "right"
-    problem = validate.build_call(image, text, 0.0, *arguments).problem
+    problem = checks.build_call(image, text, 0.0, *arguments).problem
     check(problem, (launch.Tuning(32, 1, hold=0), 4, budget))
 
 
@@ -171,7 +171,7 @@ def test_merge_of_many_samples(poisoned_empty):
     image = torch.randn(features, 24, generator=generator, dtype=torch.bfloat16)
     turn = torch.randint(0, 3, roles.shape, generator=generator, dtype=torch.int32).sort(1).values
     for seed, direction in enumerate(("text_into_image", "image_into_text")):
-        problem = validate.merge_call(*(text, image, roles, 0.5, turn, 20, direction, "inherit", None, "right")).problem
+        problem = checks.merge_call(*(text, image, roles, 0.5, turn, 20, direction, "inherit", None, "right")).problem
         for features_there in (features, features - 40):  # with 40 fewer, the last placeholders hold NaN
             check(problem._replace(image=image[:features_there]), (launch.Tuning(lag=2), 3, seed))
         unknown = torch.where(roles == 0, torch.randint(5, 256, roles.shape, generator=generator), roles)
@@ -200,11 +200,11 @@ def test_held_tiles(poisoned_empty, direction, resident):
     roles[3] = 0
     image = torch.randn(int(((roles == 2) | (roles == 4)).sum()), 32, generator=generator, dtype=torch.bfloat16)
     text = torch.randn(4, 260, 32, generator=generator, dtype=torch.bfloat16)
-    merge = validate.merge_call(*(text, image, roles, 0.5, None, 9, direction, "inherit", None, "left")).problem
+    merge = checks.merge_call(*(text, image, roles, 0.5, None, 9, direction, "inherit", None, "left")).problem
     image, text = (torch.randn(3, count, 32, generator=generator, dtype=torch.bfloat16) for count in (150, 90))
     mask = torch.rand(3, 150, generator=generator) < 0.7
     arguments = None, None, None, direction, "sequential", None, "right"
-    build = validate.build_call(image, text, 0.5, mask, *arguments).problem
+    build = checks.build_call(image, text, 0.5, mask, *arguments).problem
     for problem in (merge, build):
         for cluster, bulk in ((4, 1), (8, 0), (8, 1)):
             check(problem, (launch.Tuning(32, cluster, hold=1, bulk=bulk), cluster * resident, resident))
@@ -280,14 +280,14 @@ def test_surplus_features_get_no_gradient(poisoned_empty):
     roles = random_roles(2, 40, generator)
     image = torch.randn(90, 12, generator=generator)
     text = torch.randn(2, 40, 12, generator=generator)
-    problem = validate.merge_call(text, image, roles, 0.1, None, None, *_PLAIN).problem
+    problem = checks.merge_call(text, image, roles, 0.1, None, None, *_PLAIN).problem
     check(problem, (launch.Tuning(), 3, 4))
 
 
 def test_large_d_in_slices(poisoned_empty):
     """At D = 9000, with sums that truncate, a text equal to an image scores 1 within the band."""
     image = torch.rand(1, 3, 9000, generator=torch.Generator().manual_seed(6)).bfloat16()
-    problem = validate.build_call(image, image.clone(), 0.9, None, None, None, None, *_PLAIN).problem
+    problem = checks.build_call(image, image.clone(), 0.9, None, None, None, None, *_PLAIN).problem
     for tile_images, cluster, hold in ((16, 1, 0), (64, 8, 0), (64, 8, 1)):
         result, _ = run(problem, (launch.Tuning(tile_images, cluster, hold=hold), 8, 1))
         assert (result.score - 1).abs().max() < 2e-5
@@ -298,7 +298,7 @@ def test_large_d_in_slices(poisoned_empty):
 def test_long_rows(poisoned_empty, tile_images, cluster):
     """The pipeline well under way in every block of a cluster: the reference's very rows and places."""
     image, text = matched_pair(2, Shape("long rows", 100, 20, 3200), dtype=torch.bfloat16)
-    problem = validate.build_call(image, text, TAU, None, None, None, 8, *_PLAIN).problem
+    problem = checks.build_call(image, text, TAU, None, None, None, 8, *_PLAIN).problem
     expected_rows, expected = reference.construct(problem)
     ways = [{"hold": 0}, {"hold": 1, "bulk": 0}, {"hold": 1, "bulk": 1}]
     for seed, way in enumerate(ways):
@@ -315,7 +315,7 @@ def test_barrier_on_any_device(resident):
     generator = torch.Generator().manual_seed(7)
     image = torch.randn(5, 70, 8, generator=generator, dtype=torch.float16)
     text = torch.randn(5, 6, 8, generator=generator, dtype=torch.float16)
-    problem = validate.build_call(image, text, 0.3, None, None, None, 3, *_PLAIN).problem
+    problem = checks.build_call(image, text, 0.3, None, None, None, 3, *_PLAIN).problem
     results = []
     for seed in range(4):
         for lag in (1, 2, 5):
@@ -332,7 +332,7 @@ def test_nothing_is_written_outside(poisoned_empty):
     generator = torch.Generator().manual_seed(8)
     image, text = torch.randn(2, 37, 19, generator=generator), torch.randn(2, 9, 19, generator=generator)
     arguments = None, None, None, 4, "text_into_image", "inherit", None, "left"
-    problem = validate.build_call(image, text, 0.1, *arguments).problem
+    problem = checks.build_call(image, text, 0.1, *arguments).problem
     rims: list[Tensor] = []
 
     def rimmed(shape, dtype, device):

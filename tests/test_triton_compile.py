@@ -286,7 +286,7 @@ def _launchers() -> None:
         launch.match(Problem(image, text, 0.5))
         embeds, plan = launch.construct(Problem(image, text, 0.5, max_anchors=3))
         launch.assemble(image, text, plan.source, plan.places)
-        launch.assemble_backward(embeds, plan.source, plan.places, image.shape, text.shape, True, True)
+        launch.assemble_backward(embeds, plan.places, image.shape, text.shape, True, True)
     print(json.dumps({name: len(kernel.made) for name, kernel in launched.items()}))
 
 

@@ -5,7 +5,7 @@ A backend is a module with four functions over a `Problem`:
     construct(problem) -> (embeds (B, C, D), Plan)     match, plan and copy in one pass
     plan(problem) -> Plan                              the same without the copy
     assemble(image, text, source, places) -> embeds    the copy alone
-    assemble_backward(grad, source, places, image_shape, text_shape, need_image, need_text) -> (grad_image, grad_text)
+    assemble_backward(grad, places, image_shape, text_shape, need_image, need_text) -> (grad_image, grad_text)
 
 The last two are linear and each other's transpose. `source` and `places` as in `Plan`, possibly trimmed to L <= C rows.
 """

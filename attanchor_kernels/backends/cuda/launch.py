@@ -104,6 +104,8 @@ def _run(problem: Problem, copy: bool, tuning: Tuning | None) -> tuple[Tensor | 
     if batch == 0 or problem.capacity == 0:
         return embeds, made, None
 
+    if problem.drops or problem.tau_tensor is not None:
+        raise NotImplementedError("the CUDA kernels take neither keep nor a tensor tau")
     chosen = selection(problem)
     stream = current_stream(device)
     with on_device(device):
@@ -119,7 +121,8 @@ def _run(problem: Problem, copy: bool, tuning: Tuning | None) -> tuple[Tensor | 
         contiguous(problem.anchor_mask),
         contiguous(problem.position_ids),
         embeds,
-        *made,
+        *made[:-2],
+        made.places,
         state,
         chosen.tau,
         chosen.budget,
@@ -143,7 +146,6 @@ def assemble(image: Tensor, text: Tensor, source: Tensor, places: Tensor) -> Ten
 
 def assemble_backward(
     grad: Tensor,
-    source: Tensor,
     places: Tensor,
     image_shape: tuple[int, ...],
     text_shape: tuple[int, ...],
@@ -156,7 +158,7 @@ def assemble_backward(
         return image_grad, text_grad
     _assemble_backward(
         rows_contiguous(grad),
-        source.contiguous(),
+        grad.new_empty(grad.shape[:2], dtype=torch.int64),  # in the place of `source`: its shape alone is read
         places.contiguous(),
         # The shape of a gradient that nobody needs still says how the slots are made up; it has one element.
         image_grad if need_image else grad.new_empty(1).expand(image_shape),

@@ -43,8 +43,9 @@ def run(problem: Problem, *, copy: bool, schedule: schedules.Schedule | None = N
     embeds = empty_embeds(problem) if copy else None
     made = Plan.empty(problem)
     if problem.batch and problem.capacity:
-        fields = made._replace(is_anchor=made.is_anchor.view(torch.uint8))
-        _launch(problem, Outputs(embeds, *fields), schedule)
+        fields = made._replace(is_anchor=made.is_anchor.view(torch.uint8))._asdict()
+        del fields["relevance"]
+        _launch(problem, Outputs(embeds, **fields), schedule)
     return embeds, made
 
 
@@ -64,6 +65,8 @@ def match(problem: Problem, *, schedule: schedules.Schedule | None = None) -> tu
 
 def _launch(problem: Problem, outputs: Outputs, schedule: schedules.Schedule | None) -> None:
     """The construct kernel, which makes what `outputs` has a tensor for."""
+    if problem.drops or problem.tau_tensor is not None:
+        raise NotImplementedError("the Triton kernels take neither keep nor a tensor tau")
     batch, slots, hidden, merges = problem.batch, problem.slots, problem.hidden, problem.merges
     image, text = rows_contiguous(problem.image), rows_contiguous(problem.text)
     aligned = alignment(image, text)
@@ -164,7 +167,6 @@ def assemble(image: Tensor, text: Tensor, source: Tensor, places: Tensor) -> Ten
 
 def assemble_backward(
     grad: Tensor,
-    source: Tensor,
     places: Tensor,
     image_shape: tuple[int, ...],
     text_shape: tuple[int, ...],

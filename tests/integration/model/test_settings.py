@@ -156,9 +156,9 @@ def test_settings_as_json():
 
 
 def test_settings_name_what_the_operators_know():
-    from attanchor_kernels import backends, validate
+    from attanchor_kernels import backends, checks
 
-    assert (DIRECTIONS, POSITIONS, BACKENDS) == (validate.DIRECTIONS, validate.POSITIONS, backends.NAMES)
+    assert (DIRECTIONS, POSITIONS, BACKENDS) == (checks.DIRECTIONS, checks.POSITIONS, backends.NAMES)
 
 
 def test_attach_wants_a_model_and_settings():

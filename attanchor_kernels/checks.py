@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import operator
+from numbers import Real
 from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from attanchor_kernels.problem import IMAGE, SILENT_IMAGE, Problem
+from attanchor_kernels.problem import Problem, Role
 
 T = TypeVar("T", Tensor, Tensor | None)
 
@@ -17,7 +18,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 DIRECTIONS = ("text_into_image", "image_into_text")
 POSITIONS = ("sequential", "inherit")
 PADDING_SIDES = ("right", "left")
-MOST_ANCHORS = 2**30  # rows are counted in 32 bits
+MOST_ROWS = 2**30  # rows are counted in 32 bits
 
 
 class Call(NamedTuple):
@@ -28,14 +29,18 @@ class Call(NamedTuple):
     flat_positions: bool  # position_ids come without the P axis
 
 
-def _floating(name: str, value: Tensor) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} is {type(value).__name__}; it should be a torch.Tensor")
-    if value.dtype not in DTYPES:
-        raise TypeError(f"{name} has dtype {value.dtype}; it should be float16, bfloat16, float32 or float64")
+def _dense(name: str, value: Tensor, otherwise: str = "") -> None:
+    if not isinstance(value, Tensor) or isinstance(value, torch.nn.UninitializedParameter):
+        raise TypeError(f"{name} is {type(value).__name__}; it should be a torch.Tensor{otherwise}")
     if value.layout != torch.strided or value.is_nested:
         layout = "nested" if value.is_nested else value.layout
         raise TypeError(f"{name} has layout {layout}; it should be a dense tensor")
+
+
+def _floating(name: str, value: Tensor) -> None:
+    _dense(name, value)
+    if value.dtype not in DTYPES:
+        raise TypeError(f"{name} has dtype {value.dtype}; it should be float16, bfloat16, float32 or float64")
 
 
 def _pair(first_name: str, first: Tensor, second_name: str, second: Tensor) -> None:
@@ -69,8 +74,7 @@ def _companion(name: str, value: Tensor | None, dtype: torch.dtype, shape: tuple
     """An optional tensor that goes with the embeddings: its dtype, shape and device."""
     if value is None:
         return
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} is {type(value).__name__}; it should be a torch.Tensor or None")
+    _dense(name, value, " or None")
     if value.dtype != dtype:
         raise TypeError(f"{name} has dtype {value.dtype}; it should be {dtype}")
     if value.shape != shape:
@@ -79,13 +83,22 @@ def _companion(name: str, value: Tensor | None, dtype: torch.dtype, shape: tuple
         raise ValueError(f"{name} is on {value.device}; it should be on {like.device}, where the embeddings are")
 
 
-def _options(tau, direction: str, positions: str, position_ids, padding_side: str) -> None:
-    if isinstance(tau, bool) or not isinstance(tau, (int, float)):
-        raise TypeError(f"tau is {type(tau).__name__}; it should be a Python float (reading a tensor would sync)")
+def _threshold(tau, like: Tensor) -> dict:
+    """`tau` and `tau_tensor` of a problem."""
+    if isinstance(tau, Tensor):
+        _companion("tau", tau, torch.float32, (), like)
+        return {"tau": 1.0, "tau_tensor": tau.detach()}
+    if isinstance(tau, bool) or not isinstance(tau, (int, float, Real)):
+        raise TypeError(f"tau is {type(tau).__name__}; it should be a number, or a 0-dim float32 tensor")
     if tau != tau:  # NaN; math.isnan cannot be traced
         raise ValueError("tau is NaN; it should be a number (tau >= 1 inserts nothing)")
     if isinstance(tau, int) and abs(tau) >= 2**1023:
         raise ValueError("tau is an integer that no float holds; it should be a number of usual size, such as 0.5")
+    return {"tau": float(tau)}
+
+
+def _options(direction: str, positions: str, position_ids, padding_side: str) -> dict:
+    """The options of a problem that are strings outside."""
     for name, value, allowed in (
         ("direction", direction, DIRECTIONS),
         ("positions", positions, POSITIONS),
@@ -98,31 +111,53 @@ def _options(tau, direction: str, positions: str, position_ids, padding_side: st
             f"position_ids is given with positions={positions!r}, which counts its own; "
             "pass positions='inherit' or leave position_ids out"
         )
+    return {
+        "image_into_text": direction == "image_into_text",
+        "inherit": positions == "inherit",
+        "pad_left": padding_side == "left",
+    }
 
 
-def _budget(max_anchors):
-    """`max_anchors` as an int (or a SymInt under compilation); None stays None."""
-    if max_anchors is None or isinstance(max_anchors, torch.SymInt):
-        return max_anchors
+def _count(name: str, value):
+    """A number of rows as an int (or a SymInt under compilation); None stays None."""
+    if value is None or isinstance(value, torch.SymInt):
+        return value
     try:
-        if isinstance(max_anchors, (bool, Tensor)):  # reading a tensor would sync
+        if isinstance(value, (bool, Tensor)):  # reading a tensor would sync
             raise TypeError
-        count = max_anchors if isinstance(max_anchors, int) else operator.index(max_anchors)
+        count = value if isinstance(value, int) else operator.index(value)
     except TypeError:
-        raise TypeError(f"max_anchors is {type(max_anchors).__name__}; it should be an int or None") from None
-    if not 0 <= count <= MOST_ANCHORS:
-        raise ValueError(
-            f"max_anchors is {count}; it should be 0 or more and at most {MOST_ANCHORS}, or None for no budget"
-        )
+        raise TypeError(f"{name} is {type(value).__name__}; it should be an int or None") from None
+    if not 0 <= count <= MOST_ROWS:
+        raise ValueError(f"{name} is {count}; it should be 0 or more and at most {MOST_ROWS}, or None for no limit")
     return count
+
+
+def _dropping(keep, keep_each, salience, cells, per_sample: tuple[int, ...], per_image: tuple[int, ...], like) -> dict:
+    """What says which image tokens stay; `keep` is an int, `keep_each` a tensor."""
+    if keep is None and keep_each is None and salience is None and cells is None:
+        return {}
+    if keep is not None and keep_each is not None:
+        raise ValueError("keep and keep_each are both given; they should be one count for all samples, or one for each")
+    _companion("keep", keep_each, torch.int32, per_sample, like)
+    for name, value in (("salience", salience), ("cells", cells)):
+        if value is not None and keep is None and keep_each is None:
+            raise ValueError(f"{name} is given without keep; pass keep, the number of image tokens that stay")
+    _companion("salience", salience, torch.float32, per_image, like)
+    _companion("cells", cells, torch.int32, per_image, like)
+    return {
+        "keep": _count("keep", keep),
+        "keep_each": keep_each,
+        "salience": None if salience is None else salience.detach(),
+        "cells": cells,
+    }
 
 
 def _positions(position_ids: Tensor | None, shape: tuple[int, ...], like: Tensor) -> None:
     """`position_ids` is `shape`, or (P, *shape) with P >= 1."""
     if position_ids is None:
         return
-    if not isinstance(position_ids, Tensor):
-        raise TypeError(f"position_ids is {type(position_ids).__name__}; it should be a torch.Tensor or None")
+    _dense("position_ids", position_ids, " or None")
     axes = position_ids.shape[: position_ids.dim() - len(shape)]
     if len(axes) > 1 or 0 in axes or position_ids.shape[len(axes) :] != shape:
         raise ValueError(
@@ -136,14 +171,17 @@ def build_call(
     img,
     txt,
     tau,
-    img_mask,
-    txt_mask,
-    anchor_mask,
-    max_anchors,
-    direction,
-    positions,
-    position_ids,
-    padding_side,
+    img_mask=None,
+    txt_mask=None,
+    anchor_mask=None,
+    max_anchors=None,
+    direction="text_into_image",
+    positions="sequential",
+    position_ids=None,
+    padding_side="right",
+    keep=None,
+    salience=None,
+    cells=None,
 ) -> Call:
     """Check the arguments of `build_sequence` and give them the batch axis."""
     _pair("img", img, "txt", txt)
@@ -152,23 +190,29 @@ def build_call(
     if txt.dim() != img.dim() or txt.shape[-1] != img.shape[-1] or txt.shape[:-2] != img.shape[:-2]:
         expected = ", ".join(map(str, (*img.shape[:-2], "N", img.shape[-1])))
         raise ValueError(f"txt has shape {tuple(txt.shape)}; with img {tuple(img.shape)} it should be ({expected})")
-    _options(tau, direction, positions, position_ids, padding_side)
-    max_anchors = _budget(max_anchors)
+    threshold = _threshold(tau, img)
+    options = _options(direction, positions, position_ids, padding_side)
+    max_anchors = _count("max_anchors", max_anchors)
     _companion("img_mask", img_mask, torch.bool, img.shape[:-1], img)
     _companion("txt_mask", txt_mask, torch.bool, txt.shape[:-1], img)
     _companion("anchor_mask", anchor_mask, torch.bool, txt.shape[:-1], img)
     _positions(position_ids, (*img.shape[:-2], img.shape[-2] + txt.shape[-2]), img)
+    dropping = _dropping(keep, None, salience, cells, (), img.shape[:-1], img)
 
     unbatched = img.dim() == 2
+    for name in dropping.keys() & {"salience", "cells"}:
+        dropping[name] = _batched(dropping[name], unbatched)
     problem = Problem(
         image=_batched(img, unbatched),
         text=_batched(txt, unbatched),
-        tau=float(tau),
         image_mask=_batched(img_mask, unbatched),
         text_mask=_batched(txt_mask, unbatched),
         anchor_mask=_batched(anchor_mask, unbatched),
-        **_shared(max_anchors, direction, positions, padding_side),
+        max_anchors=max_anchors,
         position_ids=_with_axis(position_ids, unbatched),
+        **threshold,
+        **options,
+        **dropping,
     )
     return Call(problem, unbatched, position_ids is None or position_ids.dim() == img.dim() - 1)
 
@@ -178,12 +222,16 @@ def merge_call(
     image_embeds,
     roles,
     tau,
-    turn,
-    max_anchors,
-    direction,
-    positions,
-    position_ids,
-    padding_side,
+    turn=None,
+    max_anchors=None,
+    direction="text_into_image",
+    positions="sequential",
+    position_ids=None,
+    padding_side="right",
+    keep=None,
+    keep_each=None,
+    salience=None,
+    cells=None,
 ) -> Call:
     """Check the arguments of `merge_sequence` or `plan_sequence` and give them the batch axis."""
     _pair("text_embeds", text_embeds, "image_embeds", image_embeds)
@@ -192,35 +240,33 @@ def merge_call(
     hidden = text_embeds.shape[-1]
     if image_embeds.dim() != 2 or image_embeds.shape[-1] != hidden:
         raise ValueError(f"image_embeds has shape {tuple(image_embeds.shape)}; it should be (T, {hidden})")
-    _options(tau, direction, positions, position_ids, padding_side)
-    max_anchors = _budget(max_anchors)
-    if not isinstance(roles, Tensor):
-        raise TypeError(f"roles is {type(roles).__name__}; it should be a torch.Tensor")
+    threshold = _threshold(tau, text_embeds)
+    options = _options(direction, positions, position_ids, padding_side)
+    max_anchors = _count("max_anchors", max_anchors)
     slots = text_embeds.shape[:-1]
+    _dense("roles", roles)
     _companion("roles", roles, torch.uint8, slots, text_embeds)
     _companion("turn", turn, torch.int32, slots, text_embeds)
     _positions(position_ids, tuple(slots), text_embeds)
+    if isinstance(keep, Tensor) and keep_each is None:
+        keep, keep_each = None, keep
+    dropping = _dropping(keep, keep_each, salience, cells, slots[:-1], image_embeds.shape[:1], text_embeds)
 
     unbatched = text_embeds.dim() == 2
+    if "keep_each" in dropping:
+        dropping["keep_each"] = _batched(dropping["keep_each"], unbatched)
     problem = Problem(
         image=image_embeds,
         text=_batched(text_embeds, unbatched),
-        tau=float(tau),
         roles=_batched(roles, unbatched),
         turn=_batched(turn, unbatched),
-        **_shared(max_anchors, direction, positions, padding_side),
+        max_anchors=max_anchors,
         position_ids=_with_axis(position_ids, unbatched),
+        **threshold,
+        **options,
+        **dropping,
     )
     return Call(problem, unbatched, position_ids is None or position_ids.dim() == text_embeds.dim() - 1)
-
-
-def _shared(max_anchors, direction: str, positions: str, padding_side: str) -> dict:
-    return {
-        "max_anchors": max_anchors,
-        "image_into_text": direction == "image_into_text",
-        "inherit": positions == "inherit",
-        "pad_left": padding_side == "left",
-    }
 
 
 def _batched(value: T, unbatched: bool) -> T:
@@ -238,7 +284,7 @@ def _with_axis(position_ids: Tensor | None, unbatched: bool) -> Tensor | None:
 
 def count_roles(roles: Tensor) -> Tensor:
     """(2,) int64 on the device of `roles`: the number of placeholders, the largest role."""
-    placeholders = ((roles == IMAGE) | (roles == SILENT_IMAGE)).sum()
+    placeholders = ((roles == Role.IMAGE) | (roles == Role.SILENT_IMAGE)).sum()
     largest = roles.max().long() if roles.numel() else placeholders.new_zeros(())
     return torch.stack([placeholders, largest])
 
@@ -246,7 +292,7 @@ def count_roles(roles: Tensor) -> Tensor:
 def check_roles(counts: Tensor | list[int], features: int) -> None:
     """Hold the contents of `roles`, as `count_roles` found them, to what `merge_sequence` demands."""
     placeholders, largest = counts.tolist() if isinstance(counts, Tensor) else counts
-    if largest > SILENT_IMAGE:
+    if largest > max(Role):
         raise ValueError(
             f"roles holds {largest}; it should hold 0 (padding), 1 (text), 2 (image placeholder), "
             "3 (text that is matched) or 4 (image placeholder that is not matched)"
@@ -260,5 +306,14 @@ def check_roles(counts: Tensor | list[int], features: int) -> None:
 
 def contents(problem: Problem) -> None:
     """Checks that read a tensor: made on the CPU alone, since elsewhere they would cost a device sync."""
-    if problem.roles is not None and problem.text.device.type == "cpu":
+    if problem.text.device.type != "cpu":
+        return
+    if problem.roles is not None:
         check_roles(count_roles(problem.roles), problem.image.shape[0])
+    if problem.keep_each is not None and (problem.keep_each < 0).any():
+        raise ValueError(f"keep holds {int(problem.keep_each.min())}; it should hold 0 or more")
+    if problem.cells is not None and (problem.cells >= problem.images).any():
+        raise ValueError(
+            f"cells holds {int(problem.cells.max())}; a cell should be below {problem.images}, the most image tokens "
+            "that a sample could have, or negative for a token in none"
+        )

@@ -24,12 +24,30 @@ def assert_keeps_contract(result: AnchoredSequence, problem: Problem, *, trimmed
     orders = []
     for sample in samples:
         host_of = _check_decisions(result, sample)
-        orders.append(sample.order(host_of))
+        relevance = _check_relevance(result, sample)
+        orders.append(sample.order(host_of, sample.survivors(relevance, host_of)))
     longest = max(map(len, orders), default=0)
     length = longest if trimmed else problem.capacity
     _same("length", result.source.shape, (problem.batch, length))
     for sample, order in zip(samples, orders, strict=True):
         _check_layout(result, sample, order, length)
+
+
+def assert_same_fields(got: AnchoredSequence, expected: AnchoredSequence) -> None:
+    """Two results are equal in every field, bit for bit; a NaN equals any other.
+
+    Raises:
+        AssertionError: naming the field.
+    """
+    for name, one, other in zip(AnchoredSequence._fields, got, expected, strict=True):
+        if one is None or other is None:
+            assert one is other, f"{name} is there in one of the two alone"
+            continue
+        _same(f"shape of {name}", one.shape, other.shape)
+        if one.is_floating_point():
+            assert torch.equal(one.isnan(), other.isnan()), name
+            one, other = (field.masked_fill(field.isnan(), 0) for field in (one, other))
+        assert torch.equal(one, other), name
 
 
 def _check_decisions(result: AnchoredSequence, sample: Sample) -> dict[int, int]:
@@ -49,7 +67,7 @@ def _check_decisions(result: AnchoredSequence, sample: Sample) -> dict[int, int]
         assert abs(scores[mover] - best) <= BAND, f"{where}: score is {scores[mover]}, best cosine is {best}"
         if not sample.rows[slot].any():
             _same(f"{where}: score of a zero row", scores[mover], 0.0)
-        if problem.tau < 1 and scores[mover] >= problem.tau - BAND:
+        if sample.tau < 1 and scores[mover] >= sample.tau - BAND:
             eligible[slot] = scores[mover]
         if hosts[mover] < 0:
             continue
@@ -57,8 +75,8 @@ def _check_decisions(result: AnchoredSequence, sample: Sample) -> dict[int, int]
         assert host in candidates, f"{where}: host slot {host} is no candidate"
         assert candidates[host] >= best - BAND, f"{where}: cosine at its host is {candidates[host]}, best is {best}"
         _assert_lowest_twin(sample, candidates, host, where)
-        assert best >= problem.tau - BAND, f"{where}: inserted at {best}, tau is {problem.tau}"
-        assert problem.tau < 1, f"{where}: inserted, though tau is {problem.tau}"
+        assert best >= sample.tau - BAND, f"{where}: inserted at {best}, tau is {sample.tau}"
+        assert sample.tau < 1, f"{where}: inserted, though tau is {sample.tau}"
         host_of[slot] = host
     _check_budget(sample, eligible, host_of)
     return host_of
@@ -75,9 +93,8 @@ def _assert_lowest_twin(sample: Sample, candidates: dict[int, float], host: int,
 
 
 def _check_budget(sample: Sample, eligible: dict[int, float], host_of: dict[int, int]) -> None:
-    problem, at = sample.problem, sample.index
-    budget = problem.max_anchors if problem.max_anchors is not None else len(eligible)
-    certain = {slot for slot, score in eligible.items() if score > problem.tau + BAND}
+    at, budget = sample.index, sample.budget
+    certain = {slot for slot, score in eligible.items() if score > sample.tau + BAND}
     assert len(host_of) <= budget, f"sample {at}: {len(host_of)} inserted, the budget is {budget}"
     assert len(host_of) >= min(budget, len(certain)), f"sample {at}: {len(host_of)} inserted of {len(certain)}"
     left_out = [slot for slot in eligible if slot not in host_of]
@@ -91,6 +108,32 @@ def _check_budget(sample: Sample, eligible: dict[int, float], host_of: dict[int,
             )
             twins = torch.equal(sample.rows[kept], sample.rows[out]) and sample.turn[kept] == sample.turn[out]
             assert not (twins and kept > out), f"sample {at}: of the equal slots {out} and {kept} the later is kept"
+
+
+def _check_relevance(result: AnchoredSequence, sample: Sample) -> list[float]:
+    """What each image token of one sample is ranked by, as reported: it decides who stays, beyond rounding too."""
+    if not sample.problem.drops:
+        assert result.relevance is None or result.relevance.shape[1] == 0, "relevance is given without keep"
+        return []
+    assert result.relevance is not None, "relevance is missing"
+    relevance = result.relevance[sample.index].tolist()
+    _same("length of relevance", len(relevance), sample.problem.images)
+    finite: dict[int, float] = {}
+    for slot, value in enumerate(relevance):
+        where = f"sample {sample.index}, slot {slot}: relevance"
+        candidates = sample.candidates_of(slot)
+        if not candidates:
+            _same(where, value, -math.inf)
+            continue
+        best = max(candidates.values())
+        assert abs(value - best) <= BAND, f"{where} is {value}, best cosine is {best}"
+        if not sample.rows[slot].any():
+            _same(f"{where} of a zero row", value, 0.0)
+        for other, its in finite.items():
+            if torch.equal(sample.rows[other], sample.rows[slot]) and sample.turn[other] == sample.turn[slot]:
+                _same(f"{where}, that of its twin {other}", value, its)
+        finite[slot] = value
+    return relevance
 
 
 def _check_layout(result: AnchoredSequence, sample: Sample, order: list, length: int) -> None:
