@@ -25,7 +25,7 @@ from attanchor_kernels import merge_sequence
 from attanchor_kernels.testing.inputs import TAU, Shape
 from benchmarks import models, options, timing
 from benchmarks.baselines import plain_merge
-from benchmarks.cases import BEFORE, Case, Inputs, make_inputs, run, verify
+from benchmarks.cases import BEFORE, Case, Inputs, WrongResult, make_inputs, run, verify
 from benchmarks.models import Decoder, Spec
 from benchmarks.rows import Row, Run, ratio
 
@@ -58,10 +58,10 @@ class Prompt(NamedTuple):
     positions: Tensor | None
 
 
-def merged(case: Case, side: Side, inputs: Inputs) -> Prompt:
+def merged(case: Case, side: Side, inputs: Inputs, backend: str = "auto") -> Prompt:
     """What `attach` runs: `merge_sequence`, cut to its length."""
     assert inputs.roles is not None
-    settings: dict[str, Any] = {"max_anchors": case.anchored, "trim": True}
+    settings: dict[str, Any] = {"max_anchors": case.anchored, "trim": True, "backend": backend}
     if inputs.position_ids is not None:
         settings |= {"positions": "inherit", "position_ids": inputs.position_ids}
     if side.keep is not None:
@@ -80,9 +80,13 @@ def measure(
         WrongResult: `merge_sequence` differs from the reference.
     """
     sets = [make_inputs(case, on.device, seed) for seed in range(timing.rotation(case.least_bytes, on.device))]
-    verify(case, run(case, sets[0], "reference"), run(case, sets[0], "auto"))
+    verify(case, run(case, sets[0], "reference"), run(case, sets[0], "auto"))  # counts the anchors too
     plain = Prompt(plain_merge(sets[0]), sets[0].position_ids)
     prompts = {"plain": plain, **{side.name: merged(case, side, sets[0]) for side in chosen}}
+
+    for side in chosen:
+        if not torch.equal(prompts[side.name].embeds, merged(case, side, sets[0], "reference").embeds):
+            raise WrongResult(f"{side.name} differs from the reference at {case.label}")
 
     parts = {"construction": _construction(on, case, chosen, sets)}
     if on.device.type == "cuda":  # eager above, as `attach` runs it; here device time alone, and at capacity
