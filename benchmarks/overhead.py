@@ -98,7 +98,7 @@ def measure(
     for name, prompt in prompts.items():
         peaks[name], caches[name] = timing.peak_of(partial(decoder.filled_cache, *prompt, ROOM), on.device)
     prefills = {name: partial(decoder.prefill, *one) for name, one in prompts.items()}
-    parts["prefill"] = _beside_plain(on, prefills, count)
+    parts["prefill"] = _beside_plain(on, prefills, count, warm=True)  # each length has been run
     if decode:
         steps = {name: _step(decoder, one, caches[name]) for name, one in prompts.items()}
         parts["step"] = _beside_plain(on, steps, count)
@@ -134,8 +134,10 @@ def _construction(
     return timing.pairs(take(plain_merge), {side.name: take(by(side)) for side in chosen}, CONSTRUCTIONS)
 
 
-def _beside_plain(on: Run, calls: Mapping[str, Callable[[], Any]], count: int) -> dict[str, timing.Pairs]:
-    takes = {name: timing.prepare_long(call, on.device) for name, call in calls.items()}
+def _beside_plain(
+    on: Run, calls: Mapping[str, Callable[[], Any]], count: int, warm: bool = False
+) -> dict[str, timing.Pairs]:
+    takes = {name: timing.prepare_long(call, on.device, warm=warm) for name, call in calls.items()}
     return timing.pairs(takes.pop("plain"), takes, count)
 
 

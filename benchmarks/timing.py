@@ -123,8 +123,8 @@ def pairs(plain: Take, others: dict[str, Take], count: int) -> dict[str, Pairs]:
     return found
 
 
-def prepare(calls: Sequence[Call], device: torch.device, *, eager: bool = False) -> Take:
-    """Warm up, and on a GPU capture a graph of many calls unless `eager`; on a CPU each call is timed by itself."""
+def prepare(calls: Sequence[Call], device: torch.device, *, eager: bool = False, warm: bool = False) -> Take:
+    """On a GPU a graph of many calls, unless `eager`; on a CPU each call by itself, after a first unless `warm`."""
     if device.type == "cuda":
         count = max(LEAST_CALLS, len(calls))
         return _eager(calls, count) if eager else _graph(calls, count)
@@ -138,14 +138,15 @@ def prepare(calls: Sequence[Call], device: torch.device, *, eager: bool = False)
         call()
         return time.perf_counter() - begin
 
-    calls[0]()
+    if not warm:
+        calls[0]()
     return Take(run, "wall")
 
 
-def prepare_long(call: Call, device: torch.device, *, eager: bool = False) -> Take:
+def prepare_long(call: Call, device: torch.device, *, eager: bool = False, warm: bool = False) -> Take:
     """A call of milliseconds or more, such as a model's: one call in a graph, eager if it cannot be."""
     if device.type != "cuda":
-        return prepare([call], device)
+        return prepare([call], device, warm=warm)
     if not eager:
         reason = _why_no_graph(call)
         try:
