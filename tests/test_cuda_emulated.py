@@ -14,7 +14,7 @@ from torch import Tensor
 
 from attanchor_kernels import AnchoredSequence, checks, reference
 from attanchor_kernels.api import shift_places
-from attanchor_kernels.backends.launching import rows_contiguous
+from attanchor_kernels.backends.common import rows_contiguous
 from attanchor_kernels.problem import Problem
 from attanchor_kernels.testing.contract import assert_keeps_contract
 from attanchor_kernels.testing.inputs import TAU, Shape, matched_pair, random_roles

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from attanchor_kernels.backends.launching import (
+from attanchor_kernels.backends.common import (
     contiguous,
     empty_embeds,
     empty_gradients,
