@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.util
-import io
 import json
 import os
 import shutil
@@ -28,11 +27,13 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+from attanchor_vlm.records import write_atomically
+
 from benchmarks import targets
+from benchmarks.options import UNAVAILABLE
 from benchmarks.rows import ROOT, of_newest_gpu, read, write_text
 
 TOTAL = {1: 570.0, 2: 280.0}  # seconds for everything
-UNAVAILABLE = 3  # exit status of a step whose tool this machine lacks
 TAIL = 15  # lines of a failed step's log that are printed
 
 
@@ -249,13 +250,13 @@ def table(outcomes: list[Outcome]) -> str:
 
 def _keep(output: Path, part: int, logs: Path, outcomes: list[Outcome]) -> None:
     """Everything known so far, so that a run that is cut short keeps it."""
-    packed = io.BytesIO()
-    with tarfile.open(fileobj=packed, mode="w:gz") as archive:
-        for log in sorted(logs.iterdir()):
-            archive.add(log, arcname=f"logs-part{part}/{log.name}")
-    temporary = output / ".logs.tar.gz"
-    temporary.write_bytes(packed.getvalue())
-    os.replace(temporary, output / f"logs-part{part}.tar.gz")
+
+    def pack(temporary: Path) -> None:
+        with tarfile.open(temporary, mode="w:gz") as archive:
+            for log in sorted(logs.iterdir()):
+                archive.add(log, arcname=f"logs-part{part}/{log.name}")
+
+    write_atomically(output / f"logs-part{part}.tar.gz", pack)
     judged = targets.summary(targets.judge(read(output)))
     write_text(output / f"summary-part{part}.txt", f"{table(outcomes)}\n\n{judged}")
 

@@ -11,6 +11,8 @@ import torch
 
 from benchmarks.rows import RESULTS, of_newest_gpu, read
 
+UNAVAILABLE = 3  # exit status of a command whose backend or tool this machine lacks
+
 
 def number(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
+
+from attanchor_vlm.records import write_atomically
 
 from benchmarks.rows import Row, of_newest_gpu
 
@@ -121,14 +121,5 @@ def is_current(plot: Plot, path: Path) -> bool:
 
 
 def save(plot: Plot, path: Path) -> None:
-    """Drawn into a temporary file in the same folder, then renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".png")
-    os.close(handle)
-    try:
-        plot.draw(plot.rows).savefig(temporary, dpi=130, metadata={"Software": None, SOURCE: plot.source})
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    about = {"Software": None, SOURCE: plot.source}
+    write_atomically(path, lambda temporary: plot.draw(plot.rows).savefig(temporary, dpi=130, metadata=about))

@@ -177,7 +177,7 @@ def main(given: argparse.Namespace) -> int:
     for name in given.backends or ():
         if reason := backends.why_not(name, given.device):
             print(f"--backends is {name}, which cannot run here: {reason}", file=sys.stderr)
-            return 2
+            return options.UNAVAILABLE
     on = Roofline(given)
     # After a smoke run in which tiles that stay on chip failed, the other way is measured.
     changes = smoke.safe_choice(read(given.smoke)) if given.smoke else {}

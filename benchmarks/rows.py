@@ -6,21 +6,18 @@ import contextlib
 import datetime
 import functools
 import gc
-import importlib.metadata
 import json
-import os
 import platform
 import subprocess
 import sys
-import tempfile
 import traceback
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
+from attanchor_vlm import provenance
+from attanchor_vlm.records import Row, read_rows, write_atomically
 
-Row = dict[str, Any]
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
 IMAGES = ROOT / "docs" / "images"
@@ -30,71 +27,35 @@ class BadRows(ValueError):
     """A file of rows that is none."""
 
 
-def _output_of(*command: str) -> str:
-    try:
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return ""
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
-
-
-def _processor() -> str:
-    """The CPU's name: `platform` knows only its architecture on Linux."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
 @functools.cache
 def environment(device: str = "cpu") -> Row:
-    """Commit, device, driver and versions: part of every row.
-
-    The commit is "unknown" outside a checkout; GIT_COMMIT names it where the files travel without their history.
-    """
-    commit = _output_of("git", "rev-parse", "--short=12", "HEAD") or os.environ.get("GIT_COMMIT", "unknown")
-    changed = _output_of("git", "status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")
+    """Commit, device, driver and versions: part of every row."""
     row: Row = {
-        "commit": commit + ("+changes" if changed else ""),
+        "commit": provenance.commit("benchmarks/results") or "unknown",
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
-        "gpu": "none",
-        "driver": "none",
-        "cuda": torch.version.cuda or torch.version.hip or "none",
+        **{"gpu": "none", "driver": "none", "cuda": torch.version.cuda or torch.version.hip or "none"},
         "torch": torch.__version__,
-        "triton": _version("triton"),
-        "transformers": _version("transformers"),
+        **{package: provenance.version_of(package) or "not installed" for package in ("triton", "transformers")},
         "python": platform.python_version(),
-        "processor": _processor(),
+        "processor": provenance.processor(),
         "threads": torch.get_num_threads(),
     }
     if device != "cpu" and torch.cuda.is_available():
-        row["gpu"] = torch.cuda.get_device_name()
-        drivers = _output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-        row["driver"] = drivers.splitlines()[0] if drivers else "unknown"
+        row |= {"gpu": torch.cuda.get_device_name(), "driver": _driver()}
     return row
 
 
-def write_text(path: Path, text: str) -> None:
-    """The whole file or nothing: written under a temporary name in the same folder, then renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name + ".")
+def _driver() -> str:
+    asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+        return subprocess.run(asked, capture_output=True, text=True, timeout=20, check=True).stdout.split()[0]
+    except (OSError, subprocess.SubprocessError, IndexError):
+        return "unknown"
+
+
+def write_text(path: Path, text: str) -> None:
+    """The whole file or nothing."""
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def write(path: Path, rows: Iterable[Row]) -> None:
@@ -108,20 +69,10 @@ def read(path: Path) -> list[Row]:
     Raises:
         BadRows: a line is no JSON object, naming file and line.
     """
-    files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path] if path.exists() else []
-    found: list[Row] = []
-    for file in files:
-        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise BadRows(f"{file}, line {number} is no JSON: {error}") from error
-            if not isinstance(row, dict):
-                raise BadRows(f"{file}, line {number} is {type(row).__name__}; it should be a JSON object")
-            found.append(row)
-    return found
+    try:
+        return [row for file in (sorted(path.glob("*.jsonl")) if path.is_dir() else [path]) for row in read_rows(file)]
+    except ValueError as error:
+        raise BadRows(str(error)) from None
 
 
 def of_newest_gpu(rows: list[Row]) -> list[Row]:

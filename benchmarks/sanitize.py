@@ -23,9 +23,10 @@ from attanchor_kernels import backends, build_sequence, merge_sequence, plan_seq
 from attanchor_kernels.testing.inputs import TAU, Shape, merge_form
 from benchmarks import options, smoke
 from benchmarks.cases import Case, kernel_backends, make_inputs
+from benchmarks.options import UNAVAILABLE
 
 TOOLS = ("memcheck", "racecheck", "synccheck")
-FOUND, UNAVAILABLE = 86, 3
+FOUND = 86
 CANNOT_RUN = ("Device not supported", "Unable to find injection library", "Failed to initialize", "not supported on")
 # Few, since every one is compiled anew for Triton; together they take every branch of the launchers.
 CONFIGURATIONS: tuple[tuple[torch.dtype, Shape, int, dict[str, Any]], ...] = (

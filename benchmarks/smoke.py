@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import queue
@@ -64,8 +65,8 @@ def check(way: Way, device: torch.device, shapes: Sequence[tuple[Shape, int]] = 
         status "right", "wrong", "failed" or "left out", why in `detail`, and how CUDA launched it.
     """
     how: Row = {}
-    for shape, batch in shapes:
-        case = cases.Case("forward", shape, batch, way.dtype)
+    for (shape, batch), operation in itertools.product(shapes, ("forward", "drop")):
+        case = cases.Case(operation, shape, batch, way.dtype)
         inputs = cases.make_inputs(case, device, seed=0)
         try:
             if way.tuning is None:

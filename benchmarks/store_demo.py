@@ -6,7 +6,10 @@ import argparse
 import json
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
+
+from attanchor_vlm.records import write_atomically
 
 from benchmarks.rows import IMAGES, RESULTS, Row, Run
 
@@ -26,11 +29,8 @@ def main(options: argparse.Namespace) -> int:
         print(f"{options.demo} lacks {', '.join(missing)}; give the folder that `make demo` wrote", file=sys.stderr)
         return 2
     results = json.loads((options.demo / "results.json").read_text(encoding="utf-8"))
-    options.images.mkdir(parents=True, exist_ok=True)
     for name in PICTURES:
-        temporary = options.images / f"demo-{name}.part"
-        shutil.copyfile(options.demo / name, temporary)
-        temporary.replace(options.images / f"demo-{name}")
+        write_atomically(options.images / f"demo-{name}", partial(shutil.copyfile, options.demo / name))
     Run(RESULTS / "demo.jsonl", "cpu", "demo").add(results)
     return 0
 

@@ -20,9 +20,9 @@ from attanchor_kernels import backends
 from attanchor_kernels.testing.inputs import SHAPES
 from benchmarks import floor, options, timing
 from benchmarks.cases import SHAPE_OF, Case, Inputs, make_inputs, run, verify
+from benchmarks.options import UNAVAILABLE
 from benchmarks.rows import Run
 
-UNAVAILABLE = 3  # exit status where no backend that was asked for is there
 NOISE = 0.01  # a change must win by this share
 BACKENDS = ("cuda", "triton")
 FIELDS: dict[str, dict[str, tuple[Any, ...]]] = {
