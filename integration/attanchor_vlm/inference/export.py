@@ -78,7 +78,7 @@ def prompt_embeds(
     check_servable(target)
     target.eval()
     settings = dataclasses.replace(target.attanchor_config, route="embeds")
-    if settings.inserts_nothing:  # generate hands such calls through, without pauses
+    if settings.changes_nothing:  # generate hands such calls through, without pauses
         settings = dataclasses.replace(settings, pause_tokens=0)
     encoded = encode_chat(
         processor,
@@ -131,7 +131,7 @@ def check_family(model: str) -> None:
 
     source = loading.source_of(model)
     try:
-        config = AutoConfig.from_pretrained(source)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         with torch.device("meta"):
             empty = AutoModelForImageTextToText.from_config(config)
     except Exception:
