@@ -161,14 +161,13 @@ def _say(row: Row) -> None:
     print("; ".join([where, *parts]), flush=True)
 
 
-def measure_whole(on: Run, spec: Spec, model: Any, case: Case, count: int) -> None:
+def measure_whole(on: Run, spec: Spec, model: Any, case: Case, chosen: list[Side], count: int) -> None:
     """The whole model, vision tower and all, eagerly through `attach`: a forward, and a short generation.
 
     Random weights have no meaning to match: the best-scoring tokens are inserted, as many as usual.
     """
     arguments = whole_prompt(on.device, on.dtype, spec, model, case.batch)
     generated = min(GENERATED, spec.shape.text // 2)
-    config = attanchor_vlm.AttAnchorConfig(tau=-1.0, max_anchors=case.anchored)
 
     @torch.no_grad()
     def forward() -> Any:
@@ -179,12 +178,15 @@ def measure_whole(on: Run, spec: Spec, model: Any, case: Case, count: int) -> No
 
     for name, call in {"forward": forward, "generate": generate}.items():
         plain = timing.prepare_long(call, on.device, eager=True)
-        take = timing.Take(partial(attached, model, config, plain), plain.method)
-        found = timing.pairs(plain, {"attached": take}, count)["attached"]
-        row = {"model": spec.name, **case.describe(), "measure": f"attached {name}", "pairs": count}
-        row |= {"method": plain.method, "new_tokens": 1 if name == "forward" else generated}
-        row = on.add({**row, **found.describe(name)})
-        print(f"{spec.name:<18}B={case.batch:<3}whole {name}: {ratio(row, name)}", flush=True)
+        takes = {}
+        for side in chosen:
+            config = attanchor_vlm.AttAnchorConfig(tau=-1.0, max_anchors=case.anchored, keep=side.keep)
+            takes[side.name] = timing.Take(partial(attached, model, config, plain), plain.method)
+        for which, found in timing.pairs(plain, takes, count).items():
+            row = {"model": spec.name, **case.describe(), "measure": f"attached {name}", "side": which, "pairs": count}
+            row |= {"method": plain.method, "new_tokens": 1 if name == "forward" else generated}
+            row = on.add({**row, **found.describe(name)})
+            print(f"{spec.name:<18}B={case.batch:<3}{which:<10}whole {name}: {ratio(row, name)}", flush=True)
 
 
 def attached(model: Any, config: attanchor_vlm.AttAnchorConfig, take: timing.Take) -> float:
@@ -261,4 +263,4 @@ def _measure_model(on: Run, spec: Spec, toy: bool, given: argparse.Namespace) ->
             measure(on, spec, decoder, case, sides(spec.shape, given.keep), given.pairs)
         if given.whole and spec.attachable:
             with on.guarded(f"{spec.name}, whole, B={batch}"):
-                measure_whole(on, spec, model, case, given.pairs)
+                measure_whole(on, spec, model, case, sides(spec.shape, given.keep), given.pairs)
