@@ -36,6 +36,22 @@ struct State {
   unsigned* left;            // (B,): assemble items of a sample that have read its keys
 };
 
+// What there is where image tokens are dropped; `priority`, `best` and `survivors` are zero between launches, as State.
+struct Drop {
+  float* relevance;          // (B, M), in the merge form (B, S)
+  const float* salience;     // (B, M), in the merge form (T,), or null: their relevance
+  const int32_t* cells;      // (B, M), in the merge form (T,), or null; others than those below M or S are none
+  const int32_t* keep_each;  // (B,), or null: `keep`
+  unsigned long long* priority;   // (B, S)
+  unsigned long long* best;       // (B, M), in the merge form (B, S): of each cell; only with `cells`
+  unsigned long long* survivors;  // (B, survivor_words(S))
+  int keep;
+  bool drops;
+};
+
+// One more than slots fill, so that there is a word behind the last slot.
+constexpr int survivor_words(int slots) { return slots / 32 + 1; }
+
 struct Problem {
   Rows rows;
   State state;
@@ -74,12 +90,15 @@ struct Problem {
   int lag;             // samples between match and assemble
   int held_pitch;      // bytes from one held row to the next
   bool bulk;           // tiles that are kept on chip come and go by bulk copies
+
+  const float* tau_on_device;  // in place of tau, or null
+  Drop drop;
 };
 
 // The copy alone, and its transpose.
 struct Copy {
   Rows rows;              // assemble: the inputs; backward: the gradients of the inputs, to be written
-  const int64_t* source;  // (B, L)
+  const int64_t* source;  // (B, L); assemble
   const int32_t* places;  // (B, 3, S)
   uint8_t* sequence;      // (B, L, D): assemble writes it, backward reads it
   int64_t sequence_batch_stride;
@@ -92,7 +111,7 @@ struct Copy {
   int tail;  // backward: work items that clear the features which no placeholder takes
 };
 
-// What a caller may fix instead of leaving it to the shape; tests and tuning use it.
+// What a caller may fix instead of leaving it to the shape; tests and tuning use it. What there is not is an error.
 struct Tuning {
   int tile_images = 0;  // image rows of a match tile, 0 = by shape
   int cluster = 0;      // programs that share a match tile's columns, 0 = by shape
@@ -101,11 +120,19 @@ struct Tuning {
   int blocks = 0;  // most that run at once, 0 = what the device runs
   int hold = -1;   // 1: only kernels that keep their tile on chip, 0: none of them, -1: by shape
   int bulk = -1;   // 0: those move it without bulk copies
-  int groups = -1;  // 1: only kernels that multiply by warpgroups, which keep their tile on chip
+};
+
+// How a construct launch was cut into tiles, and what the device was found to run at once.
+struct Launched {
+  int tile_images, cluster;
+  bool holds, bulk;
+  int tile_rows, lag;  // 0 where the tile is kept on chip
+  int blocks, resident;
+  int shared_bytes;
 };
 
 // Launch on `stream` of the current device. Null, or what went wrong.
-const char* launch_construct(Problem problem, Scalar scalar, Tuning tuning, void* stream);
+const char* launch_construct(Problem problem, Scalar scalar, Tuning tuning, Launched& launched, void* stream);
 const char* launch_assemble(Copy copy, void* stream);
 const char* launch_backward(Copy copy, Scalar scalar, void* stream);
 

@@ -8,7 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
-from attanchor_kernels.backends.launching import (
+from attanchor_kernels.backends.common import (
     contiguous,
     empty_embeds,
     empty_gradients,
@@ -17,9 +17,9 @@ from attanchor_kernels.backends.launching import (
     selection,
 )
 from attanchor_kernels.backends.triton import schedule as schedules
-from attanchor_kernels.backends.triton import workspace
-from attanchor_kernels.backends.triton.arguments import Config, CopyConfig, Inputs, Outputs
+from attanchor_kernels.backends.triton import state as states
 from attanchor_kernels.backends.triton.kernels import assemble_kernel, construct_kernel, transpose_kernel
+from attanchor_kernels.backends.triton.types import Config, CopyConfig, Inputs, Outputs
 from attanchor_kernels.problem import Plan, Problem
 
 INTERPRETED = triton.knobs.runtime.interpret
@@ -80,7 +80,7 @@ def _launch(problem: Problem, outputs: Outputs, schedule: schedules.Schedule | N
     chosen = selection(problem)
 
     with on_device(text.device):
-        state = workspace.state(
+        state = states.allocate(
             text.device,
             batch,
             problem.movers,
@@ -209,7 +209,7 @@ def partial_size(schedule: schedules.Schedule) -> int:
 
 
 def row_places(image: Tensor, text: Tensor) -> dict[str, int]:
-    """Where the kernels find a row: the lengths and strides of `arguments.Rows`."""
+    """Where the kernels find a row: the lengths and strides of `types.Rows`."""
     merges = image.dim() == 2
     return {
         "images": 0 if merges else image.shape[1],

@@ -14,7 +14,7 @@ import torch
 from attanchor_vlm.evaluation import run as evaluation
 from attanchor_vlm.model import load as loading
 from attanchor_vlm.provenance import provenance
-from attanchor_vlm.training.config import TrainSettings
+from attanchor_vlm.training.config import TrainConfig
 
 from attanchor_lab.paper import checks, parts
 from attanchor_lab.paper.rows import Row, Rows
@@ -79,7 +79,9 @@ def _run(study: Study, arm: Arm, seed: int, say: Say, progress: bool) -> Row:
         if study.train is not None:
             adapter, trained = _train(study, study.train, arm, seed, say, progress)
         dtype = loading.choose_dtype(preset_of(study, arm).dtype, lambda line: None)
-        loaded, processor = evaluation.load(model, adapter, arm.tau, arm.direction, dtype)
+        loaded, processor = loading.load(
+            model, adapter, dtype=dtype, default_tau=1.0, tau=arm.tau, direction=arm.direction
+        )
         plan, tasks = plan_of(study, arm, seed), study.output / "tasks" / run_name(arm.name, seed)
         report = parts.measure(loaded, processor, plan, settings, _parts_file(study, arm, seed), tasks, progress)
         parameters = sum(parameter.numel() for parameter in loaded.parameters())
@@ -123,7 +125,7 @@ def _train(study: Study, rows: TrainRows, arm: Arm, seed: int, say: Say, progres
     return folder, trained
 
 
-def _train_or_go_on(settings: TrainSettings, say: Say, progress: bool) -> Any:
+def _train_or_go_on(settings: TrainConfig, say: Say, progress: bool) -> Any:
     """Train from the last whole checkpoint, if there is one.
 
     A run killed between its last checkpoint and its adapter has no step left to make, which `train.run` refuses: it

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from pathlib import Path
 
 from attanchor_vlm.data.batches import check_texts
 from attanchor_vlm.data.rows import read_rows
@@ -12,14 +10,14 @@ from attanchor_vlm.errors import DataError, SetupError
 from attanchor_vlm.evaluation import harness
 from attanchor_vlm.evaluation import run as evaluation
 from attanchor_vlm.model.config import AttAnchorConfig
-from attanchor_vlm.training.config import TrainSettings
-from attanchor_vlm.training.run_folder import RUN_FILE, as_json
+from attanchor_vlm.training.config import TrainConfig
+from attanchor_vlm.training.run_folder import differences
 
 from attanchor_lab.paper.study import Arm, Study, plan_of, slug, train_settings
 from attanchor_lab.placements import PLACEMENTS
 
 # Of a run: what changes none of its weights.
-_FREE = ("output", "resume", "skip_bad", "workers", "eval_batch_size", "gradient_checkpointing")
+_FREE = ("output", "resume", "preset", "skip_bad", "workers", "eval_batch_size", "gradient_checkpointing")
 
 
 def check_arms(study: Study, arms: Sequence[Arm]) -> None:
@@ -55,7 +53,7 @@ def check_pending(study: Study, jobs: Sequence[tuple[Arm, int]], progress: bool 
     if study.plan.metrics:
         _check_rows(study, [arm for arm, _ in jobs], progress)
     if study.plan.tasks:
-        harness.check_data(study.plan.tasks, study.plan.task_data, study.plan.include)
+        harness.check_data(study.plan.tasks, study.plan.task_data, study.plan.include_path)
 
 
 def _check_rows(study: Study, arms: Sequence[Arm], progress: bool) -> None:
@@ -72,17 +70,13 @@ def _check_rows(study: Study, arms: Sequence[Arm], progress: bool) -> None:
             raise DataError("\n".join([*map(str, bad[:10]), f"{len(bad)} bad rows to train on"]), bad)
 
 
-def _check_earlier_run(settings: TrainSettings) -> None:
+def _check_earlier_run(settings: TrainConfig) -> None:
     """A run that was trained, or begun, with other settings is not this arm's."""
-    path: Path = settings.output / RUN_FILE
     try:
-        before = json.loads(path.read_text(encoding="utf-8"))["settings"]
-    except (OSError, ValueError, KeyError, TypeError):
+        changes = differences(settings.output, settings, _FREE)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return  # nothing there, or nothing that could be gone on from
-    now = json.loads(json.dumps(as_json(settings)))
-    different = [name for name in now if name not in _FREE and before.get(name) != now[name]]
-    if different:
-        changes = "; ".join(f"{name} was {before.get(name)!r} and is {now[name]!r}" for name in different)
+    if changes:
         raise SetupError(
             f"the run in {settings.output} had other settings: {changes}; go on with the same ones, or take another "
             "--output"

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from attanchor_vlm.evaluation import run as evaluation
+from attanchor_vlm.evaluation.config import EvalConfig
 from attanchor_vlm.records import append_row, read_rows
 
 _TOGETHER = ("amber", "amber_g")  # whose figures make a score of both
@@ -15,7 +16,7 @@ _TOGETHER = ("amber", "amber_g")  # whose figures make a score of both
 def measure(
     model: Any,
     processor: Any,
-    plan: evaluation.Plan,
+    plan: EvalConfig,
     settings: dict[str, Any],
     kept: Path,
     output: Path,
@@ -48,7 +49,7 @@ def measure(
     return whole
 
 
-def parts_of(plan: evaluation.Plan) -> dict[str, evaluation.Plan]:
+def parts_of(plan: EvalConfig) -> dict[str, EvalConfig]:
     """The text metrics in one part, which share their passes over the data, and every task in one."""
     parts = {}
     if plan.metrics:

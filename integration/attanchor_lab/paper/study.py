@@ -13,7 +13,8 @@ from typing import Any
 
 from attanchor_vlm.errors import DataError, SetupError
 from attanchor_vlm.evaluation import run as evaluation
-from attanchor_vlm.training.config import Preset, TrainSettings
+from attanchor_vlm.evaluation.config import EvalConfig
+from attanchor_vlm.training.config import Method, TrainConfig
 
 _RUNS = "runs"
 _FREE = ("workers", "eval_batch_size", "gradient_checkpointing", "skip_bad")  # of training, change no figure
@@ -39,7 +40,7 @@ class Arm:
     direction: str = "text_into_image"
     placement: str = "matched"
     model: str | None = None
-    preset: Preset | None = None
+    preset: Method | None = None
     trained_as: str | None = None
     train_rows: tuple[Path, Path] | None = None
     test_rows: tuple[Path, Path] | None = None
@@ -62,8 +63,8 @@ class Study:
 
     model: str
     output: Path
-    plan: evaluation.Plan
-    preset: Preset
+    plan: EvalConfig
+    preset: Method
     preset_name: str = ""
     train: TrainRows | None = None
     seeds: tuple[int, ...] = (0,)
@@ -100,25 +101,25 @@ class TrainRows:
     workers: int = 0
 
 
-def preset_of(study: Study, arm: Arm) -> Preset:
+def preset_of(study: Study, arm: Arm) -> Method:
     return dataclasses.replace(arm.preset or study.preset, tau=arm.tau, direction=arm.direction)
 
 
-def plan_of(study: Study, arm: Arm, seed: int) -> evaluation.Plan:
+def plan_of(study: Study, arm: Arm, seed: int) -> EvalConfig:
     """What is measured of an arm, on its own images if it has such."""
     data, images = arm.test_rows or (study.plan.data, study.plan.images)
     return dataclasses.replace(study.plan, data=data, images=images, seed=seed)
 
 
-def train_settings(study: Study, rows: TrainRows, arm: Arm, seed: int) -> TrainSettings:
+def train_settings(study: Study, rows: TrainRows, arm: Arm, seed: int) -> TrainConfig:
     """What an arm is trained with, in its own folder or in that of the arm whose training it shares."""
     data, images = arm.train_rows or (rows.data, rows.images)
-    return TrainSettings(
+    return TrainConfig(
         model=arm.model or study.model,
         data=data,
         images=images,
         output=study.output / _RUNS / run_name(arm.trained_as or arm.name, seed),
-        preset=preset_of(study, arm),
+        **vars(preset_of(study, arm)),
         val_data=rows.val_data,
         turns=rows.turns,
         skip_bad=study.plan.skip_bad,

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from attanchor_vlm.analysis.probe_kinds import CONTENT
-from attanchor_vlm.analysis.probe_scores import KINDS, PromptScores
+from attanchor_vlm.analysis.probe_scores import CONTENT, KINDS, PromptScores
 
 # The paper's sweep (0.08 to 0.16) with what lies around it, for models of other widths.
 TAUS = (0.04, 0.06, 0.07, 0.08, 0.1, 0.12, 0.14, 0.16, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)

@@ -9,8 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from attanchor_vlm.analysis.probe import WANTED_SHARE, Probe
-from attanchor_vlm.analysis.probe_kinds import CONTENT
-from attanchor_vlm.analysis.probe_scores import KINDS, PromptScores
+from attanchor_vlm.analysis.probe_scores import CONTENT, KINDS, PromptScores
 from attanchor_vlm.figures import plt, save
 
 _COLOURS = {"content": "#d62728", "function": "#1f77b4", "punctuation": "#8c8c8c"}

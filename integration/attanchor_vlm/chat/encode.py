@@ -14,6 +14,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 
 from attanchor_vlm.chat import paligemma
@@ -122,8 +123,9 @@ def encode_chat(
                 for part in [span] if left_out is None else _content_of(span, texts[row], left_out):
                     anchor_mask[row] |= _tokens_in(part, offsets[row], replacements[row])
         # An answer that is not learned is still no user's text: a token that reaches into it is no anchor.
+        whole_offsets = _with_spaces(offsets[row])
         for span in answers:
-            tokens = _tokens_in(span, offsets[row], replacements[row])
+            tokens = _tokens_in(span, whole_offsets, replacements[row])
             anchor_mask[row] &= ~tokens
             if add_generation_prompt or (supervise == "last" and span.message != last_answer):
                 continue
@@ -131,7 +133,7 @@ def encode_chat(
             if span is answers[-1] or span.message != answers[answers.index(span) + 1].message:  # its last part
                 tail = _end_of_turn(processor, messages, span.message, texts[row][span.end :], options)
                 whole = span._replace(end=span.end + len(tail.rstrip()))
-            tokens = _tokens_in(whole, offsets[row], replacements[row])
+            tokens = _tokens_in(whole, whole_offsets, replacements[row])
             if whole.end > whole.start and not tokens.any():
                 raise ValueError(f"conversation {row}, message {span.message}: the answer has no token of its own")
             answer_mask[row] |= tokens
@@ -263,7 +265,10 @@ def _with_texts(messages: Sequence[Message], change: Any) -> list[Message]:
 
 
 def _render(processor: Any, messages: Sequence[Message], options: Mapping[str, Any]) -> str:
-    return processor.apply_chat_template(list(messages), tokenize=False, **options)
+    try:
+        return processor.apply_chat_template(list(messages), tokenize=False, **options)
+    except TemplateError as error:  # also what a template's sandbox forbids
+        raise ValueError(f"the chat template of {type(processor).__name__} cannot be rendered: {error}") from error
 
 
 def _locate(
@@ -272,7 +277,10 @@ def _locate(
     """The rendering, and where in it the texts of users and assistants are."""
     plain = _render(processor, messages, options)
     said = plain + "".join(text for message in messages for text in _texts(message["content"]))
-    opening, closing = itertools.islice((sign for sign in map(chr, _PRIVATE_USE) if sign not in said), 2)
+    signs = list(itertools.islice((sign for sign in map(chr, _PRIVATE_USE) if sign not in said), 2))
+    if len(signs) < 2:
+        raise ValueError(f"conversation {index}: its texts hold every private-use character; leave two of them out")
+    opening, closing = signs
     order: list[tuple[int, str]] = []
 
     def mark(number: int, role: str, text: str) -> str:
@@ -395,6 +403,17 @@ def _tokenize(
 def _without_extras(encoded: Mapping[str, Any]) -> dict[str, Tensor]:
     extras = ("offset_mapping", "text_replacement_offsets")
     return {name: value for name, value in encoded.items() if name not in extras}
+
+
+def _with_spaces(offsets: Tensor) -> Tensor:
+    """(S, 2) offsets in which a token of space alone has its space again: from the end of the token before it.
+
+    Byte-level tokenizers that trim offsets give it no width (it ends where its space ends), and an answer would be
+    learned with holes. Padding and special tokens that were added keep theirs, 0 to 0.
+    """
+    begin, end = offsets.unbind(-1)
+    before = torch.cat([end.new_zeros(1), end.cummax(0).values[:-1]])
+    return torch.stack([torch.where((begin == end) & (end > 0), before, begin), end], dim=-1)
 
 
 def _tokens_in(span: _Span, offsets: Tensor, replacements: list[Mapping[str, Any]]) -> Tensor:

@@ -68,7 +68,6 @@ def probe(
 
         loaded = with_adapter(loaded, model, adapter)
     from attanchor_vlm.analysis import probe, probe_control
-    from attanchor_vlm.analysis.probe import lines
     from attanchor_vlm.analysis.probe_scores import choose, prompt_scores
 
     chosen = choose(every, samples, seed)
@@ -84,7 +83,7 @@ def probe(
         said = {"model": model, "adapter": None if adapter is None else str(adapter), **result.to_dict()}
         typer.echo(json.dumps({**said, "bad_rows": len(bad)}, ensure_ascii=False, allow_nan=False))
         return
-    for line in lines(result):
+    for line in probe.lines(result):
         typer.echo(line)
     for name, path in (("picture", plot), ("control", save_control)):
         if path is not None:

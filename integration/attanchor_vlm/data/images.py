@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +16,12 @@ from tqdm import tqdm
 # A file, the bytes of one (parquet keeps images inside), or an image decoded already.
 ImageSource: TypeAlias = Path | bytes | Image.Image
 
+Image.init()
+# What photographs and drawings come in. Pillow knows more, and some of it (EPS, PDF) starts other programs.
+FORMATS = tuple(
+    sorted({"AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP"} & Image.OPEN.keys())
+)
+
 
 def decoded(source: ImageSource) -> Image.Image:
     """An RGB image: a photograph in a file turned as its camera was held, 16 bits a pixel scaled to 8.
@@ -24,9 +31,22 @@ def decoded(source: ImageSource) -> Image.Image:
     """
     if isinstance(source, Image.Image):
         return _rgb(source)
-    with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+    with open_file(source) as image:
         image.load()
         return _rgb(_upright(image))
+
+
+def open_file(source: Path | bytes) -> Image.Image:
+    """The image in a file or in the bytes of one, not decoded yet.
+
+    Raises:
+        OSError: it is no regular file (a pipe would be waited for without end), or none of `FORMATS`.
+    """
+    if isinstance(source, bytes):
+        return Image.open(io.BytesIO(source), formats=FORMATS)
+    if source.exists() and not source.is_file():
+        raise OSError(errno.EINVAL, "it is not a file")
+    return Image.open(source, formats=FORMATS)
 
 
 def unreadable(paths: Collection[Path], progress: bool) -> dict[Path, str]:
@@ -34,7 +54,7 @@ def unreadable(paths: Collection[Path], progress: bool) -> dict[Path, str]:
 
     def check(path: Path) -> str | None:
         try:
-            with Image.open(path) as image:
+            with open_file(path) as image:
                 # A JPEG is read whole but decoded at an eighth of its size: quick, and truncation shows.
                 image.draft("RGB", (max(image.width // 8, 1), max(image.height // 8, 1)))
                 image.load()
@@ -70,4 +90,6 @@ def _rgb(image: Image.Image) -> Image.Image:
     # Of integers of 16 bits, PIL would cut off whatever is above 255.
     if image.mode.startswith("I;16") or (image.mode == "I" and np.asarray(image).max() > 255):
         image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+    elif image.mode == "F" and np.asarray(image).max() <= 1:  # of floats, 0 to 1 is black to white
+        image = Image.fromarray((np.asarray(image).clip(0, 1) * 255).round().astype(np.uint8))
     return image if image.mode == "RGB" else image.convert("RGB")

@@ -211,4 +211,4 @@ def _layers(model: BertScoreModel) -> int:
             return known[name]
     from transformers import AutoConfig
 
-    return int(AutoConfig.from_pretrained(model.name).num_hidden_layers)
+    return int(AutoConfig.from_pretrained(model.name, trust_remote_code=False).num_hidden_layers)

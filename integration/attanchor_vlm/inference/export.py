@@ -131,7 +131,7 @@ def check_family(model: str) -> None:
 
     source = loading.source_of(model)
     try:
-        config = AutoConfig.from_pretrained(source)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         with torch.device("meta"):
             empty = AutoModelForImageTextToText.from_config(config)
     except Exception:

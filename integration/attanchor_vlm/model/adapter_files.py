@@ -8,6 +8,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
 from torch import nn
 
 from attanchor_vlm.model.attach import attach, base_of, is_attached
@@ -55,6 +56,32 @@ def load_settings(directory: str | PathLike[str]) -> AttAnchorConfig:
         raise ValueError(f"{path}: {error}") from error
 
 
+def _check_rank(model: nn.Module, directory: Path) -> None:
+    """Refuse a rank that would take memory without end before anything is allocated."""
+    try:
+        rank = json.loads((directory / "adapter_config.json").read_text(encoding="utf-8"))["r"]
+        width = base_of(model).config.get_text_config().hidden_size
+    except (OSError, LookupError, TypeError, AttributeError):
+        return  # not LoRA, or nothing that peft could load: it says so itself
+    if isinstance(rank, int) and rank > width:
+        raise ValueError(f"its rank is {rank}; it should be at most the model's width, {width}")
+
+
+def _check_tensors(loaded: Any, directory: Path) -> None:
+    """Refuse an adapter whose file lacks tensors, which peft leaves at their fresh values, or holds broken ones."""
+    from peft import get_peft_model_state_dict
+
+    state = get_peft_model_state_dict(loaded, save_embedding_layers=False)
+    file = directory / "adapter_model.safetensors"
+    if file.is_file():
+        with safe_open(file, framework="pt") as stored:
+            missing = sorted(set(state) - set(stored.keys()))
+        if missing:
+            raise ValueError(f"it lacks {len(missing)} of its {len(state)} tensors, such as {missing[0]}")
+    if broken := [name for name, tensor in state.items() if not tensor.isfinite().all()]:
+        raise ValueError(f"it has tensors that are NaN or infinite, such as {broken[0]}")
+
+
 def _settings_of(model: nn.Module) -> AttAnchorConfig:
     attached: Any = base_of(model)
     return attached.attanchor_config
@@ -71,12 +98,18 @@ def load_adapter(
         attach_model: False leaves the model as it is, with a warning where that differs from how the adapter was
             trained: a plain model, or other settings.
         options: For ``PeftModel.from_pretrained``.
+
+    Raises:
+        ValueError: the adapter lacks tensors, or has some that are NaN or infinite; its rank is beyond the model's
+            width; or its settings are damaged.
     """
     from peft import PeftModel
 
     directory = Path(directory)
     settings = load_settings(directory) if (directory / FILE_NAME).is_file() else None
+    _check_rank(model, directory)
     loaded = PeftModel.from_pretrained(model, directory, **options)
+    _check_tensors(loaded, directory)
     if settings is None:
         return loaded
     if attach_model:

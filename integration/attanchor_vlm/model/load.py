@@ -5,8 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import pickle
+import re
 import socket
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Collection, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -26,8 +29,8 @@ def load_pretrained(name: str, dtype: torch.dtype = torch.float32) -> tuple[Any,
     """Model and processor of a local folder or a Hub id, with the weights in `dtype`.
 
     Raises:
-        SetupError: there is no such folder, the Hub cannot be reached or does not have it, a file of it is damaged, or
-            it is no image-text-to-text model.
+        SetupError: there is no such folder, the Hub cannot be reached or does not have it, a file of it is damaged or
+            lacks weights, or it is no image-text-to-text model. Code that comes with a checkpoint is never run.
     """
     from transformers import AutoModelForImageTextToText
 
@@ -37,12 +40,33 @@ def load_pretrained(name: str, dtype: torch.dtype = torch.float32) -> tuple[Any,
     try:
         # Processor first: it is small, so that a wrong name costs no download.
         processor = load_processor(source)
-        model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype)
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(
+            source, dtype=dtype, output_loading_info=True, trust_remote_code=False
+        )
     except Exception as error:  # of damaged files, nearly any kind
         raise cannot_be_loaded(name, error) from error
+    model, found = loaded
+    _check_weights(name, model, found)
     if getattr(processor, "image_processor", None) is None or getattr(processor, "tokenizer", None) is None:
         raise SetupError(f"model {name} has no processor for images and text; AttAnchor trains image-text models")
     return model, processor
+
+
+def _check_weights(name: str, model: torch.nn.Module, found: Mapping[str, Collection[str]]) -> None:
+    """Refuse a model with weights that are random, for want of stored ones, or NaN; tell of stored ones left over."""
+    if missing := sorted(found["missing_keys"]):
+        raise SetupError(
+            f"model {name} lacks {len(missing)} of its weights, such as {missing[0]}, which would be random; copy the "
+            "checkpoint whole"
+        )
+    if surplus := sorted(found["unexpected_keys"]):
+        warnings.warn(
+            f"model {name} has {len(surplus)} weights that {type(model).__name__} does not use, such as {surplus[0]}",
+            stacklevel=3,
+        )
+    broken = [key for key, weight in model.named_parameters() if not torch.isfinite(weight).all()]
+    if broken:
+        raise SetupError(f"model {name} has weights that are NaN or infinite, such as {broken[0]}; it is damaged")
 
 
 def cannot_be_loaded(name: str, error: Exception) -> SetupError:
@@ -139,17 +163,16 @@ def choose_dtype(wanted: str, say: Callable[[str], None]) -> torch.dtype:
 def settings_for(
     model: str,
     adapter: str | PathLike[str] | None = None,
-    tau: float | None = None,
-    content_words: bool | tuple[str, ...] | None = None,
+    **changes: Any,
 ) -> AttAnchorConfig | None:
     """The settings that `load` will attach with, as far as files tell without loading the model: those of the adapter,
-    or of the model's folder (attanchor.json, or config.json if it was saved attached), with `tau` and `content_words`
-    in place of theirs. None if there are none.
+    or of the model's folder (attanchor.json, or config.json if it was saved attached), with every one of
+    `changes` that is not None in the place of theirs. None if there are none, and no tau.
 
     Raises:
-        SetupError: `adapter` is no folder of an adapter, was trained without anchors and there is no `tau`, or is that
+        SetupError: `adapter` is no folder of an adapter, was trained without anchors and there is no tau, or is that
             of an experiment's control; or `model` is an adapter.
-        ValueError: the settings are damaged, or `tau` is no threshold.
+        ValueError: the settings are damaged, or one of `changes` has no meaning.
     """
     refuse_adapter(model)
     found = None
@@ -160,14 +183,14 @@ def settings_for(
         check_adapter(folder)
         if (folder / FILE_NAME).is_file():
             found = load_settings(folder)
-        elif tau is None:
+        elif changes.get("tau") is None:
             raise SetupError(
                 f"adapter {folder} has no {FILE_NAME}, so it was trained without anchors; give --tau (1 for none)"
             )
     else:
         folder = Path(model).expanduser()
         found = load_settings(folder) if (folder / FILE_NAME).is_file() else _saved_attached(folder)
-    return _changed(found, tau, content_words)
+    return _changed(found, changes)
 
 
 def _saved_attached(folder: Path) -> AttAnchorConfig | None:
@@ -178,39 +201,37 @@ def _saved_attached(folder: Path) -> AttAnchorConfig | None:
     return None if stored is None else AttAnchorConfig.from_dict(stored)
 
 
-def _changed(
-    settings: AttAnchorConfig | None, tau: float | None, content_words: bool | tuple[str, ...] | None
-) -> AttAnchorConfig | None:
-    if tau is not None:
-        settings = AttAnchorConfig(tau=tau) if settings is None else dataclasses.replace(settings, tau=tau)
-    if settings is not None and content_words is not None:
-        settings = dataclasses.replace(settings, content_words=content_words, function_token_ids=())
-    return settings
+def _changed(settings: AttAnchorConfig | None, changes: Mapping[str, Any]) -> AttAnchorConfig | None:
+    given = {name: value for name, value in changes.items() if value is not None}
+    if settings is None:
+        return AttAnchorConfig(**given) if "tau" in given else None
+    if "content_words" in given:
+        given["function_token_ids"] = ()
+    return dataclasses.replace(settings, **given)
 
 
 def load(
     model: str,
     adapter: str | PathLike[str] | None = None,
     *,
-    tau: float | None = None,
-    content_words: bool | tuple[str, ...] | None = None,
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
     need_settings: bool = True,
     default_tau: float | None = None,
+    **changes: Any,
 ) -> tuple[Any, Any]:
     """A model with its processor, its adapter and its anchors, ready for `answer`.
 
     Args:
         model: Folder of a saved model, or a Hub id.
         adapter: Folder of an adapter that `attanchor train` or `save_settings` wrote, with its ``attanchor.json``.
-        tau: Instead of the stored threshold; 1 for no anchors.
-        content_words: As in `AttAnchorConfig`, instead of what is stored.
         dtype: Of the weights, "auto" for the one that they are saved in; None for bfloat16 on a GPU that computes in
             it, else float32.
         device: None for the GPU, if there is one.
         need_settings: False leaves a model that nothing says a tau for as it is, plain.
         default_tau: The threshold of a model that nothing else says one for.
+        changes: Settings of `AttAnchorConfig` in the place of what is stored, such as `tau` (1 for no anchors); None
+            leaves one as it is.
 
     Returns:
         The attached model (with an adapter: a PeftModel around it) in evaluation mode, and the processor.
@@ -218,7 +239,7 @@ def load(
     Raises:
         SetupError: model or adapter cannot be loaded, or nothing says which tau to use.
     """
-    settings = settings_for(model, adapter, tau, content_words)
+    settings = settings_for(model, adapter, **changes)
     missing = SetupError(
         f"model {model} has no AttAnchor settings; give --tau (1 for no anchors), or an --adapter with its own"
     )
@@ -232,10 +253,10 @@ def load(
     loaded, processor = load_pretrained(model, weights)
     stored = getattr(loaded.config, "attanchor", None)
     if stored is not None and adapter is None and not (Path(model).expanduser() / FILE_NAME).is_file():
-        settings = _changed(AttAnchorConfig.from_dict(stored), tau, content_words)
+        settings = _changed(AttAnchorConfig.from_dict(stored), changes)
     if settings is None and need_settings:
         raise missing
-    settings = settings or _changed(None, default_tau, content_words)
+    settings = settings or _changed(None, {**changes, "tau": default_tau})
     if settings is not None:
         # Adapters know the tokens of the processor that they were trained with.
         known = settings.special_token_ids and (settings.function_token_ids or not settings.content_words)
@@ -258,7 +279,7 @@ def with_adapter(loaded: Any, model: str, adapter: str | PathLike[str]) -> Any:
         return load_adapter(loaded, adapter)
     except (json.JSONDecodeError, SafetensorError) as error:
         raise SetupError(f"adapter {adapter} cannot be read; a file of it is damaged: {error}") from error
-    except (RuntimeError, ValueError, KeyError, TypeError) as error:
+    except (RuntimeError, ValueError, KeyError, TypeError, pickle.UnpicklingError, re.error) as error:
         reason = " ".join(str(error).split())
         raise SetupError(
             f"adapter {adapter} does not fit model {model}, which it should have been trained on: {reason[:300]}"

@@ -23,14 +23,14 @@ def load_processor(source: str) -> Any:
             torchvision.
     """
     try:
-        processor: Any = AutoProcessor.from_pretrained(source)
+        processor: Any = AutoProcessor.from_pretrained(source, trust_remote_code=False)
     except (ImportError, ValueError) as error:
         own = None if is_torchvision_available() or "torchvision" not in str(error).lower() else _class_of(source)
         if own is None or "video_processor" not in own.get_attributes():
             raise
         processor = _load_without_videos(own, source)
     if getattr(processor, "patch_size", 0) is None:  # LLaVA's and LLaVA-NeXT's
-        config = AutoConfig.from_pretrained(source)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         processor.patch_size = config.vision_config.patch_size
         processor.vision_feature_select_strategy = config.vision_feature_select_strategy
         processor.num_additional_image_tokens = int(config.vision_config.model_type == "clip_vision_model")  # its CLS
@@ -51,7 +51,7 @@ def _load_without_videos(own: Any, source: str) -> Any:
 def _class_of(source: str) -> Any:
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
-    return PROCESSOR_MAPPING.get(type(AutoConfig.from_pretrained(source)), None)
+    return PROCESSOR_MAPPING.get(type(AutoConfig.from_pretrained(source, trust_remote_code=False)), None)
 
 
 def _video_settings(source: str) -> dict[str, Any] | None:
@@ -62,6 +62,11 @@ def _video_settings(source: str) -> dict[str, Any] | None:
         return BaseVideoProcessor.get_video_processor_dict(source)[0]
     except OSError:
         return None
+
+
+def _empty_without_videos(own: Any) -> Any:
+    made = _without_videos(own)
+    return made.__new__(made)
 
 
 @functools.cache
@@ -100,6 +105,7 @@ def _without_videos(own: Any) -> Any:
         "video_processor": property(video_processor),
         "to_dict": to_dict,
         "prepare_inputs_layout": prepare_inputs_layout,
+        "__reduce__": lambda self: (_empty_without_videos, (own,), self.__dict__),  # no import finds a class made here
     }
     made: Any = type(own.__name__, (own,), body)
     return made

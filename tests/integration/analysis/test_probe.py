@@ -15,8 +15,17 @@ from attanchor_lab.small_llava import model as small_llava
 from attanchor_vlm import AttAnchorConfig, attach, cli, detach, encode_chat
 from attanchor_vlm.analysis.probe import DOES_NOT_FOLLOW, FOLLOWS, UNDECIDED, WEAK, measure
 from attanchor_vlm.analysis.probe_control import permute_projector
-from attanchor_vlm.analysis.probe_kinds import CONTENT, FUNCTION, PUNCTUATION
-from attanchor_vlm.analysis.probe_scores import CONTROLS, PARTNERS, PromptScores, choose, prompt_scores, token_kinds
+from attanchor_vlm.analysis.probe_scores import (
+    CONTENT,
+    CONTROLS,
+    FUNCTION,
+    PARTNERS,
+    PUNCTUATION,
+    PromptScores,
+    choose,
+    prompt_scores,
+    token_kinds,
+)
 from attanchor_vlm.data.batches import Collator
 from attanchor_vlm.data.rows import Sample, read_rows, samples
 from attanchor_vlm.model import load as loading

@@ -23,7 +23,7 @@ from tiny import (
     prompts,
     tiny_llava,
 )
-from tokenizers import AddedToken
+from tokenizers import AddedToken, processors
 
 QUESTION, ANSWER = "What is to the left of the red dog?", "It is a small blue cube."
 SECOND, REPLY = "Is there a cat in the picture?", "Yes, there are two cats."
@@ -261,6 +261,39 @@ def test_without_a_chat_template_it_says_what_is_missing():
         encode_chat(processor, [user("<image>", QUESTION)], [picture()], add_generation_prompt=True)
     with pytest.raises(ValueError, match="LlavaProcessor has no chat template"):
         Collator(processor, "each")  # before training begins
+
+
+@pytest.mark.parametrize("answer", ["a   b", "two\n\n\nlines   here", "ends with \n\n space", "\t tab\t\tbed"])
+@pytest.mark.parametrize("trimmed", [True, False])
+def test_the_labels_of_an_answer_have_no_holes(answer, trimmed):
+    """Of tokenizers that trim offsets, a token of space alone has no width."""
+    tokenizer = byte_level_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=trimmed)
+    for side in ("left", "right"):
+        encoded = encode_chat(
+            llava_processor(tokenizer, CHATML),
+            [[user("<image>", QUESTION), assistant(answer)], [user(SECOND), assistant(REPLY)]],
+            [[picture()], []],
+            padding_side=side,
+        )
+        for row, text in enumerate((answer, REPLY)):
+            learned = (encoded["labels"][row] != -100).nonzero()[:, 0]
+            assert (learned.diff() == 1).all()
+            assert tokenizer.decode(encoded["input_ids"][row][learned]) == text + tokenizer.eos_token
+
+
+def test_texts_that_leave_no_sentinel_are_refused():
+    processor = processor_of("bytes-chatml")
+    every = "".join(map(chr, range(0xE000, 0xF900)))
+    with pytest.raises(ValueError, match="its texts hold every private-use character"):
+        encode_chat(processor, [user(every), assistant(ANSWER)])
+
+
+@pytest.mark.parametrize("template", ["{{ raise_exception('no') }}", "{{ ''.__class__.__mro__ }}{{ 1 / nothing }}"])
+def test_a_template_that_cannot_be_rendered_is_refused(template):
+    processor = llava_processor(byte_level_tokenizer(), template)
+    with pytest.raises(ValueError, match="the chat template of LlavaProcessor cannot be rendered"):
+        encode_chat(processor, [user(QUESTION), assistant(ANSWER)])
 
 
 def test_texts_with_private_use_characters():

@@ -9,10 +9,11 @@ import torch
 from attanchor_lab.scenes import dataset as scenes
 from attanchor_lab.small_llava import model as small_llava
 from attanchor_vlm import AttAnchorConfig, attach, cli, encode_chat, load_settings, with_tokens_of
+from attanchor_vlm.analysis.calibrate import threshold_for_share
 from attanchor_vlm.chat.words import FUNCTION_WORDS, content_spans, function_token_ids, read_words, words_to_leave_out
 from attanchor_vlm.data.batches import Collator
 from attanchor_vlm.data.rows import Sample
-from attanchor_vlm.inference.explain import explain, threshold_for_share
+from attanchor_vlm.inference.explain import explain
 from attanchor_vlm.model.candidates import mask_from_ids
 from test_masks import KINDS, processor_of, user
 from tiny import byte_level_tokenizer, metaspace_tokenizer, picture, tiny_llava

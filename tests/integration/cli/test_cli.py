@@ -15,6 +15,7 @@ from attanchor_lab.small_llava import model as small_llava
 from attanchor_vlm import cli, load_settings
 from attanchor_vlm.errors import SetupError
 from attanchor_vlm.model import load as loading
+from attanchor_vlm.training.config import TrainConfig
 from PIL import Image
 
 
@@ -220,7 +221,7 @@ def test_train_with_overrides_then_look_and_calibrate(world, tmp_path, capsys):
     assert (settings.tau, settings.max_anchors) == (-1, 3)
     run = json.loads((output / "run.json").read_text())
     assert run["settings"]["lora_rank"] == 2
-    assert run["settings"]["patience"] is None
+    assert run["settings"]["patience"] == 0
     assert run["result"]["steps"] == 2
 
     image, picture = next((world / "images").iterdir()), tmp_path / "anchors.png"
@@ -239,18 +240,16 @@ def test_train_with_overrides_then_look_and_calibrate(world, tmp_path, capsys):
 
 def test_every_option_of_train_reaches_the_settings(monkeypatch):
     seen = []
-    monkeypatch.setattr("attanchor_vlm.cli.training._train", lambda settings: seen.append(settings) or False)
-    options = ["train", "--model", "m", "--data", "rows", "--output", "o", "--fraction", "0.2", "--keep-fraction"]
+    monkeypatch.setattr(
+        "attanchor_vlm.cli.training._train", lambda given: seen.append(TrainConfig.from_preset("llava-7b", **given))
+    )
+    options = ["train", "--model", "m", "--data", "rows", "--output", "o", "--fraction", "0.2", "--hold-fraction"]
     options += ["quantile", "--calibration-samples", "9", "--stream", "--shuffle-buffer", "7", "--max-steps", "3"]
     options += ["--save-steps", "2", "--fsdp", "--gradient-checkpointing"]
     assert cli.main(options) == 0
     assert cli.main([*options[:7], "--images", "i", "--group-by-length"]) == 0
     streamed, grouped = seen
-    assert (streamed.preset.fraction, streamed.preset.keep_fraction, streamed.calibration_samples) == (
-        0.2,
-        "quantile",
-        9,
-    )
+    assert (streamed.fraction, streamed.hold_fraction, streamed.calibration_samples) == (0.2, "quantile", 9)
     assert (streamed.stream, streamed.shuffle_buffer, streamed.max_steps, streamed.save_steps) == (True, 7, 3, 2)
     assert (streamed.fsdp, streamed.gradient_checkpointing, streamed.images) == (True, True, None)
     assert (grouped.group_by_length, grouped.stream, str(grouped.images)) == (True, False, "i")

@@ -14,8 +14,8 @@ from attanchor_vlm import cli
 from attanchor_vlm.errors import SetupError
 from attanchor_vlm.evaluation import run as evaluation
 from attanchor_vlm.model.adapter_files import load_settings
-from attanchor_vlm.training import config as presets
 from attanchor_vlm.training import run as train
+from attanchor_vlm.training.config import Method
 from experiment_toy import make_world, quietly, same, study
 
 
@@ -274,7 +274,7 @@ def test_longer_image_sequences_are_trained_and_tested(world, tmp_path):
 
 
 def test_model_scale_changes_are_against_the_same_models_baseline(world, tmp_path):
-    preset = presets.preset("small-llava", tau=0.5)
+    preset = Method.from_preset("small-llava", tau=0.5)
     models = {name: (str(world / "model"), "small-llava", preset) for name in ("one", "two")}
     result = quietly(studies.scale, study(world, tmp_path, trains=False, limit=4), models)
     rows = {one["arm"]: one for one in result.rows}

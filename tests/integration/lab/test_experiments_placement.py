@@ -6,7 +6,7 @@ import pytest
 import torch
 from attanchor_lab.placements import place, placed
 from attanchor_vlm import AttAnchorConfig, attach
-from tests.integration.tiny import difference, plain, prompts, tiny_llava, with_labels
+from tiny import difference, plain, prompts, tiny_llava, with_labels
 
 from attanchor_kernels import merge_sequence
 

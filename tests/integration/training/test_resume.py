@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import errno
 import json
 import os
@@ -20,8 +19,8 @@ from attanchor_lab.small_llava import model as small_llava
 from attanchor_vlm import cli, distributed
 from attanchor_vlm.errors import CheckpointError, DataError, SetupError
 from attanchor_vlm.training import callbacks, checkpoints, run_folder, trainer
-from attanchor_vlm.training import config as presets
 from attanchor_vlm.training import run as train
+from attanchor_vlm.training.config import TrainConfig
 
 
 @pytest.fixture(scope="module")
@@ -33,16 +32,14 @@ def world(tmp_path_factory):
 
 
 def settings(world, output, **more):
-    method = {"batch_size": 4, "lr": 5e-3, "lora_dropout": 0.1, "tau": 0.3}
-    method |= {
-        name: more.pop(name) for name in list(more) if name in {f.name for f in dataclasses.fields(presets.Preset)}
-    }
-    return presets.TrainSettings(
+    defaults = {"data": world / "train.json", "val_data": world / "val.json", "max_steps": 6, "eval_steps": 3}
+    defaults |= {"batch_size": 4, "lr": 5e-3, "lora_dropout": 0.1, "tau": 0.3}
+    return TrainConfig.from_preset(
+        "small-llava",
         model=str(small_llava.SHIPPED),
         images=world / "images",
         output=output,
-        preset=presets.preset("small-llava", **method),
-        **{"data": world / "train.json", "val_data": world / "val.json", "max_steps": 6, "eval_steps": 3, **more},
+        **{**defaults, **more},
     )
 
 
@@ -73,7 +70,7 @@ def losses(result_or_folder):
     return [(line["step"], key, line[key]) for line in lines for key in ("loss", "eval_loss", "tau") if key in line]
 
 
-def die_in_step(chosen: presets.TrainSettings, step: int) -> None:
+def die_in_step(chosen: TrainConfig, step: int) -> None:
     """Train, and be killed at the end of a step, in front of anything that it would write."""
     original = callbacks.KeepOnInterrupt.on_step_end
 
@@ -87,7 +84,7 @@ def die_in_step(chosen: presets.TrainSettings, step: int) -> None:
 
 
 def test_a_killed_run_loses_the_steps_since_its_checkpoint_and_no_more(world, tmp_path):
-    options = {"save_steps": 2, "fraction": 0.2, "keep_fraction": "quantile", "calibration_samples": 16}
+    options = {"save_steps": 2, "fraction": 0.2, "hold_fraction": "quantile", "calibration_samples": 16}
     process = forked.start(die_in_step, settings(world, tmp_path / "parts", **options), 5)
     assert forked.finish(process) == -signal.SIGKILL
     assert [path.name for path in train.complete_checkpoints(tmp_path / "parts")][-1] == "checkpoint-4"

@@ -220,7 +220,8 @@ def _load(path: Path) -> tuple[Any, Any]:
     if not path.is_dir():
         raise SetupError(f"align_clip {path} is not a folder; give the folder of a saved CLIP model with its processor")
     try:
-        model, processor = AutoModel.from_pretrained(path), AutoProcessor.from_pretrained(path)
+        model = AutoModel.from_pretrained(path, trust_remote_code=False)
+        processor = AutoProcessor.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise SetupError(f"align_clip {path} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
     parts = ("visual_projection", "text_projection", "text_model", "logit_scale")

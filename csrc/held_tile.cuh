@@ -39,7 +39,7 @@ struct HeldTile {
   const int rank;  // in the cluster
   const int feature_base;
   const HeldRows<IMAGES>& held;
-  int real = 0, movers = 0, others = 0;  // of the sample
+  int real = 0, movers = 0, images = 0;  // of the sample
 
   ATTANCHOR_DEVICE HeldTile(const Problem& problem, HeldShared& shared, int in_cluster, int sample, int base,
                             const HeldRows<IMAGES>& rows)
@@ -47,19 +47,21 @@ struct HeldTile {
     const Counts counts = count_slots(p, sample, 0, s.scratch);
     real = counts.real;
     movers = !p.rows.merges ? p.movers : p.image_into_text ? counts.images : counts.texts;
-    others = p.rows.merges ? p.rows.slots - counts.images : p.texts;
+    images = p.rows.merges ? counts.images : p.rows.images;
   }
 
   // The sample's match work is done. `from_shared`: the held rows are this tile's.
   ATTANCHOR_DEVICE void run(int tile, bool from_shared) {
-    const int begin = share_of(others, tile), end = share_of(others, tile + 1);
+    const int others = p.rows.slots - images, begin = share_of(others, tile), end = share_of(others, tile + 1);
     const word64 cut = plan.find_cut(movers, s.rank);
-    for (int first = begin; first == begin || first < end; first += LIST) {
-      list_slots(tile, first == begin, first, end - first < LIST ? end - first : LIST);
+    // Placeholders without a feature may be more than all tiles together have rows: they are dealt out in turn.
+    const int first_image = tile * IMAGES, all_tiles = p.match_tiles * IMAGES;
+    for (int pass = 0; pass == 0 || begin + pass * LIST < end || first_image + pass * all_tiles < images; pass++) {
+      list_slots(first_image + pass * all_tiles, begin + pass * LIST, end);
       const int inserted = count_before(cut);
       const int length = real + inserted, start = p.pad_left ? p.capacity - length : 0;
-      write_entries(tile * IMAGES, cut, start);
-      if (first == begin) pad(tile, length);
+      write_entries(first_image + pass * all_tiles, cut, start);
+      if (pass == 0) pad(tile, length);
       if (p.embeds != nullptr) copy_entries(from_shared);
       arch::sync_block();
     }
@@ -71,17 +73,18 @@ struct HeldTile {
     return static_cast<int>(static_cast<int64_t>(count) * tile / p.match_tiles);
   }
 
-  ATTANCHOR_DEVICE void list_slots(int tile, bool with_images, int first, int count) {
-    const int at = arch::thread(), image = tile * IMAGES + at, other = first + at - LIST;
+  // The images of the tile from the rank `first_image` on, and the other slots of the ranks `first` … `end` - 1.
+  ATTANCHOR_DEVICE void list_slots(int first_image, int first, int end) {
+    const int at = arch::thread(), image = first_image + at, other = first + at - LIST;
     if (p.rows.merges) {
-      find_slots(p, plan.sample, Kind::image, tile * IMAGES, IMAGES, s.slot, s.scratch);
+      find_slots(p, plan.sample, Kind::image, first_image, IMAGES, s.slot, s.scratch);
       find_slots(p, plan.sample, Kind::other, first, LIST, s.slot + LIST, s.scratch);
     } else if (at < LIST) {
-      s.slot[at] = image < p.rows.images ? image : -1;
+      s.slot[at] = image < images ? image : -1;
     } else if (at < ENTRIES) {
-      s.slot[at] = p.rows.images + other;
+      s.slot[at] = images + other;
     }
-    const bool listed = at < LIST ? with_images && at < IMAGES : at - LIST < count;
+    const bool listed = at < LIST ? at < IMAGES : other < end;
     arch::sync_block();
     if (at < ENTRIES) {
       if (!listed || s.slot[at] < 0) s.slot[at] = INT_MOST;

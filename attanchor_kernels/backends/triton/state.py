@@ -1,7 +1,30 @@
-"""How programs tell each other that work is done: arrive at a counter, wait for a counter."""
+"""What programs tell each other: zeroed words, and how to arrive at a counter and to wait for one."""
 
+import torch
 import triton
 import triton.language as tl
+
+from attanchor_kernels.backends.triton.types import State
+from attanchor_kernels.backends.workspace import zeroed
+
+
+def allocate(device: torch.device, batch: int, movers: int, tiles: int, scratch: int) -> State:
+    """Zeroed state for one launch on the current stream of `device`, and `scratch` float32 that need not be zero."""
+    # Every part begins on 16 bytes: an unaligned pointer would be one more kernel to compile.
+    keys = _even(batch * movers)
+    cuts = _even(batch)
+    counters = _even(-(-(1 + 2 * batch + batch * tiles) // 2))
+    words = zeroed(device, keys + cuts + counters)
+    return State(
+        keys=words[:keys].view(torch.uint64),
+        cuts=words[keys : keys + cuts].view(torch.uint64),
+        counters=words[keys + cuts :].view(torch.int32),
+        scratch=torch.empty(scratch, dtype=torch.float32, device=device) if scratch else None,
+    )
+
+
+def _even(count: int) -> int:
+    return count + count % 2
 
 
 @triton.jit

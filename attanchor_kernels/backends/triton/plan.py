@@ -12,11 +12,15 @@ rows of its slots, wherever they go, and the t-th stretch of the padding.
 import triton
 import triton.language as tl
 
-from attanchor_kernels.backends.triton.arguments import ANCHOR_TEXT, IMAGE
-from attanchor_kernels.backends.triton.barrier import arrive, wait
-from attanchor_kernels.backends.triton.keys import cut_by_ranking, decode_index, decode_score, rank_keys
-from attanchor_kernels.backends.triton.match import RANKED_MOVERS, arrivals
-from attanchor_kernels.backends.triton.rows import copy_rows, slot_rows, zero_rows
+from attanchor_kernels.backends.triton.copy import copy_rows, slot_rows, zero_rows
+from attanchor_kernels.backends.triton.match import (
+    RANKED_MOVERS,
+    arrivals,
+    cut_by_ranking,
+    decode_index,
+    decode_score,
+    rank_keys,
+)
 from attanchor_kernels.backends.triton.slots import (
     count_earlier_placeholders,
     count_real_through,
@@ -25,6 +29,8 @@ from attanchor_kernels.backends.triton.slots import (
     is_real,
     load_roles,
 )
+from attanchor_kernels.backends.triton.state import arrive, wait
+from attanchor_kernels.backends.triton.types import ANCHOR_TEXT, IMAGE
 
 MOVER_BLOCK = tl.constexpr(64)
 
