@@ -14,7 +14,6 @@ from attanchor_vlm.training.config import TrainConfig
 from attanchor_vlm.training.run_folder import differences
 
 from attanchor_lab.paper.study import Arm, Study, plan_of, slug, train_settings
-from attanchor_lab.placements import PLACEMENTS
 
 # Of a run: what changes none of its weights.
 _FREE = ("output", "resume", "preset", "skip_bad", "workers", "eval_batch_size", "gradient_checkpointing")
@@ -33,9 +32,7 @@ def check_arms(study: Study, arms: Sequence[Arm]) -> None:
     for arm in arms:
         if (other := folders.setdefault(slug(arm.name), arm.name)) != arm.name:
             raise ValueError(f"{other!r} and {arm.name!r} would have one folder, {slug(arm.name)}; name one otherwise")
-        if arm.placement not in PLACEMENTS:
-            raise ValueError(f"placement is {arm.placement!r}; it should be one of {', '.join(PLACEMENTS)}")
-        AttAnchorConfig(tau=arm.tau, direction=arm.direction)
+        AttAnchorConfig(tau=arm.tau, direction=arm.direction, placement=arm.placement)
 
 
 def check_pending(study: Study, jobs: Sequence[tuple[Arm, int]], progress: bool = True) -> None:

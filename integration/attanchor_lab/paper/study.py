@@ -28,7 +28,7 @@ class Arm:
         name: In rows, tables and folders.
         tau: 1 for the baseline.
         direction: As in `AttAnchorConfig`.
-        placement: "matched", or a control of `placement.PLACEMENTS`.
+        placement: As in `AttAnchorConfig`; its seed is that of the arm.
         model, preset: Instead of the study's.
         trained_as: Share the training of the arm of this name; by default its own.
         train_rows, test_rows: (data, images) instead of the study's.
@@ -102,7 +102,9 @@ class TrainRows:
 
 
 def preset_of(study: Study, arm: Arm) -> Method:
-    return dataclasses.replace(arm.preset or study.preset, tau=arm.tau, direction=arm.direction)
+    return dataclasses.replace(
+        arm.preset or study.preset, tau=arm.tau, direction=arm.direction, placement=arm.placement
+    )
 
 
 def plan_of(study: Study, arm: Arm, seed: int) -> EvalConfig:
@@ -119,7 +121,7 @@ def train_settings(study: Study, rows: TrainRows, arm: Arm, seed: int) -> TrainC
         data=data,
         images=images,
         output=study.output / _RUNS / run_name(arm.trained_as or arm.name, seed),
-        **vars(preset_of(study, arm)),
+        **vars(preset_of(study, arm)) | {"placement_seed": seed},
         val_data=rows.val_data,
         turns=rows.turns,
         skip_bad=study.plan.skip_bad,
