@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import KERNEL_DTYPES, build_arguments, merge_arguments
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import gradcheck, gradgradcheck
 
 from attanchor_kernels import build_sequence, merge_sequence, plan_sequence
@@ -317,7 +318,7 @@ def test_raw_operators_give_the_same_rows_at_capacity():
 
 def test_one_graph_for_all_counts():
     torch._dynamo.reset()
-    graphs = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    graphs = CompileCounterWithBackend("aot_eager")
 
     @torch.compile(fullgraph=True, backend=graphs, dynamic=True)
     def run(image, text, count):

@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
 from safetensors import SafetensorError
@@ -119,31 +120,40 @@ def refuse_adapter(model: str) -> None:
 
 def check_hub(name: str) -> None:
     """Refuse a Hub id at once where the Hub cannot be reached: its client would go on trying for minutes."""
-    from urllib.parse import urlsplit
-
     from huggingface_hub import constants, try_to_load_from_cache
 
     try:
         cached = isinstance(try_to_load_from_cache(name, "config.json"), str)
     except ValueError as error:
         raise SetupError(f"model {name} is no folder here, and cannot be a Hub id: {error}") from error
-    proxied = any(os.environ.get(key) for key in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"))
-    if cached or proxied:
+    if cached:
         return
     hint = "download it elsewhere and give its folder"
     if constants.HF_HUB_OFFLINE:
         raise SetupError(
             f"model {name} is no folder here and not in the Hub's cache, and HF_HUB_OFFLINE is set; {hint}"
         )
+    if reason := hub_unreachable():
+        raise SetupError(
+            f"model {name} is no folder here, and the Hugging Face Hub ({constants.ENDPOINT}) cannot be reached "
+            f"({reason}); check name and network, or {hint}"
+        )
+
+
+def hub_unreachable() -> str | None:
+    """Why the Hub cannot be reached; None if it can, or need not, be: its client would go on trying for minutes."""
+    from huggingface_hub import constants
+
+    proxied = any(os.environ.get(key) for key in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"))
+    if constants.HF_HUB_OFFLINE or proxied:
+        return None
     address = urlsplit(constants.ENDPOINT)
     port = address.port or (443 if address.scheme == "https" else 80)
     try:
         socket.create_connection((address.hostname, port), timeout=10).close()
     except OSError as error:
-        raise SetupError(
-            f"model {name} is no folder here, and the Hugging Face Hub ({address.hostname}) cannot be reached "
-            f"({error}); check name and network, or {hint}"
-        ) from error
+        return str(error)
+    return None
 
 
 def choose_dtype(wanted: str, say: Callable[[str], None]) -> torch.dtype:

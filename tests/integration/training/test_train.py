@@ -180,12 +180,12 @@ def test_an_interrupted_run_resumes_as_if_nothing_had_been(world, tmp_path, monk
     assert second.steps == 6
     assert not second.interrupted
 
-    def losses(log, key):
-        return [(line["step"], line[key]) for line in log if key in line]
+    def values(log, key):
+        return {line["step"]: line[key] for line in log if key in line}
 
     for key in ("loss", "eval_loss", "inserted_share"):
-        assert losses(second.log, key) == pytest.approx(losses(whole.log, key), rel=1e-6)
-        assert losses(lines(tmp_path / "parts"), key) == losses(second.log, key)
+        assert values(second.log, key) == pytest.approx(values(whole.log, key), rel=1e-6)
+        assert values(lines(tmp_path / "parts"), key) == values(second.log, key)
     for (name, a), (_, b) in zip(whole.model.named_parameters(), second.model.named_parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7, msg=name)
 
