@@ -64,7 +64,8 @@ _RULES = {
 def register_rule(name: str, rule: Rule) -> None:
     """Make a rule known as a value of `AttAnchorConfig.keep_by`."""
     _RULES[name] = rule
-    settings.KEEP_BY.add(name)
+    if name not in settings.KEEP_BY:
+        settings.KEEP_BY.append(name)
 
 
 @torch.no_grad()

@@ -225,7 +225,7 @@ def test_the_papers_table_with_its_controls(world, tmp_path, capsys):
     assert (
         len({rows[arm]["values"]["loss"] for arm in ("baseline", "tau 0.12", "random places", "prompt in front")}) == 4
     )
-    assert json.loads((output / "runs" / "random-places-seed0" / "placement.json").read_text())["placement"] == "random"
+    assert load_settings(output / "runs" / "random-places-seed0").placement == "random"
     assert [rows[arm]["settings"]["placement"] for arm in rows] == ["matched"] * 3 + ["random", "front"]
     assert cli.main(command) == 0
     assert capsys.readouterr().out.count("done before") == 5
