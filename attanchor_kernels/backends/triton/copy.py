@@ -55,14 +55,12 @@ def slot_rows(rows, config: tl.constexpr, sample, slot, feature):
 
 
 @triton.jit
-def copy_rows(row, exists, to, original, copy, config: tl.constexpr):
-    """Rows to `original` and, where that is not -1, to `copy`, places in the sample that starts at `to`.
-
-    An original of -1 is not copied at all; a row that does not exist becomes NaN.
-    """
+def copy_rows(row, exists, to, original, copy, DROPS: tl.constexpr, config: tl.constexpr):
+    """Rows to `original` and `copy`, places in the sample that starts at `to`; -1 = no such place. With DROPS there can
+    be a copy without an original. A row that does not exist becomes NaN."""
     HIDDEN: tl.constexpr = config.hidden
     COLUMNS: tl.constexpr = config.block_columns
-    readable = exists & (original >= 0)
+    readable = exists & ((tl.maximum(original, copy) if DROPS else original) >= 0)
     at_original = to + original.to(tl.int64) * HIDDEN
     at_copy = to + copy.to(tl.int64) * HIDDEN
     copied = tl.max(copy) >= 0
