@@ -20,11 +20,9 @@ def allocate(
 ) -> State:
     """Zeroed state for one launch on the current stream of `device`, and words of scratch that need not be zero."""
     # Every part begins on 16 bytes: an unaligned pointer would be one more kernel to compile.
-    keys = _even(batch * movers)
-    cuts = _even(batch)
-    counters = _even(-(-(1 + 2 * batch + batch * tiles) // 2))
-    words = zeroed(device, keys + cuts + counters + -(-relevances // 2))
-    keys, cuts, counters, relevance = words.tensor_split((keys, keys + cuts, keys + cuts + counters))
+    words = batch * movers, batch, -(-(1 + 2 * batch + batch * tiles) // 2), -(-relevances // 2)
+    lengths = [length + length % 2 for length in words]
+    keys, cuts, counters, relevance = zeroed(device, sum(lengths)).split(lengths)
     return State(
         keys=keys.view(torch.uint64),
         cuts=cuts.view(torch.uint64),
@@ -38,10 +36,6 @@ def allocate(
 
 def _scratch(device: torch.device, count: int, dtype: torch.dtype) -> torch.Tensor | None:
     return torch.empty(count, dtype=dtype, device=device) if count else None
-
-
-def _even(count: int) -> int:
-    return count + count % 2
 
 
 @triton.jit
