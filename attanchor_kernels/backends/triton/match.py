@@ -57,9 +57,7 @@ def decode_bits(ordered):
 @triton.jit
 def decode_score(key):
     """The score of a key, -inf for an empty one."""
-    ordered = (key >> 32).to(tl.uint32).to(tl.int32, bitcast=True)
-    bits = tl.where(ordered < 0, ordered ^ SIGN, ~ordered)
-    return tl.where(key == 0, float("-inf"), bits.to(tl.float32, bitcast=True))
+    return decode_bits((key >> 32).to(tl.uint32))
 
 
 @triton.jit
@@ -102,21 +100,6 @@ def cut_by_ranking(keys, movers, budget, tau, MOVERS: tl.constexpr):
         other = load_rank_keys(keys, start, movers, tau, PART)
         rank += tl.sum((other[None, :] > key[:, None]).to(tl.int32), axis=1)
     return tl.max(tl.where(rank == budget - 1, key, 0))
-
-
-@triton.jit
-def cut_by_search(keys, movers, budget, tau):
-    """The same for any number of movers: the largest word that at least `budget` rank keys reach, bit by bit."""
-    PART: tl.constexpr = 2048
-    held = load_rank_keys(keys, 0, movers, tau, PART)
-    cut = tl.zeros([1], tl.uint64)
-    for step in range(64):
-        trial = cut | (tl.full([1], 1, tl.uint64) << tl.cast(63 - step, tl.uint64))
-        reached = (held >= trial).to(tl.int32)
-        for start in range(PART, movers, PART):
-            reached += (load_rank_keys(keys, start, movers, tau, PART) >= trial).to(tl.int32)
-        cut = tl.where(tl.sum(reached) >= budget, trial, cut)
-    return tl.max(cut)
 
 
 @triton.jit
@@ -360,7 +343,7 @@ def publish_cut(inputs, state, sizes, config: tl.constexpr, sample):
     if movers > RANKED_MOVERS:
         tl.debug_barrier()
         keys = state.keys + tl.cast(sample, tl.int64) * sizes.movers
-        tl.store(state.cuts + sample, cut_by_search(keys, movers, sizes.budget, sizes.tau))
+        tl.store(state.cuts + sample, kth_largest(keys, movers, sizes.budget, sizes.tau, True))
         tl.debug_barrier()
         tl.atomic_add(state.counters + 1 + sample, 1, sem="release")
 
