@@ -144,8 +144,8 @@ def multiply(image_row, image_kept, text_row, text_kept, first_slice, end_slice,
     text_square = tl.zeros([N], tl.float32)
     for part in range(first_slice, end_slice):
         dot = tl.zeros([M, N], tl.float32)
-        image_part = tl.zeros([M], tl.float32)
-        text_part = tl.zeros([N], tl.float32)
+        image_part = tl.zeros([M, K], tl.float32)
+        text_part = tl.zeros([N, K], tl.float32)
         first = part * config.slice_hidden
         for start in range(first, min(first + config.slice_hidden, HIDDEN), K):
             column = start + tl.arange(0, K)
@@ -162,11 +162,11 @@ def multiply(image_row, image_kept, text_row, text_kept, first_slice, end_slice,
                 image = widen(image, True)
                 text = widen(text, True)
             dot = tl.dot(image, tl.trans(text), dot, input_precision="ieee")
-            image_part += tl.sum(image.to(tl.float32) * image.to(tl.float32), axis=1)
-            text_part += tl.sum(text.to(tl.float32) * text.to(tl.float32), axis=1)
+            image_part += image.to(tl.float32) * image.to(tl.float32)
+            text_part += text.to(tl.float32) * text.to(tl.float32)
         product += dot
-        image_square += image_part
-        text_square += text_part
+        image_square += tl.sum(image_part, axis=1)
+        text_square += tl.sum(text_part, axis=1)
     return product, image_square, text_square
 
 
