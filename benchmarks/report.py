@@ -17,6 +17,8 @@ from benchmarks.rows import IMAGES, RESULTS, ROOT, Row, of_newest_gpu, ratio, re
 
 COMMAND = "python -m benchmarks report"
 LABORATORY = "docs/lab/report.md"
+NAMED = "## The comparisons named before the runs"
+README_PLANS = ("cpu", "again", "long")  # those with six seeds, and the one whose plain arm learns longest
 BLOCK = re.compile(r"(<!-- generated: (?P<name>[\w-]+) -->\n)(?P<body>.*?)(<!-- /generated -->)", re.DOTALL)
 
 
@@ -207,17 +209,19 @@ def targets_block(rows: list[Row], image: str) -> str:
 
 
 def laboratory_block(rows: list[Row], image: str) -> str:
-    """What the laboratory's page says in short, and the answers of its first plan, which is the size `cpu`.
+    """From the laboratory's page, the table of the comparisons named before the runs: the lines of `README_PLANS`.
 
     `attanchor report` writes that page from the laboratory's own rows.
     """
     page = (ROOT / LABORATORY).read_text(encoding="utf-8")
-    short = page.partition("## In short\n")[2].partition("\n## ")[0].strip()
-    if not short:
-        raise ValueError(f"{LABORATORY} has no section 'In short'")
-    first = "\n\nIn the size ".join(short.split("\n\nIn the size ")[:2])
-    page_link = f"the other plans and all the rest: [the report]({LABORATORY})"
-    return f"{first}\n\nFrom the rows under `docs/lab`, by `attanchor report`; {page_link}.\n"
+    section = page.partition(f"{NAMED}\n")[2].partition("\n## ")[0]
+    table = [line for line in section.splitlines() if line.startswith("|")]
+    if len(table) < 3:
+        raise ValueError(f"{LABORATORY} has no table under {NAMED!r}")
+    shown = [line for line in table[2:] if line[2:].split(",")[0].split(" |")[0] in README_PLANS]
+    how = "Points of mean accuracy, paired by seed; interval, p and verdict are of one test, corrected for its plan."
+    link = f"From the rows under `docs/lab`, by `attanchor report`; all plans: [the report]({LABORATORY})."
+    return "\n".join([*table[:2], *shown]) + f"\n\n{how} {link}\n"
 
 
 BLOCKS: dict[str, Callable[[list[Row], str], str]] = {

@@ -276,16 +276,17 @@ def test_the_stored_readme_is_current():
     assert main(["report", "--check"]) == 0
 
 
-def test_the_readme_says_what_the_laboratorys_page_says_in_short(tmp_path, monkeypatch):
+def test_the_readme_shows_lines_of_the_laboratorys_table(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "ROOT", tmp_path)
     page = tmp_path / report.LABORATORY
     page.parent.mkdir(parents=True)
-    page.write_text("# Page\n\n## In short\n\n- One.\n- **Two?** No.\n\n## More\n\n- Three.\n")
+    table = "| plan, setting | verdict |\n| --- | ---: |\n"
+    lines = "| cpu, main | better |\n| share, half | worse |\n| long | not shown |\n"
+    page.write_text(f"# Page\n\n{report.NAMED}\n\n{table}{lines}\n![One](one.png)\n\n## More\n\n| cpu | other |\n")
     readme = "<!-- generated: laboratory -->\nold\n<!-- /generated -->\n"
     written = report.render(readme, [], "images")
-    assert "- One.\n- **Two?** No.\n\nFrom the rows" in written
-    assert "Three" not in written
-    assert "old" not in written
+    assert f"{table}| cpu, main | better |\n| long | not shown |\n\nPoints of" in written
+    assert "other" not in written
     page.write_text("# Page\n")
-    with pytest.raises(ValueError, match="In short"):
+    with pytest.raises(ValueError, match="no table under '## The comparisons named"):
         report.render(readme, [], "images")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -25,7 +25,10 @@ from attanchor_vlm.settings import check_fraction
 
 HIGHEST_TAU = 0.999  # 1 would insert nothing, and would not measure either
 # What a threshold does not depend on, or what the processor says anew.
-_FREE_TO_STORE = ("tau", "max_anchors", "special_token_ids", "generation_prompt_ids", "function_token_ids")
+_FREE_TO_STORE = (
+    *("tau", "max_anchors", "keep", "keep_by"),
+    *("special_token_ids", "generation_prompt_ids", "function_token_ids"),
+)
 
 
 @dataclass(frozen=True)
@@ -143,12 +146,6 @@ def threshold_for_share(
     tau = scores.threshold(share)
     attach(model, dataclasses.replace(config, tau=tau))
     return tau, scores.ranked
-
-
-def settings_of(model: nn.Module, changes: Mapping[str, Any]) -> AttAnchorConfig:
-    """The settings of an attached model, with `changes` in their place."""
-    target: Any = base_of(model)
-    return dataclasses.replace(target.attanchor_config, **changes)
 
 
 def check_storable(directory: Path, config: AttAnchorConfig) -> None:

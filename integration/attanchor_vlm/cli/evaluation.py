@@ -37,7 +37,7 @@ def evaluate(
     import torch
 
     from attanchor_vlm.model.load import load
-    from attanchor_vlm.provenance import provenance
+    from attanchor_vlm.provenance import environment
 
     weights = getattr(torch, dtype.value) if dtype else None
     loaded, processor = load(model, adapter, dtype=weights, default_tau=1.0, **changes)
@@ -49,7 +49,7 @@ def evaluate(
         "predictions": config.predictions if config.metrics else None,
         "limit": config.limit,
         "seed": config.seed,
-        **provenance(),
+        **environment(),
     }
     written = run.write(report, output, about) if output is not None else []
     if as_json:

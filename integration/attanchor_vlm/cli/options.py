@@ -79,7 +79,7 @@ class Options:
             else:
                 parser, metavar = None, about["metavar"]
                 if kind == int | float:  # typer takes no union; the parser says which
-                    kind, parser, metavar = float, _number, "NUMBER"
+                    kind, parser, metavar = str, _number, "NUMBER"
                 option = typer.Option(help=help, metavar=metavar, parser=parser, show_default=False)
                 kind = kind if required else kind | None
             made.append(_parameter(name, Annotated[kind, option], REQUIRED if required else default))

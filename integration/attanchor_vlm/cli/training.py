@@ -33,15 +33,22 @@ def train(given: dict[str, Any]) -> None:
 def _train(given: dict[str, Any]) -> bool:
     """Whether the run was interrupted."""
     quiet()
-    config = TrainConfig.from_preset(given.pop("preset", None), **given)
+    preset = given.pop("preset", None)
+    config = TrainConfig.from_preset(preset, **given)
+    from attanchor_vlm import distributed
     from attanchor_vlm.training import run as training
 
+    if preset is None and distributed.is_main():
+        foreign = (
+            "" if {"tau", "fraction"} & set(given) else "; its tau may not be this model's: --fraction measures one"
+        )
+        typer.echo(f"preset {config.preset}, by the model's family{foreign}")
     return training.run(config, typer.echo).interrupted
 
 
 def _stored(given: dict[str, Any]) -> dict[str, Any]:
-    """tau, max_anchors and content_words that `calibrate --save` left beside the model, where neither tau nor fraction
-    is given; if a direction or words are, only a tau that was measured with the same."""
+    """What `calibrate --save` left beside the model, where neither tau nor fraction is given; if a direction or words
+    are, only a tau that was measured with the same."""
     path = Path(given["model"]).expanduser() / "attanchor.json"
     if "tau" in given or "fraction" in given or not path.is_file():
         return {}
@@ -52,18 +59,19 @@ def _stored(given: dict[str, Any]) -> dict[str, Any]:
     measured |= {"content_words": given["content_words"]} if "content_words" in given else {}
     if any(getattr(stored, name) != value for name, value in measured.items()):
         return {}
-    bound = "" if stored.max_anchors is None else f" and max_anchors {stored.max_anchors}"
+    bounds = {name: getattr(stored, name) for name in ("max_anchors", "keep")}
+    bound = "".join(f" and {name} {value}" for name, value in bounds.items() if value is not None)
     bound += ", of content words" if stored.content_words else ""
     if distributed.is_main():
         typer.echo(f"tau {stored.tau:g}{bound}, from {path}")
-    found = {name: getattr(stored, name) for name in ("tau", "max_anchors", "content_words")}
+    found = {name: getattr(stored, name) for name in ("tau", "max_anchors", "keep", "keep_by", "content_words")}
     return {name: value for name, value in found.items() if value is not None}
 
 
 @app.command()
 @takes(
     Options(TrainConfig, ("model", "data", "images", "skip_bad")),
-    Options(AnchorOptions, ("max_anchors", "direction", "content_words"), unsaid="as stored"),
+    Options(AnchorOptions, ("max_anchors", "direction", "keep", "keep_by", "content_words"), unsaid="as stored"),
 )
 def calibrate(
     source: dict[str, Any],
@@ -91,7 +99,7 @@ def calibrate(
     from attanchor_vlm.analysis.calibrate import check_fraction
     from attanchor_vlm.data.batches import Collator
     from attanchor_vlm.data.dataset import some_samples
-    from attanchor_vlm.model.attach import attach
+    from attanchor_vlm.model.attach import base_of
     from attanchor_vlm.model.load import load
     from attanchor_vlm.records import check_parent
 
@@ -101,12 +109,12 @@ def calibrate(
     if save is not None:
         check_parent(save / "attanchor.json")
     chosen = some_samples(source["data"], source.get("images"), samples, seed, source.get("skip_bad", False))
-    loaded, processor = load(source["model"], adapter, tau=calibration.HIGHEST_TAU)
-    config = calibration.settings_of(loaded, changes)
+    loaded, processor = load(source["model"], adapter, tau=calibration.HIGHEST_TAU, **changes)
+    target: Any = base_of(loaded)
+    config = target.attanchor_config
     check_fraction(fraction, config.direction)
     if save is not None:
         calibration.check_storable(save, config)
-    attach(loaded, config)
     collate = Collator(processor, "each", config.content_words)
     scores = calibration.measure_scores(loaded, collate, chosen, batch_size, progress=not as_json)
     tau = scores.threshold(fraction)

@@ -13,9 +13,9 @@ from collections.abc import Callable, Collection, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
-from attanchor_lab.placements import check_adapter
 from safetensors import SafetensorError
 
 from attanchor_vlm.errors import SetupError
@@ -120,31 +120,40 @@ def refuse_adapter(model: str) -> None:
 
 def check_hub(name: str) -> None:
     """Refuse a Hub id at once where the Hub cannot be reached: its client would go on trying for minutes."""
-    from urllib.parse import urlsplit
-
     from huggingface_hub import constants, try_to_load_from_cache
 
     try:
         cached = isinstance(try_to_load_from_cache(name, "config.json"), str)
     except ValueError as error:
         raise SetupError(f"model {name} is no folder here, and cannot be a Hub id: {error}") from error
-    proxied = any(os.environ.get(key) for key in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"))
-    if cached or proxied:
+    if cached:
         return
     hint = "download it elsewhere and give its folder"
     if constants.HF_HUB_OFFLINE:
         raise SetupError(
             f"model {name} is no folder here and not in the Hub's cache, and HF_HUB_OFFLINE is set; {hint}"
         )
+    if reason := hub_unreachable():
+        raise SetupError(
+            f"model {name} is no folder here, and the Hugging Face Hub ({constants.ENDPOINT}) cannot be reached "
+            f"({reason}); check name and network, or {hint}"
+        )
+
+
+def hub_unreachable() -> str | None:
+    """Why the Hub cannot be reached; None if it can, or need not, be: its client would go on trying for minutes."""
+    from huggingface_hub import constants
+
+    proxied = any(os.environ.get(key) for key in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"))
+    if constants.HF_HUB_OFFLINE or proxied:
+        return None
     address = urlsplit(constants.ENDPOINT)
     port = address.port or (443 if address.scheme == "https" else 80)
     try:
         socket.create_connection((address.hostname, port), timeout=10).close()
     except OSError as error:
-        raise SetupError(
-            f"model {name} is no folder here, and the Hugging Face Hub ({address.hostname}) cannot be reached "
-            f"({error}); check name and network, or {hint}"
-        ) from error
+        return str(error)
+    return None
 
 
 def choose_dtype(wanted: str, say: Callable[[str], None]) -> torch.dtype:
@@ -170,8 +179,8 @@ def settings_for(
     `changes` that is not None in the place of theirs. None if there are none, and no tau.
 
     Raises:
-        SetupError: `adapter` is no folder of an adapter, was trained without anchors and there is no tau, or is that
-            of an experiment's control; or `model` is an adapter.
+        SetupError: `adapter` is no folder of an adapter, or was trained without anchors and there is no tau; or `model`
+            is an adapter.
         ValueError: the settings are damaged, or one of `changes` has no meaning.
     """
     refuse_adapter(model)
@@ -180,7 +189,6 @@ def settings_for(
         folder = Path(adapter)
         if not (folder / "adapter_config.json").is_file():
             raise SetupError(f"adapter {folder} holds no adapter_config.json; give the folder that train wrote to")
-        check_adapter(folder)
         if (folder / FILE_NAME).is_file():
             found = load_settings(folder)
         elif changes.get("tau") is None:

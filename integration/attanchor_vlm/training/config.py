@@ -211,7 +211,7 @@ def preset_for(model: str) -> str:
 
     source = loading.source_of(model)
     try:
-        config = AutoConfig.from_pretrained(source)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         width = config.get_text_config().hidden_size
     except Exception as error:  # of damaged files, nearly any kind
         raise loading.cannot_be_loaded(model, error) from error

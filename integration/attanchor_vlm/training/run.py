@@ -38,6 +38,23 @@ from attanchor_vlm.training.run_folder import RUN_FILE, STREAM_SKIPPED_FILE, as_
 
 __all__ = ["TrainResult", "complete_checkpoints", "planned_steps", "run"]
 
+_CARD = """---
+base_model: {model}
+library_name: peft
+tags: [lora, attanchor]
+---
+# LoRA adapter of {model}, trained with AttAnchor
+
+{anchors}. `run.json` holds all settings, `attanchor.json` those of the anchors, which belong to the adapter.
+
+```python
+from attanchor_vlm import answer, load
+
+model, processor = load("{model}", "{output}")
+print(answer(model, processor, "What is in the picture?", ["picture.png"]).text)
+```
+"""
+
 
 @dataclass
 class TrainResult:
@@ -334,7 +351,7 @@ def _finish(config: TrainConfig, result: TrainResult, trainer, say: Callable[[st
         say(f"interrupted after step {result.steps}; continue with the same command and --resume")
         return
     is_writer = trainer.is_world_process_zero()
-    write = partial(_write_adapter, result=result, trainer=trainer, is_writer=is_writer)
+    write = partial(_write_adapter, config=config, result=result, trainer=trainer, is_writer=is_writer)
     checkpoints.replace_files(config.output, write, is_writer)
     if is_writer:
         summary = {
@@ -354,9 +371,13 @@ def _finish(config: TrainConfig, result: TrainResult, trainer, say: Callable[[st
     say(f"{result.steps} steps in {result.seconds:.0f} s{loss}; adapter and settings in {config.output}")
 
 
-def _write_adapter(folder: Path, result: TrainResult, trainer, is_writer: bool) -> None:
+def _write_adapter(folder: Path, config: TrainConfig, result: TrainResult, trainer, is_writer: bool) -> None:
     trainer.save_model(str(folder), _internal_call=True)  # of a sharded model, all processes gather it
     if is_writer:
         (folder / "training_args.bin").unlink(missing_ok=True)
         save_settings(trainer.accelerator.unwrap_model(trainer.model), folder)
         result.processor.save_pretrained(folder)
+        loss = "" if result.val_loss is None else f", validation loss {result.val_loss:.4f}"
+        anchors = f"tau {result.tau:g}, {config.direction}; {result.steps} steps{loss}"
+        card = _CARD.format(model=config.model, output=config.output, anchors=anchors)
+        (folder / "README.md").write_text(card, encoding="utf-8")  # in place of peft's empty template

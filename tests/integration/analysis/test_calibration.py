@@ -311,20 +311,20 @@ def test_train_takes_what_calibrate_stored_beside_the_model(world, tmp_path, cap
     model.mkdir()
     for file in small_llava.SHIPPED.iterdir():
         (model / file.name).write_bytes(file.read_bytes())
-    save_settings(AttAnchorConfig(tau=0.44, max_anchors=3), model)
+    save_settings(AttAnchorConfig(tau=0.44, max_anchors=3, keep=0.5), model)
     seen = []
 
     def note(given):
         config = TrainConfig.from_preset("tinyllava-1b", **given)
-        seen.append((config.tau, config.max_anchors))
+        seen.append((config.tau, config.max_anchors, config.keep))
         return False
 
     monkeypatch.setattr("attanchor_vlm.cli.training._train", note)
     base = ["train", "--model", str(model), "--data", "d.json", "--images", "i", "--output", "o"]
     for more in ([], ["--tau", "0.2"], ["--max-anchors", "5"], ["--direction", "image_into_text"]):
         assert cli.main([*base, *more]) == 0
-    assert seen == [(0.44, 3), (0.2, None), (0.44, 5), (0.12, None)]
-    assert "tau 0.44 and max_anchors 3, from" in capsys.readouterr().out
+    assert seen == [(0.44, 3, 0.5), (0.2, None, None), (0.44, 5, 0.5), (0.12, None, None)]
+    assert "tau 0.44 and max_anchors 3 and keep 0.5, from" in capsys.readouterr().out
 
 
 def test_a_stored_tau_of_content_words_brings_them_along(tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 
 import pytest
-from attanchor_lab import figures
+from attanchor_lab import figures, table
 from attanchor_lab.paper import arms, studies
 from attanchor_lab.paper import degrade as variants
 from attanchor_lab.paper.study import Arm
@@ -98,7 +98,6 @@ def test_an_adapter_of_other_settings_is_not_measured(world, tmp_path, monkeypat
         patch.setattr(evaluation, "evaluate", killed)
         with pytest.raises(KeyboardInterrupt):
             quietly(arms.run_arms, one, "x", [Arm("a", 0.5, placement="random")])
-    (tmp_path / "runs" / "a-seed0" / "placement.json").unlink()  # as if killed in front of it
     other = dataclasses.replace(one, preset=dataclasses.replace(one.preset, lr=1e-5))
     with pytest.raises(SetupError, match=r"lr was 0\.01 and is 1e-05"):
         quietly(arms.run_arms, other, "x", [Arm("a", 0.5, placement="random")])
@@ -106,7 +105,6 @@ def test_an_adapter_of_other_settings_is_not_measured(world, tmp_path, monkeypat
     with pytest.raises(SetupError, match="max_steps was 1 and is 2"):
         quietly(arms.run_arms, longer, "x", [Arm("a", 0.5, placement="random")])
     quietly(arms.run_arms, one, "x", [Arm("a", 0.5, placement="random")])
-    assert (tmp_path / "runs" / "a-seed0" / "placement.json").is_file()
 
 
 def test_a_loss_that_is_no_number_costs_neither_the_row_nor_the_others(world, tmp_path, monkeypatch):
@@ -128,7 +126,7 @@ def test_a_loss_that_is_no_number_costs_neither_the_row_nor_the_others(world, tm
     files = quietly(studies.degrade, nothing, {"blur": [9]}, [1.0]).files
     assert [path.name for path in files] == ["rows.jsonl", "table.md"]
     assert "- blur 9, baseline, seed 0: loss left out" in (tmp_path / "nothing" / "table.md").read_text()
-    figures.dots(tmp_path / "none.png", [{"arm": "a", "seed": 0, "values": {}, "figures": {}}], "")
+    figures.dots(tmp_path / "none.png", table.by_seed([{"arm": "a", "seed": 0, "values": {}, "figures": {}}]), {}, "")
     figures.along(tmp_path / "none.png", {}, "", "")
     assert not (tmp_path / "none.png").exists()
 

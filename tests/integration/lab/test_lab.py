@@ -10,8 +10,8 @@ import torch
 from attanchor_lab import lab_placement as placement
 from attanchor_lab.scenes import questions
 from attanchor_lab.scenes import world as scenes
+from attanchor_lab.scenes.alignment import alignment_loss, match_counts, match_quality
 from attanchor_lab.scenes.questions import Mixture
-from attanchor_lab.small_llava.alignment import alignment_loss, match_counts, match_quality
 from attanchor_lab.synthetic import arms, checks, measure, model, training
 from attanchor_lab.synthetic.arms import ARMS, Asker
 from lab_toy import TOY
@@ -181,7 +181,9 @@ def test_the_alignment_loss_is_least_where_patches_are_their_words():
     wrong_word = torch.where(empty, table[questions.ID["the"]], of_objects)
     half = torch.where(empty, right, table[colour + questions.COLOUR])
     swapped = torch.where(empty, of_objects.roll(1, 0), table[questions.ID["empty"]])
-    best, *others = (alignment_loss(one, table, drawn, 0.1) for one in (right, wrong_word, half, swapped))
+    best, *others = (
+        alignment_loss(one, table[training._ALIGNED], drawn, 0.05) for one in (right, wrong_word, half, swapped)
+    )
     assert best < 0.1
     assert all(other > best + 0.3 for other in others)
 

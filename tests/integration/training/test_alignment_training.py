@@ -10,7 +10,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from alignment_toy import make_clip, sample
@@ -45,9 +44,10 @@ def clip_folder(tmp_path_factory):
 
 def write_captions(folder, name: str, count: int, seed: int) -> None:
     """What `scenes.write_dataset` has drawn, in words."""
-    drawn = scenes.draw_scenes(count, np.random.default_rng(seed))
+    drawn = scenes.draw_scenes(count, scenes.generator_for(seed))
+    colours, shapes = (drawn.on_patches(kind).tolist() for kind in (drawn.colour, drawn.shape))
     texts = {}
-    for number, (colour, shape) in enumerate(zip(drawn.colour, drawn.shape, strict=True)):
+    for number, (colour, shape) in enumerate(zip(colours, shapes, strict=True)):
         objects = [f"a {scenes.COLOURS[c]} {scenes.SHAPES[s]}" for c, s in zip(colour, shape, strict=True) if s >= 0]
         texts[f"{name}-{number:05d}.png"] = ", ".join(objects)
     (folder / "captions.json").write_text(json.dumps(texts))
@@ -247,7 +247,7 @@ def test_clip_labels_train_a_model(world, clip_folder, tmp_path):
     [
         ({"align_labels": "c.json"}, "align_labels is c.json, but there is no align_weight"),
         ({"align_clip": "clip"}, "align_clip is clip, but there is no align_weight"),
-        ({"align_weight": -1.0}, "align_weight is -1.0; it should be a number of at least 0"),
+        ({"align_weight": -1.0}, "align_weight is -1.0; it should be at least 0 and finite"),
         ({"align_weight": float("nan")}, "align_weight is nan"),
         ({"align_weight": 1.0, "align_temperature": 0.0}, "align_temperature is 0.0; it should be greater than 0"),
         ({"align_weight": 1.0, "align_clip": "clip"}, "align_clip and align_words belong together"),

@@ -211,7 +211,7 @@ def _nested(outer, inner):
 def test_a_full_disk_at_the_end_leaves_no_half_adapter(world, tmp_path, monkeypatch):
     output = tmp_path / "run"
 
-    def full(folder, result, trainer, is_writer):
+    def full(folder, **made):
         (folder / "adapter_model.safetensors").write_bytes(b"half")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -359,3 +359,21 @@ def test_an_output_that_not_all_machines_see_is_refused(world, tmp_path, monkeyp
 def test_a_worker_s_error_keeps_its_one_line():
     text = "Caught DataError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n  File …\n"
     assert str(DataError(f"{text}attanchor_vlm.data.rows.DataError: image a.png is gone\n")) == "image a.png is gone"
+
+
+def test_a_run_of_an_earlier_version_is_gone_on_with(world, tmp_path):
+    """Its run.json has other names, None for what nobody decided, and the preset's tau, not the measured one."""
+    made_with = {"fraction": 0.2, "hold_fraction": "quantile", "calibration_samples": 8, "val_data": None}
+    made_with |= {"val_fraction": 0, "lora_rank": 1, "lora_alpha": 2, "lora_dropout": 0, "lr": 2e-3}
+    made_with |= {"tau": None, "eval_steps": None, "output": tmp_path / "run"}
+    first = run(world, max_steps=1, **made_with)
+    record = tmp_path / "run" / "run.json"
+    assert json.loads(record.read_text())["settings"]["tau"] == first.tau != TrainConfig.tau  # what really ran
+
+    earlier = json.loads((Path(__file__).parent / "run-of-earlier-version.json").read_text())
+    files = {"model": str(small_llava.SHIPPED), "data": str(world / "train.json"), "images": str(world / "images")}
+    earlier["settings"] |= files
+    record.write_text(json.dumps(earlier))
+    with pytest.raises(SetupError, match=r"had other settings: lr was 0\.002 and is 0\.1; resume"):
+        run(world, max_steps=2, resume=True, **{**made_with, "lr": 0.1})
+    assert run(world, max_steps=2, resume=True, **made_with).steps == 2

@@ -3,48 +3,25 @@
 from __future__ import annotations
 
 import torch
+from attanchor_vlm.training.alignment.loss import patch_alignment
 from torch import Tensor
 from torch.nn import functional as F
 
-from attanchor_lab.scenes.dataset import EMPTY
-from attanchor_lab.scenes.questions import COLOUR, ID, LABELS, holders
+from attanchor_lab.scenes.questions import holders
 from attanchor_lab.scenes.world import Scenes
 
-# Colours, shapes, "empty", then the words that describe no patch.
-_DESCRIBING = (*range(COLOUR, COLOUR + LABELS), ID[EMPTY])
-_OTHERS = tuple(ID[word] for word in ("is", "there", "a", "what", "colour", "where", "the", "?"))
 
-
-def alignment_loss(projected: Tensor, table: Tensor, scenes: Scenes, temperature: float) -> Tensor:
-    """Contrastive loss of projected patches against the embeddings of their label words, after SEA.
-
-    A patch should know its words among all words of the questions, and a word its patches among those of the image:
-    that is what AttAnchor's matching asks. What has several right partners sets each against the wrong ones, not
-    against the others. Empty patches belong to the word "empty".
+def alignment_loss(projected: Tensor, words: Tensor, scenes: Scenes, temperature: float) -> Tensor:
+    """The library's loss of patches whose labels are known.
 
     Args:
         projected: (B, P, D).
-        table: (V, D), the embedding table; words get no gradient from here.
+        words: (V, D), the embeddings of colours, shapes and "empty", then of words that describe no patch.
         temperature: Of the cosines.
     """
-    words = table[torch.tensor((*_DESCRIBING, *_OTHERS), device=table.device)].detach()
-    logits = F.normalize(projected, dim=-1) @ F.normalize(words, dim=-1).T / temperature
-    right = torch.zeros_like(logits, dtype=torch.bool)
-    labels = torch.arange(COLOUR, COLOUR + LABELS, device=table.device).expand(len(scenes), -1)
-    right[..., :LABELS] = holders(scenes, labels).transpose(1, 2)
-    there = scenes.on_patches(scenes.shape) >= 0
-    right[..., LABELS] = ~there
-    wrong = logits.masked_fill(right, -torch.inf)
-    # -log of exp(right) / (exp(right) + sum exp(wrong))
-    to_word = F.softplus(wrong.logsumexp(-1, keepdim=True) - logits)
-    to_patch = F.softplus(wrong.logsumexp(-2, keepdim=True) - logits)[..., :LABELS]
-    # Objects and empty patches count the same, though most patches are empty.
-    of_objects = _mean(to_word, right & there[..., None]) + _mean(to_word, right & ~there[..., None])
-    return (of_objects / 2 + _mean(to_patch, right[..., :LABELS])) / 2
-
-
-def _mean(values: Tensor, where: Tensor) -> Tensor:
-    return values.masked_fill(~where, 0).sum() / where.sum().clamp(min=1)
+    labels = scenes.labels().flatten(0, 1)
+    right = F.pad(labels, (0, len(words) - labels.shape[1]))
+    return patch_alignment(projected.flatten(0, 1), words, right, temperature)
 
 
 def match_counts(host: Tensor, best: Tensor, words: Tensor, scenes: Scenes, target: Tensor) -> Tensor:
