@@ -6,13 +6,31 @@ STAMP := $(VENV)/.installed
 OUT ?= demo-out
 GPU_OUT ?= gpu-out
 
+# PyTorch is no part of the lock: another build of it is given here, with pip's options.
+TORCH ?= torch==2.13.0
+LOCK := requirements/ci.txt
+RESOLVE = $(1)/bin/python -m uv pip compile --quiet --config-file requirements/uv.toml --python $(1)/bin/python
+
 .PHONY: demo test lint bench clean
 
-$(STAMP): requirements/ci.txt pyproject.toml setup.py
-	python3 -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --requirement requirements/ci.txt
-	$(VENV)/bin/python -m pip install --quiet --no-deps $$(sed -n 's/^# no-deps: //p' requirements/ci.txt)
-	ATTANCHOR_BUILD_CUDA=0 $(VENV)/bin/python -m pip install --quiet --no-build-isolation --no-deps --editable .
+# A virtual environment with PyTorch and pip's other arguments.
+define environment
+	python3 -c 'import sys; sys.exit(sys.version_info < (3, 11) and "python3 is older than 3.11")'
+	python3 -m venv $(1)
+	$(1)/bin/python -m pip install --quiet $(2)
+endef
+
+# What a lock names, then this package. Two packages are source distributions: the lock's setuptools, not the newest of
+# the day, builds them.
+define install
+	sed -n '/^setuptools==/,/# via/p' $(2) | $(1)/bin/python -m pip install --quiet --no-deps --require-hashes -r /dev/stdin
+	$(1)/bin/python -m pip install --quiet --no-deps --require-hashes --no-build-isolation -r $(2)
+	ATTANCHOR_BUILD_CUDA=0 $(1)/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+endef
+
+$(STAMP): $(LOCK) pyproject.toml setup.py
+	$(call environment,$(VENV),$(TORCH))
+	$(call install,$(VENV),$(LOCK))
 	touch $@
 
 demo: $(STAMP)
@@ -26,7 +44,7 @@ lint: $(STAMP)
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-# Everything that needs a GPU, into GPU_OUT; without one, a rehearsal at toy sizes. PART=1, 2 or 3 does a part of it.
+# What a GPU is needed for, into GPU_OUT, in ten minutes; PART=2 does what is left, in five. Without a GPU a rehearsal.
 .PHONY: gpu
 gpu: $(if $(filter $(VENV)/%,$(PYTHON)),$(STAMP))
 	$(PYTHON) -m benchmarks.gpu --output $(GPU_OUT) $(if $(PART),--part $(PART))
@@ -34,5 +52,29 @@ gpu: $(if $(filter $(VENV)/%,$(PYTHON)),$(STAMP))
 bench: $(if $(filter $(VENV)/%,$(PYTHON)),$(STAMP))
 	$(PYTHON) -m pytest benchmarks --benchmark-enable
 
+# The lock, from the names in pyproject.toml and requirements/ci.in, with the newest releases that held.txt lets in. To
+# take in a new name and leave the rest as it is: make lock UPGRADE=
+.PHONY: lock
+UPGRADE ?= --upgrade
+lock:
+	$(call environment,$(VENV),uv)
+	$(call RESOLVE,$(VENV)) --custom-compile-command 'make lock' --universal --python-version 3.11 $(UPGRADE) \
+		--all-extras pyproject.toml requirements/ci.in --constraint requirements/held.txt --output-file $(LOCK)
+
+# What a user gets who installs today, and the oldest that pyproject.toml promises: neither holds up a change.
+.PHONY: latest oldest
+latest:
+	$(call environment,.venv-latest,$(TORCH) uv)
+	$(call RESOLVE,.venv-latest) --all-extras pyproject.toml requirements/ci.in --upgrade --output-file .venv-latest/lock.txt
+	$(call install,.venv-latest,.venv-latest/lock.txt)
+	.venv-latest/bin/python -m pytest -n 2 --newest tests
+
+OLDEST_TESTS := $(addprefix tests/integration/,model/test_attach.py model/test_generate.py training/test_train.py cli)
+oldest:
+	$(call environment,.venv-oldest,$(TORCH) uv)
+	$(call RESOLVE,.venv-oldest) --all-extras pyproject.toml --resolution lowest-direct --upgrade --output-file .venv-oldest/lock.txt
+	$(call install,.venv-oldest,.venv-oldest/lock.txt)
+	.venv-oldest/bin/python -m pytest -n 2 $(OLDEST_TESTS)
+
 clean:
-	rm -rf $(VENV) build *.egg-info attanchor_kernels/*.so $(OUT) $(GPU_OUT)
+	rm -rf $(VENV) .venv-latest .venv-oldest build *.egg-info attanchor_kernels/*.so $(OUT) $(GPU_OUT)

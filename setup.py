@@ -1,4 +1,4 @@
-"""Metadata lives in pyproject.toml. This file finds the packages and, where it can, builds the CUDA extension.
+"""Metadata lives in pyproject.toml. This file builds the CUDA extension where it can.
 
 The extension is built when PyTorch is a CUDA build and its nvcc is there, with or without a GPU in the machine:
 
@@ -16,10 +16,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from setuptools import find_packages, setup
-
-PACKAGES = find_packages(include=["attanchor_kernels*"])
-PACKAGES += find_packages("integration", include=["attanchor_vlm*", "attanchor_lab*"])
+from setuptools import setup
 
 LEAST_TORCH = (2, 10)  # the first with the parts of the stable ABI that csrc/bindings.cpp uses
 ARCHS = (("80+PTX", (11, 0)), ("90a", (12, 0)), ("100a", (12, 8)))  # and the first CUDA that knows them
@@ -137,8 +134,5 @@ def say(what: str) -> None:
 setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
-    packages=PACKAGES,
-    package_dir={name: f"integration/{name}" for name in ("attanchor_vlm", "attanchor_lab")},
-    package_data={"attanchor_lab": ["small_llava/assets/**", "paper/values.json"]},
     **extension(),
 )

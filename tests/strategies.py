@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 
 import torch
+from hypothesis import settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -12,6 +14,14 @@ from attanchor_kernels.testing.inputs import random_roles
 
 TAUS = [-math.inf, -1.0, -0.3, 0.0, 0.1, 0.3, 0.9, 1.0, math.inf]
 KERNEL_DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+LONGER = int(os.environ.get("ATTANCHOR_TEST_LONGER", "1"))
+
+
+def examples(count: int) -> settings:
+    """As many examples of a property in the suite, ATTANCHOR_TEST_LONGER times as many in a long run."""
+    return settings(max_examples=LONGER * count)
 
 
 def _rows(draw, generator: torch.Generator, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -50,8 +60,11 @@ def _options(draw, movers: int, axes_shape: tuple[int, int], generator: torch.Ge
     given_positions = positions == "inherit" and draw(st.booleans())
     axes = draw(st.sampled_from([None, 1, 3]))
     shape = axes_shape if axes is None else (axes, *axes_shape)
+    taus = st.sampled_from(TAUS)
+    if tensors:
+        taus |= st.sampled_from([*TAUS, math.nan]).map(torch.tensor)
     return {
-        "tau": draw(st.sampled_from(TAUS) | st.sampled_from([*TAUS, math.nan] if tensors else []).map(torch.tensor)),
+        "tau": draw(taus),
         "max_anchors": draw(st.none() | st.integers(0, movers + 2)),
         "direction": draw(st.sampled_from(["text_into_image", "image_into_text"])),
         "positions": positions,

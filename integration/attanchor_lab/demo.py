@@ -28,7 +28,7 @@ from attanchor_vlm.model.config import AttAnchorConfig
 from attanchor_vlm.model.load import load_pretrained
 from attanchor_vlm.records import markdown_table, write_json
 from attanchor_vlm.training import run as train
-from attanchor_vlm.training.config import TrainSettings, preset
+from attanchor_vlm.training.config import TrainConfig
 from PIL import Image
 
 from attanchor_lab.scenes import dataset as scenes
@@ -200,13 +200,16 @@ def _clear(output: Path) -> None:
         (output / name).unlink()
 
 
-def _settings(source, data, train_file, val_file, output, name, tau, size: Size, seed: int) -> TrainSettings:
-    return TrainSettings(
+def _settings(source, data, train_file, val_file, output, name, tau, size: Size, seed: int) -> TrainConfig:
+    return TrainConfig.from_preset(
+        "small-llava",
         model=source,
         data=train_file,
         images=data / "images",
         output=output,
-        preset=preset("small-llava", tau=tau, direction=_DIRECTIONS.get(name), batch_size=size.batch_size),
+        tau=tau,
+        direction=_DIRECTIONS.get(name),
+        batch_size=size.batch_size,
         val_data=val_file,
         max_steps=size.steps,
         eval_steps=max(1, size.steps // 4),
@@ -216,7 +219,7 @@ def _settings(source, data, train_file, val_file, output, name, tau, size: Size,
     )
 
 
-def command_line(settings: TrainSettings) -> str:
+def command_line(settings: TrainConfig) -> str:
     """What a user would type for this run."""
     options = {
         "model": settings.model,
@@ -224,10 +227,10 @@ def command_line(settings: TrainSettings) -> str:
         "val-data": settings.val_data,
         "images": settings.images,
         "output": settings.output,
-        "preset": "small-llava",
-        "tau": settings.preset.tau,
-        "direction": settings.preset.direction,
-        "batch-size": settings.preset.batch_size,
+        "preset": settings.preset,
+        "tau": settings.tau,
+        "direction": settings.direction if settings.tau < 1 else None,
+        "batch-size": settings.batch_size,
         "max-steps": settings.max_steps,
         "eval-steps": settings.eval_steps,
         "eval-batch-size": settings.eval_batch_size,

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from attanchor_vlm.errors import SetupError
 from attanchor_vlm.evaluation import run as evaluation
+from attanchor_vlm.evaluation.config import EvalConfig
 from attanchor_vlm.model import load as loading
 from attanchor_vlm.provenance import environment
 from attanchor_vlm.records import Row, append_row, read_rows
-from attanchor_vlm.training.config import TrainSettings
+from attanchor_vlm.training.config import TrainConfig
 
 from attanchor_lab import runner
 from attanchor_lab.paper.study import (
@@ -32,7 +33,6 @@ from attanchor_lab.paper.study import (
     settings_of,
     train_settings,
 )
-from attanchor_lab.placements import mark_adapter, placed
 from attanchor_lab.runner import Job, Rows, alone_in
 
 Say = Callable[[str], None]
@@ -120,16 +120,24 @@ def _run(study: Study, arm: Arm, seed: int, title: str, say_line: Say, progress:
 
     say_line(title)
     model, settings = arm.model or study.model, settings_of(study, arm)
-    with placed(arm.placement, seed):
-        adapter: Path | None = None
-        trained: dict[str, Any] = {}
-        if study.train is not None:
-            adapter, trained = _train(study, study.train, arm, seed, say, progress)
-        dtype = loading.choose_dtype(preset_of(study, arm).dtype, lambda line: None)
-        loaded, processor = evaluation.load(model, adapter, arm.tau, arm.direction, dtype)
-        plan, tasks = plan_of(study, arm, seed), study.output / "tasks" / run_name(arm.name, seed)
-        report = measure(loaded, processor, plan, settings, _parts_file(study, arm.name, seed), tasks, progress)
-        parameters = sum(parameter.numel() for parameter in loaded.parameters())
+    adapter: Path | None = None
+    trained: dict[str, Any] = {}
+    if study.train is not None:
+        adapter, trained = _train(study, study.train, arm, seed, say, progress)
+    dtype = loading.choose_dtype(preset_of(study, arm).dtype, lambda line: None)
+    loaded, processor = loading.load(
+        model,
+        adapter,
+        dtype=dtype,
+        default_tau=1.0,
+        tau=arm.tau,
+        direction=arm.direction,
+        placement=arm.placement,
+        placement_seed=seed,
+    )
+    plan, tasks = plan_of(study, arm, seed), study.output / "tasks" / run_name(arm.name, seed)
+    report = measure(loaded, processor, plan, settings, _parts_file(study, arm.name, seed), tasks, progress)
+    parameters = sum(parameter.numel() for parameter in loaded.parameters())
     del loaded, processor
     gc.collect()
     if torch.cuda.is_available():
@@ -162,7 +170,6 @@ def _train(study: Study, rows: TrainRows, arm: Arm, seed: int, say: Say, progres
     folder = settings.output
     if not is_trained(folder) and _train_or_go_on(settings, say, progress).interrupted:
         raise InterruptedStudyError(f"interrupted while {arm.name} was trained; the same command goes on")
-    mark_adapter(folder, arm.placement, seed)
     summary = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))["result"]
     trained = {"train_steps": summary["steps"], "train_seconds": summary["seconds"]}
     if summary["val_loss"] is not None:
@@ -170,7 +177,7 @@ def _train(study: Study, rows: TrainRows, arm: Arm, seed: int, say: Say, progres
     return folder, trained
 
 
-def _train_or_go_on(settings: TrainSettings, say: Say, progress: bool) -> Any:
+def _train_or_go_on(settings: TrainConfig, say: Say, progress: bool) -> Any:
     """Train from the last whole checkpoint, if there is one.
 
     A run killed between its last checkpoint and its adapter has no step left to make, which `train.run` refuses: it
@@ -203,7 +210,7 @@ def is_trained(folder: Path) -> bool:
 def measure(
     model: Any,
     processor: Any,
-    plan: evaluation.Plan,
+    plan: EvalConfig,
     settings: dict[str, Any],
     kept: Path,
     output: Path,
@@ -236,7 +243,7 @@ def measure(
     return whole
 
 
-def parts_of(plan: evaluation.Plan) -> dict[str, evaluation.Plan]:
+def parts_of(plan: EvalConfig) -> dict[str, EvalConfig]:
     """The text metrics in one part, which share their passes over the data, and every task in one."""
     parts = {}
     if plan.metrics:

@@ -10,7 +10,7 @@ from typing import Any
 
 from attanchor_vlm.errors import SetupError
 from attanchor_vlm.records import Row, write_atomically
-from attanchor_vlm.training.config import Preset
+from attanchor_vlm.training.config import Method
 
 from attanchor_lab import figures, table
 from attanchor_lab.paper import degrade as variants
@@ -83,7 +83,7 @@ def paper_table(
 
 def scale(
     study: Study,
-    models: Mapping[str, tuple[str, str, Preset]],
+    models: Mapping[str, tuple[str, str, Method]],
     say: Say = print,
     progress: bool = True,
 ) -> Result:
@@ -263,7 +263,7 @@ def _name_of(tau: float) -> str:
     return BASELINE if tau >= 1 else f"tau {tau:g}"
 
 
-def _tau_of(preset: Preset) -> float:
+def _tau_of(preset: Method) -> float:
     """The threshold that is compared with the baseline.
 
     Raises:

@@ -17,15 +17,14 @@ from attanchor_vlm.data.rows import read_rows
 from attanchor_vlm.errors import DataError, SetupError
 from attanchor_vlm.evaluation import harness
 from attanchor_vlm.evaluation import run as evaluation
+from attanchor_vlm.evaluation.config import EvalConfig
 from attanchor_vlm.model.config import AttAnchorConfig
-from attanchor_vlm.training.config import Preset, TrainSettings
-from attanchor_vlm.training.run_folder import RUN_FILE, as_json
-
-from attanchor_lab.placements import PLACEMENTS
+from attanchor_vlm.training.config import Method, TrainConfig
+from attanchor_vlm.training.run_folder import differences
 
 _RUNS = "runs"
 _FREE = ("workers", "eval_batch_size", "gradient_checkpointing", "skip_bad")  # of training, change no figure
-_FREE_OF_RUN = ("output", "resume", *_FREE)
+_FREE_OF_RUN = ("output", "resume", "preset", *_FREE)
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,7 @@ class Arm:
         name: In rows, tables and folders.
         tau: 1 for the baseline.
         direction: As in `AttAnchorConfig`.
-        placement: "matched", or a control of `placement.PLACEMENTS`.
+        placement: As in `AttAnchorConfig`; its seed is that of the arm.
         model, preset: Instead of the study's.
         trained_as: Share the training of the arm of this name; by default its own.
         train_rows, test_rows: (data, images) instead of the study's.
@@ -48,7 +47,7 @@ class Arm:
     direction: str = "text_into_image"
     placement: str = "matched"
     model: str | None = None
-    preset: Preset | None = None
+    preset: Method | None = None
     trained_as: str | None = None
     train_rows: tuple[Path, Path] | None = None
     test_rows: tuple[Path, Path] | None = None
@@ -71,8 +70,8 @@ class Study:
 
     model: str
     output: Path
-    plan: evaluation.Plan
-    preset: Preset
+    plan: EvalConfig
+    preset: Method
     preset_name: str = ""
     train: TrainRows | None = None
     seeds: tuple[int, ...] = (0,)
@@ -109,25 +108,27 @@ class TrainRows:
     workers: int = 0
 
 
-def preset_of(study: Study, arm: Arm) -> Preset:
-    return dataclasses.replace(arm.preset or study.preset, tau=arm.tau, direction=arm.direction)
+def preset_of(study: Study, arm: Arm) -> Method:
+    return dataclasses.replace(
+        arm.preset or study.preset, tau=arm.tau, direction=arm.direction, placement=arm.placement
+    )
 
 
-def plan_of(study: Study, arm: Arm, seed: int) -> evaluation.Plan:
+def plan_of(study: Study, arm: Arm, seed: int) -> EvalConfig:
     """What is measured of an arm, on its own images if it has such."""
     data, images = arm.test_rows or (study.plan.data, study.plan.images)
     return dataclasses.replace(study.plan, data=data, images=images, seed=seed)
 
 
-def train_settings(study: Study, rows: TrainRows, arm: Arm, seed: int) -> TrainSettings:
+def train_settings(study: Study, rows: TrainRows, arm: Arm, seed: int) -> TrainConfig:
     """What an arm is trained with, in its own folder or in that of the arm whose training it shares."""
     data, images = arm.train_rows or (rows.data, rows.images)
-    return TrainSettings(
+    return TrainConfig(
         model=arm.model or study.model,
         data=data,
         images=images,
         output=study.output / _RUNS / run_name(arm.trained_as or arm.name, seed),
-        preset=preset_of(study, arm),
+        **vars(preset_of(study, arm)) | {"placement_seed": seed},
         val_data=rows.val_data,
         turns=rows.turns,
         skip_bad=study.plan.skip_bad,
@@ -207,9 +208,7 @@ def check_arms(study: Study, arms: Sequence[Arm]) -> None:
     for arm in arms:
         if (other := folders.setdefault(slug(arm.name), arm.name)) != arm.name:
             raise ValueError(f"{other!r} and {arm.name!r} would have one folder, {slug(arm.name)}; name one otherwise")
-        if arm.placement not in PLACEMENTS:
-            raise ValueError(f"placement is {arm.placement!r}; it should be one of {', '.join(PLACEMENTS)}")
-        AttAnchorConfig(tau=arm.tau, direction=arm.direction)
+        AttAnchorConfig(tau=arm.tau, direction=arm.direction, placement=arm.placement)
 
 
 def check_pending(study: Study, jobs: Sequence[tuple[Arm, int]], progress: bool = True) -> None:
@@ -227,7 +226,7 @@ def check_pending(study: Study, jobs: Sequence[tuple[Arm, int]], progress: bool 
     if study.plan.metrics:
         _check_rows(study, [arm for arm, _ in jobs], progress)
     if study.plan.tasks:
-        harness.check_data(study.plan.tasks, study.plan.task_data, study.plan.include)
+        harness.check_data(study.plan.tasks, study.plan.task_data, study.plan.include_path)
 
 
 def _check_rows(study: Study, arms: Sequence[Arm], progress: bool) -> None:
@@ -244,17 +243,13 @@ def _check_rows(study: Study, arms: Sequence[Arm], progress: bool) -> None:
             raise DataError("\n".join([*map(str, bad[:10]), f"{len(bad)} bad rows to train on"]), bad)
 
 
-def _check_earlier_run(settings: TrainSettings) -> None:
+def _check_earlier_run(settings: TrainConfig) -> None:
     """A run that was trained, or begun, with other settings is not this arm's."""
-    path: Path = settings.output / RUN_FILE
     try:
-        before = json.loads(path.read_text(encoding="utf-8"))["settings"]
-    except (OSError, ValueError, KeyError, TypeError):
+        changes = differences(settings.output, settings, _FREE_OF_RUN)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return  # nothing there, or nothing that could be gone on from
-    now = json.loads(json.dumps(as_json(settings)))
-    different = [name for name in now if name not in _FREE_OF_RUN and before.get(name) != now[name]]
-    if different:
-        changes = "; ".join(f"{name} was {before.get(name)!r} and is {now[name]!r}" for name in different)
+    if changes:
         raise SetupError(
             f"the run in {settings.output} had other settings: {changes}; go on with the same ones, or take another "
             "--output"

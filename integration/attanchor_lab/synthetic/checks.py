@@ -85,7 +85,7 @@ def _untrained(condition: Condition, device: str) -> tuple[Any, Batch]:
 @torch.no_grad()
 def identity(model: Any, batch: Batch) -> None:
     """tau >= 1 is the untouched model, for every arm that `attach` serves; and that one sees its images."""
-    inputs = {"input_ids": batch.ids, "attention_mask": torch.ones_like(batch.ids), **batch.images(model)}
+    inputs = {"input_ids": batch.ids, "attention_mask": torch.ones_like(batch.ids), **batch.images}
     untouched = detach(model)(use_cache=False, **inputs).logits[:, -1]
     _, rows = placement.plain_rows(model, batch.ids, batch.features, batch.is_image)
     merged = model(inputs_embeds=rows, attention_mask=inputs["attention_mask"], use_cache=False).logits[:, -1]

@@ -230,10 +230,11 @@ def hosts_as_patches(host: Tensor, patches: int) -> Tensor:
 
 def _add_lora(made: Any) -> None:
     """Adapters of rank 16 in place, on language model and projector; everything else is frozen."""
-    from attanchor_vlm.training.config import preset
+    from attanchor_vlm.training.config import Method
     from attanchor_vlm.training.lora import add_lora
 
-    add_lora(made, preset("small-llava"))  # puts the adapters into `made` itself
+    method = Method.from_preset("small-llava")
+    add_lora(made, method.lora_rank, method.lora_alpha, method.lora_dropout)  # puts the adapters into `made` itself
 
 
 def _optimizer(trained: list[Tensor], steps: int, lr: float) -> tuple[torch.optim.Optimizer, Any]:

@@ -15,8 +15,8 @@ from attanchor_vlm import cli
 from attanchor_vlm.errors import SetupError
 from attanchor_vlm.evaluation import run as evaluation
 from attanchor_vlm.model.adapter_files import load_settings
-from attanchor_vlm.training import config as presets
 from attanchor_vlm.training import run as train
+from attanchor_vlm.training.config import Method
 from experiment_toy import make_world, quietly, same, study
 
 
@@ -82,7 +82,12 @@ def test_settings_tell_whatever_figures_depend_on(world, tmp_path):
     arm = Arm("a", 0.5)
     first = settings_of(plain, arm)
     assert settings_of(plain, arm) == first
-    for change in ({"task_data": {"pope": tmp_path}}, {"images": tmp_path}, {"batch_size": 1}, {"include": tmp_path}):
+    for change in (
+        {"task_data": {"pope": tmp_path}},
+        {"images": tmp_path},
+        {"batch_size": 1},
+        {"include_path": tmp_path},
+    ):
         assert settings_of(dataclasses.replace(plain, plan=dataclasses.replace(plain.plan, **change)), arm) != first
     half = dataclasses.replace(plain, preset=dataclasses.replace(plain.preset, dtype="float16"))
     assert settings_of(half, arm) != first
@@ -220,7 +225,7 @@ def test_the_papers_table_with_its_controls(world, tmp_path, capsys):
     assert (
         len({rows[arm]["values"]["loss"] for arm in ("baseline", "tau 0.12", "random places", "prompt in front")}) == 4
     )
-    assert json.loads((output / "runs" / "random-places-seed0" / "placement.json").read_text())["placement"] == "random"
+    assert load_settings(output / "runs" / "random-places-seed0").placement == "random"
     assert [rows[arm]["settings"]["placement"] for arm in rows] == ["matched"] * 3 + ["random", "front"]
     assert cli.main(command) == 0
     assert capsys.readouterr().out.count("done before") == 5
@@ -279,7 +284,7 @@ def test_longer_image_sequences_are_trained_and_tested(world, tmp_path):
 
 
 def test_model_scale_changes_are_against_the_same_models_baseline(world, tmp_path):
-    preset = presets.preset("small-llava", tau=0.5)
+    preset = Method.from_preset("small-llava", tau=0.5)
     models = {name: (str(world / "model"), "small-llava", preset) for name in ("one", "two")}
     result = quietly(studies.scale, study(world, tmp_path, trains=False, limit=4), models)
     rows = {one["arm"]: one for one in result.rows}

@@ -296,24 +296,5 @@ def test_copies_behind_the_last_patch_are_not_at_it(untrained):
     assert found["copies"] == 0
 
 
-def test_before_transformers_5_18_every_arm_sees_the_image(untrained, monkeypatch):
-    """Its forward would take encoded images for arguments that concern somebody else."""
-    made, batch = untrained
-    with torch.no_grad():
-        expected = {name: Asker(made, ARMS[name], 0.0, generator())(batch).logits for name in ARMS}
-        monkeypatch.setattr(arms, "accepts_encoded_images", lambda model: False)
-        monkeypatch.setattr(type(made.model), "forward", _blind_to_encoded_images(type(made.model).forward))
-        for name, logits in expected.items():
-            assert (Asker(made, ARMS[name], 0.0, generator())(batch).logits - logits).abs().max() < 1e-5, name
-    checks.identity(made, batch)
-
-
 def generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
-
-
-def _blind_to_encoded_images(forward):
-    def older(self, *args, mm_encoder_outputs=None, **kwargs):
-        return forward(self, *args, **kwargs)
-
-    return older

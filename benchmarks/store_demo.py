@@ -6,11 +6,20 @@ import argparse
 import json
 import shutil
 import sys
+from functools import partial
+from pathlib import Path
 
-from benchmarks.rows import RESULTS, Row, Store
+from attanchor_vlm.records import write_atomically
+
+from benchmarks.rows import IMAGES, RESULTS, Row, Run
 
 PICTURES = ("loss.png", "scenes.png", "photographs.png")
 KINDS = ("existence", "colour", "place", "mean")
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("demo", type=Path, help="folder that `make demo` wrote")
+    parser.add_argument("--images", type=Path, default=IMAGES, help="folder of the README's pictures")
 
 
 def main(options: argparse.Namespace) -> int:
@@ -20,12 +29,9 @@ def main(options: argparse.Namespace) -> int:
         print(f"{options.demo} lacks {', '.join(missing)}; give the folder that `make demo` wrote", file=sys.stderr)
         return 2
     results = json.loads((options.demo / "results.json").read_text(encoding="utf-8"))
-    options.images.mkdir(parents=True, exist_ok=True)
     for name in PICTURES:
-        temporary = options.images / f"demo-{name}.part"
-        shutil.copyfile(options.demo / name, temporary)
-        temporary.replace(options.images / f"demo-{name}")
-    Store(RESULTS / "demo.jsonl", "cpu", "demo").add(results)
+        write_atomically(options.images / f"demo-{name}", partial(shutil.copyfile, options.demo / name))
+    Run(RESULTS / "demo.jsonl", "cpu", "demo").add(results)
     return 0
 
 
