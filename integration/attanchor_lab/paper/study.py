@@ -22,7 +22,6 @@ from attanchor_vlm.model.config import AttAnchorConfig
 from attanchor_vlm.training.config import Method, TrainConfig
 from attanchor_vlm.training.run_folder import differences
 
-
 _RUNS = "runs"
 _FREE = ("workers", "eval_batch_size", "gradient_checkpointing", "skip_bad")  # of training, change no figure
 _FREE_OF_RUN = ("output", "resume", "preset", *_FREE)

@@ -168,6 +168,33 @@ def test_a_long_prompt_shows_its_best_words(figure):
     assert drawn.axes[1].get_xlabel() == "best cosine with a patch (116 low ones not shown)"
 
 
+def test_dropped_patches_are_dimmed_and_counted(tiled, figure):
+    """Of an image with tiles, those of the tiles: the view of the whole image shows the same places once more."""
+    fewer = dataclasses.replace(tiled, dropped=frozenset((0, 5, 7, 14)))
+    first, second, _ = figure("p.png", [fewer], TAU, "title").axes
+    for axes, patches in ((first, (5, 7)), (second, (14,))):
+        dim = next(one for one in axes.collections if one.get_alpha() == plots._VEIL)
+        found = {tuple(path.get_extents().bounds) for path in dim.get_paths()}
+        boxes = [
+            tiled.boxes[patch].pixels for patch in patches if tiled.boxes[patch].tile is not None or axes is second
+        ]
+        assert found == {(x0, y0, x1 - x0, y1 - y0) for x0, y0, x1, y1 in boxes}
+    said = describe(fewer)
+    assert (said["image_tokens"], said["kept"]) == (len(tiled.boxes), len(tiled.boxes) - 4)
+
+
+def test_explain_says_which_patches_stayed(sample):
+    image = sample / "images" / "test-00000.png"
+    for settings in ({"tau": 0.3, "keep": 0.25}, {"tau": 1.0, "keep": 4}):
+        model, processor = load(str(sample / "model"), **settings)
+        shown = evaluate.explain(model, processor, image, "Where is the orange ring?")
+        expected = settings["keep"] if settings["keep"] == 4 else len(shown.boxes) // 4
+        assert len(shown.boxes) - len(shown.dropped) == expected
+        hosts = {match.patch for match in shown.matches if match.patch is not None}
+        assert bool(hosts) == (settings["tau"] < 1)
+        assert not hosts & shown.dropped
+
+
 def test_no_anchors_is_said(tiled, figure):
     nothing = dataclasses.replace(tiled, matches=[Match("a", 0.1, None)])
     drawn = figure("p.png", [nothing], TAU, "title")
