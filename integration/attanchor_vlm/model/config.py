@@ -208,12 +208,14 @@ def _share(keep: object) -> float:
     if isinstance(keep, bool) or not isinstance(keep, numbers.Real):
         raise TypeError(f"keep is {type(keep).__name__}; it should be a fraction, a number of tokens, or None")
     if isinstance(keep, numbers.Integral):
-        if keep < 1:
+        number = int(keep)
+        if number < 1:
             raise ValueError(f"keep is {keep}; it should be a fraction, or at least 1 token of an image")
-        return int(keep)
-    if not 0 < keep <= 1:
+        return number
+    fraction = float(keep)
+    if not 0 < fraction <= 1:
         raise ValueError(f"keep is {keep}; a fraction should be above 0 and at most 1 (a number of tokens is an int)")
-    return float(keep)
+    return fraction
 
 
 def _token_ids(name: str, ids: object) -> tuple[int, ...]:

@@ -80,7 +80,7 @@ def survivors(
     text_embeds: Tensor,
     roles: Tensor,
     turn: Tensor | None,
-) -> dict[str, Tensor]:
+) -> dict[str, Any]:
     """`keep`, `salience` and `cells` of `attanchor_kernels.merge_sequence`; empty if nothing is to be dropped.
 
     Args:

@@ -60,7 +60,7 @@ def place(
     roles: Tensor,
     *,
     turn: Tensor | None,
-    kept: dict[str, Tensor],
+    kept: dict[str, Any],
     positions: str,
     position_ids: Tensor | None,
     padding_side: str,

@@ -84,7 +84,12 @@ def test_settings_tell_whatever_figures_depend_on(world, tmp_path):
     arm = Arm("a", 0.5)
     first = settings_of(plain, arm)
     assert settings_of(plain, arm) == first
-    for change in ({"task_data": {"pope": tmp_path}}, {"images": tmp_path}, {"batch_size": 1}, {"include": tmp_path}):
+    for change in (
+        {"task_data": {"pope": tmp_path}},
+        {"images": tmp_path},
+        {"batch_size": 1},
+        {"include_path": tmp_path},
+    ):
         assert settings_of(dataclasses.replace(plain, plan=dataclasses.replace(plain.plan, **change)), arm) != first
     half = dataclasses.replace(plain, preset=dataclasses.replace(plain.preset, dtype="float16"))
     assert settings_of(half, arm) != first
