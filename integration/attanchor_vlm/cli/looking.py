@@ -93,7 +93,7 @@ def generate(
 
     settings = loading.settings_for(model, adapter, **changes)
     if explain is not None and settings is not None:
-        if settings.inserts_nothing:
+        if settings.changes_nothing:
             raise typer.BadParameter(
                 f"tau is {settings.tau:g}, which inserts no anchors to draw", param_hint="--explain"
             )
