@@ -175,14 +175,14 @@ def rewrite(
 
     device = text_embeds.device
     roles, turn = roles.to(device), _to(turn, device)
-    kept = survivors(settings, adapter, model, arguments, encoded, rows, silent, text_embeds, roles, turn)
+    placed: dict[str, Any] = {
+        "turn": turn,
+        "positions": "inherit" if inherit else "sequential",
+        "position_ids": _to(positions, device),
+        "padding_side": padding_side,
+    }
     try:
-        placed: dict[str, Any] = {
-            "turn": turn,
-            "positions": "inherit" if inherit else "sequential",
-            "position_ids": _to(positions, device),
-            "padding_side": padding_side,
-        }
+        kept = survivors(settings, adapter, model, arguments, encoded, rows, silent, text_embeds, roles, turn)
         if settings.placement != "matched" and not settings.inserts_nothing:
             built = place(settings, text_embeds, rows, roles, kept=kept, copy=route == "embeds", **placed)
         else:
