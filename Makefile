@@ -69,7 +69,7 @@ latest:
 	$(call install,.venv-latest,.venv-latest/lock.txt)
 	.venv-latest/bin/python -m pytest -n 2 --newest tests
 
-OLDEST_TESTS := $(addprefix tests/integration/test_,attach.py generate.py train.py cli.py)
+OLDEST_TESTS := $(addprefix tests/integration/,model/test_attach.py model/test_generate.py training/test_train.py cli/test_cli.py)
 oldest:
 	$(call environment,.venv-oldest,$(TORCH) uv)
 	$(call RESOLVE,.venv-oldest) --all-extras pyproject.toml --resolution lowest-direct --upgrade --output-file .venv-oldest/lock.txt

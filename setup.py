@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -25,8 +26,21 @@ class Unable(Exception):
     """Why the extension cannot be built here."""
 
 
+def hidden_toolkit() -> str | None:
+    """The CUDA toolkit, where PyTorch would not find it: nvcc on the PATH is a script or a link that leads there."""
+    nvcc = shutil.which("nvcc")
+    named = "CUDA_HOME" in os.environ or "CUDA_PATH" in os.environ
+    if nvcc is None or named or Path(nvcc).parents[1].joinpath("include", "cuda_runtime.h").exists():
+        return None
+    said = subprocess.run([nvcc, "--dryrun", "-x", "cu", "-c", os.devnull], capture_output=True, text=True).stderr
+    found = re.search(r"^#\$ TOP=(.+)$", said, re.MULTILINE)
+    return str(Path(found.group(1)).resolve()) if found and Path(found.group(1), "bin", "nvcc").exists() else None
+
+
 def toolchain() -> tuple[int, int]:
     """Version of the nvcc that PyTorch will call."""
+    if home := hidden_toolkit():
+        os.environ["CUDA_HOME"] = home
     try:
         import torch
         from torch.utils.cpp_extension import CUDA_HOME
@@ -96,7 +110,7 @@ def extension() -> dict:
     say(f"the CUDA extension is built with CUDA {cuda[0]}.{cuda[1]} for {', '.join(archs)}")
     module = CUDAExtension(
         "attanchor_kernels._C",
-        sorted(map(str, [*Path("csrc").glob("*.cu"), Path("csrc/bindings.cpp")])),
+        sorted(map(str, [*Path("csrc").rglob("*.cu"), Path("csrc/bindings.cpp")])),
         include_dirs=[str(Path("csrc").resolve())],
         depends=sorted(map(str, [*Path("csrc").glob("*.cuh"), *Path("csrc").glob("*.h")])),
         define_macros=[("TORCH_TARGET_VERSION", f"0x{LEAST_TORCH[0]:02x}{LEAST_TORCH[1]:02x}000000000000")],

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from attanchor_kernels import backends, ops, validate
+from attanchor_kernels import backends, checks, ops
 from attanchor_kernels.problem import Problem
 
 
@@ -27,6 +27,8 @@ class AnchoredSequence(NamedTuple):
         score: float32, the shape of `host`: the mover's best cosine, also where it was not inserted; -inf where it
             takes no part or has no candidate host. For float64 inputs it is rounded after the decision, which is made
             in float64: a score may so equal float32(tau) and its mover stand on either side of tau.
+        relevance: With `keep` (B, M) float32, by `merge_sequence` (B, S): the best cosine of each image token over the
+            text tokens that take part and may use it, also where it was dropped; -inf without one. Else None.
     """
 
     embeds: Tensor | None
@@ -36,17 +38,21 @@ class AnchoredSequence(NamedTuple):
     is_anchor: Tensor
     host: Tensor
     score: Tensor
+    relevance: Tensor | None = None
 
 
 def build_sequence(
     img: Tensor,
     txt: Tensor,
-    tau: float,
+    tau: float | Tensor,
     *,
     img_mask: Tensor | None = None,
     txt_mask: Tensor | None = None,
     anchor_mask: Tensor | None = None,
     max_anchors: int | None = None,
+    keep: int | None = None,
+    salience: Tensor | None = None,
+    cells: Tensor | None = None,
     direction: str = "text_into_image",
     positions: str = "sequential",
     position_ids: Tensor | None = None,
@@ -61,13 +67,19 @@ def build_sequence(
     Args:
         img: (B, M, D) or (M, D) projected image features; float16, bfloat16, float32 or float64.
         txt: (B, N, D) or (N, D) prompt embeddings, same dtype and device.
-        tau: Cosine threshold, a Python number. A token is inserted if its best cosine is at least tau; ``tau >= 1``
-            inserts nothing.
+        tau: Cosine threshold: a number, or a 0-dim float32 tensor on the device of the inputs, which may change without
+            a new compilation or capture and is never read by the host. A token is inserted if its best cosine is at
+            least tau; ``tau >= 1``, and a NaN in a tensor, insert nothing.
         img_mask: (B, M) bool, True = a real token. Masked rows are dropped from the output.
         txt_mask: (B, N) bool, likewise.
         anchor_mask: (B, N) bool, the text tokens that take part in matching (image-into-text: that may host).
             Default: every real one.
-        max_anchors: K >= 0: only the K best-scoring copies of a sample are inserted.
+        max_anchors: Only that many copies of a sample are inserted, those of the best scores.
+        keep: Number of image tokens of a sample that stay; the others are dropped in the same pass. First those that
+            host an anchor (text into image; there are never more than `keep`), then, with `cells`, the best of every
+            cell in which none stays yet, then the best of all. By default no image token is dropped.
+        salience: (B, M) float32, what image tokens are ranked by, NaN last; default: their `relevance`.
+        cells: (B, M) int32, the cell of each image token within its sample, below M; negative: in none.
         direction: "text_into_image" or "image_into_text".
         positions: "sequential" (0, 1, 2, … over the new sequence: the paper's method), or "inherit": original rows keep
             their position in the plain concatenation and an anchor takes that of its host.
@@ -75,15 +87,28 @@ def build_sequence(
         padding_side: "right" or "left".
         trim: Cut the output to the longest real sequence of the batch. Costs a device sync; pass False inside a CUDA
             graph or ``torch.compile(fullgraph=True)`` and get M + N + K rows (K = ``max_anchors``, default N, or M in
-            image-into-text).
+            image-into-text; with ``keep``, min(keep, M) + N + K, where K is by default at most ``keep``).
         backend: "auto", "reference", "triton" or "cuda"; beats the environment variable ATTANCHOR_BACKEND.
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
         ValueError: a wrong shape, device or option, or a backend that is not available (saying why).
     """
-    call = validate.build_call(
-        img, txt, tau, img_mask, txt_mask, anchor_mask, max_anchors, direction, positions, position_ids, padding_side
+    call = checks.build_call(
+        img,
+        txt,
+        tau,
+        img_mask,
+        txt_mask,
+        anchor_mask,
+        max_anchors,
+        direction,
+        positions,
+        position_ids,
+        padding_side,
+        keep,
+        salience,
+        cells,
     )
     return _run(call, trim, backend)
 
@@ -92,10 +117,13 @@ def merge_sequence(
     text_embeds: Tensor,
     image_embeds: Tensor,
     roles: Tensor,
-    tau: float,
+    tau: float | Tensor,
     *,
     turn: Tensor | None = None,
     max_anchors: int | None = None,
+    keep: int | Tensor | None = None,
+    salience: Tensor | None = None,
+    cells: Tensor | None = None,
     direction: str = "text_into_image",
     positions: str = "sequential",
     position_ids: Tensor | None = None,
@@ -116,6 +144,10 @@ def merge_sequence(
         turn: (B, S) int32: a mover may only use hosts with ``turn[host] >= turn[mover]``.
         max_anchors, direction, positions, padding_side, trim, backend: As in `build_sequence`; capacity is S + K,
             K = S by default.
+        keep: As in `build_sequence`, or (B,) int32 with a number for each sample. Image tokens are those of role 2; a
+            row of role 4 goes with the image tokens right before it, if there are any: it stays if one of them does.
+        salience: (T,) float32, as in `build_sequence`, by feature row.
+        cells: (T,) int32, likewise; below S.
         position_ids: (B, S) or (P, B, S) int64; only with "inherit".
 
     Returns:
@@ -125,8 +157,20 @@ def merge_sequence(
         TypeError, ValueError: as `build_sequence`; also an unknown role, or T unequal to the number of placeholders
             (checked on the CPU, and elsewhere with ``trim=True``).
     """
-    call = validate.merge_call(
-        text_embeds, image_embeds, roles, tau, turn, max_anchors, direction, positions, position_ids, padding_side
+    call = checks.merge_call(
+        text_embeds,
+        image_embeds,
+        roles,
+        tau,
+        turn,
+        max_anchors,
+        direction,
+        positions,
+        position_ids,
+        padding_side,
+        keep,
+        salience=salience,
+        cells=cells,
     )
     return _run(call, trim, backend)
 
@@ -135,10 +179,13 @@ def plan_sequence(
     text_embeds: Tensor,
     image_embeds: Tensor,
     roles: Tensor,
-    tau: float,
+    tau: float | Tensor,
     *,
     turn: Tensor | None = None,
     max_anchors: int | None = None,
+    keep: int | Tensor | None = None,
+    salience: Tensor | None = None,
+    cells: Tensor | None = None,
     direction: str = "text_into_image",
     positions: str = "sequential",
     position_ids: Tensor | None = None,
@@ -150,13 +197,25 @@ def plan_sequence(
 
     For models that must be given token ids: gather them through `source`.
     """
-    call = validate.merge_call(
-        text_embeds, image_embeds, roles, tau, turn, max_anchors, direction, positions, position_ids, padding_side
+    call = checks.merge_call(
+        text_embeds,
+        image_embeds,
+        roles,
+        tau,
+        turn,
+        max_anchors,
+        direction,
+        positions,
+        position_ids,
+        padding_side,
+        keep,
+        salience=salience,
+        cells=cells,
     )
     return _run(call, trim, backend, copy=False)
 
 
-def _run(call: validate.Call, trim: bool, backend: str, copy: bool = True) -> AnchoredSequence:
+def _run(call: checks.Call, trim: bool, backend: str, copy: bool = True) -> AnchoredSequence:
     if not isinstance(trim, bool):
         raise TypeError(f"trim is {type(trim).__name__}; it should be a bool")
     if not torch.compiler.is_compiling():  # the operator chooses again when it runs; here an error comes first
@@ -164,11 +223,16 @@ def _run(call: validate.Call, trim: bool, backend: str, copy: bool = True) -> An
     if trim:
         return _trimmed(call, backend, copy)
     if copy:
-        return AnchoredSequence(*ops.construct_at_capacity(call, backend))
-    return AnchoredSequence(None, *ops.plan_at_capacity(call, backend))
+        return _result(call, *ops.construct_at_capacity(call, backend))
+    return _result(call, None, *ops.plan_at_capacity(call, backend))
 
 
-def _trimmed(call: validate.Call, backend: str, copy: bool) -> AnchoredSequence:
+def _result(call: checks.Call, embeds: Tensor | None, *fields: Tensor) -> AnchoredSequence:
+    made = AnchoredSequence(embeds, *fields)
+    return made if call.problem.drops else made._replace(relevance=None)
+
+
+def _trimmed(call: checks.Call, backend: str, copy: bool) -> AnchoredSequence:
     """Match, one read of the length, then copy into an output of just that length."""
     problem = call.problem
     if torch.compiler.is_compiling():
@@ -177,28 +241,23 @@ def _trimmed(call: validate.Call, backend: str, copy: bool) -> AnchoredSequence:
         raise ValueError(
             "trim is True, which reads the length from the device; under CUDA graph capture pass trim=False"
         )
+    if problem.text.is_meta:
+        raise ValueError("trim is True, and tensors on meta have no values to read a length from; pass trim=False")
 
     if problem.max_anchors is not None:  # rows beyond what can be inserted would be cut off again
         problem = problem._replace(max_anchors=min(problem.max_anchors, problem.movers))
-    position_ids, attention_mask, source, is_anchor, host, score, places = ops.plan(problem, backend)
-    length = _read_length(problem, attention_mask)
+    *fields, places = ops.plan(problem, backend)
+    length = _read_length(problem, fields[1])
     if length < problem.capacity:
         # Right-padded sequences start at row 0, left-padded ones end at the last row.
         first = problem.capacity - length if problem.pad_left else 0
-        rows = slice(first, first + length)
-        position_ids = position_ids[..., rows].contiguous()
-        attention_mask, source, is_anchor = (
-            field[:, rows].contiguous() for field in (attention_mask, source, is_anchor)
-        )
+        fields[:4] = (field[..., first : first + length].contiguous() for field in fields[:4])
         if first:
             places = shift_places(places, first)
-    embeds = ops.assemble(problem, source, places, backend) if copy else None
+    embeds = ops.assemble(problem, fields[2], places, backend) if copy else None
     if embeds is not None and call.unbatched:
         embeds = embeds.squeeze(0)
-    others = ops.public_fields(
-        (position_ids, attention_mask, source, is_anchor, host, score), call.unbatched, call.flat_positions
-    )
-    return AnchoredSequence(embeds, *others)
+    return _result(call, embeds, *ops.public_fields(tuple(fields), call.unbatched, call.flat_positions))
 
 
 def _read_length(problem: Problem, attention_mask: Tensor) -> int:
@@ -208,8 +267,8 @@ def _read_length(problem: Problem, attention_mask: Tensor) -> int:
     longest = attention_mask.sum(-1).max()
     if problem.roles is None or problem.text.device.type == "cpu":
         return int(longest)
-    length, *counts = torch.cat([longest.view(1), validate.count_roles(problem.roles)]).tolist()
-    validate.check_roles(counts, problem.image.shape[0])
+    length, *counts = torch.cat([longest.view(1), checks.count_roles(problem.roles)]).tolist()
+    checks.check_roles(counts, problem.image.shape[0])
     return length
 
 

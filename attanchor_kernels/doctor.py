@@ -11,8 +11,8 @@ import sys
 import torch
 
 import attanchor_kernels
-from attanchor_kernels import AnchoredSequence, backends, build_sequence, validate
-from attanchor_kernels.testing.checks import assert_keeps_contract
+from attanchor_kernels import AnchoredSequence, backends, build_sequence, checks
+from attanchor_kernels.testing.contract import assert_keeps_contract
 
 PACKAGES = ("torch", "triton", "transformers", "peft", "accelerate", "numpy")
 VARIABLES = (backends.ENVIRONMENT_VARIABLE, "TRITON_INTERPRET", "CUDA_HOME")
@@ -51,7 +51,7 @@ def self_test(backend: str, device: torch.device) -> str:
         assert result.embeds is not None
         (gradient,) = torch.autograd.grad(result.embeds, [txt], torch.ones_like(result.embeds))
         on_cpu = AnchoredSequence(*(field.detach().cpu() for field in result if field is not None))
-        problem = validate.build_call(image, text, 0.5, None, None, None, None, *_DEFAULTS).problem
+        problem = checks.build_call(image, text, 0.5, None, None, None, None, *_DEFAULTS).problem
         assert_keeps_contract(on_cpu._replace(position_ids=on_cpu.position_ids.unsqueeze(0)), problem, trimmed=True)
         counts = torch.stack([(on_cpu.source == 33 + n).sum(1) for n in range(7)], dim=1)
         assert torch.equal(gradient[..., 0].cpu(), counts.float()), "the gradient is wrong"

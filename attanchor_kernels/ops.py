@@ -14,38 +14,43 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from attanchor_kernels import backends, validate
+from attanchor_kernels import backends, checks
 from attanchor_kernels.problem import Plan, Problem
 
 _library = torch.library.Library("attanchor", "DEF")
 
 _OPTIONS = (
     'SymInt? max_anchors=None, str direction="text_into_image", str positions="sequential", '
-    'Tensor? position_ids=None, str padding_side="right"'
+    'Tensor? position_ids=None, str padding_side="right", SymInt? keep=None'
 )
-_FIELDS = "Tensor position_ids, Tensor attention_mask, Tensor source, Tensor is_anchor, Tensor host, Tensor score"
+_SCORES = "Tensor? salience=None, Tensor? cells=None"
+_FIELDS = (
+    "Tensor position_ids, Tensor attention_mask, Tensor source, Tensor is_anchor, Tensor host, Tensor score, "
+    "Tensor relevance"
+)
 _PROBLEM = (
     "Tensor image, Tensor text, float tau, Tensor? roles, Tensor? turn, Tensor? image_mask, Tensor? text_mask, "
-    "Tensor? anchor_mask, SymInt? max_anchors, bool image_into_text, bool inherit, Tensor? position_ids, bool pad_left"
+    "Tensor? anchor_mask, SymInt? max_anchors, bool image_into_text, bool inherit, Tensor? position_ids, "
+    "bool pad_left, SymInt? keep, Tensor? keep_each, Tensor? salience, Tensor? cells, Tensor? tau_tensor"
 )
 
-_library.define(
-    "build_sequence(Tensor img, Tensor txt, float tau, Tensor? img_mask=None, Tensor? txt_mask=None, "
-    f"Tensor? anchor_mask=None, {_OPTIONS}) -> (Tensor embeds, {_FIELDS})"
-)
-_library.define(
-    "merge_sequence(Tensor text_embeds, Tensor image_embeds, Tensor roles, float tau, Tensor? turn=None, "
-    f"{_OPTIONS}) -> (Tensor embeds, {_FIELDS})"
-)
-_library.define(
-    "plan_sequence(Tensor text_embeds, Tensor image_embeds, Tensor roles, float tau, Tensor? turn=None, "
-    f"{_OPTIONS}) -> ({_FIELDS})"
-)
+
+# The overload with a tensor comes first: a number is refused by it, while a tensor would be read as a number.
+for _overload, _tau in ((".tau_tensor", "Tensor tau"), ("", "float tau")):
+    _library.define(
+        f"build_sequence{_overload}(Tensor img, Tensor txt, {_tau}, Tensor? img_mask=None, Tensor? txt_mask=None, "
+        f"Tensor? anchor_mask=None, {_OPTIONS}, {_SCORES}) -> (Tensor embeds, {_FIELDS})"
+    )
+    for _name, _embeds in (("merge_sequence", "Tensor embeds, "), ("plan_sequence", "")):
+        _library.define(
+            f"{_name}{_overload}(Tensor text_embeds, Tensor image_embeds, Tensor roles, {_tau}, Tensor? turn=None, "
+            f"{_OPTIONS}, Tensor? keep_each=None, {_SCORES}) -> ({_embeds}{_FIELDS})"
+        )
 _library.define(f"_construct({_PROBLEM}, str backend) -> (Tensor embeds, {_FIELDS}, Tensor places)")
 _library.define(f"_plan({_PROBLEM}, str backend) -> ({_FIELDS}, Tensor places)")
 _library.define("_assemble(Tensor image, Tensor text, Tensor source, Tensor places, str backend) -> Tensor")
 _library.define(
-    "_assemble_backward(Tensor grad, Tensor source, Tensor places, SymInt[] image_shape, SymInt[] text_shape, "
+    "_assemble_backward(Tensor grad, Tensor places, SymInt[] image_shape, SymInt[] text_shape, "
     "bool need_image, bool need_text, str backend) -> (Tensor, Tensor)"
 )
 
@@ -65,7 +70,7 @@ def _backend(name: str, tensor: Tensor):
 @torch.library.impl(_library, "_construct", "CompositeExplicitAutograd")
 def _construct_impl(*arguments) -> tuple[Tensor, ...]:
     problem, backend = Problem(*arguments[:-1]), arguments[-1]
-    validate.contents(problem)
+    checks.contents(problem)
     embeds, plan = _backend(backend, problem.text).construct(problem)
     return embeds, *plan
 
@@ -73,7 +78,7 @@ def _construct_impl(*arguments) -> tuple[Tensor, ...]:
 @torch.library.impl(_library, "_plan", "CompositeExplicitAutograd")
 def _plan_impl(*arguments) -> tuple[Tensor, ...]:
     problem, backend = Problem(*arguments[:-1]), arguments[-1]
-    validate.contents(problem)
+    checks.contents(problem)
     return tuple(_backend(backend, problem.text).plan(problem))
 
 
@@ -85,7 +90,6 @@ def _assemble_impl(image: Tensor, text: Tensor, source: Tensor, places: Tensor, 
 @torch.library.impl(_library, "_assemble_backward", "CompositeExplicitAutograd")
 def _assemble_backward_impl(
     grad: Tensor,
-    source: Tensor,
     places: Tensor,
     image_shape: list[int],
     text_shape: list[int],
@@ -94,7 +98,7 @@ def _assemble_backward_impl(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     return _backend(backend, grad).assemble_backward(
-        grad, source, places, tuple(image_shape), tuple(text_shape), need_image, need_text
+        grad, places, tuple(image_shape), tuple(text_shape), need_image, need_text
     )
 
 
@@ -118,75 +122,73 @@ def _assemble_fake(image: Tensor, text: Tensor, source: Tensor, places: Tensor, 
 
 
 @torch.library.register_fake("attanchor::_assemble_backward", lib=_library)
-def _assemble_backward_fake(grad, source, places, image_shape, text_shape, need_image, need_text, backend):
+def _assemble_backward_fake(grad, places, image_shape, text_shape, need_image, need_text, backend):
     return grad.new_empty(image_shape if need_image else (0,)), grad.new_empty(text_shape if need_text else (0,))
 
 
 # --- Autograd. -------------------------------------------------------------------------------------------------------
+# Only `places`, which no caller sees, is saved: every output may be changed in place.
 
 
 def _setup_construct(ctx, inputs, output) -> None:
-    image, text, backend = inputs[0], inputs[1], inputs[-1]
-    source, places = output[3], output[7]
-    ctx.save_for_backward(source, places)
-    ctx.image_shape, ctx.text_shape, ctx.backend = image.shape, text.shape, backend
+    ctx.save_for_backward(output[-1])
+    ctx.image_shape, ctx.text_shape, ctx.backend = inputs[0].shape, inputs[1].shape, inputs[-1]
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
 
 def _setup_assemble(ctx, inputs, output) -> None:
-    image, text, source, places, backend = inputs
-    ctx.save_for_backward(source, places)
-    ctx.image_shape, ctx.text_shape, ctx.backend = image.shape, text.shape, backend
+    image, text, _source, places, ctx.backend = inputs
+    ctx.save_for_backward(places)
+    ctx.image_shape, ctx.text_shape = image.shape, text.shape
 
 
-def _row_gradients(ctx, grad: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+def _row_gradients(ctx, grad: Tensor | None, *_ignored) -> tuple[Tensor | None, ...]:
     """Gradients of image and text from the gradient of the sequence, each only where it is asked for."""
-    need_image, need_text = ctx.needs_input_grad[:2]
+    need_image, need_text, *others = ctx.needs_input_grad
     if grad is None or not (need_image or need_text):
-        return None, None
+        return (None,) * (2 + len(others))
     image_grad, text_grad = _assemble_backward(
         grad, *ctx.saved_tensors, ctx.image_shape, ctx.text_shape, need_image, need_text, ctx.backend
     )
-    return (image_grad if need_image else None), (text_grad if need_text else None)
-
-
-def _construct_backward(ctx, grad: Tensor | None, *_ignored):
-    return *_row_gradients(ctx, grad), *[None] * 12
-
-
-def _assemble_autograd(ctx, grad: Tensor | None):
-    return *_row_gradients(ctx, grad), None, None, None
+    return image_grad if need_image else None, text_grad if need_text else None, *[None] * len(others)
 
 
 def _setup_assemble_backward(ctx, inputs, output) -> None:
-    _, source, places, ctx.image_shape, ctx.text_shape, ctx.need_image, ctx.need_text, ctx.backend = inputs
-    ctx.save_for_backward(source, places)
+    grad, places, ctx.image_shape, ctx.text_shape, ctx.need_image, ctx.need_text, ctx.backend = inputs
+    ctx.save_for_backward(places)
+    ctx.length = grad.shape[1]
 
 
 def _assemble_backward_autograd(ctx, image_tangent: Tensor | None, text_tangent: Tensor | None):
     """The transpose of the transpose: the tangents of the input rows, laid out as the sequence."""
-    source, places = ctx.saved_tensors
+    (places,) = ctx.saved_tensors
     like = image_tangent if image_tangent is not None else text_tangent
     if like is None:
-        return (None,) * 8
+        return (None,) * 7
     if not ctx.need_image or image_tangent is None:
         image_tangent = like.new_zeros(ctx.image_shape)
     if not ctx.need_text or text_tangent is None:
         text_tangent = like.new_zeros(ctx.text_shape)
-    return _assemble(image_tangent, text_tangent, source, places, ctx.backend), *[None] * 7
+    source = _source(places, ctx.length)
+    return _assemble(image_tangent, text_tangent, source, places, ctx.backend), *[None] * 6
 
 
-torch.library.register_autograd(
-    "attanchor::_construct", _construct_backward, setup_context=_setup_construct, lib=_library
-)
-torch.library.register_autograd("attanchor::_assemble", _assemble_autograd, setup_context=_setup_assemble, lib=_library)
-torch.library.register_autograd(
-    "attanchor::_assemble_backward",
-    _assemble_backward_autograd,
-    setup_context=_setup_assemble_backward,
-    lib=_library,
-)
+def _source(places: Tensor, length: int) -> Tensor:
+    """(B, L) int64, which `places` is the inverse of: the slot that each output row copies, -1 = padding."""
+    batch, _, slots = places.shape
+    rows = places[:, :2].flatten(1).long()  # of the originals, then of the copies
+    slot = torch.arange(slots, device=places.device).repeat(2).expand(batch, -1)
+    source = torch.full((batch, length + 1), -1, dtype=torch.int64, device=places.device)
+    return source.scatter(1, torch.where(rows < 0, length, rows), slot)[:, :length].contiguous()
+
+
+for _name, _setup, _backward in (
+    ("_construct", _setup_construct, _row_gradients),
+    ("_assemble", _setup_assemble, _row_gradients),
+    ("_assemble_backward", _setup_assemble_backward, _assemble_backward_autograd),
+):
+    torch.library.register_autograd(f"attanchor::{_name}", _backward, setup_context=_setup, lib=_library)
 
 
 # --- Public operators: always at capacity, no device sync. ------------------------------------------------------------
@@ -200,73 +202,33 @@ def public_fields(fields: tuple[Tensor, ...], unbatched: bool, flat_positions: b
     return (positions.squeeze(0) if flat_positions else positions), *others
 
 
-@torch.library.impl(_library, "build_sequence", "CompositeImplicitAutograd")
-def _build_sequence_impl(
-    img: Tensor,
-    txt: Tensor,
-    tau: float,
-    img_mask: Tensor | None = None,
-    txt_mask: Tensor | None = None,
-    anchor_mask: Tensor | None = None,
-    max_anchors: int | None = None,
-    direction: str = "text_into_image",
-    positions: str = "sequential",
-    position_ids: Tensor | None = None,
-    padding_side: str = "right",
-) -> tuple[Tensor, ...]:
-    call = validate.build_call(
-        img, txt, tau, img_mask, txt_mask, anchor_mask, max_anchors, direction, positions, position_ids, padding_side
-    )
-    return construct_at_capacity(call, "auto")
+def _build_sequence_impl(*arguments, **options) -> tuple[Tensor, ...]:
+    return construct_at_capacity(checks.build_call(*arguments, **options), "auto")
 
 
-@torch.library.impl(_library, "merge_sequence", "CompositeImplicitAutograd")
-def _merge_sequence_impl(
-    text_embeds: Tensor,
-    image_embeds: Tensor,
-    roles: Tensor,
-    tau: float,
-    turn: Tensor | None = None,
-    max_anchors: int | None = None,
-    direction: str = "text_into_image",
-    positions: str = "sequential",
-    position_ids: Tensor | None = None,
-    padding_side: str = "right",
-) -> tuple[Tensor, ...]:
-    call = validate.merge_call(
-        text_embeds, image_embeds, roles, tau, turn, max_anchors, direction, positions, position_ids, padding_side
-    )
-    return construct_at_capacity(call, "auto")
+def _merge_sequence_impl(*arguments, **options) -> tuple[Tensor, ...]:
+    return construct_at_capacity(checks.merge_call(*arguments, **options), "auto")
 
 
-@torch.library.impl(_library, "plan_sequence", "CompositeImplicitAutograd")
-def _plan_sequence_impl(
-    text_embeds: Tensor,
-    image_embeds: Tensor,
-    roles: Tensor,
-    tau: float,
-    turn: Tensor | None = None,
-    max_anchors: int | None = None,
-    direction: str = "text_into_image",
-    positions: str = "sequential",
-    position_ids: Tensor | None = None,
-    padding_side: str = "right",
-) -> tuple[Tensor, ...]:
-    call = validate.merge_call(
-        text_embeds, image_embeds, roles, tau, turn, max_anchors, direction, positions, position_ids, padding_side
-    )
-    return plan_at_capacity(call, "auto")
+def _plan_sequence_impl(*arguments, **options) -> tuple[Tensor, ...]:
+    return plan_at_capacity(checks.merge_call(*arguments, **options), "auto")
 
 
-def construct_at_capacity(call: validate.Call, backend: str) -> tuple[Tensor, ...]:
-    """The seven public fields, (…, C, …), in the caller's shape."""
+for _overload in ("", ".tau_tensor"):
+    _library.impl(f"build_sequence{_overload}", _build_sequence_impl, "CompositeImplicitAutograd")
+    _library.impl(f"merge_sequence{_overload}", _merge_sequence_impl, "CompositeImplicitAutograd")
+    _library.impl(f"plan_sequence{_overload}", _plan_sequence_impl, "CompositeImplicitAutograd")
+
+
+def construct_at_capacity(call: checks.Call, backend: str) -> tuple[Tensor, ...]:
+    """The eight public fields, (…, C, …), in the caller's shape."""
     embeds, *fields, _places = _construct(*call.problem, backend)
     embeds = embeds.squeeze(0) if call.unbatched else embeds
     return embeds, *public_fields(tuple(fields), call.unbatched, call.flat_positions)
 
 
-def plan_at_capacity(call: validate.Call, backend: str) -> tuple[Tensor, ...]:
-    """The six public fields without `embeds`, in the caller's shape."""
+def plan_at_capacity(call: checks.Call, backend: str) -> tuple[Tensor, ...]:
+    """The seven public fields without `embeds`, in the caller's shape."""
     *fields, _places = plan(call.problem, backend)
     return public_fields(tuple(fields), call.unbatched, call.flat_positions)
 

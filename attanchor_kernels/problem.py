@@ -6,13 +6,21 @@ described: by masks over `[image; text]`, or by a role per slot. Everything afte
 
 from __future__ import annotations
 
+from enum import IntEnum
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-# Values of `roles` (merge_sequence).
-PADDING, TEXT, IMAGE, ANCHOR_TEXT, SILENT_IMAGE = range(5)
+
+class Role(IntEnum):
+    """What a slot of a prompt is: the values of `roles` (`merge_sequence`)."""
+
+    PADDING = 0
+    TEXT = 1
+    IMAGE = 2  # image placeholder
+    ANCHOR_TEXT = 3  # text that takes part in matching
+    SILENT_IMAGE = 4  # image placeholder that takes no part in it, such as a newline row
 
 
 class Problem(NamedTuple):
@@ -35,6 +43,18 @@ class Problem(NamedTuple):
     inherit: bool = False  # positions="inherit"
     position_ids: Tensor | None = None  # (P, B, S) int64, only with inherit
     pad_left: bool = False
+    # Dropping image tokens. Counts below 0, and cells beyond the number of `images`, are errors on the CPU alone:
+    # elsewhere such a count is 0, such a cell none.
+    keep: int | None = None  # image tokens of a sample that stay
+    keep_each: Tensor | None = None  # (B,) int32, the same for each sample; merge form, excludes `keep`
+    salience: Tensor | None = None  # (B, M) float32, in the merge form (T,): what ranks images, else relevance
+    cells: Tensor | None = None  # (B, M) int32, in the merge form (T,): their cells, below `images`; negative: in none
+    tau_tensor: Tensor | None = None  # 0-dim float32 on the device; where given, `tau` is ignored
+
+    @property
+    def drops(self) -> bool:
+        """Whether image tokens may be left out."""
+        return self.keep is not None or self.keep_each is not None
 
     @property
     def merges(self) -> bool:
@@ -67,8 +87,17 @@ class Problem(NamedTuple):
         return self.image.shape[1] if self.image_into_text and not self.merges else 0
 
     @property
+    def images(self) -> int:
+        """Most image tokens of a sample, and the length of `relevance`: S in the merge form, M in the build form."""
+        return self.slots if self.merges else self.image.shape[1]
+
+    @property
     def capacity(self) -> int:
-        return self.slots + (self.movers if self.max_anchors is None else self.max_anchors)
+        rows, copies = self.slots, self.movers
+        if self.keep is not None and not self.merges:  # how many images a prompt has only its roles say
+            rows = self.text.shape[1] + torch.sym_min(self.keep, self.images)
+            copies = copies if self.image_into_text else torch.sym_min(self.keep, copies)
+        return rows + (copies if self.max_anchors is None else self.max_anchors)
 
     @property
     def hidden(self) -> int:
@@ -78,9 +107,11 @@ class Problem(NamedTuple):
 class Plan(NamedTuple):
     """Where every output row comes from, at capacity C; fields as in `AnchoredSequence`, positions always with P axis.
 
-    `places` (B, 3, S) int32 is the inverse of `source`: the output row of each slot's original, the output row of its
-    copy (-1 = none), and the feature row that an image slot holds, counted over the batch (-1 = a text slot; T or
-    more = a placeholder for which there is no feature).
+    `relevance` is what survivors are ranked by in the absence of `salience`: float32 values, equal ones by index.
+
+    `places` (B, 3, S) int32 is the inverse of `source`: the output row of each slot's original (-1 = masked out, or
+    dropped), the output row of its copy (-1 = none), and the feature row that an image slot holds, counted over the
+    batch (-1 = a text slot; T or more = a placeholder for which there is no feature).
     """
 
     position_ids: Tensor  # (P, B, C) int64
@@ -89,6 +120,7 @@ class Plan(NamedTuple):
     is_anchor: Tensor  # (B, C) bool
     host: Tensor  # (B, movers) int64
     score: Tensor  # (B, movers) float32
+    relevance: Tensor  # (B, images) float32; (B, 0) unless the problem drops
     places: Tensor  # (B, 3, S) int32
 
     @classmethod
@@ -104,5 +136,6 @@ class Plan(NamedTuple):
             is_anchor=torch.empty((batch, capacity), dtype=torch.bool, device=device),
             host=torch.empty((batch, movers), dtype=torch.int64, device=device),
             score=torch.empty((batch, movers), dtype=torch.float32, device=device),
+            relevance=torch.empty((batch, problem.images if problem.drops else 0), dtype=torch.float32, device=device),
             places=torch.empty((batch, 3, problem.slots), dtype=torch.int32, device=device),
         )

@@ -3,6 +3,7 @@
     lay_out   which slots are real, which move, which host
     match     each mover's most similar host                      (AttAnchor, arXiv 2509.23109, Algorithms 1 and 2)
     select    threshold and budget
+    survive   which image tokens stay, where some are to be dropped
     arrange   the output row of every original and every copy, and from it all fields
     assemble  copy the rows
 
@@ -11,28 +12,26 @@ Off the CPU nothing here waits for the device. On the CPU reading a value is fre
 
 from __future__ import annotations
 
-import contextlib
-import threading
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from attanchor_kernels.problem import ANCHOR_TEXT, IMAGE, SILENT_IMAGE, TEXT, Plan, Problem
+from attanchor_kernels.problem import Plan, Problem, Role
 
 NORM_FLOOR = 1e-12
 
 
 class Layout(NamedTuple):
-    """What the slots are. Movers and hosts are packed: column i of `mover_slot` is a slot, of `mover_rows` its row."""
+    """What the slots are. Movers and hosts are packed: column i of `mover_slot` is the slot of mover i."""
 
     real: Tensor  # (B, S) bool
+    image: Tensor  # (B, S) bool, image tokens that take part
+    silent: Tensor  # (B, S) bool, image tokens that do not
     feature: Tensor  # (B, S) int64, feature row of an image slot, -1 for text
-    mover_rows: Tensor  # (B, movers, D)
     mover_slot: Tensor  # (B, movers) int64
     moves: Tensor  # (B, movers) bool
-    host_rows: Tensor  # (B, hosts, D)
     host_slot: Tensor  # (B, hosts) int64
     hosts: Tensor  # (B, hosts) bool
 
@@ -44,11 +43,18 @@ def construct(problem: Problem) -> tuple[Tensor, Plan]:
 
 
 def plan(problem: Problem) -> Plan:
-    """Match, select and arrange."""
+    """Match, select, choose who stays, and arrange."""
     layout = _lay_out_merge(problem) if problem.merges else _lay_out_build(problem)
-    score, host = match(problem, layout)
-    inserted = select(score, problem.tau, problem.max_anchors)
-    return arrange(problem, layout, score, host, inserted)
+    score, host, relevance = match(problem, layout)
+    inserted = select(score, problem.tau if problem.tau_tensor is None else problem.tau_tensor, _budget(problem))
+    host_slot = layout.host_slot.gather(1, host) if layout.host_slot.shape[1] else host
+    if not problem.drops:
+        return arrange(problem, layout, layout.real, host_slot, inserted, score, relevance[:, :0])
+    hosting = torch.zeros_like(layout.real)
+    if problem.slots:
+        hosting = hosting.scatter_reduce(1, host_slot, inserted, "amax")
+    stays = survive(problem, layout, relevance, hosting)
+    return arrange(problem, layout, stays, host_slot, inserted, score, relevance[:, : problem.images])
 
 
 # --- Slots -----------------------------------------------------------------------------------------------------------
@@ -68,34 +74,24 @@ def _lay_out_build(problem: Problem) -> Layout:
     image_slot, text_slot = slot.split([image_count, text_count], dim=1)
     feature = torch.full_like(slot, -1)
     feature[:, :image_count] = torch.arange(batch * image_count, device=device).view(batch, image_count)
-    images = image, image_slot, image_real
-    texts = text, text_slot, text_matched
+    images, texts = (image_slot, image_real), (text_slot, text_matched)
     movers, hosts = (images, texts) if problem.image_into_text else (texts, images)
-    return Layout(torch.cat([image_real, text_real], dim=1), feature, *movers, *hosts)
+    real = torch.cat([image_real, text_real], dim=1)
+    return Layout(real, real & (feature >= 0), torch.zeros_like(real), feature, *movers, *hosts)
 
 
 def _lay_out_merge(problem: Problem) -> Layout:
-    roles, image, text = problem.roles, problem.image, problem.text
+    roles = problem.roles
     assert roles is not None
-    placeholder = (roles == IMAGE) | (roles == SILENT_IMAGE)
+    image, silent = roles == Role.IMAGE, roles == Role.SILENT_IMAGE
+    placeholder, matched_text = image | silent, roles == Role.ANCHOR_TEXT
     # Placeholders take features in row-major order over the batch.
     rank = placeholder.flatten().cumsum(0).view(roles.shape) - 1
     feature = torch.where(placeholder, rank, -1)
-    matched_image = (roles == IMAGE) & (feature < len(image))
-
-    def pack_images() -> tuple[Tensor, Tensor, Tensor]:
-        slot, valid = _pack(matched_image)
-        if len(image) == 0:
-            return image.new_zeros(*slot.shape, image.shape[-1]), slot, valid
-        return image[feature.gather(1, slot).clamp(0, len(image) - 1)], slot, valid
-
-    def pack_texts() -> tuple[Tensor, Tensor, Tensor]:
-        slot, valid = _pack(roles == ANCHOR_TEXT)
-        return text.gather(1, slot.unsqueeze(-1).expand(-1, -1, text.shape[-1])), slot, valid
-
-    movers, hosts = (pack_images(), pack_texts()) if problem.image_into_text else (pack_texts(), pack_images())
-    real = placeholder | (roles == TEXT) | (roles == ANCHOR_TEXT)
-    return Layout(real, feature, *movers, *hosts)
+    images, texts = _pack(image & (feature < len(problem.image))), _pack(matched_text)
+    movers, hosts = (images, texts) if problem.image_into_text else (texts, images)
+    real = placeholder | (roles == Role.TEXT) | matched_text
+    return Layout(real, image, silent, feature, *movers, *hosts)
 
 
 def _pack(chosen: Tensor) -> tuple[Tensor, Tensor]:
@@ -109,79 +105,216 @@ def _pack(chosen: Tensor) -> tuple[Tensor, Tensor]:
 # --- Match -----------------------------------------------------------------------------------------------------------
 
 
-def match(problem: Problem, layout: Layout) -> tuple[Tensor, Tensor]:
-    """Best cosine and host of every mover.
+def match(problem: Problem, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
+    """Best cosine and host of every mover, and the relevance of every image token.
 
     Returns:
         score: (B, movers) in float32 (float64 for float64 inputs), -inf without a candidate.
-        host: (B, movers) int64 column of `layout.host_rows`, 0 without a candidate.
+        host: (B, movers) int64 column of `layout.host_slot`, 0 without a candidate.
+        relevance: (B, S) float32, -inf without a candidate, and everywhere if nothing is to be dropped.
     """
-    shape = layout.moves.shape
+    movers, device = layout.moves.shape, layout.moves.device
     accumulation = torch.float64 if problem.text.dtype == torch.float64 else torch.float32
-    if shape[1] == 0 or layout.hosts.shape[1] == 0:
-        nothing = torch.full(shape, -torch.inf, dtype=accumulation, device=layout.moves.device)
-        return nothing, torch.zeros(shape, dtype=torch.int64, device=layout.moves.device)
-
-    # Contiguous: over another layout, sums run in an order that differs from row to row.
-    movers, hosts = (rows.to(accumulation).contiguous() for rows in (layout.mover_rows, layout.host_rows))
-    mover_norm, host_norm = (torch.linalg.vector_norm(rows, dim=-1) for rows in (movers, hosts))
-    mover_scale, host_scale = (norm.clamp_min(NORM_FLOOR).reciprocal() for norm in (mover_norm, host_norm))
-    # A norm that is NaN, or whose square is not finite, takes the row out of matching.
-    limit = 2.0 ** (512 if accumulation == torch.float64 else 64)
-    moves, hosting = layout.moves & (mover_norm < limit), layout.hosts & (host_norm < limit)
-
-    with _exact_matmul(movers.device):
-        cosine = torch.bmm(movers, hosts.mT)
-    cosine.mul_(host_scale.unsqueeze(1)).mul_(mover_scale.unsqueeze(2))
-    if cosine.device.type != "cpu" or not hosting.all():
-        cosine.masked_fill_(~hosting.unsqueeze(1), -torch.inf)
-    if problem.turn is not None:
-        mover_turn, host_turn = (problem.turn.gather(1, slot) for slot in (layout.mover_slot, layout.host_slot))
-        cosine.masked_fill_(host_turn.unsqueeze(1) < mover_turn.unsqueeze(2), -torch.inf)
-
-    # A matrix product may round equal rows differently where they fall into different tiles. So the host is the first
-    # column within a few roundings of the best, and its score is summed again, in an order that is the same everywhere.
-    slack = 16 * torch.finfo(accumulation).eps
-    best = cosine.amax(dim=-1, keepdim=True)
-    host = (cosine >= best - slack).view(torch.uint8).argmax(dim=-1)
-    first_host = hosts.shape[1] * torch.arange(len(hosts), device=host.device).unsqueeze(1)
-    host_row = hosts.flatten(0, 1).index_select(0, (first_host + host).flatten()).view_as(movers)
-    score = host_row.mul_(movers).sum(-1) * host_scale.gather(1, host) * mover_scale
-    return score.masked_fill(~moves | best.squeeze(-1).isneginf(), -torch.inf), host
+    score = torch.full(movers, -torch.inf, dtype=accumulation, device=device)
+    host = torch.zeros(movers, dtype=torch.int64, device=device)
+    relevance = torch.full(layout.real.shape, -torch.inf, device=device)
+    for some, packed in _parts(problem, layout):
+        count = packed.moves.shape[1]
+        if count == 0 or packed.hosts.shape[1] == 0:
+            continue
+        mover_rows = _rows(problem, packed, some, packed.mover_slot, problem.image_into_text).to(accumulation)
+        host_rows = _rows(problem, packed, some, packed.host_slot, not problem.image_into_text).to(accumulation)
+        allowed = None
+        if problem.turn is not None:
+            mover_turn, host_turn = (problem.turn[some].gather(1, at) for at in (packed.mover_slot, packed.host_slot))
+            allowed = host_turn.unsqueeze(1) >= mover_turn.unsqueeze(2)
+        scores = _Cosines(mover_rows, host_rows, packed.moves, packed.hosts, allowed)
+        best, host[some, :count] = scores.best()
+        score[some, :count] = best
+        if problem.drops and problem.image_into_text:
+            relevance[some].scatter_(1, packed.mover_slot, best.float())
+        elif problem.drops:
+            relevance[some].scatter_(1, packed.host_slot, scores.best_of_hosts().float())
+    return score, host, relevance
 
 
-_precision_lock = threading.Lock()
+def _parts(problem: Problem, layout: Layout) -> Iterator[tuple[slice, Layout]]:
+    """What is matched at once: off the CPU all samples; on it one, which stays in its caches, and no row but its own.
+
+    So one sample's scores are the same bits alone and in a batch.
+    """
+    if layout.real.device.type != "cpu":
+        yield slice(None), layout
+        return
+    for sample in range(problem.batch):
+        some = slice(sample, sample + 1)
+        part = Layout(*(field[some] for field in layout))
+        if problem.merges:
+            movers, hosts = int(part.moves.sum()), int(part.hosts.sum())
+            part = part._replace(
+                mover_slot=part.mover_slot[:, :movers],
+                moves=part.moves[:, :movers],
+                host_slot=part.host_slot[:, :hosts],
+                hosts=part.hosts[:, :hosts],
+            )
+        yield some, part
 
 
-@contextlib.contextmanager
-def _exact_matmul(device: torch.device) -> Iterator[None]:
-    """Full precision whatever autocast, TF32 or `set_float32_matmul_precision` say; they are left as found."""
-    settings = (torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn).matmul  # type: ignore
-    # The setting belongs to the process: without the lock two threads could restore each other's.
-    with _precision_lock, torch.autocast(device.type, enabled=False):
-        found = settings.fp32_precision
-        settings.fp32_precision = "none"
-        if settings.fp32_precision == found:  # from a setting above this one: it must go on following that
-            found = "none"
-        settings.fp32_precision = "ieee"
-        try:
-            yield
-        finally:
-            settings.fp32_precision = found
+def _rows(problem: Problem, layout: Layout, some: slice, slot: Tensor, of_image: bool) -> Tensor:
+    """(b, k, D): the rows at slots (b, k) of the samples `some`, which `layout` holds."""
+    image, text = problem.image, problem.text[some]
+    if not problem.merges:
+        return image[some] if of_image else text
+    if not of_image:
+        return text.gather(1, slot.unsqueeze(-1).expand(-1, -1, text.shape[-1]))
+    if len(image) == 0:
+        return image.new_zeros(*slot.shape, image.shape[-1])
+    feature = layout.feature.gather(1, slot)
+    if len(feature) == 1 and image.device.type == "cpu":  # mostly one run: a view is enough
+        first, count = int(feature[0, 0]), feature.shape[1]
+        if int(feature[0, -1]) - first == count - 1:
+            return image[first : first + count].unsqueeze(0)
+    return image[feature.clamp(0, len(image) - 1)]
 
 
-# --- Select and arrange ----------------------------------------------------------------------------------------------
+class _Cosines:
+    """The cosines of movers (b, n, D) and hosts (b, m, D), both in the dtype of accumulation.
+
+    A matrix product may round equal rows differently where they fall into different tiles. So the best partner of a row
+    is the first within a few roundings of the largest cosine, and what is reported is summed again, in an order that is
+    the same everywhere.
+    """
+
+    def __init__(self, movers: Tensor, hosts: Tensor, moves: Tensor, hosting: Tensor, allowed: Tensor | None) -> None:
+        # Contiguous: over another layout, sums run in an order that differs from row to row.
+        self.movers, self.hosts = movers.contiguous(), hosts.contiguous()
+        mover_norm, host_norm = (torch.linalg.vector_norm(rows, dim=-1) for rows in (self.movers, self.hosts))
+        self.mover_scale, self.host_scale = (
+            norm.clamp_min(NORM_FLOOR).reciprocal() for norm in (mover_norm, host_norm)
+        )
+        # A norm that is NaN, or whose square is not finite, takes the row out of matching.
+        limit = 2.0 ** (512 if movers.dtype == torch.float64 else 64)
+        self.moves, self.hosting = moves & (mover_norm < limit), hosting & (host_norm < limit)
+        cosine = _product(self.movers, self.hosts)
+        cosine.mul_(self.host_scale.unsqueeze(1)).mul_(self.mover_scale.unsqueeze(2))
+        if cosine.device.type != "cpu" or not self.hosting.all():
+            cosine.masked_fill_(~self.hosting.unsqueeze(1), -torch.inf)
+        if allowed is not None:
+            cosine.masked_fill_(~allowed, -torch.inf)
+        self.cosine = cosine  # (b, n, m), -inf where a mover may not use a host
+
+    def best(self) -> tuple[Tensor, Tensor]:
+        """(b, n) best cosine of each mover, -inf without a candidate, and its host's column."""
+        found, host = self._first_best(self.cosine)
+        score = _dots(self.movers, self.hosts, host) * self.host_scale.gather(1, host) * self.mover_scale
+        return score.masked_fill(~self.moves | ~found, -torch.inf), host
+
+    def best_of_hosts(self) -> Tensor:
+        """(b, m) best cosine of each host over the movers that may use it, -inf without one."""
+        found, mover = self._first_best(self.cosine.masked_fill(~self.moves.unsqueeze(2), -torch.inf).mT)
+        score = _dots(self.hosts, self.movers, mover) * self.host_scale * self.mover_scale.gather(1, mover)
+        return score.masked_fill(~self.hosting | ~found, -torch.inf)
+
+    def _first_best(self, cosine: Tensor) -> tuple[Tensor, Tensor]:
+        slack = 16 * torch.finfo(cosine.dtype).eps
+        best = cosine.amax(dim=-1, keepdim=True)
+        return ~best.squeeze(-1).isneginf(), (cosine >= best - slack).view(torch.uint8).argmax(dim=-1)
 
 
-def select(score: Tensor, tau: float, max_anchors: int | None) -> Tensor:
-    """(B, movers) bool: which movers are inserted. `tau >= 1` is the identity."""
-    if tau >= 1:
+def _dots(rows: Tensor, others: Tensor, chosen: Tensor) -> Tensor:
+    """(b, n): the product of each of `rows` (b, n, D) with row `chosen` (b, n) of `others` (b, m, D)."""
+    first = others.shape[1] * torch.arange(len(others), device=others.device).unsqueeze(1)
+    return others.flatten(0, 1).index_select(0, (first + chosen).flatten()).view_as(rows).mul_(rows).sum(-1)
+
+
+def _product(rows: Tensor, others: Tensor) -> Tensor:
+    """(b, n, m) products in full precision, whatever autocast, TF32 or `set_float32_matmul_precision` say.
+
+    What they set belongs to the process, which other threads share and children inherit, so it is left alone: where
+    float32 would be rounded, the product is taken in float64.
+    """
+    settings = {"cpu": torch.backends.mkldnn, "cuda": torch.backends.cuda}.get(rows.device.type)
+    exact = settings is None or settings.matmul.fp32_precision in ("none", "ieee")  # type: ignore[attr-defined]
+    wide = rows.dtype if exact else torch.float64
+    with torch.autocast(rows.device.type, enabled=False):
+        return torch.bmm(rows.to(wide), others.to(wide).mT).to(rows.dtype)
+
+
+# --- Select, survive and arrange -------------------------------------------------------------------------------------
+
+
+def _budget(problem: Problem) -> int | Tensor | None:
+    """Most copies in a sample, a number or (B, 1). Every host must be able to stay."""
+    most, kept = problem.max_anchors, _kept(problem)
+    if kept is None or problem.image_into_text:
+        return most
+    if most is None:
+        return kept
+    return min(most, kept) if isinstance(kept, int) else kept.clamp_max(most)
+
+
+def _kept(problem: Problem) -> int | Tensor | None:
+    """Image tokens of a sample that stay, a number or (B, 1)."""
+    return problem.keep if problem.keep_each is None else problem.keep_each.unsqueeze(1)
+
+
+def select(score: Tensor, tau: float | Tensor, budget: int | Tensor | None) -> Tensor:
+    """(B, movers) bool: which movers are inserted. `tau >= 1` is the identity; a NaN in a tensor inserts nothing."""
+    if not isinstance(tau, Tensor) and tau >= 1:
         return torch.zeros_like(score, dtype=torch.bool)
     eligible = (score >= tau) & ~score.isneginf()
-    if max_anchors is None or max_anchors >= score.shape[1]:
+    if isinstance(tau, Tensor):
+        eligible &= tau < 1
+    if budget is None or (isinstance(budget, int) and budget >= score.shape[1]):
         return eligible
     order = score.masked_fill(~eligible, -torch.inf).argsort(dim=1, descending=True, stable=True)
-    return eligible & (_inverse(order) < max_anchors)
+    return eligible & (_inverse(order) < budget)
+
+
+def survive(problem: Problem, layout: Layout, relevance: Tensor, hosting: Tensor) -> Tensor:
+    """(B, S) bool: the slots whose originals stay. All text does, and at most `keep` image tokens of a sample.
+
+    First those that host an anchor (`hosting`, text into image), then the best of every cell in which none stays yet,
+    then all others; within each of the three the highest priority first, and of equal ones the lowest slot.
+    """
+    image, slots, keep = layout.image, problem.slots, _kept(problem)
+    assert keep is not None
+    priority = relevance if problem.salience is None else _of_slots(problem.salience, layout, -torch.inf)
+    priority = priority.masked_fill(priority.isnan() | ~image, -torch.inf)
+    rank = _inverse(priority.argsort(dim=1, descending=True, stable=True))
+    tier = torch.where(image, 2, 3)
+    if problem.cells is not None:
+        cell = _of_slots(problem.cells.long(), layout, -1)
+        inside = image & (cell >= 0) & (cell < problem.images)
+        cell = torch.where(inside, cell, problem.images)  # one more, for the tokens in none
+        nothing = rank.new_zeros(problem.batch, problem.images + 1)
+        taken = nothing.scatter_add(1, cell, hosting.long()) > 0
+        best = (nothing + slots).scatter_reduce(1, cell, rank.masked_fill(~image, slots), "amin")
+        tier = torch.where(inside & ~taken.gather(1, cell) & (rank == best.gather(1, cell)), 1, tier)
+    if not problem.image_into_text:
+        tier = torch.where(hosting, 0, tier)
+    stays = image & (_inverse((tier * slots + rank).argsort(dim=1)) < keep)
+    return torch.where(image, stays, layout.real & ~(layout.silent & _follow_dropped(image, stays)))
+
+
+def _of_slots(of_images: Tensor, layout: Layout, missing: float) -> Tensor:
+    """(B, S): what each slot's feature row has, `missing` where it has none."""
+    values = torch.cat([of_images.flatten(), of_images.new_full((1,), missing)])
+    last = len(values) - 1
+    return values[torch.where(layout.feature < 0, last, layout.feature.clamp_max(last))]
+
+
+def _follow_dropped(image: Tensor, stays: Tensor) -> Tensor:
+    """(B, S) bool: the slots with image tokens right before them, none of which stays.
+
+    A silent row belongs to the run of image tokens that ends at it: a row of the picture and its newline.
+    """
+    slot = torch.arange(image.shape[1], device=image.device)
+    # Slots before s that are no image token: the last of them is where the run that ends at s - 1 begins.
+    ends = torch.where(image, -1, slot).cummax(1).values.roll(1, 1)
+    ends[:, :1] = -1
+    through = torch.cat([torch.zeros_like(ends[:, :1]), stays.long().cumsum(1)], 1)  # survivors in front of each slot
+    return (slot - ends > 1) & (through[:, :-1] == through.gather(1, ends + 1))
 
 
 def _inverse(order: Tensor) -> Tensor:
@@ -190,44 +323,53 @@ def _inverse(order: Tensor) -> Tensor:
     return torch.empty_like(order).scatter_(1, order, place)
 
 
-def arrange(problem: Problem, layout: Layout, score: Tensor, host: Tensor, inserted: Tensor) -> Plan:
-    """All fields of the plan, from the movers' hosts.
+def arrange(
+    problem: Problem,
+    layout: Layout,
+    stays: Tensor,
+    host_slot: Tensor,
+    inserted: Tensor,
+    score: Tensor,
+    relevance: Tensor,
+) -> Plan:
+    """All fields of the plan, from the originals that stay (B, S) and the movers' hosts (B, movers).
 
-    An original stands after the real slots before it and the anchors of their hosts; an anchor after the real slots up
-    to its host and the anchors that come before it in the order of (host, mover).
+    An original stands after the slots that stay before it and the anchors of their hosts; an anchor after the slots
+    that stay up to its host and the anchors that come before it in the order of (host, mover).
     """
     batch, slots, capacity = problem.batch, problem.slots, problem.capacity
-    real = layout.real.long()
-    host_slot = layout.host_slot.gather(1, host) if layout.host_slot.shape[1] else host
-    anchors = torch.zeros_like(real)
+    kept = stays.long()
+    anchors = torch.zeros_like(kept)
     if slots:
         anchors.scatter_add_(1, host_slot, inserted.long())
-    real_through, rows_through = real.cumsum(1), (real + anchors).cumsum(1)
-    length = real.sum(1, keepdim=True) + inserted.sum(1, keepdim=True)
+    kept_through, rows_through = kept.cumsum(1), (kept + anchors).cumsum(1)
+    length = kept.sum(1, keepdim=True) + inserted.sum(1, keepdim=True)
     first = capacity - length if problem.pad_left else torch.zeros_like(length)
 
-    original_place = rows_through - real - anchors + first
+    original_place = rows_through - kept - anchors + first
     by_host = torch.where(inserted, host_slot, slots).argsort(dim=1, stable=True)
-    anchor_place = (real_through.gather(1, host_slot) if slots else host_slot) + _inverse(by_host) + first
+    anchor_place = (kept_through.gather(1, host_slot) if slots else host_slot) + _inverse(by_host) + first
 
     # Rows that are not there go to column C, which is cut off.
-    original_at = torch.where(layout.real, original_place, capacity)
+    original_at = torch.where(stays, original_place, capacity)
     anchor_at = torch.where(inserted, anchor_place, capacity)
-    slot = torch.arange(slots, device=real.device).expand(batch, -1)
+    slot = torch.arange(slots, device=kept.device).expand(batch, -1)
 
     def lay(at_originals: Tensor, at_anchors: Tensor) -> Tensor:
-        row = torch.full((batch, capacity + 1), -1, dtype=torch.int64, device=real.device)
+        row = torch.full((batch, capacity + 1), -1, dtype=torch.int64, device=kept.device)
         row.scatter_(1, original_at, at_originals).scatter_(1, anchor_at, at_anchors)
         return row[:, :capacity].contiguous()
 
     source = lay(slot, layout.mover_slot)
-    is_anchor = torch.zeros(batch, capacity + 1, dtype=torch.bool, device=real.device)
+    is_anchor = torch.zeros(batch, capacity + 1, dtype=torch.bool, device=kept.device)
     is_anchor = is_anchor.scatter_(1, anchor_at, True)[:, :capacity].contiguous()
     present = source >= 0
     if problem.inherit:
-        position_ids = problem.position_ids if problem.position_ids is not None else (real_through - 1).unsqueeze(0)
-        seat = lay(slot, host_slot).clamp_min(0).expand(len(position_ids), -1, -1)
-        position_ids = position_ids.gather(2, seat) if slots else torch.zeros_like(seat)
+        plain = problem.position_ids
+        if plain is None:
+            plain = (layout.real.long().cumsum(1) - 1).unsqueeze(0)
+        seat = lay(slot, host_slot).clamp_min(0).expand(len(plain), -1, -1)
+        position_ids = plain.gather(2, seat) if slots else torch.zeros_like(seat)
     else:
         position_ids = (present.cumsum(1) - 1).unsqueeze(0)
 
@@ -237,9 +379,10 @@ def arrange(problem: Problem, layout: Layout, score: Tensor, host: Tensor, inser
         attention_mask=present.long(),
         source=source,
         is_anchor=is_anchor,
-        host=_per_mover(problem, layout, torch.where(inserted, host_slot if problem.merges else host, -1), -1),
+        host=_per_mover(problem, layout, torch.where(inserted, host_slot - problem.host_offset, -1), -1),
         score=_per_mover(problem, layout, score.float(), -torch.inf),
-        places=torch.stack([torch.where(layout.real, original_place, -1), copy_place, layout.feature], 1).int(),
+        relevance=relevance.contiguous(),
+        places=torch.stack([torch.where(stays, original_place, -1), copy_place, layout.feature], 1).int(),
     )
 
 
@@ -259,10 +402,14 @@ def assemble(image: Tensor, text: Tensor, source: Tensor, places: Tensor) -> Ten
     hidden = text.shape[-1]
     images, texts = image.reshape(-1, hidden), text.reshape(-1, hidden)
     row = _table_rows(source, places, len(images), image.dim() == 2)
+    embeds = text.new_empty(*source.shape, hidden)  # written through a view: what is returned must not be one
     if source.device.type == "cpu":
-        return _copy_runs(row.flatten(), images, texts).view(*source.shape, hidden)
+        _copy_runs(row.flatten(), images, texts, embeds.view(-1, hidden))
+        return embeds
     table = torch.cat([images, texts.new_full((1, hidden), torch.nan), texts, texts.new_zeros(1, hidden)])
-    return table.index_select(0, torch.where(row < 0, len(table) - 1, row).flatten()).view(*source.shape, hidden)
+    row = torch.where(row < 0, len(table) - 1, row).flatten()
+    torch.index_select(table, 0, row, out=embeds.view(-1, hidden))
+    return embeds
 
 
 def _table_rows(source: Tensor, places: Tensor, image_count: int, merges: bool) -> Tensor:
@@ -282,10 +429,10 @@ def _table_rows(source: Tensor, places: Tensor, image_count: int, merges: bool) 
     return torch.where(source < 0, source, row_of_slot.gather(1, source.clamp_min(0)))
 
 
-def _copy_runs(row: Tensor, images: Tensor, texts: Tensor) -> Tensor:
+def _copy_runs(row: Tensor, images: Tensor, texts: Tensor, out: Tensor) -> None:
     """The rows of the table [images; NaN; texts], copied in runs: between two anchors the image rows are contiguous."""
     if len(row) == 0:
-        return images.new_empty(0, images.shape[1])
+        return
     padding = row < 0
     follows = (padding[1:] == padding[:-1]) & (padding[1:] | (row.diff() == 1))
     starts = torch.cat([row.new_zeros(1), (~follows).nonzero().squeeze(1) + 1])
@@ -298,7 +445,7 @@ def _copy_runs(row: Tensor, images: Tensor, texts: Tensor) -> Tensor:
             pieces.append(images[first : first + count])
         else:
             pieces.append(texts[first - len(images) - 1 :][:count])
-    return torch.cat(pieces)
+    torch.cat(pieces, out=out)
 
 
 class _Routes(NamedTuple):
@@ -324,7 +471,6 @@ def _routes(places: Tensor, length: int, image_shape: tuple[int, ...]) -> tuple[
 
 def assemble_backward(
     grad: Tensor,
-    source: Tensor,
     places: Tensor,
     image_shape: tuple[int, ...],
     text_shape: tuple[int, ...],
@@ -333,23 +479,27 @@ def assemble_backward(
 ) -> tuple[Tensor, Tensor]:
     """For each input row the sum of the gradients of its original and its copy; an empty tensor where not needed."""
     flat = grad.reshape(-1, text_shape[-1])
-    image_routes, text_routes = _routes(places, source.shape[1], image_shape)
+    image_routes, text_routes = _routes(places, grad.shape[1], image_shape)
     return (
-        _gather(flat, image_routes).view(image_shape) if need_image else grad.new_empty(0),
-        _gather(flat, text_routes).view(text_shape) if need_text else grad.new_empty(0),
+        _gather(flat, image_routes, image_shape) if need_image else grad.new_empty(0),
+        _gather(flat, text_routes, text_shape) if need_text else grad.new_empty(0),
     )
 
 
-def _gather(grad: Tensor, routes: _Routes) -> Tensor:
+def _gather(grad: Tensor, routes: _Routes, shape: tuple[int, ...]) -> Tensor:
     """The sum of two rows is rounded once, in any dtype."""
+    gathered = grad.new_empty(shape)  # written through a view: what is returned must not be one
+    rows = gathered.view(-1, shape[-1])
     if len(grad) == 0:
-        return grad.new_zeros(len(routes.original), grad.shape[1])
-    rows = grad.index_select(0, routes.original.clamp_min(0))
-    rows.masked_fill_((routes.original < 0).unsqueeze(1), 0)
-    copied = routes.copy >= 0
+        rows.zero_()
+        return gathered
+    torch.index_select(grad, 0, routes.original.clamp_min(0), out=rows)
+    absent, copied = routes.original < 0, routes.copy >= 0
     if grad.device.type == "cpu":
+        rows[absent.nonzero().squeeze(1)] = 0
         at = copied.nonzero().squeeze(1)
-        if len(at):
-            rows[at] += grad[routes.copy[at]]
-        return rows
-    return rows + grad.index_select(0, routes.copy.clamp_min(0)).masked_fill_(~copied.unsqueeze(1), 0)
+        rows[at] += grad[routes.copy[at]]
+        return gathered
+    rows.masked_fill_(absent.unsqueeze(1), 0)
+    rows += grad.index_select(0, routes.copy.clamp_min(0)).masked_fill_(~copied.unsqueeze(1), 0)
+    return gathered

@@ -23,7 +23,7 @@ def plain_construct(image: Tensor, text: Tensor, positions: Tensor | None, matmu
     layout = reference._lay_out_build(problem)
     score, host = _match(text, image, matmul)
     inserted = reference.select(score, TAU, MAX_ANCHORS)
-    plan = reference.arrange(problem, layout, score, host, inserted)
+    plan = reference.arrange(problem, layout, layout.real, host, inserted, score, score[:, :0])
     padding = text.new_zeros(len(text), 1, text.shape[-1])
     table = torch.cat([image, text, padding], dim=1)
     row = torch.where(plan.source < 0, table.shape[1] - 1, plan.source)

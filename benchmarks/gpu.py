@@ -147,7 +147,7 @@ def steps(python: str, gpu: Gpu | None, output: Path) -> list[Step]:
         measuring("baselines", 230, 2, "roofline-baselines.jsonl", "roofline", "--passes", "baselines"),
         # Its own limit ends first, so that it can still say what it found.
         Step("sanitizer", ((python, "-m", "benchmarks.sanitize", "--limit", "80"),), 110, least=60.0),
-        # Which of the compiled ways is fastest: bulk copies or not, warpgroups or not, tiles kept on chip or not.
+        # Which of the compiled ways is fastest: bulk copies or not, tiles kept on chip or not.
         measuring(
             "variants", 70, 1, "tune.jsonl", "tune", "--backends", "cuda", "--batches", "8,1,32", "--limit", "50"
         ),

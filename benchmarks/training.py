@@ -21,10 +21,9 @@ RANK, ALPHA, DROPOUT, LEARNING_RATE = 32, 64, 0.05, 1e-4  # the paper's settings
 
 def train(spec: Spec, device: torch.device, toy: bool, steps: int, batch: int, attached: bool) -> rows.Row:
     """Forward, backward and an AdamW step on one batch; a prompt whose last tokens are the answer."""
-    from peft import LoraConfig, get_peft_model
-
     from attanchor_vlm import AttAnchorConfig, attach
-    from attanchor_vlm.loading import LORA_TARGETS
+    from attanchor_vlm.training.lora import LORA_TARGETS
+    from peft import LoraConfig, get_peft_model
 
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     base: Any = models.build(spec, device, dtype, toy)

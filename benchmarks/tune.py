@@ -38,7 +38,6 @@ FIELDS: dict[str, dict[str, tuple[Any, ...]]] = {
     },
     "cuda": {
         "bulk": (0,),
-        "groups": (1,),
         "hold": (0,),
         "cluster": (4, 8),
         "tile_images": (16, 32, 64),

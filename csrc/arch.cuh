@@ -65,7 +65,7 @@ ATTANCHOR_DEVICE int warp() { return threadIdx.x >> 5; }
 ATTANCHOR_DEVICE int block() { return blockIdx.x; }
 ATTANCHOR_DEVICE int blocks() { return gridDim.x; }
 ATTANCHOR_DEVICE uint8_t* shared_memory() {
-  extern __shared__ __align__(1024) uint8_t attanchor_shared[];
+  extern __shared__ __align__(128) uint8_t attanchor_shared[];
   return attanchor_shared;
 }
 
@@ -279,64 +279,12 @@ ATTANCHOR_DEVICE void multiply_matrices<Half>(float (&c)[4], uint32_t a0, uint32
                : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
-// --- Tensor cores by warpgroups: four warps, sm_90a alone -----------------------------------------------------------
-
-#if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
-constexpr bool HAS_GROUPS = true;
-#else
-constexpr bool HAS_GROUPS = false;
-#endif
-
-// A matrix of rows of 128 bytes, 1024-byte aligned, whose 16-byte vector v of row r lies at v ^ r % 8 (the 128-byte
-// swizzle). 16 bytes to the right are one more.
-ATTANCHOR_DEVICE word64 describe_swizzled(const void* matrix) {
-  constexpr word64 EIGHT_ROWS = 1024 >> 4, SWIZZLE_128 = 1;
-  // Without the bits that say which block of a cluster it is.
-  return (shared_address(matrix) & 0x3ffff) >> 4 | word64(1) << 16 | EIGHT_ROWS << 32 | SWIZZLE_128 << 62;
-}
-// Before the products of a chunk: what this thread did to the registers comes before them.
-ATTANCHOR_DEVICE void begin_groups() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-ATTANCHOR_DEVICE void commit_groups() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-// Until the products are there, in `c`, and nobody reads their operands any more.
-ATTANCHOR_DEVICE void wait_groups(float (&c)[4][4]) {
-  asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
-  // The compiler knows nothing of the wait: from here on c is another value to it.
-  ATTANCHOR_UNROLL
-  for (int i = 0; i < 16; i++) asm volatile("" : "+f"(c[i / 4][i % 4])::"memory");
-}
-
-#define ATTANCHOR_MULTIPLY_GROUP(type)                                                                              \
-  asm volatile(                                                                                                     \
-      "wgmma.mma_async.sync.aligned.m64n32k16.f32." type "." type                                                   \
-      " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15}, {%16,%17,%18,%19}, %20, 1, 1, 1, 0;"               \
-      : "+f"(c[0][0]), "+f"(c[0][1]), "+f"(c[0][2]), "+f"(c[0][3]), "+f"(c[1][0]), "+f"(c[1][1]), "+f"(c[1][2]),    \
-        "+f"(c[1][3]), "+f"(c[2][0]), "+f"(c[2][1]), "+f"(c[2][2]), "+f"(c[2][3]), "+f"(c[3][0]), "+f"(c[3][1]),    \
-        "+f"(c[3][2]), "+f"(c[3][3])                                                                                \
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b)                                                          \
-      : "memory")
-
-// c (64 x 32 over four warps, float32) += a (64 x 16, in registers) * b (32 x 16, described, transposed). Fragments as
-// those of multiply_matrices: warp w has rows 16 w … 16 w + 15, c holds four tiles of eight columns.
-template <class E>
-ATTANCHOR_DEVICE void multiply_group(float (&c)[4][4], const uint32_t (&a)[4], word64 b);
-template <>
-ATTANCHOR_DEVICE void multiply_group<BFloat>(float (&c)[4][4], const uint32_t (&a)[4], word64 b) {
-  ATTANCHOR_MULTIPLY_GROUP("bf16");
-}
-template <>
-ATTANCHOR_DEVICE void multiply_group<Half>(float (&c)[4][4], const uint32_t (&a)[4], word64 b) {
-  ATTANCHOR_MULTIPLY_GROUP("f16");
-}
-#undef ATTANCHOR_MULTIPLY_GROUP
-
 // --- Launch ---------------------------------------------------------------------------------------------------------
 
-// Blocks (of clusters of `cluster`) of a kernel that the current device runs at once; 0 if it cannot run there.
+// `count` becomes how many blocks (of clusters of `cluster`) of a kernel the current device runs at once, 0 where it
+// cannot run. Null, or what went wrong in asking.
 template <class K>
-int resident_blocks(K kernel, int threads, int shared, int cluster);
-
-// Whether the current device has the instructions of compute capability 9.0 alone.
-inline bool has_groups();
+const char* count_resident(K kernel, int threads, int shared, int cluster, int& count);
 
 // Start `blocks` blocks. Null, or what went wrong.
 template <class Argument>

@@ -8,10 +8,10 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
-#include <cstring>
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "problem.h"
 
@@ -30,6 +30,7 @@
 namespace {
 
 using attanchor::Copy;
+using attanchor::Launched;
 using attanchor::Problem;
 using attanchor::Rows;
 using attanchor::Scalar;
@@ -113,12 +114,14 @@ struct OnDevice {
   }
 };
 
-void construct(Tensor image, Tensor text, Optional roles, Optional turn, Optional image_mask, Optional text_mask,
-               Optional anchor_mask, Optional position_ids, Optional embeds, Tensor new_position_ids,
-               Tensor attention_mask, Tensor source, Tensor is_anchor, Tensor host, Tensor score, Tensor places,
-               Tensor state, double tau, int64_t budget, bool image_into_text, bool inherit, bool pad_left,
-               int64_t tile_images, int64_t cluster, int64_t tile_rows, int64_t lag, int64_t blocks, int64_t hold,
-               int64_t bulk, int64_t groups, int64_t stream) {
+// How it was launched: the fields of Launched.
+std::vector<int64_t> construct(Tensor image, Tensor text, Optional roles, Optional turn, Optional image_mask,
+                               Optional text_mask, Optional anchor_mask, Optional position_ids, Optional embeds,
+                               Tensor new_position_ids, Tensor attention_mask, Tensor source, Tensor is_anchor,
+                               Tensor host, Tensor score, Tensor places, Tensor state, double tau, int64_t budget,
+                               bool image_into_text, bool inherit, bool pad_left, int64_t tile_images, int64_t cluster,
+                               int64_t tile_rows, int64_t lag, int64_t blocks, int64_t hold, int64_t bulk,
+                               int64_t stream) {
   const OnDevice on_device(text);
   const int64_t batch = text.size(0), movers = host.size(1);
   Problem p = {};
@@ -169,12 +172,9 @@ void construct(Tensor image, Tensor text, Optional roles, Optional turn, Optiona
   tuning.blocks = static_cast<int>(blocks);
   tuning.hold = static_cast<int>(hold);
   tuning.bulk = static_cast<int>(bulk);
-  tuning.groups = static_cast<int>(groups);
-  if (tuning.groups == 1 && std::strstr(ATTANCHOR_TEXT_OF(ATTANCHOR_ARCHS), "90a") == nullptr) {
-    throw std::runtime_error("groups is 1; kernels that multiply by warpgroups are built for 90a alone, not for "
-                             ATTANCHOR_TEXT_OF(ATTANCHOR_ARCHS));
-  }
-  check(launch_construct(p, scalar_of(text), tuning, reinterpret_cast<void*>(stream)), "construct");
+  Launched l = {};
+  check(launch_construct(p, scalar_of(text), tuning, l, reinterpret_cast<void*>(stream)), "construct");
+  return {l.tile_images, l.cluster, l.holds, l.bulk, l.tile_rows, l.lag, l.blocks, l.resident, l.shared_bytes};
 }
 
 // What assemble and its transpose share. A tensor of no elements stands for one that is not there.
@@ -217,7 +217,7 @@ STABLE_TORCH_LIBRARY(attanchor_cuda, library) {
       "Tensor? anchor_mask, Tensor? position_ids, Tensor(a!)? embeds, Tensor(b!) new_position_ids, "
       "Tensor(c!) attention_mask, Tensor(d!) source, Tensor(e!) is_anchor, Tensor(f!) host, Tensor(g!) score, "
       "Tensor(h!) places, Tensor(i!) state, float tau, int budget, bool image_into_text, bool inherit, bool pad_left, "
-      "int tile_images, int cluster, int tile_rows, int lag, int blocks, int hold, int bulk, int groups, int stream) -> ()");
+      "int tile_images, int cluster, int tile_rows, int lag, int blocks, int hold, int bulk, int stream) -> int[]");
   library.def(
       "assemble(Tensor image, Tensor text, Tensor source, Tensor places, Tensor(a!) embeds, int stream) -> ()");
   library.def(

@@ -26,6 +26,7 @@ struct Choice {
   const Variant* variant = nullptr;
   int shared_bytes = 0;
   int resident = 0;  // blocks
+  const char* error = nullptr;
 };
 
 // Of the variants with this cluster, large tiles where they keep every multiprocessor busy, small ones otherwise.
@@ -38,18 +39,19 @@ Choice choose(const Variants& variants, int cluster, const Problem& p, const Tun
     const int64_t pitch = v.holds ? held_pitch(p.rows.row_bytes, cluster) : 0;
     if (v.holds && (tiles > MOST_HELD_TILES || pitch > MOST_STRETCHES * STRETCH_BYTES)) continue;
     const int shared = v.shared_bytes + static_cast<int>(pitch) * v.images;
-    const int resident = arch::resident_blocks(v.kernel, THREADS, shared, cluster);
+    int resident = 0;
+    best.error = arch::count_resident(v.kernel, THREADS, shared, cluster, resident);
+    if (best.error != nullptr) return best;
     if (resident == 0) continue;
     const bool busy = static_cast<int64_t>(p.batch) * tiles * cluster >= resident;
-    if (best.variant == nullptr || (busy && v.images > best.variant->images)) best = {&v, shared, resident};
+    if (best.variant == nullptr || (busy && v.images > best.variant->images)) best = {&v, shared, resident, nullptr};
   }
   return best;
 }
 
-Variants held_variants(Scalar scalar, bool groups) {
-  if (scalar == Scalar::float32) return groups ? Variants{nullptr, 0} : held_float_variants();
-  if (scalar == Scalar::float16) return groups ? group_half_variants() : held_half_variants();
-  return groups ? group_bfloat_variants() : held_bfloat_variants();
+Variants held_variants(Scalar scalar) {
+  if (scalar == Scalar::float32) return held_float_variants();
+  return scalar == Scalar::float16 ? held_half_variants() : held_bfloat_variants();
 }
 
 Variants plain_variants(Scalar scalar) {
@@ -57,19 +59,20 @@ Variants plain_variants(Scalar scalar) {
   return scalar == Scalar::float16 ? half_variants() : bfloat_variants();
 }
 
+bool may_hold(const Problem& p, const Tuning& tuning) {
+  return tuning.hold != 0 && p.rows.width == 16 && p.embeds != nullptr;
+}
+
 // Clusters that hold their tile where the device has them and a tile fits; otherwise rows are read again through L2.
 Choice choose(const Problem& p, Scalar scalar, const Tuning& tuning) {
-  const bool may_hold = tuning.hold != 0 && p.rows.width == 16 && p.embeds != nullptr;
-  const int wanted = tuning.cluster ? tuning.cluster : wanted_cluster(p);
+  const int wanted = wanted_cluster(p);
   for (const bool hold : {true, false}) {
-    const bool groups = tuning.groups == 1;
-    if (hold ? !may_hold : tuning.hold == 1 || groups) continue;
-    if (groups && !arch::has_groups()) continue;
+    if (hold ? !may_hold(p, tuning) : tuning.hold == 1) continue;
     for (const int cluster : {8, 4, 1}) {
-      if (cluster > wanted) continue;
-      const Variants variants = hold ? held_variants(scalar, groups) : plain_variants(scalar);
+      if (tuning.cluster ? cluster != tuning.cluster : cluster > wanted) continue;
+      const Variants variants = hold ? held_variants(scalar) : plain_variants(scalar);
       const Choice choice = choose(variants, cluster, p, tuning);
-      if (choice.variant != nullptr) return choice;
+      if (choice.variant != nullptr || choice.error != nullptr) return choice;
     }
   }
   return {};
@@ -84,10 +87,13 @@ int choose_tile_rows(const Problem& p, int resident) {
 
 }  // namespace
 
-const char* launch_construct(Problem p, Scalar scalar, Tuning tuning, void* stream) {
-  if (p.batch == 0 || p.capacity == 0) return nullptr;
+const char* launch_construct(Problem p, Scalar scalar, Tuning tuning, Launched& launched, void* stream) {
   Choice choice = choose(p, scalar, tuning);
+  if (choice.error != nullptr) return choice.error;
   if (choice.variant == nullptr) {
+    if (tuning.hold == 1 && !may_hold(p, tuning)) {
+      return "hold is 1; tiles are kept on chip only where rows are copied and begin and end at multiples of 16 bytes";
+    }
     return "no construct kernel that was asked for runs on this device; rebuild attanchor_kernels with "
            "ATTANCHOR_CUDA_ARCHS naming its compute capability";
   }
@@ -102,10 +108,12 @@ const char* launch_construct(Problem p, Scalar scalar, Tuning tuning, void* stre
   // So many samples between match and assemble as are matched at once: nobody waits, and little leaves the L2 cache.
   const int lag = tuning.lag >= 0 ? tuning.lag : divide_up(clusters, p.match_tiles);
   p.held_pitch = static_cast<int>(held_pitch(p.rows.row_bytes, v.cluster));
-  p.bulk = tuning.bulk != 0;
+  p.bulk = v.holds && tuning.bulk != 0;
   p.lag = lag < 1 ? 1 : lag > p.batch ? p.batch : lag;
   const int64_t items = static_cast<int64_t>(p.batch) * (p.match_tiles + divide_up(p.assemble_tiles, v.cluster));
   const int blocks = static_cast<int>(items < clusters ? items : clusters) * v.cluster;
+  launched = {v.images, v.cluster, v.holds, p.bulk, v.holds ? 0 : p.tile_rows, v.holds ? 0 : p.lag,
+              blocks, choice.resident, choice.shared_bytes};
   return arch::launch(v.kernel, blocks, THREADS, choice.shared_bytes, v.cluster, stream, p);
 }
 

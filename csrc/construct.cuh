@@ -37,7 +37,7 @@ ATTANCHOR_DEVICE Work work_of(const Problem& p, int assemble_items, unsigned tic
 template <class E, int IMAGES, int CLUSTER>
 struct ConstructShared {
   union {
-    typename MatchTile<Multiplier<E, IMAGES>, IMAGES, CLUSTER, false>::Shared match;
+    typename MatchTile<E, IMAGES, CLUSTER, false>::Shared match;
     AssembleShared assemble;
   };
   unsigned ticket[2];
@@ -98,7 +98,7 @@ ATTANCHOR_DEVICE void construct(const Problem& p) {
     const Work work = work_of(p, assemble_items, ticket);
     if (work.matches) {
       const int base = p.rows.merges ? match_base.advance(p, work.sample, s.match.scratch) : 0;
-      MatchTile<Multiplier<E, IMAGES>, IMAGES, CLUSTER, false> tile(p, s.match, rank, work.sample);
+      MatchTile<E, IMAGES, CLUSTER, false> tile(p, s.match, rank, work.sample);
       const int movers = tile.run(work.item, base);
       finish_match(p, s.match, work.sample, movers, arrivals);
     } else {
@@ -148,7 +148,5 @@ Variants bfloat_variants();
 Variants held_float_variants();
 Variants held_half_variants();
 Variants held_bfloat_variants();
-Variants group_half_variants();
-Variants group_bfloat_variants();
 
 }  // namespace attanchor

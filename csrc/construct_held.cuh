@@ -10,20 +10,17 @@
 // Whoever waits, waits for work on the same sample or for one that waits for an earlier sample: never in a circle.
 #pragma once
 
-#include <type_traits>
-
 #include "construct.cuh"
-#include "held.cuh"
-#include "multiply_group.cuh"
+#include "held_tile.cuh"
 
 namespace attanchor {
 
 constexpr int MOST_HELD_TILES = 2048;  // tiles of a sample, a bit each
 
-template <class Product, int IMAGES, int CLUSTER>
+template <class E, int IMAGES, int CLUSTER>
 struct ConstructHeldShared {
   union {
-    typename MatchTile<Product, IMAGES, CLUSTER, true>::Shared match;  // first: its alignment is the memory's
+    typename MatchTile<E, IMAGES, CLUSTER, true>::Shared match;
     HeldShared assemble;
   };
   uint32_t given_up[MOST_HELD_TILES / 32];
@@ -45,10 +42,10 @@ struct Owed {
   int given_up = 0;  // how many tiles
 };
 
-template <class Product, int IMAGES, int CLUSTER>
+template <class E, int IMAGES, int CLUSTER>
 struct ConstructHeld {
-  using Shared = ConstructHeldShared<Product, IMAGES, CLUSTER>;
-  using Match = MatchTile<Product, IMAGES, CLUSTER, true>;
+  using Shared = ConstructHeldShared<E, IMAGES, CLUSTER>;
+  using Match = MatchTile<E, IMAGES, CLUSTER, true>;
   static constexpr int HELD_AT = (static_cast<int>(sizeof(Shared)) + 127) / 128 * 128;
 
   const Problem& p;
@@ -117,22 +114,20 @@ struct ConstructHeld {
   }
 };
 
-template <class E, int IMAGES, int CLUSTER, bool GROUPS>
+template <class E, int IMAGES, int CLUSTER>
 ATTANCHOR_KERNEL(THREADS, 2) construct_held_kernel(ATTANCHOR_ARGUMENT(Problem) p) {
-  using Product = std::conditional_t<GROUPS, GroupMultiplier<E>, Multiplier<E, IMAGES>>;
-  if constexpr (CLUSTER <= arch::LARGEST_CLUSTER && (!GROUPS || arch::HAS_GROUPS)) {
+  if constexpr (CLUSTER <= arch::LARGEST_CLUSTER) {
     gather_cluster<CLUSTER>();
-    ConstructHeld<Product, IMAGES, CLUSTER>(p).run();
+    ConstructHeld<E, IMAGES, CLUSTER>(p).run();
   } else {
     arch::fail();
   }
 }
 
-template <class E, int IMAGES, int CLUSTER, bool GROUPS = false>
+template <class E, int IMAGES, int CLUSTER>
 Variant held_variant() {
-  using Product = std::conditional_t<GROUPS, GroupMultiplier<E>, Multiplier<E, IMAGES>>;
-  constexpr int shared = ConstructHeld<Product, IMAGES, CLUSTER>::HELD_AT;
-  return {IMAGES, CLUSTER, true, shared, construct_held_kernel<E, IMAGES, CLUSTER, GROUPS>};
+  constexpr int shared = ConstructHeld<E, IMAGES, CLUSTER>::HELD_AT;
+  return {IMAGES, CLUSTER, true, shared, construct_held_kernel<E, IMAGES, CLUSTER>};
 }
 
 }  // namespace attanchor

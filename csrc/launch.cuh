@@ -28,54 +28,63 @@ inline cudaLaunchConfig_t configuration(cudaLaunchAttribute* attribute, int bloc
   return config;
 }
 
+// Whether an error says no more than that the binary or the device lacks the kernel.
+inline bool means_absent(cudaError_t error) {
+  return error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction ||
+         error == cudaErrorInvalidClusterSize;
+}
+
 template <class K>
-int count_resident_blocks(K kernel, int device, int threads, int shared, int cluster) {
+cudaError_t ask_resident(K kernel, int device, int threads, int shared, int cluster, int& count) {
+  count = 0;
   int most = 0;
-  if (cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess) return 0;
-  if (shared > most) return 0;
+  cudaError_t error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (error != cudaSuccess || shared > most) return error;
   // The same limit for every shape, since it belongs to the kernel and not to a launch.
-  if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most) != cudaSuccess) return 0;
-  if (cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared) !=
-      cudaSuccess) {
-    return 0;
-  }
+  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+  if (error != cudaSuccess) return error;
+  error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+  if (error != cudaSuccess) return error;
   if (cluster > 1) {
     // Clusters exist only in code that was compiled for compute capability 9.0 or more, whatever the device could do.
     cudaFuncAttributes attributes;
-    if (cudaFuncGetAttributes(&attributes, kernel) != cudaSuccess || attributes.ptxVersion < 90) return 0;
+    error = cudaFuncGetAttributes(&attributes, kernel);
+    if (error != cudaSuccess || attributes.ptxVersion < 90) return error;
     cudaLaunchAttribute attribute;
     cudaLaunchConfig_t config = configuration(&attribute, cluster, threads, shared, cluster, nullptr);
     int clusters = 0;
-    if (cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) != cudaSuccess) return 0;
-    return clusters * cluster;
+    error = cudaOccupancyMaxActiveClusters(&clusters, kernel, &config);
+    count = error == cudaSuccess ? clusters * cluster : 0;
+    return error;
   }
   int each = 0, multiprocessors = 0;
-  if (cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, threads, shared) != cudaSuccess) return 0;
-  if (cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device) != cudaSuccess) return 0;
-  return each * multiprocessors;
+  error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, threads, shared);
+  if (error != cudaSuccess) return error;
+  error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  count = error == cudaSuccess ? each * multiprocessors : 0;
+  return error;
 }
 
 template <class K>
-int resident_blocks(K kernel, int threads, int shared, int cluster) {
+const char* count_resident(K kernel, int threads, int shared, int cluster, int& count) {
   static std::mutex mutex;
   static std::map<std::tuple<const void*, int, int, int>, int> known;
   int device = 0;
-  if (cudaGetDevice(&device) != cudaSuccess) return 0;
+  if (const cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return cudaGetErrorString(error);
   const std::tuple<const void*, int, int, int> key(reinterpret_cast<const void*>(kernel), device, shared, cluster);
   std::lock_guard<std::mutex> lock(mutex);
   const auto found = known.find(key);
-  if (found != known.end()) return found->second;
-  const int count = count_resident_blocks(kernel, device, threads, shared, cluster);
-  if (count == 0) cudaGetLastError();  // a refusal here is an answer, not an error of the launch to come
-  return known[key] = count;
-}
-
-inline bool has_groups() {
-  int device = 0, major = 0, minor = 0;
-  if (cudaGetDevice(&device) != cudaSuccess) return false;
-  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
-  return major == 9 && minor == 0;
+  if (found != known.end()) {
+    count = found->second;
+    return nullptr;
+  }
+  const cudaError_t error = ask_resident(kernel, device, threads, shared, cluster, count);
+  if (error == cudaSuccess) {  // only an answer is remembered
+    known[key] = count;
+    return nullptr;
+  }
+  cudaGetLastError();  // cleared, or the launch to come would be blamed for it
+  return means_absent(error) ? nullptr : cudaGetErrorString(error);
 }
 
 template <class Argument>

@@ -4,19 +4,20 @@
 // blocks of a cluster share a tile: each takes a range of its columns, so that the texts are read once a cluster; they
 // add up their products through each other's shared memory, each for some of the rows.
 //
-// With HELD a block keeps its columns of the image rows in shared memory (hold.cuh), to copy them out from there
-// (held.cuh).
+// With HELD a block keeps its columns of the image rows in shared memory (held_rows.cuh), to copy them out from
+// there (held_tile.cuh).
 #pragma once
 
-#include "hold.cuh"
+#include "held_rows.cuh"
 #include "keys.cuh"
 #include "multiply.cuh"
 #include "slots.cuh"
 
 namespace attanchor {
 
-template <class Product, int IMAGES_, int CLUSTER_, bool HELD>
+template <class E, int IMAGES_, int CLUSTER_, bool HELD>
 struct MatchTile {
+  using Product = Multiplier<E, IMAGES_>;
   static constexpr int IMAGES = IMAGES_;
   static constexpr int CLUSTER = CLUSTER_;
   static constexpr int ROWS = IMAGES + TEXTS;
@@ -26,7 +27,7 @@ struct MatchTile {
 
   struct Shared {
     union {
-      uint8_t stages[STAGES][(HELD ? TEXTS : ROWS) * Product::TEXT_PITCH];  // 1024-byte aligned if they are swizzled
+      uint8_t stages[STAGES][(HELD ? TEXTS : ROWS) * PITCH];
       struct {
         Partial<IMAGES, 1> sum;         // this block's columns; the other blocks of the cluster read it
         Parts<IMAGES, PARTS> partial;   // the warps' columns
@@ -142,14 +143,14 @@ struct MatchTile {
   // The same with the image rows on their way all at once, to stay; `load` says whether they are still to come.
   ATTANCHOR_DEVICE void multiply_held(bool load) {
     const int begin = first_chunk(p.rows, rank, CLUSTER), end = first_chunk(p.rows, rank + 1, CLUSTER);
-    const Stager<TEXTS, true, Product::SWIZZLES> texts(s.row + IMAGES, arch::keep_in_l2());
+    const Stager<TEXTS, true> texts(s.row + IMAGES, arch::keep_in_l2());
     const bool stages = load && !p.bulk;
     if (load && p.bulk) held->load(s.row);
     Product product;
 #pragma unroll 1
     for (int ahead = 0; ahead < STAGES - 1; ahead++) {
       if (stages) stage_images(begin, begin + ahead, begin + ahead + 1 < end ? begin + ahead + 1 : end);
-      if (begin + ahead < end) texts.start(s.stages[ahead], Product::TEXT_PITCH, p.rows, begin + ahead);
+      if (begin + ahead < end) texts.start(s.stages[ahead], PITCH, p.rows, begin + ahead);
       arch::commit_copies();
     }
     if (stages) stage_images(begin, begin + STAGES - 1, end);
@@ -162,10 +163,9 @@ struct MatchTile {
         arch::wait_copies<STAGES - 2>();
       }
       if (load && p.bulk) held->wait(chunk - begin);
-      if constexpr (Product::SWIZZLES) arch::order_bulk();  // warpgroups read the texts as bulk copies do
       arch::sync_block();
       const int next = chunk + STAGES - 1;
-      if (next < end) texts.start(s.stages[(next - begin) % STAGES], Product::TEXT_PITCH, p.rows, next);
+      if (next < end) texts.start(s.stages[(next - begin) % STAGES], PITCH, p.rows, next);
       arch::commit_copies();
       const uint8_t* images = held->memory + (chunk - begin) * CHUNK_BYTES;
       product.multiply(images, held->pitch, s.stages[(chunk - begin) % STAGES]);

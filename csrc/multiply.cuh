@@ -33,8 +33,6 @@ struct Multiplier {
   static constexpr int ROW_WARPS = IMAGES / 16;
   static constexpr int PARTS = WARPS / (2 * ROW_WARPS);
   static constexpr int STEPS = CHUNK_BYTES / 32 / PARTS;
-  static constexpr bool SWIZZLES = false;
-  static constexpr int TEXT_PITCH = PITCH;
   static constexpr int SQUARES = 4 / ROW_WARPS;  // 8-text tiles whose norms a warp takes
 
   float sum[4][4], slice[4][4];
@@ -132,8 +130,6 @@ struct Multiplier {
 template <int IMAGES>
 struct Multiplier<float, IMAGES> {
   static constexpr int PARTS = 1;
-  static constexpr bool SWIZZLES = false;
-  static constexpr int TEXT_PITCH = PITCH;
   static constexpr int EACH = IMAGES / 16;
   static_assert(IMAGES + TEXTS <= THREADS, "one thread a row for the norms");
 

@@ -92,7 +92,7 @@ struct Copy {
   int tail;  // backward: work items that clear the features which no placeholder takes
 };
 
-// What a caller may fix instead of leaving it to the shape; tests and tuning use it.
+// What a caller may fix instead of leaving it to the shape; tests and tuning use it. What there is not is an error.
 struct Tuning {
   int tile_images = 0;  // image rows of a match tile, 0 = by shape
   int cluster = 0;      // programs that share a match tile's columns, 0 = by shape
@@ -101,11 +101,19 @@ struct Tuning {
   int blocks = 0;  // most that run at once, 0 = what the device runs
   int hold = -1;   // 1: only kernels that keep their tile on chip, 0: none of them, -1: by shape
   int bulk = -1;   // 0: those move it without bulk copies
-  int groups = -1;  // 1: only kernels that multiply by warpgroups, which keep their tile on chip
+};
+
+// How a construct launch was cut into tiles, and what the device was found to run at once.
+struct Launched {
+  int tile_images, cluster;
+  bool holds, bulk;
+  int tile_rows, lag;  // 0 where the tile is kept on chip
+  int blocks, resident;
+  int shared_bytes;
 };
 
 // Launch on `stream` of the current device. Null, or what went wrong.
-const char* launch_construct(Problem problem, Scalar scalar, Tuning tuning, void* stream);
+const char* launch_construct(Problem problem, Scalar scalar, Tuning tuning, Launched& launched, void* stream);
 const char* launch_assemble(Copy copy, void* stream);
 const char* launch_backward(Copy copy, Scalar scalar, void* stream);
 

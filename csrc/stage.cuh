@@ -34,9 +34,8 @@ ATTANCHOR_DEVICE void stage_vector(uint8_t* to, const uint8_t* from, int bytes, 
   }
 }
 
-// The rows of a tile as one thread copies them: 8 threads a row, 32 rows at a time. SWIZZLED: vector v of row r goes to
-// the place v ^ r % 8, as warpgroup instructions read it.
-template <int ROWS, bool ALIGNED, bool SWIZZLED = false>
+// The rows of a tile as one thread copies them: 8 threads a row, 32 rows at a time.
+template <int ROWS, bool ALIGNED>
 struct Stager {
   static constexpr int EACH = (ROWS + 31) / 32;
 
@@ -63,8 +62,7 @@ struct Stager {
       const int bytes = from[i] == nullptr ? 0 : within;
       // Nothing is read where no bytes exist, but the address must still be a good one.
       const uint8_t* address = bytes > 0 ? from[i] + offset : rows.text != nullptr ? rows.text : rows.image;
-      const int place = SWIZZLED ? arch::thread() % VECTORS ^ at % 8 : arch::thread() % VECTORS;
-      stage_vector<ALIGNED>(to + at * pitch + place * 16, address, bytes, rows.width, policy);
+      stage_vector<ALIGNED>(to + at * pitch + arch::thread() % VECTORS * 16, address, bytes, rows.width, policy);
     }
   }
 };

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from attanchor_kernels.problem import ANCHOR_TEXT, IMAGE, PADDING, SILENT_IMAGE, TEXT, Problem
+from attanchor_kernels.problem import Problem, Role
 
 
 def build(images: int, texts: int, hidden: int, dtype=torch.float32, batch: int = 1, **options) -> Problem:
@@ -21,13 +21,13 @@ def build(images: int, texts: int, hidden: int, dtype=torch.float32, batch: int 
 def merge(slots: int, hidden: int = 4, batch: int = 1, **options) -> Problem:
     """Mostly plain text; images and matched texts are few, but stand at both ends and around every power of two."""
     generator = torch.Generator().manual_seed(slots)
-    roles = torch.full((batch, slots), TEXT, dtype=torch.uint8)
+    roles = torch.full((batch, slots), Role.TEXT, dtype=torch.uint8)
     near = [at + step for at in (0, 32, 64, 128, 256, 512, 1024, slots) for step in (-2, -1, 0, 1)]
     for at in [at for at in near if 0 <= at < slots]:
-        kinds = torch.tensor([IMAGE, IMAGE, ANCHOR_TEXT, ANCHOR_TEXT, SILENT_IMAGE, PADDING], dtype=torch.uint8)
+        kinds = torch.tensor([2, 2, 3, 3, 4, 0], dtype=torch.uint8)  # roles
         roles[:, at] = kinds[torch.randint(len(kinds), (batch,), generator=generator)]
-    roles[:, 0], roles[:, -2], roles[:, -1] = IMAGE, IMAGE, ANCHOR_TEXT
-    features = int(((roles == IMAGE) | (roles == SILENT_IMAGE)).sum())
+    roles[:, 0], roles[:, -2], roles[:, -1] = Role.IMAGE, Role.IMAGE, Role.ANCHOR_TEXT
+    features = int(((roles == Role.IMAGE) | (roles == Role.SILENT_IMAGE)).sum())
     image = torch.randn(features, hidden, generator=generator)
     text = torch.randn(batch, slots, hidden, generator=generator)
     return Problem(image, text, **{"tau": 0.3, "max_anchors": 5, "roles": roles, "inherit": True, **options})

@@ -45,13 +45,13 @@ def _restrided(draw, rows: Tensor) -> Tensor:
     return rows
 
 
-def _options(draw, movers: int, axes_shape: tuple[int, int], generator: torch.Generator) -> dict:
+def _options(draw, movers: int, axes_shape: tuple[int, int], generator: torch.Generator, tensors: bool) -> dict:
     positions = draw(st.sampled_from(["sequential", "inherit"]))
     given_positions = positions == "inherit" and draw(st.booleans())
     axes = draw(st.sampled_from([None, 1, 3]))
     shape = axes_shape if axes is None else (axes, *axes_shape)
     return {
-        "tau": draw(st.sampled_from(TAUS)),
+        "tau": draw(st.sampled_from(TAUS) | st.sampled_from([*TAUS, math.nan] if tensors else []).map(torch.tensor)),
         "max_anchors": draw(st.none() | st.integers(0, movers + 2)),
         "direction": draw(st.sampled_from(["text_into_image", "image_into_text"])),
         "positions": positions,
@@ -68,9 +68,25 @@ def _mask(draw, generator: torch.Generator, shape: tuple[int, int]) -> Tensor | 
     return torch.rand(shape, generator=generator) < share
 
 
+def _dropping(draw, generator: torch.Generator, of_images: tuple[int, ...], most: int, batch: int | None) -> dict:
+    """Who stays, half of the time by some rule; with a `batch`, counts may differ from sample to sample."""
+    if draw(st.booleans()):
+        return {}
+    keep = draw(st.integers(0, most + 1))
+    if batch is not None and draw(st.booleans()):
+        keep = torch.randint(0, most + 2, (batch,), generator=generator, dtype=torch.int32)
+    salience = cells = None
+    if draw(st.booleans()):  # few values, so that many are equal
+        values = torch.tensor([-math.inf, math.nan, -1.0, 0.0, 0.5, 0.5, 2.0, math.inf])
+        salience = values[torch.randint(len(values), of_images, generator=generator)]
+    if draw(st.booleans()):
+        cells = torch.randint(-1, max(1, min(5, most)), of_images, generator=generator, dtype=torch.int32)
+    return {"keep": keep, "salience": salience, "cells": cells}
+
+
 @st.composite
-def build_arguments(draw, dtypes, most: int = 12) -> dict:
-    """Keyword arguments of `build_sequence`, batched."""
+def build_arguments(draw, dtypes, most: int = 12, drops: bool = False, tau_tensors: bool = False) -> dict:
+    """Keyword arguments of `build_sequence`, batched; `drops` also draws `keep`, `tau_tensors` a tensor tau."""
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     dtype = draw(st.sampled_from(dtypes))
     batch, image, text = draw(st.integers(0, 3)), draw(st.integers(0, most)), draw(st.integers(0, most))
@@ -81,18 +97,30 @@ def build_arguments(draw, dtypes, most: int = 12) -> dict:
         "img_mask": _mask(draw, generator, (batch, image)),
         "txt_mask": _mask(draw, generator, (batch, text)),
         "anchor_mask": _mask(draw, generator, (batch, text)),
-        **_options(draw, max(image, text), (batch, image + text), generator),
+        **_options(draw, max(image, text), (batch, image + text), generator, tau_tensors),
+        **(_dropping(draw, generator, (batch, image), image, None) if drops else {}),
     }
 
 
+def _roles(draw, batch: int, slots: int, generator: torch.Generator) -> Tensor:
+    """(B, S) roles in no order at all, or pictures: rows of image tokens with a newline behind each."""
+    roles = random_roles(batch, slots, generator)
+    width = draw(st.sampled_from([0, 0, 1, 2, 4]))
+    if width:
+        picture = torch.rand(batch, slots, generator=generator) < 0.8
+        newline = torch.arange(slots) % (width + 1) == width
+        roles = torch.where(picture, torch.where(newline, 4, 2).to(torch.uint8), roles)
+    return roles
+
+
 @st.composite
-def merge_arguments(draw, dtypes, most: int = 18) -> dict:
-    """Keyword arguments of `merge_sequence` and `plan_sequence`, batched."""
+def merge_arguments(draw, dtypes, most: int = 18, drops: bool = False, tau_tensors: bool = False) -> dict:
+    """Keyword arguments of `merge_sequence` and `plan_sequence`, batched; as `build_arguments`."""
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     dtype = draw(st.sampled_from(dtypes))
     batch, slots = draw(st.integers(0, 3)), draw(st.integers(0, most))
     hidden = draw(st.sampled_from([1, 3, 8, 17, 40]))
-    roles = random_roles(batch, slots, generator)
+    roles = _roles(draw, batch, slots, generator)
     features = int(((roles == 2) | (roles == 4)).sum())
     turn = torch.randint(0, 3, (batch, slots), generator=generator, dtype=torch.int32).sort(1).values
     return {
@@ -100,5 +128,6 @@ def merge_arguments(draw, dtypes, most: int = 18) -> dict:
         "image_embeds": _rows(draw, generator, (features, hidden), dtype),
         "roles": roles,
         "turn": turn if draw(st.booleans()) else None,
-        **_options(draw, slots, (batch, slots), generator),
+        **_options(draw, slots, (batch, slots), generator, tau_tensors),
+        **(_dropping(draw, generator, (features,), slots, batch) if drops else {}),
     }

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from attanchor_kernels import backends
-from attanchor_kernels.backends.architectures import runs_on
+from attanchor_kernels.backends import runs_on
 
 USUAL = ["80+PTX", "90a", "100a"]
 

@@ -264,7 +264,7 @@ def test_overhead_reports_three_parts_and_what_they_should_be(tmp_path):
 
 def test_overhead_of_what_works_is_kept(tmp_path, monkeypatch, capsys):
     """A whole model that fails costs neither its decoder at the next batch nor the next model its figures."""
-    from attanchor_vlm.mixin import AttAnchorMixin
+    from attanchor_vlm.model.attach import AttAnchorMixin
 
     def fails(*_, **__):
         raise RuntimeError("no generation")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -24,17 +25,14 @@ CACHE = ROOT / "build" / "cuda"
 TARGETS = ("80", "90a", "100a")
 
 
-def is_tested(source: str, target: str) -> bool:
-    """float16 differs from bfloat16 in one instruction: one target stands for it. Clusters begin with sm_90, and
-    warpgroup instructions are sm_90a's alone."""
-    if "half" in source or "group" in source:
-        return target == "90a"
-    return "held" not in source or target != "80"
+def targets(source: Path) -> tuple[str, ...]:
+    """float16 differs from bfloat16 in one instruction: one target stands for it. Clusters begin with sm_90."""
+    if "half" in source.name:
+        return ("90a",)
+    return TARGETS[1:] if "held" in source.name else TARGETS
 
 
-CASES = [
-    (path.name, target) for path in sorted(CSRC.glob("*.cu")) for target in TARGETS if is_tested(path.name, target)
-]
+SOURCES = sorted(CSRC.rglob("*.cu"))
 
 
 class Usage(NamedTuple):
@@ -52,35 +50,36 @@ def nvcc() -> str | None:
 needs_nvcc = pytest.mark.skipif(nvcc() is None, reason="left out: there is no nvcc on the PATH or in CUDA_HOME")
 
 
-def compile_report(source: str, target: str) -> str:
-    """What ptxas says of a file; compiled again only if a source or the compiler has changed."""
+def compile_report(source: Path) -> str:
+    """What ptxas says of a file for all its targets; compiled again only if a source or the compiler has changed."""
     compiler = nvcc()
     assert compiler is not None
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
-    digest = hashlib.sha256(version.encode())
-    for path in [CSRC / source, *sorted(CSRC.glob("*.cuh")), *sorted(CSRC.glob("*.h"))]:
+    digest = hashlib.sha256(f"{version} {targets(source)}".encode())
+    for path in [source, *sorted(CSRC.glob("*.cuh")), *sorted(CSRC.glob("*.h"))]:
         digest.update(path.read_bytes())
-    kept = CACHE / f"{source}.{target}.{digest.hexdigest()[:16]}.txt"
+    kept = CACHE / f"{source.name}.{digest.hexdigest()[:16]}.txt"
     if not kept.exists():
         CACHE.mkdir(parents=True, exist_ok=True)
-        cubin = CACHE / f"{source}.{target}.{os.getpid()}.o"
+        made = CACHE / f"{source.name}.{os.getpid()}.o"
         flags = ["-std=c++17", "-O3", "-Werror=all-warnings", "-Xptxas=-v", f"-I{CSRC}"]
-        command = [compiler, *flags, f"-gencode=arch=compute_{target},code=sm_{target}", "-c", str(CSRC / source)]
-        done = subprocess.run([*command, "-o", str(cubin)], capture_output=True, text=True)
+        flags += [f"-gencode=arch=compute_{target},code=sm_{target}" for target in targets(source)]
+        command = [compiler, *flags, "-c", str(source), "-o", str(made)]
+        done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-        cubin.unlink()
+        made.unlink()
         unfinished = kept.with_suffix(f".{os.getpid()}")
         unfinished.write_text(done.stderr)
         unfinished.rename(kept)
     return kept.read_text()
 
 
-def usage(source: str, target: str) -> list[Usage]:
-    """Registers and spilled bytes of every kernel of a file, the functions that it calls counted in."""
+def usage(source: Path) -> list[Usage]:
+    """Registers and spilled bytes of every kernel of a file and target, the functions that it calls counted in."""
     kernels: list[Usage] = []
-    for line in compile_report(source, target).splitlines():
-        if found := re.search(r"Compiling entry function '(\S+)'", line):
-            kernels.append(Usage(readable(found.group(1)), target, 0, 0))
+    for line in compile_report(source).splitlines():
+        if found := re.search(r"Compiling entry function '(\S+)' for 'sm_(\w+)'", line):
+            kernels.append(Usage(readable(found.group(1)), found.group(2), 0, 0))
         elif found := re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", line):
             spilled = kernels[-1].spill_bytes + int(found.group(1)) + int(found.group(2))
             kernels[-1] = kernels[-1]._replace(spill_bytes=spilled)
@@ -95,22 +94,22 @@ def readable(mangled: str) -> str:
     assert name is not None, mangled
     element = re.search(r"kernelI(?:NS_4arch\d(\w+?)E|(f))", mangled)
     kind = [(element.group(1) or "float")] if element else []
-    groups = ["groups"] if "Lb1E" in mangled else []
-    return " ".join([name.group(1), *kind, *re.findall(r"Li(\d+)E", mangled), *groups])
+    return " ".join([name.group(1), *kind, *re.findall(r"Li(\d+)E", mangled)])
 
 
 @needs_nvcc
-@pytest.mark.parametrize(("source", "target"), CASES)
-def test_compiles_without_spills_where_it_is_tuned(source, target, record_property):
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
+def test_compiles_without_spills_where_it_is_tuned(source, record_property):
     """Every file compiles without a warning; the forward keeps its registers on sm_90a, and fits twice on an SM."""
-    kernels = usage(source, target)
+    kernels = usage(source)
     for kernel in kernels:
-        record_property("usage", (f"CUDA, {kernel.kernel}", f"sm_{target}", kernel.registers, kernel.spill_bytes))
-        if target == "90a":
+        usages = (f"CUDA, {kernel.kernel}", f"sm_{kernel.target}", kernel.registers, kernel.spill_bytes)
+        record_property("usage", usages)
+        if kernel.target == "90a":
             assert kernel.spill_bytes == 0, f"{kernel.kernel} spills {kernel.spill_bytes} bytes"
         if kernel.kernel.startswith("construct"):
             assert kernel.registers <= 128, f"{kernel.kernel} does not fit twice: {kernel.registers} registers"
-    assert kernels or source == "construct.cu"
+    assert source.stem == "construct" or {kernel.target for kernel in kernels} == set(targets(source))
 
 
 # Of a PTX instruction, what it means for the barrier between blocks; the first that fits.
@@ -155,25 +154,25 @@ def events(ptx: str, patterns: dict[str, str]) -> list[tuple[str, str]]:
     return kernels
 
 
-def ptx_of(source: str, folder: Path) -> str:
+def ptx_of(source: Path, folder: Path) -> str:
     made = folder / "made.ptx"
-    command = [str(nvcc()), "-std=c++17", "-O3", f"-I{CSRC}", "-arch=compute_90a", "-ptx", str(CSRC / source)]
+    command = [str(nvcc()), "-std=c++17", "-O3", f"-I{CSRC}", "-arch=compute_90a", "-ptx", str(source)]
     done = subprocess.run([*command, "-o", str(made)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return made.read_text()
 
 
 @needs_nvcc
-@pytest.mark.parametrize("source", ["construct_float.cu", "construct_held_float.cu"])
-def test_the_barrier_is_in_the_code(source, tmp_path):
+@pytest.mark.parametrize("name", ["construct_float.cu", "construct_held_float.cu"])
+def test_the_barrier_is_in_the_code(name, tmp_path):
     """Fences for the whole GPU around arrivals and behind waits; and the check would see them go."""
-    ptx = ptx_of(source, tmp_path)
+    ptx = ptx_of(CSRC / "instantiations" / name, tmp_path)
     assert barrier_faults(ptx) == []
     for planted in (("fence.acq_rel.gpu", "fence.acq_rel.cta"), ("ld.global.cg.u64", "ld.global.u64")):
         assert barrier_faults(ptx.replace(*planted)), planted
 
 
-# The same for bulk copies and warpgroups, which do not see shared memory as other instructions do.
+# The same for bulk copies, which do not see shared memory as other instructions do.
 ASYNCHRONOUS = {
     "barrier": r"bar\.sync|barrier\.cluster\.wait",
     "started": r"mbarrier\.init",
@@ -184,23 +183,18 @@ ASYNCHRONOUS = {
     "awaited": r"mbarrier\.try_wait\.parity",
     "store": r"cp\.async\.bulk\.global\.shared::cta",
     "drained": r"cp\.async\.bulk\.wait_group\.read 0",
-    "begun": r"wgmma\.fence",
-    "product": r"wgmma\.mma_async\.sync\.aligned\.m64n32k16",
-    "finished": r"wgmma\.wait_group\.sync\.aligned 0",
 }
 
 
-def asynchronous_faults(ptx: str, groups: bool) -> list[str]:
+def asynchronous_faults(ptx: str) -> list[str]:
     """What the kernels of a PTX file lack of the order that asynchronous work needs."""
     wanted = [
         r"started (?:started )*shown barrier",
         r"drained ordered barrier expected load",  # behind whatever stored and used the rows that were held
         r"load.* drained$",
-        r"awaited (?:ordered )?barrier",
+        r"awaited barrier",
         r"store store",
     ]
-    if groups:
-        wanted += [r"awaited ordered barrier begun (?:product ){4}finished"]
     return [
         f"{kernel} lacks {pattern}: {order}"
         for kernel, order in events(ptx, ASYNCHRONOUS)
@@ -210,14 +204,12 @@ def asynchronous_faults(ptx: str, groups: bool) -> list[str]:
 
 
 @needs_nvcc
-@pytest.mark.parametrize("source", ["construct_held_float.cu", "construct_group_half.cu"])
-def test_asynchronous_work_is_ordered_in_the_code(source, tmp_path):
-    """Bulk copies and warpgroups come behind fences, barriers and waits; and the check would see them go."""
-    ptx, groups = ptx_of(source, tmp_path), "group" in source
-    assert asynchronous_faults(ptx, groups) == []
-    steps = ["fence.mbarrier_init", "fence.proxy.async", "mbarrier.try_wait", "cp.async.bulk.wait_group.read"]
-    for step in [*steps, *(["wgmma.fence", "wgmma.wait_group"] if groups else [])]:
-        assert asynchronous_faults(ptx.replace(step, "nothing"), groups), step
+def test_asynchronous_work_is_ordered_in_the_code(tmp_path):
+    """Bulk copies come behind fences, barriers and waits; and the check would see them go."""
+    ptx = ptx_of(CSRC / "instantiations" / "construct_held_float.cu", tmp_path)
+    assert asynchronous_faults(ptx) == []
+    for step in ("fence.mbarrier_init", "fence.proxy.async", "mbarrier.try_wait", "cp.async.bulk.wait_group.read"):
+        assert asynchronous_faults(ptx.replace(step, "nothing")), step
 
 
 def test_bindings_compile_on_the_stable_abi(tmp_path):
@@ -258,11 +250,37 @@ def test_build_says_what_it_does(wish, says):
     assert (done.returncode == 0) == (wish in ("", "0"))
 
 
+@pytest.mark.parametrize("shape", ["toolkit", "script", "link", "script that says nothing"])
+def test_the_toolkit_behind_a_wrapper_is_found(tmp_path, monkeypatch, shape):
+    """PyTorch takes the folder above nvcc's for the toolkit; where that holds no headers, nvcc itself is asked."""
+    toolkit = tmp_path / "cuda"
+    for path in ("bin/nvcc", "include/cuda_runtime.h"):
+        (toolkit / path).parent.mkdir(parents=True)
+        (toolkit / path).write_text(f"#!/bin/sh\necho '#$ TOP={toolkit}/bin/..' >&2\n")
+    (toolkit / "bin/nvcc").chmod(0o755)
+    wrapper = tmp_path / "local/bin/nvcc"
+    wrapper.parent.mkdir(parents=True)
+    if shape == "link":
+        wrapper.symlink_to(toolkit / "bin/nvcc")
+    else:
+        wrapper.write_text("#!/bin/sh\n" + f'exec {toolkit}/bin/nvcc "$@"\n' * (shape == "script"))
+        wrapper.chmod(0o755)
+    monkeypatch.setenv("ATTANCHOR_BUILD_CUDA", "0")
+    monkeypatch.setenv("PATH", str(toolkit / "bin" if shape == "toolkit" else wrapper.parent))
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    monkeypatch.delenv("CUDA_PATH", raising=False)
+    monkeypatch.setattr("setuptools.setup", lambda **options: None)
+    monkeypatch.chdir(ROOT)
+    hidden_toolkit = runpy.run_path("setup.py")["hidden_toolkit"]
+    assert hidden_toolkit() == (str(toolkit) if shape in ("script", "link") else None)
+    monkeypatch.setenv("CUDA_HOME", "/elsewhere")
+    assert hidden_toolkit() is None
+
+
 def main() -> None:
-    for path in sorted(CSRC.glob("*.cu")):
-        for target in TARGETS:
-            for kernel in usage(path.name, target) if is_tested(path.name, target) else []:
-                print(f"| {kernel.kernel} | sm_{target} | {kernel.registers} | {kernel.spill_bytes} |")
+    for source in SOURCES:
+        for kernel in usage(source):
+            print(f"| {kernel.kernel} | sm_{kernel.target} | {kernel.registers} | {kernel.spill_bytes} |")
 
 
 if __name__ == "__main__":

@@ -12,11 +12,11 @@ from limits import LIMITS
 from strategies import KERNEL_DTYPES, build_arguments, merge_arguments
 from torch import Tensor
 
-from attanchor_kernels import AnchoredSequence, reference, validate
+from attanchor_kernels import AnchoredSequence, checks, reference
 from attanchor_kernels.api import shift_places
-from attanchor_kernels.backends.launching import rows_contiguous
+from attanchor_kernels.backends.common import rows_contiguous
 from attanchor_kernels.problem import Problem
-from attanchor_kernels.testing.checks import assert_keeps_contract
+from attanchor_kernels.testing.contract import assert_keeps_contract
 from attanchor_kernels.testing.inputs import TAU, Shape, matched_pair, random_roles
 
 sys.path.insert(0, str(Path(__file__).parent / "emulator"))
@@ -37,8 +37,8 @@ launch = emulator.launch
 def schedules(draw, problem: Problem):
     """A compiled variant, tile sizes, and a device that runs few blocks at once in a random order."""
     tuning = draw(st.sampled_from(launch.variants(problem.text.dtype)))
-    # Tiles are held by 16-byte copies alone: where rows are not aligned, the launcher takes another variant.
-    tuning = tuning._replace(hold=-tuning.hold, groups=tuning.groups if is_aligned(problem) else -1)
+    if not is_aligned(problem):  # tiles are held by 16-byte copies alone
+        tuning = tuning._replace(hold=0)
     tuning = tuning._replace(tile_rows=draw(st.sampled_from([1, 3, 8, 32])), lag=draw(st.integers(1, 3)))
     return tuning, tuning.cluster * draw(st.sampled_from([1, 2, 5])), draw(st.integers(0, 2**32))
 
@@ -57,7 +57,7 @@ def run(problem: Problem, schedule) -> tuple[AnchoredSequence, Tensor]:
     tuning, resident, seed = schedule
     emulator.configure(resident, seed)
     embeds, made = launch.run(problem, copy=True, tuning=tuning)
-    planned = launch.run(problem, copy=False, tuning=tuning._replace(hold=0, groups=-1))[1]
+    planned = launch.run(problem, copy=False, tuning=tuning._replace(hold=0))[1]
     for one, other in zip(made, planned, strict=True):
         assert torch.equal(one, other)
     assert not any(words.any() for words in emulator.workspace.held(torch.device("cpu")))
@@ -88,7 +88,7 @@ def check_transpose(problem: Problem, source: Tensor, places: Tensor) -> None:
     if problem.batch % 2:  # an upstream gradient need not be contiguous
         upstream = upstream.repeat_interleave(2, dim=1)[:, ::2]
     for need_image, need_text in ((True, True), (True, False), (False, True)):
-        arguments = upstream, source, places, tuple(image.shape), tuple(text.shape), need_image, need_text
+        arguments = upstream, places, tuple(image.shape), tuple(text.shape), need_image, need_text
         got, expected = emulator.backend.assemble_backward(*arguments), reference.assemble_backward(*arguments)
         for one, other in zip(got, expected, strict=True):
             assert torch.equal(one, other)
@@ -104,7 +104,7 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
 def test_build(poisoned_empty, data):
     """Every option of build_sequence, ragged and empty inputs, any strides, on every variant and a random device."""
     arguments = data.draw(build_arguments(KERNEL_DTYPES))
-    problem = validate.build_call(**arguments).problem
+    problem = checks.build_call(**arguments).problem
     check(problem, data.draw(schedules(problem)))
 
 
@@ -113,7 +113,7 @@ def test_build(poisoned_empty, data):
 def test_merge(poisoned_empty, data):
     """Every option of merge_sequence and plan_sequence, roles in any order."""
     arguments = data.draw(merge_arguments(KERNEL_DTYPES))
-    problem = validate.merge_call(**arguments).problem
+    problem = checks.merge_call(**arguments).problem
     check(problem, data.draw(schedules(problem)))
 
 
@@ -127,7 +127,7 @@ def test_more_than_a_tile(poisoned_empty, dtype, direction):
     text[:, ::9] += image[:, 3::8][:, :8]
     image[:, 68], text[:, 65] = image[:, 3], text[:, 9]  # equal hosts, equal movers
     arguments = None, None, None, 6, direction, "inherit", None, "left"
-    problem = validate.build_call(image.to(dtype), text.to(dtype), 0.3, *arguments).problem
+    problem = checks.build_call(image.to(dtype), text.to(dtype), 0.3, *arguments).problem
     results = []
     # float16 differs from bfloat16 in its multiplication alone.
     for tuning in launch.variants(dtype)[:: 5 if dtype == torch.float16 else 1]:
@@ -158,7 +158,7 @@ def test_large_budget(poisoned_empty, direction, budget):
     movers, hosts = (torch.randint(-1, 2, (1, count, 5), generator=generator).float() for count in (300, 20))
     image, text = (hosts, movers) if direction == "text_into_image" else (movers, hosts)
     arguments = None, None, None, budget, direction, "sequential", None, "right"
-    problem = validate.build_call(image, text, 0.0, *arguments).problem
+    problem = checks.build_call(image, text, 0.0, *arguments).problem
     check(problem, (launch.Tuning(32, 1, hold=0), 4, budget))
 
 
@@ -171,7 +171,7 @@ def test_merge_of_many_samples(poisoned_empty):
     image = torch.randn(features, 24, generator=generator, dtype=torch.bfloat16)
     turn = torch.randint(0, 3, roles.shape, generator=generator, dtype=torch.int32).sort(1).values
     for seed, direction in enumerate(("text_into_image", "image_into_text")):
-        problem = validate.merge_call(*(text, image, roles, 0.5, turn, 20, direction, "inherit", None, "right")).problem
+        problem = checks.merge_call(*(text, image, roles, 0.5, turn, 20, direction, "inherit", None, "right")).problem
         for features_there in (features, features - 40):  # with 40 fewer, the last placeholders hold NaN
             check(problem._replace(image=image[:features_there]), (launch.Tuning(lag=2), 3, seed))
         unknown = torch.where(roles == 0, torch.randint(5, 256, roles.shape, generator=generator), roles)
@@ -181,8 +181,16 @@ def test_merge_of_many_samples(poisoned_empty):
             assert torch.equal(one.nan_to_num(0), other.nan_to_num(0))
 
 
-@pytest.mark.parametrize("resident", [1, 2, 5])
-@pytest.mark.parametrize("direction", ["text_into_image", "image_into_text"])
+@pytest.mark.parametrize(
+    ("direction", "resident"),
+    [
+        ("text_into_image", 1),
+        ("text_into_image", 2),
+        ("image_into_text", 1),
+        ("image_into_text", 2),
+        ("text_into_image", 5),
+    ],
+)
 def test_held_tiles(poisoned_empty, direction, resident):
     """Clusters with more tiles of a sample than they can hold give some up and read them again; none waits for ever."""
     generator = torch.Generator().manual_seed(resident)
@@ -192,14 +200,27 @@ def test_held_tiles(poisoned_empty, direction, resident):
     roles[3] = 0
     image = torch.randn(int(((roles == 2) | (roles == 4)).sum()), 32, generator=generator, dtype=torch.bfloat16)
     text = torch.randn(4, 260, 32, generator=generator, dtype=torch.bfloat16)
-    merge = validate.merge_call(*(text, image, roles, 0.5, None, 9, direction, "inherit", None, "left")).problem
+    merge = checks.merge_call(*(text, image, roles, 0.5, None, 9, direction, "inherit", None, "left")).problem
     image, text = (torch.randn(3, count, 32, generator=generator, dtype=torch.bfloat16) for count in (150, 90))
     mask = torch.rand(3, 150, generator=generator) < 0.7
     arguments = None, None, None, direction, "sequential", None, "right"
-    build = validate.build_call(image, text, 0.5, mask, *arguments).problem
+    build = checks.build_call(image, text, 0.5, mask, *arguments).problem
     for problem in (merge, build):
         for cluster, bulk in ((4, 1), (8, 0), (8, 1)):
             check(problem, (launch.Tuning(32, cluster, hold=1, bulk=bulk), cluster * resident, resident))
+
+
+@pytest.mark.parametrize("features", [0, 5, 60, 70])
+def test_missing_features_on_held_tiles(poisoned_empty, features):
+    """More placeholders without a feature than the tiles have rows: each becomes a row of NaN with all its fields."""
+    generator = torch.Generator().manual_seed(features)
+    roles = torch.full((2, 130), 2, dtype=torch.uint8)
+    roles[:, ::5] = 3
+    roles[1, :40] = 0
+    text = torch.randn(2, 130, 32, generator=generator, dtype=torch.bfloat16)
+    problem = Problem(text[0, :features].clone(), text, 0.5, roles=roles, max_anchors=9, pad_left=True)
+    for tuning in (launch.Tuning(), launch.Tuning(32, 8, hold=1), launch.Tuning(32, 4, hold=1, bulk=0)):
+        check(problem, (tuning, 8, features))
 
 
 def test_tuning_changes_the_choice_and_puts_it_back():
@@ -208,13 +229,44 @@ def test_tuning_changes_the_choice_and_puts_it_back():
     problem = Problem(image, image.clone(), 0.5)
     emulator.configure(8, 0)
     with (
-        tune.choice_with("cuda", {"groups": 1}),
+        tune.choice_with("cuda", {"tile_images": 16}),
         pytest.raises(RuntimeError, match="no construct kernel that was asked"),
     ):
         launch.construct(problem)  # float32 has none
     embeds, made = launch.construct(problem)
     assert made.host.tolist() == [[0, 1, 2, 3, 4]]
     assert torch.equal(embeds, reference.construct(problem)[0])
+
+
+def test_the_launch_says_what_ran():
+    """What is asked for is what runs, or an error that says why not; left to the shape, the rule decides."""
+    image, text = (torch.zeros(2, count, 2048, dtype=torch.bfloat16) for count in (100, 10))
+    problem = Problem(image, text, 0.5)
+    emulator.configure(32, 0)
+    for tuning in launch.variants(torch.bfloat16):
+        way = launch.launched(problem, tuning=tuning)
+        assert way[:3] == (tuning.tile_images, tuning.cluster, bool(tuning.hold))
+        assert way.bulk == (tuning.hold == 1 and tuning.bulk != 0)
+        assert way.resident == 32
+        assert way.blocks <= way.resident
+        assert way.shared_bytes > tuning.hold * tuning.tile_images * 4096 // tuning.cluster
+    way = launch.launched(problem)
+    assert (way.hold, way.cluster, way.tile_rows, way.lag) == (True, 8, 0, 0)
+    way = launch.launched(problem, copy=False)
+    assert (way.hold, way.cluster) == (False, 8)
+    assert way.tile_rows * way.lag > 0
+    assert launch.launched(problem._replace(image=image[:0], text=text[:0])) is None
+    with pytest.raises(RuntimeError, match="hold is 1; tiles are kept on chip only where rows are copied"):
+        launch.launched(problem, copy=False, tuning=launch.Tuning(hold=1))
+    emulator.configure(7, 0)  # no cluster of 8 fits
+    assert launch.launched(problem).cluster == 4
+    with pytest.raises(RuntimeError, match="no construct kernel that was asked for runs on this device"):
+        launch.launched(problem, tuning=launch.Tuning(cluster=8))
+    emulator.fail("out of memory")
+    with pytest.raises(RuntimeError, match=r"attanchor_cuda\.construct: out of memory"):
+        launch.launched(problem)
+    emulator.fail("")
+    assert launch.launched(problem).cluster == 4
 
 
 def test_the_binary_says_what_it_was_built_for():
@@ -228,16 +280,16 @@ def test_surplus_features_get_no_gradient(poisoned_empty):
     roles = random_roles(2, 40, generator)
     image = torch.randn(90, 12, generator=generator)
     text = torch.randn(2, 40, 12, generator=generator)
-    problem = validate.merge_call(text, image, roles, 0.1, None, None, *_PLAIN).problem
+    problem = checks.merge_call(text, image, roles, 0.1, None, None, *_PLAIN).problem
     check(problem, (launch.Tuning(), 3, 4))
 
 
 def test_large_d_in_slices(poisoned_empty):
     """At D = 9000, with sums that truncate, a text equal to an image scores 1 within the band."""
     image = torch.rand(1, 3, 9000, generator=torch.Generator().manual_seed(6)).bfloat16()
-    problem = validate.build_call(image, image.clone(), 0.9, None, None, None, None, *_PLAIN).problem
-    for tile_images, cluster, hold, groups in ((16, 1, 0, -1), (64, 8, 0, -1), (64, 8, 1, -1), (64, 8, 1, 1)):
-        result, _ = run(problem, (launch.Tuning(tile_images, cluster, hold=hold, groups=groups), 8, 1))
+    problem = checks.build_call(image, image.clone(), 0.9, None, None, None, None, *_PLAIN).problem
+    for tile_images, cluster, hold in ((16, 1, 0), (64, 8, 0), (64, 8, 1)):
+        result, _ = run(problem, (launch.Tuning(tile_images, cluster, hold=hold), 8, 1))
         assert (result.score - 1).abs().max() < 2e-5
         assert result.host.tolist() == [[0, 1, 2]]
 
@@ -246,10 +298,9 @@ def test_large_d_in_slices(poisoned_empty):
 def test_long_rows(poisoned_empty, tile_images, cluster):
     """The pipeline well under way in every block of a cluster: the reference's very rows and places."""
     image, text = matched_pair(2, Shape("long rows", 100, 20, 3200), dtype=torch.bfloat16)
-    problem = validate.build_call(image, text, TAU, None, None, None, 8, *_PLAIN).problem
+    problem = checks.build_call(image, text, TAU, None, None, None, 8, *_PLAIN).problem
     expected_rows, expected = reference.construct(problem)
     ways = [{"hold": 0}, {"hold": 1, "bulk": 0}, {"hold": 1, "bulk": 1}]
-    ways += [{"hold": 1, "groups": 1}] if tile_images == 64 else []
     for seed, way in enumerate(ways):
         result, places = run(problem, (launch.Tuning(tile_images, cluster, **way), 16, seed))
         assert result.is_anchor.any()
@@ -264,7 +315,7 @@ def test_barrier_on_any_device(resident):
     generator = torch.Generator().manual_seed(7)
     image = torch.randn(5, 70, 8, generator=generator, dtype=torch.float16)
     text = torch.randn(5, 6, 8, generator=generator, dtype=torch.float16)
-    problem = validate.build_call(image, text, 0.3, None, None, None, 3, *_PLAIN).problem
+    problem = checks.build_call(image, text, 0.3, None, None, None, 3, *_PLAIN).problem
     results = []
     for seed in range(4):
         for lag in (1, 2, 5):
@@ -281,7 +332,7 @@ def test_nothing_is_written_outside(poisoned_empty):
     generator = torch.Generator().manual_seed(8)
     image, text = torch.randn(2, 37, 19, generator=generator), torch.randn(2, 9, 19, generator=generator)
     arguments = None, None, None, 4, "text_into_image", "inherit", None, "left"
-    problem = validate.build_call(image, text, 0.1, *arguments).problem
+    problem = checks.build_call(image, text, 0.1, *arguments).problem
     rims: list[Tensor] = []
 
     def rimmed(shape, dtype, device):

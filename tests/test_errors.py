@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from attanchor_kernels import build_sequence, merge_sequence, plan_sequence
+from attanchor_kernels.testing.contract import assert_same_fields
 
 IMAGE, TEXT = torch.randn(2, 5, 8), torch.randn(2, 3, 8)
 SLOTS, FEATURES = torch.randn(2, 4, 8), torch.randn(3, 8)
@@ -26,7 +27,10 @@ BUILD_ERRORS = [
     ({"txt": TEXT[:, :, :7]}, ValueError, r"txt has shape \(2, 3, 7\)"),
     ({"txt": TEXT[:1]}, ValueError, r"txt has shape \(1, 3, 8\)"),
     ({"txt": torch.empty(2, 3, 8, device="meta")}, ValueError, "txt is on meta and img is on cpu"),
-    ({"tau": torch.tensor(0.1)}, TypeError, "tau is Tensor; it should be a Python float"),
+    ({"tau": "0.1"}, TypeError, "tau is str; it should be a number, or a 0-dim float32 tensor"),
+    ({"tau": torch.tensor(0.1).double()}, TypeError, "tau has dtype torch.float64; it should be torch.float32"),
+    ({"tau": torch.tensor([0.1])}, ValueError, r"tau has shape \(1,\); it should be \(\)"),
+    ({"tau": torch.tensor(0.1, device="meta")}, ValueError, "tau is on meta; it should be on cpu"),
     ({"tau": True}, TypeError, "tau is bool"),
     ({"tau": math.nan}, ValueError, "tau is NaN"),
     ({"tau": 10**400}, ValueError, "tau is an integer that no float holds"),
@@ -58,6 +62,20 @@ BUILD_ERRORS = [
         r"position_ids has shape \(2, 9\); it should be \(2, 8\), or \(P, 2, 8\) with P >= 1",
     ),
     ({"position_ids": torch.zeros(0, 2, 8).long(), "positions": "inherit"}, ValueError, "with P >= 1"),
+    ({"keep": -1}, ValueError, "keep is -1; it should be 0 or more"),
+    ({"keep": True}, TypeError, "keep is bool; it should be an int"),
+    ({"keep": 1 / 3}, TypeError, "keep is float; it should be an int"),
+    ({"keep": torch.tensor([1, 1], dtype=torch.int32)}, TypeError, "keep is Tensor; it should be an int"),
+    ({"salience": torch.zeros(2, 5)}, ValueError, "salience is given without keep"),
+    ({"cells": torch.zeros(2, 5).int()}, ValueError, "cells is given without keep"),
+    ({"keep": 1, "salience": torch.zeros(2, 5).half()}, TypeError, "salience has dtype torch.float16; it should be"),
+    ({"keep": 1, "salience": torch.zeros(2, 3)}, ValueError, r"salience has shape \(2, 3\); it should be \(2, 5\)"),
+    (
+        {"keep": 1, "cells": torch.zeros(2, 5).long()},
+        TypeError,
+        "cells has dtype torch.int64; it should be torch.int32",
+    ),
+    ({"keep": 1, "cells": torch.full((2, 5), 5).int()}, ValueError, "cells holds 5; a cell should be below 5"),
     ({"trim": 1}, TypeError, "trim is int; it should be a bool"),
     ({"backend": "numpy"}, ValueError, "backend is 'numpy'; it should be one of 'auto', 'reference', 'triton', 'cuda'"),
     (
@@ -91,8 +109,7 @@ def test_images_of_several_sizes_in_a_nested_tensor():
 def test_any_integer_is_a_budget(count):
     one = build_sequence(IMAGE, TEXT, -1.0, max_anchors=1)
     assert one.is_anchor.sum() == 2
-    other = build_sequence(IMAGE, TEXT, -1.0, max_anchors=count)
-    assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    assert_same_fields(build_sequence(IMAGE, TEXT, -1.0, max_anchors=count), one)
 
 
 MERGE_ERRORS = [
@@ -108,6 +125,11 @@ MERGE_ERRORS = [
     ({"turn": torch.zeros(2, 4).long()}, TypeError, "turn has dtype torch.int64; it should be torch.int32"),
     ({"turn": torch.zeros(2, 3).int()}, ValueError, r"turn has shape \(2, 3\)"),
     ({"max_anchors": -3}, ValueError, "max_anchors is -3"),
+    ({"keep": torch.tensor([1, 1])}, TypeError, "keep has dtype torch.int64; it should be torch.int32"),
+    ({"keep": torch.tensor([1]).int()}, ValueError, r"keep has shape \(1,\); it should be \(2,\)"),
+    ({"keep": torch.tensor([1, -2]).int()}, ValueError, "keep holds -2; it should hold 0 or more"),
+    ({"keep": 1, "salience": torch.zeros(2, 4)}, ValueError, r"salience has shape \(2, 4\); it should be \(3,\)"),
+    ({"keep": 1, "cells": torch.full((3,), 4).int()}, ValueError, "cells holds 4; a cell should be below 4"),
     ({"max_anchors": 2**31}, ValueError, "max_anchors is 2147483648"),
 ]
 

@@ -8,7 +8,6 @@ import pytest
 from PIL import Image
 
 import attanchor_kernels
-import attanchor_vlm
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -20,9 +19,10 @@ def blocks(language: str) -> list[str]:
 
 def test_the_python_blocks_run_in_order():
     """`model`, `processor` and `image`, which a reader brings, are the small model of the demo and a grey picture."""
-    from attanchor_vlm.loading import load
+    from attanchor_lab.small_llava.model import SHIPPED
+    from attanchor_vlm.model.load import load_pretrained
 
-    model, processor = load(str(Path(attanchor_vlm.__file__).parent / "assets" / "small-llava"))
+    model, processor = load_pretrained(str(SHIPPED))
     names = {"model": model, "processor": processor, "image": Image.new("RGB", (96, 96), (120, 120, 120))}
     for block in blocks("python"):
         exec(compile(block, "README.md", "exec"), names)
@@ -45,7 +45,7 @@ def test_the_table_of_environment_variables_is_complete():
     sources = [
         ROOT / "setup.py",
         *ROOT.glob("attanchor_kernels/**/*.py"),
-        *ROOT.glob("integration/attanchor_vlm/**/*.py"),
+        *ROOT.glob("integration/**/*.py"),
     ]
     read = {name for path in sources for name in re.findall(r"\bATTANCHOR_[A-Z_]+\b", path.read_text())}
     assert read == set(re.findall(r"^\| `(ATTANCHOR_[A-Z_]+)` \|", README, re.MULTILINE))
@@ -64,7 +64,7 @@ def test_links_lead_somewhere(link):
 def test_the_tests_that_the_table_of_families_names_exist():
     named = set(re.findall(r"`(test_\w+)`", README))
     assert len(named) >= 8
-    files = ROOT.glob("tests/integration/families/test_*.py")
+    files = ROOT.glob("tests/integration/model/families/test_*.py")
     assert named <= {name for path in files for name in re.findall(r"^def (test_\w+)", path.read_text(), re.MULTILINE)}
 
 

@@ -78,7 +78,7 @@ def _construct(target: str, dtype: str, batch: int, hidden: int, problem: dict):
     import torch
 
     from attanchor_kernels.backends.triton import kernels, launch, schedule
-    from attanchor_kernels.backends.triton.arguments import Config, Inputs, Outputs, State
+    from attanchor_kernels.backends.triton.types import Config, Inputs, Outputs, State
 
     schedule.multiprocessors = lambda device: MULTIPROCESSORS
     get = problem.get
@@ -122,7 +122,7 @@ def _construct(target: str, dtype: str, batch: int, hidden: int, problem: dict):
 
 def _copy(name: str, dtype: str):
     from attanchor_kernels.backends.triton import kernels, launch, schedule
-    from attanchor_kernels.backends.triton.arguments import CopyConfig
+    from attanchor_kernels.backends.triton.types import CopyConfig
 
     itemsize = 4 if dtype == "fp32" else 2
     tiles = (schedule.copying if name.startswith("assemble") else schedule.adding)(itemsize, 4096)
@@ -193,7 +193,7 @@ PLANTED = {
 
 def _barrier(assembly: str, target: str, source) -> dict:
     """Faults of a construct kernel's barrier, and whether each of some planted ones would be found."""
-    from attanchor_kernels.backends.triton.arguments import Config
+    from attanchor_kernels.backends.triton.types import Config
 
     split = any(isinstance(value, Config) and value.split for value in source.constants.values())
     plans = source.signature["outputs"].source != "constexpr"
@@ -286,7 +286,7 @@ def _launchers() -> None:
         launch.match(Problem(image, text, 0.5))
         embeds, plan = launch.construct(Problem(image, text, 0.5, max_anchors=3))
         launch.assemble(image, text, plan.source, plan.places)
-        launch.assemble_backward(embeds, plan.source, plan.places, image.shape, text.shape, True, True)
+        launch.assemble_backward(embeds, plan.places, image.shape, text.shape, True, True)
     print(json.dumps({name: len(kernel.made) for name, kernel in launched.items()}))
 
 

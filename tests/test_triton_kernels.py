@@ -11,7 +11,7 @@ from attanchor_kernels.backends import triton as backend
 from attanchor_kernels.backends import workspace
 from attanchor_kernels.backends.triton import launch, schedule
 from attanchor_kernels.problem import Plan, Problem
-from attanchor_kernels.testing.checks import BAND
+from attanchor_kernels.testing.contract import BAND
 from attanchor_kernels.testing.oracle import Sample
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -164,7 +164,7 @@ def test_outputs_are_fully_written(make, poisoned_empty):
     got = backend.construct(problem)
     assert_same((got[0], got[1]._replace(score=made.score)), expected)
     grad = random_rows(*embeds.shape, seed=8, dtype=embeds.dtype)
-    arguments = (grad, made.source, made.places, tuple(problem.image.shape), tuple(problem.text.shape), True, True)
+    arguments = (grad, made.places, tuple(problem.image.shape), tuple(problem.text.shape), True, True)
     for one, other in zip(backend.assemble_backward(*arguments), reference.assemble_backward(*arguments), strict=True):
         assert torch.equal(one, other)
 
@@ -227,13 +227,13 @@ def test_missing_features_are_nan_and_surplus_ones_get_no_gradient():
     assert torch.equal(embeds, backend.construct(problem)[0])
     shapes = tuple(surplus.image.shape), tuple(surplus.text.shape)
     grad = random_rows(*embeds.shape, seed=13)
-    image_grad, text_grad = backend.assemble_backward(grad, made.source, made.places, *shapes, True, True)
+    image_grad, text_grad = backend.assemble_backward(grad, made.places, *shapes, True, True)
     assert not image_grad[count:].any()
     assert image_grad[:count].abs().sum(1).min() > 0
-    only_image, nothing = backend.assemble_backward(grad, made.source, made.places, *shapes, True, False)
+    only_image, nothing = backend.assemble_backward(grad, made.places, *shapes, True, False)
     assert torch.equal(only_image, image_grad)
     assert nothing.shape == (0,)
-    nothing, only_text = backend.assemble_backward(grad, made.source, made.places, *shapes, False, True)
+    nothing, only_text = backend.assemble_backward(grad, made.places, *shapes, False, True)
     assert torch.equal(only_text, text_grad)
     assert nothing.shape == (0,)
 

@@ -9,7 +9,7 @@ from attanchor_kernels.backends import triton as backend
 from attanchor_kernels.backends import workspace
 from attanchor_kernels.backends.triton import launch, schedule
 from attanchor_kernels.problem import Problem
-from attanchor_kernels.testing.checks import assert_keeps_contract
+from attanchor_kernels.testing.contract import assert_keeps_contract
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # Lengths that only these kernels have: keys in blocks of 2048, roles of earlier samples in blocks of 4096.
@@ -42,7 +42,7 @@ def test_limit(make, poisoned_empty):
     assert torch.equal(backend.assemble(given.image, given.text, made.source, made.places), embeds)
     assert torch.equal(backend.match(given)[0], made.score)
     grad = torch.randn(embeds.shape, generator=torch.Generator().manual_seed(0)).to(embeds)
-    arguments = grad, made.source, made.places, tuple(given.image.shape), tuple(given.text.shape), True, True
+    arguments = grad, made.places, tuple(given.image.shape), tuple(given.text.shape), True, True
     for one, other in zip(backend.assemble_backward(*arguments), reference.assemble_backward(*arguments), strict=True):
         assert torch.equal(one, other)
     assert not any(words.any() for words in workspace.held(DEVICE))

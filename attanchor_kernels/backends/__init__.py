@@ -5,7 +5,7 @@ A backend is a module with four functions over a `Problem`:
     construct(problem) -> (embeds (B, C, D), Plan)     match, plan and copy in one pass
     plan(problem) -> Plan                              the same without the copy
     assemble(image, text, source, places) -> embeds    the copy alone
-    assemble_backward(grad, source, places, image_shape, text_shape, need_image, need_text) -> (grad_image, grad_text)
+    assemble_backward(grad, places, image_shape, text_shape, need_image, need_text) -> (grad_image, grad_text)
 
 The last two are linear and each other's transpose. `source` and `places` as in `Plan`, possibly trimmed to L <= C rows.
 """
@@ -15,11 +15,10 @@ from __future__ import annotations
 import functools
 import importlib
 import os
+import re
 from types import ModuleType
 
 import torch
-
-from attanchor_kernels.backends.architectures import runs_on
 
 NAMES = ("auto", "reference", "triton", "cuda")
 ENVIRONMENT_VARIABLE = "ATTANCHOR_BACKEND"
@@ -79,6 +78,27 @@ def _why_not_cuda(device_type: str, index: int | None) -> str | None:
             f"{capability[0]}.{capability[1]}; build them anew with ATTANCHOR_CUDA_ARCHS unset, or naming it"
         )
     return None
+
+
+def runs_on(names: list[str], capability: tuple[int, int]) -> bool:
+    """Whether code built for `names`, such as "80+PTX" or "90a", runs on a GPU of this compute capability.
+
+    Machine code runs within its major version, from its minor version on; PTX on everything later too, compiled by the
+    driver. Code for "a" runs on just that capability, for "f" within the major version only, PTX or not.
+    """
+    return any(_runs_on(name, capability) for name in names)
+
+
+def _runs_on(name: str, capability: tuple[int, int]) -> bool:
+    found = re.fullmatch(r"(\d+)(\d)([af]?)(\+PTX)?", name)
+    if found is None:
+        return False
+    major, minor, kind, ptx = int(found[1]), int(found[2]), found[3], found[4]
+    if kind == "a":
+        return capability == (major, minor)
+    if ptx and not kind:
+        return capability >= (major, minor)
+    return capability[0] == major and capability[1] >= minor
 
 
 def requested(argument: str) -> str:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from attanchor_kernels.problem import ANCHOR_TEXT, IMAGE, PADDING, SILENT_IMAGE, TEXT
+from attanchor_kernels.problem import Role
 
 
 class Shape(NamedTuple):
@@ -64,13 +64,13 @@ def merge_form(image: Tensor, text: Tensor, *, before: int = 0) -> tuple[Tensor,
     text_embeds = image.new_zeros(batch, image_count + text_count, hidden)
     text_embeds[:, :before] = text[:, :before]
     text_embeds[:, before + image_count :] = text[:, before:]
-    roles = torch.full((batch, image_count + text_count), ANCHOR_TEXT, dtype=torch.uint8, device=image.device)
-    roles[:, :before] = TEXT
-    roles[:, before : before + image_count] = IMAGE
+    roles = torch.full((batch, image_count + text_count), Role.ANCHOR_TEXT, dtype=torch.uint8, device=image.device)
+    roles[:, :before] = Role.TEXT
+    roles[:, before : before + image_count] = Role.IMAGE
     return text_embeds, image.reshape(-1, hidden), roles
 
 
 def random_roles(batch: int, slots: int, generator: torch.Generator) -> Tensor:
     """(B, S) uint8 roles of every kind in no order at all."""
-    kinds = torch.tensor([PADDING, TEXT, IMAGE, IMAGE, ANCHOR_TEXT, ANCHOR_TEXT, SILENT_IMAGE], dtype=torch.uint8)
+    kinds = torch.tensor([*Role, Role.IMAGE, Role.ANCHOR_TEXT], dtype=torch.uint8)
     return kinds[torch.randint(len(kinds), (batch, slots), generator=generator)]

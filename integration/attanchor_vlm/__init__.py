@@ -9,29 +9,29 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from attanchor_vlm.config import AttAnchorConfig
-    from attanchor_vlm.fallback import with_tokens_of
-    from attanchor_vlm.guard import expect_anchors
-    from attanchor_vlm.masks import encode_chat, split_turns
-    from attanchor_vlm.mixin import attach, detach, is_attached, prepare_inputs
-    from attanchor_vlm.plan import AnchorPlan, AnchorStats
-    from attanchor_vlm.settings import load_adapter, load_settings, save_settings
+    from attanchor_vlm.chat.encode import encode_chat, split_turns
+    from attanchor_vlm.model.adapter_files import load_adapter, load_settings, save_settings
+    from attanchor_vlm.model.attach import attach, detach, is_attached, prepare_inputs
+    from attanchor_vlm.model.candidates import with_tokens_of
+    from attanchor_vlm.model.config import AttAnchorConfig
+    from attanchor_vlm.model.guard import expect_anchors
+    from attanchor_vlm.model.plan import AnchorPlan, AnchorStats
 
 _HOMES = {
-    "attach": "mixin",
-    "detach": "mixin",
-    "is_attached": "mixin",
-    "AttAnchorConfig": "config",
-    "with_tokens_of": "fallback",
-    "expect_anchors": "guard",
-    "encode_chat": "masks",
-    "split_turns": "masks",
-    "AnchorPlan": "plan",
-    "AnchorStats": "plan",
-    "prepare_inputs": "mixin",
-    "load_adapter": "settings",
-    "load_settings": "settings",
-    "save_settings": "settings",
+    "attach": "model.attach",
+    "detach": "model.attach",
+    "is_attached": "model.attach",
+    "AttAnchorConfig": "model.config",
+    "with_tokens_of": "model.candidates",
+    "expect_anchors": "model.guard",
+    "encode_chat": "chat.encode",
+    "split_turns": "chat.encode",
+    "AnchorPlan": "model.plan",
+    "AnchorStats": "model.plan",
+    "prepare_inputs": "model.attach",
+    "load_adapter": "model.adapter_files",
+    "load_settings": "model.adapter_files",
+    "save_settings": "model.adapter_files",
 }
 
 __all__ = [

@@ -60,7 +60,7 @@ def commit(*left_out: str) -> str | None:
     """
     folder = Path(__file__).resolve().parent
     try:
-        _git(folder, "ls-files", "--error-unmatch", "mixin.py")
+        _git(folder, "ls-files", "--error-unmatch", "provenance.py")
         paths = ["--", ":/", *(f":(top,exclude){path}" for path in left_out)]
         changed = _git(folder, "status", "--porcelain", "--untracked-files=no", *paths)
         return _git(folder, "rev-parse", "--short=12", "HEAD") + ("+changes" if changed else "")

@@ -1,16 +1,15 @@
 """Ask a model about an image, with anchors: python ask.py MODEL IMAGE QUESTION [TAU]
 
 MODEL is a folder or a Hugging Face Hub id, such as llava-hf/llava-1.5-7b-hf. `attanchor generate`, and in Python
-attanchor_vlm.infer.answer, do this and more (adapters, several images, files of questions). This shows the parts.
+attanchor_vlm.inference.ask, do this and more: adapters, several images, files of questions. This shows the parts.
 """
 
 import sys
 
 import torch
+from attanchor_vlm import AttAnchorConfig, attach, encode_chat
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
-
-from attanchor_vlm import AttAnchorConfig, attach, encode_chat
 
 name, image, question, *tau = sys.argv[1:]
 processor = AutoProcessor.from_pretrained(name)

@@ -8,19 +8,19 @@ import sys
 from pathlib import Path
 
 import torch
-
 from attanchor_vlm import AttAnchorConfig, attach, save_settings
-from attanchor_vlm.collate import Collator
-from attanchor_vlm.data import read_rows, samples
-from attanchor_vlm.loading import add_lora, load
-from attanchor_vlm.presets import preset
+from attanchor_vlm.data.batches import Collator
+from attanchor_vlm.data.rows import read_rows, samples
+from attanchor_vlm.model.load import load_pretrained
+from attanchor_vlm.training.config import preset
+from attanchor_vlm.training.lora import add_lora
 
 name, data, images, output, *steps = sys.argv[1:]
 device = "cuda" if torch.cuda.is_available() else "cpu"
 
 rows, _ = read_rows(Path(data), Path(images))  # every bad row is an error, here and not after an hour
 training = list(samples(rows, "each"))
-model, processor = load(name)
+model, processor = load_pretrained(name)
 attach(model, AttAnchorConfig(tau=0.12))
 model = add_lora(model, preset("tinyllava-1b")).to(device).train()  # language model and projector, never the tower
 collate = Collator(processor, "each")

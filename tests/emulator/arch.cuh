@@ -1,11 +1,11 @@
 // The functions of csrc/arch.cuh on a CPU: every thread of the device is a fiber, and nothing runs in parallel.
 //
 // What it is stricter about than a GPU: fibers go on in random order after every meeting point; asynchronous copies
-// arrive at random, as late as they may or as early; bulk copies too, which leave garbage until then, and products by
-// warpgroups are worked out when they are waited for; both must be ordered behind what other threads did; maxima become
-// visible to other blocks no sooner than a fence that a block barrier separates from them; shared memory starts as
-// garbage, and is there from when its block begins until it ends; warp functions insist that all 32 lanes are there; a
-// device runs only as many blocks at once as it is told to, and reports a deadlock instead of hanging.
+// arrive at random, as late as they may or as early; bulk copies too, which leave garbage until then and must be ordered
+// behind what other threads did; maxima become visible to other blocks no sooner than a fence that a block barrier
+// separates from them; shared memory starts as garbage, and is there from when its block begins until it ends; warp
+// functions insist that all 32 lanes are there; a device runs only as many blocks at once as it is told to, and reports
+// a deadlock instead of hanging.
 // What it does not model: caches, and the order in which plain stores reach other blocks.
 #pragma once
 
@@ -13,6 +13,7 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <string>
 #include <vector>
 
 #define ATTANCHOR_DEVICE inline
@@ -69,6 +70,7 @@ struct Thread {
 
 extern Thread* current;
 extern int grid_blocks, resident_limit;
+extern std::string failure;  // what the device answers when it is asked for its size
 
 void wait(Barrier& barrier);
 void pause();
@@ -84,9 +86,6 @@ void order_bulk();
 void load_bulk(void* to, const void* from, int bytes, word64* barrier);
 void store_bulk(void* to, const void* from, int bytes);
 void wait_bulk_stores();
-void begin_groups();
-void commit_groups();
-void wait_groups(const float* c);
 void maximize(word64* word, word64 value);
 void publish_maxima();
 const char* run(int blocks, int threads, int shared, int cluster, const std::function<void()>& kernel);
@@ -344,55 +343,13 @@ void multiply_matrices(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uin
   }
 }
 
-// --- Tensor cores by warpgroups ---------------------------------------------------------------------------------------
-
-constexpr bool HAS_GROUPS = true;
-
-inline word64 describe_swizzled(const void* matrix) {
-  const auto* block = emulator::current->block;
-  const auto offset = static_cast<const uint8_t*>(matrix) - block->shared;
-  if (offset % 1024) emulator::fail("a swizzled matrix is not aligned");
-  return static_cast<word64>(offset) >> 4;
-}
-inline void begin_groups() { emulator::begin_groups(); }
-inline void commit_groups() { emulator::commit_groups(); }
-inline void wait_groups(float (&c)[4][4]) { emulator::wait_groups(c[0]); }
-
-namespace emulator {
-
-// One product under way: the thread's rows of a, and where its fragment of c is and what it held.
-struct Group {
-  float* c;
-  float before[16];
-  uint32_t a[4][4];  // of the four lanes that share this one's rows
-  const uint8_t* b;  // in the swizzled matrix, not swizzled itself
-  float (*element)(uint32_t word, int half);
-};
-void start_group(const Group& group);
-
-}  // namespace emulator
-
-template <class E>
-void multiply_group(float (&c)[4][4], const uint32_t (&a)[4], word64 b) {
-  const auto* all = emulator::meet(emulator::Fragments{{a[0], a[1], a[2], a[3]}, {0, 0}}, 6);
-  emulator::Group group = {};
-  group.c = c[0];
-  for (int other = 0; other < 4; other++) {
-    std::memcpy(group.a[other], emulator::message(all, lane() / 4 * 4 + other).a, sizeof(group.a[other]));
-  }
-  group.b = emulator::current->block->shared + (b << 4);
-  group.element = [](uint32_t word, int half) { return static_cast<float>(emulator::element<E>(word, half)); };
-  emulator::start_group(group);
-}
-
 // --- Launch -----------------------------------------------------------------------------------------------------------
 
 template <class K>
-int resident_blocks(K, int, int, int cluster) {
-  return emulator::resident_limit < cluster ? 0 : emulator::resident_limit / cluster * cluster;
+const char* count_resident(K, int, int, int cluster, int& count) {
+  count = emulator::resident_limit / cluster * cluster;
+  return emulator::failure.empty() ? nullptr : emulator::failure.c_str();
 }
-
-inline bool has_groups() { return true; }
 
 template <class Argument>
 const char* launch(void (*kernel)(Argument), int blocks, int threads, int shared, int cluster, void*,

@@ -1,4 +1,4 @@
-// Copies and products that go on beside the threads that started them, and arrive as late as they may.
+// Copies that go on beside the threads that started them, and arrive as late as they may.
 #include "device.h"
 
 namespace attanchor::arch::emulator {
@@ -143,60 +143,6 @@ void wait_bulk_stores() {
   for (size_t at = device.flights.size(); at-- > 0;) {
     if (device.flights[at].storer == current) land(at);
   }
-}
-
-// --- Products by warpgroups ---------------------------------------------------------------------------------------------
-
-void begin_groups() {
-  const bool looks = current->index % 32 == 0;  // one lane of a warp for all
-  for (const Fiber* fiber : looks ? fibers_of(*current->block) : std::vector<Fiber*>()) {
-    if (fiber->ordered < current->block->barrier.generation) {
-      fail("warpgroups multiply what other threads wrote to shared memory without ordering it");
-    }
-  }
-  self()->may_multiply = true;
-}
-
-// Products are worked out when they are waited for, from what is in shared memory then; until then c is garbage.
-void start_group(const Group& group) {
-  Fiber* fiber = self();
-  if (!fiber->may_multiply) fail("a product by warpgroups without begin_groups before it");
-  fiber->products.push_back(group);
-  Group& started = fiber->products.back();
-  std::memcpy(started.before, group.c, sizeof(started.before));
-  std::memset(group.c, 0xff, sizeof(started.before));
-  fiber->committed = false;
-}
-
-void commit_groups() { self()->committed = true; }
-
-void wait_groups(const float* c) {
-  Fiber* fiber = self();
-  if (!fiber->committed) fail("products by warpgroups are waited for that were not committed");
-  wait(warp().barrier);  // wgmma.wait_group is a meeting of the warp
-  for (size_t i = 0; i < fiber->products.size(); i++) {
-    const Group& product = fiber->products[i];
-    const bool first = i == 0;  // later ones go on from its result
-    if (product.c != c) fail("products by warpgroups with several accumulators");
-    if (first) std::memcpy(product.c, product.before, sizeof(product.before));
-    for (int at = 0; at < 16; at++) {
-      const int below = at % 4 / 2, column = at / 4 * 8 + fiber->index % 4 * 2 + at % 2;
-      double sum = product.c[at];
-      for (int k = 0; k < 16; k++) {
-        const uint8_t* plain = product.b + column * 128 + k / 8 * 16;
-        const auto offset = plain - fiber->block->shared;
-        // The swizzle: bits 4 to 6 of the address are those, exclusive or bits 7 to 9.
-        const uint8_t* from = fiber->block->shared + (offset ^ (offset >> 7 & 7) << 4) + k % 8 / 2 * 4;
-        uint32_t word;
-        std::memcpy(&word, from, 4);
-        const double a = product.element(product.a[k % 8 / 2][below + k / 8 * 2], k % 2);
-        sum += a * product.element(word, k % 2);
-      }
-      product.c[at] = truncated(sum);
-    }
-  }
-  fiber->products.clear();
-  fiber->may_multiply = false;
 }
 
 }  // namespace attanchor::arch::emulator

@@ -50,8 +50,6 @@ struct Fiber : Thread {
   State state = State::ready;
   std::vector<Piece> open;
   std::deque<CopyGroup> groups;
-  std::vector<Group> products;  // started, not waited for
-  bool may_multiply = false, committed = true;
 };
 
 struct Maximum {

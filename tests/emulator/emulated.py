@@ -48,7 +48,7 @@ def compiler() -> str | None:
 
 def build() -> Path:
     """The module's path; compiled only if a source or the PyTorch version has changed."""
-    sources = sorted([*(path for folder in (CSRC, HERE) for path in folder.glob("*.[ch]*")), Path(__file__)])
+    sources = sorted([*(path for folder in (CSRC, HERE) for path in folder.rglob("*.[ch]*")), Path(__file__)])
     digest = hashlib.sha256(f"{torch.__version__} {sys.version} {FLAGS} {BINDING_FLAGS}".encode())
     for source in sources:
         digest.update(source.name.encode() + source.read_bytes())
@@ -63,7 +63,7 @@ def build() -> Path:
 
 
 def _compile(folder: Path, module: Path) -> None:
-    units: list[tuple[Path, list[str]]] = [(source, ["-x", "c++"]) for source in sorted(CSRC.glob("*.cu"))]
+    units: list[tuple[Path, list[str]]] = [(source, ["-x", "c++"]) for source in sorted(CSRC.rglob("*.cu"))]
     units += [*((source, []) for source in sorted(HERE.glob("*.cpp"))), (CSRC / "bindings.cpp", BINDING_FLAGS)]
     objects = []
     for source, flags in units:
@@ -97,6 +97,7 @@ class Emulator:
         self.binary = module
         self._library = ctypes.CDLL(path)
         self._library.attanchor_emulate.argtypes = [ctypes.c_int, ctypes.c_uint64]
+        self._library.attanchor_emulate_failure.argtypes = [ctypes.c_char_p]
         sys.modules[name] = module
         try:
             self.backend = importlib.import_module("attanchor_kernels.backends.cuda")
@@ -111,3 +112,7 @@ class Emulator:
     def configure(self, resident: int, seed: int) -> None:
         """From now on so many blocks run at once, and things happen in the order that the seed gives."""
         self._library.attanchor_emulate(resident, seed)
+
+    def fail(self, reason: str) -> None:
+        """From now on asking the device how much it runs is an error for this reason; empty: it answers."""
+        self._library.attanchor_emulate_failure(reason.encode())

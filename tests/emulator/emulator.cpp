@@ -8,6 +8,7 @@ namespace attanchor::arch::emulator {
 Thread* current = nullptr;
 int grid_blocks = 0;
 int resident_limit = 4;
+std::string failure;
 Device device;
 
 void leave(State state) {
@@ -32,7 +33,6 @@ void enter() {
   current->block->begun = true;
   (*device.kernel)();
   for (CopyGroup& group : self()->groups) group.arrive();
-  if (!self()->products.empty()) device.error = "a thread ends with products under way";
   for (const Flight& flight : device.flights) {
     if (flight.storer == current) device.error = "a thread ends while what it stores is still read from shared memory";
   }
@@ -80,7 +80,7 @@ void start_cluster(int first_block, int size, int threads, int shared) {
   cluster->barrier.expected = size * threads;
   cluster->maxima.resize(size);
   for (int i = 0; i < size; i++) {
-    cluster->shared.emplace_back(shared + CANARY_BYTES + 1024, GARBAGE);
+    cluster->shared.emplace_back(shared + CANARY_BYTES + 128, GARBAGE);
     cluster->warps.emplace_back(threads / 32);
     cluster->blocks.push_back(std::make_unique<Block>());
     cluster->members.push_back(cluster->blocks.back().get());
@@ -92,7 +92,7 @@ void start_cluster(int first_block, int size, int threads, int shared) {
     block.cluster_barrier = &cluster->barrier;
     block.cluster = cluster->members.data();
     const auto address = reinterpret_cast<uintptr_t>(cluster->shared[i].data());
-    block.shared = reinterpret_cast<uint8_t*>((address + 1023) / 1024 * 1024);
+    block.shared = reinterpret_cast<uint8_t*>((address + 127) / 128 * 128);
     block.warps = cluster->warps[i].data();
     for (Warp& warp : cluster->warps[i]) warp.barrier.expected = 32;
     for (int thread = 0; thread < threads; thread++) {
@@ -264,3 +264,6 @@ extern "C" void attanchor_emulate(int resident, uint64_t seed) {
   device.random.seed(seed);
   device.steps = device.change_at = 0;
 }
+
+// For ctypes: what the device answers from now on when it is asked how much it runs; empty: the truth.
+extern "C" void attanchor_emulate_failure(const char* failure) { attanchor::arch::emulator::failure = failure; }

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attanchor_kernels import AnchoredSequence, build_sequence, validate
+from attanchor_kernels import AnchoredSequence, build_sequence, checks
 from attanchor_kernels.problem import Problem
-from attanchor_kernels.testing.checks import BAND, assert_keeps_contract
+from attanchor_kernels.testing.contract import BAND, assert_keeps_contract
 from attanchor_kernels.testing.inputs import TAU, Shape, matched_pair
 
 DEVICE = torch.device("cuda")
@@ -58,12 +58,12 @@ def reference(image: Tensor, text: Tensor, **options: Any) -> AnchoredSequence:
 
 
 def assert_same(got: Any, expected: Any) -> None:
-    """Equal bit for bit, but for the scores, which are equal within the contract's band."""
+    """Equal bit for bit, but for the cosines, which are equal within the contract's band."""
     names = AnchoredSequence._fields[-len(got) :]
     for name, one, other in zip(names, got, expected, strict=True):
         if one is None or other is None:
             continue
-        if name == "score":
+        if name in ("score", "relevance"):
             finite = other.isfinite()
             assert torch.equal(one.isfinite(), finite), name
             assert (one[finite].double() - other[finite].double()).abs().le(BAND).all(), name
@@ -79,7 +79,7 @@ def bits(value: Tensor) -> Tensor:
 
 def problem_of(arguments: dict[str, Any]) -> Problem:
     """The normal form of `build_sequence` or `merge_sequence` arguments."""
-    call = validate.merge_call if "roles" in arguments else validate.build_call
+    call = checks.merge_call if "roles" in arguments else checks.build_call
     return call(**arguments).problem
 
 

@@ -9,7 +9,7 @@ from strategies import KERNEL_DTYPES, build_arguments, merge_arguments
 
 from attanchor_kernels import AnchoredSequence, backends, build_sequence, merge_sequence, plan_sequence
 from attanchor_kernels.problem import Problem
-from attanchor_kernels.testing.checks import BAND, assert_keeps_contract
+from attanchor_kernels.testing.contract import BAND, assert_keeps_contract
 from attanchor_kernels.testing.inputs import SHAPES, TAU, matched_pair, merge_form
 
 # Triton compiles anew for nearly every random problem, seconds each; the interpreter runs many more of them elsewhere.

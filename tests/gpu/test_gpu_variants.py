@@ -26,8 +26,6 @@ def lacks(tuning: launch.Tuning) -> str | None:
     from attanchor_kernels import _C
 
     capability, built = torch.cuda.get_device_capability(), _C.architectures.split("_")
-    if tuning.groups == 1 and not (capability == (9, 0) and "90a" in built):
-        return "warpgroup instructions are 9.0's, built for 90a"
     clusters = capability >= (9, 0) and any(int(re.match(r"\d+", arch).group()) >= 90 for arch in built)
     return "clusters need compute capability 9.0 and a build for it" if tuning.cluster > 1 and not clusters else None
 

@@ -9,8 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
-
-from attanchor_vlm import load_settings, scenes, small_llava
+from attanchor_lab.scenes import dataset as scenes
+from attanchor_lab.small_llava import model as small_llava
+from attanchor_vlm import load_settings
 
 EXAMPLES = Path(__file__).parents[2] / "integration" / "examples"
 

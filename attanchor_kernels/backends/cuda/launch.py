@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from attanchor_kernels.backends.launching import (
+from attanchor_kernels.backends.common import (
     contiguous,
     empty_embeds,
     empty_gradients,
@@ -26,8 +26,8 @@ _assemble_backward = torch.ops.attanchor_cuda.assemble_backward.default
 class Tuning(NamedTuple):
     """How a construct launch is cut into tiles; 0, or -1 where that is the default, leaves it to the shape.
 
-    Nothing here changes a decision beyond rounding, nor any row. Only compiled combinations of tile_images and cluster
-    are accepted (csrc/construct_*.cu).
+    Nothing here changes a decision beyond rounding, nor any row. tile_images, cluster and hold are taken literally:
+    what is not compiled (csrc/instantiations) or does not run on the device is a RuntimeError.
     """
 
     tile_images: int = 0  # image rows of a match tile
@@ -37,15 +37,27 @@ class Tuning(NamedTuple):
     blocks: int = 0  # most that run at once, at least a cluster; 0: as many as the device runs
     hold: int = -1  # 1: keep tiles on chip between match and copy, 0: read them again
     bulk: int = -1  # 0: tiles that are kept on chip come and go without bulk copies
-    groups: int = -1  # 1: keep tiles and multiply by warpgroups (wgmma; 64 rows of 16-bit elements, built for 90a)
 
 
 BY_SHAPE = Tuning()
 
 
+class Launched(NamedTuple):
+    """How a construct launch was cut into tiles, and what the device was found to run at once."""
+
+    tile_images: int
+    cluster: int
+    hold: bool
+    bulk: bool
+    tile_rows: int  # 0, like lag, where tiles are kept on chip
+    lag: int
+    blocks: int
+    resident: int  # blocks
+    shared_bytes: int  # of a block
+
+
 def variants(dtype: torch.dtype) -> list[Tuning]:
-    """Every compiled way of construct, for tests and tuning. Clusters need a GPU of compute capability 9.0 or more, and
-    groups one of 9.0."""
+    """Every compiled way of construct, for tests and tuning. Clusters need a GPU of compute capability 9.0 or more."""
     if dtype == torch.float32:
         return [
             Tuning(32, 1, hold=0),
@@ -59,7 +71,6 @@ def variants(dtype: torch.dtype) -> list[Tuning]:
         Tuning(64, 1, hold=0),
         *(tuning._replace(hold=0) for tuning in held),
         *(tuning._replace(bulk=bulk) for tuning in held for bulk in (0, 1)),
-        *(Tuning(64, cluster, hold=1, groups=1) for cluster in (4, 8)),
     ]
 
 
@@ -77,19 +88,30 @@ def plan(problem: Problem) -> Plan:
 
 def run(problem: Problem, *, copy: bool, tuning: Tuning | None = None) -> tuple[Tensor | None, Plan]:
     """Launch the construct kernel; `tuning` overrides `BY_SHAPE`."""
+    return _run(problem, copy, tuning)[:2]
+
+
+def launched(problem: Problem, *, copy: bool = True, tuning: Tuning | None = None) -> Launched | None:
+    """How `run` launches with these arguments, found out by a launch; None where there is nothing to launch."""
+    return _run(problem, copy, tuning)[2]
+
+
+def _run(problem: Problem, copy: bool, tuning: Tuning | None) -> tuple[Tensor | None, Plan, Launched | None]:
     batch, movers, device = problem.batch, problem.movers, problem.text.device
     image, text = rows_contiguous(problem.image), rows_contiguous(problem.text)
     embeds = empty_embeds(problem) if copy else None
     made = Plan.empty(problem)
     if batch == 0 or problem.capacity == 0:
-        return embeds, made
+        return embeds, made, None
 
+    if problem.drops or problem.tau_tensor is not None:
+        raise NotImplementedError("the CUDA kernels take neither keep nor a tensor tau")
     chosen = selection(problem)
     stream = current_stream(device)
     with on_device(device):
         # Keys (B, movers), cuts (B,), then 1 + 2 B counters of 32 bits.
         state = zeroed(device, batch * movers + batch + batch + 1)
-    _construct(
+    way = _construct(
         image,
         text,
         contiguous(problem.roles),
@@ -99,7 +121,8 @@ def run(problem: Problem, *, copy: bool, tuning: Tuning | None = None) -> tuple[
         contiguous(problem.anchor_mask),
         contiguous(problem.position_ids),
         embeds,
-        *made,
+        *made[:-2],
+        made.places,
         state,
         chosen.tau,
         chosen.budget,
@@ -109,7 +132,7 @@ def run(problem: Problem, *, copy: bool, tuning: Tuning | None = None) -> tuple[
         *(BY_SHAPE if tuning is None else tuning),
         stream,
     )
-    return embeds, made
+    return embeds, made, Launched(*way)
 
 
 def assemble(image: Tensor, text: Tensor, source: Tensor, places: Tensor) -> Tensor:
@@ -123,7 +146,6 @@ def assemble(image: Tensor, text: Tensor, source: Tensor, places: Tensor) -> Ten
 
 def assemble_backward(
     grad: Tensor,
-    source: Tensor,
     places: Tensor,
     image_shape: tuple[int, ...],
     text_shape: tuple[int, ...],
@@ -136,7 +158,7 @@ def assemble_backward(
         return image_grad, text_grad
     _assemble_backward(
         rows_contiguous(grad),
-        source.contiguous(),
+        grad.new_empty(grad.shape[:2], dtype=torch.int64),  # in the place of `source`: its shape alone is read
         places.contiguous(),
         # The shape of a gradient that nobody needs still says how the slots are made up; it has one element.
         image_grad if need_image else grad.new_empty(1).expand(image_shape),

@@ -2,15 +2,13 @@
 
 launch      from a `Problem` to launches
 schedule    launch configurations by shape
-workspace   what programs tell each other, kept zero between launches
 kernels     the three kernels: construct, assemble, transpose
-match       image tile x texts -> best host of each mover
-barrier     one program tells another that work is done
-arrange     keys -> places, fields, copies
-rows        copying, zeroing, adding rows
+match       image tile x texts -> best host of each mover, in one 64-bit key
+plan        keys -> places, fields, copies
+copy        copying, zeroing, adding rows
 slots       roles and counts of a sample's slots
-convert     float32 and back
-keys        scores and indices in one 64-bit word
+state       what programs tell each other, kept zero between launches
+types       what travels through the kernels
 """
 
 from attanchor_kernels.backends.triton.launch import assemble, assemble_backward, construct, match, plan

@@ -7,10 +7,10 @@ matches and does not plan.
 import triton
 import triton.language as tl
 
-from attanchor_kernels.backends.triton.arguments import Rows, Sizes
-from attanchor_kernels.backends.triton.arrange import assemble_tile
+from attanchor_kernels.backends.triton.copy import add_copies, copy_rows, slot_rows, zero_rows
 from attanchor_kernels.backends.triton.match import match_items, match_tile, report_matches
-from attanchor_kernels.backends.triton.rows import add_copies, copy_rows, slot_rows, zero_rows
+from attanchor_kernels.backends.triton.plan import assemble_tile
+from attanchor_kernels.backends.triton.types import Rows, Sizes
 
 LENGTHS = [
     *("batch", "images", "texts", "slots", "features", "movers", "capacity", "axes", "budget"),

@@ -8,7 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
-from attanchor_kernels.backends.launching import (
+from attanchor_kernels.backends.common import (
     contiguous,
     empty_embeds,
     empty_gradients,
@@ -17,9 +17,9 @@ from attanchor_kernels.backends.launching import (
     selection,
 )
 from attanchor_kernels.backends.triton import schedule as schedules
-from attanchor_kernels.backends.triton import workspace
-from attanchor_kernels.backends.triton.arguments import Config, CopyConfig, Inputs, Outputs
+from attanchor_kernels.backends.triton import state as states
 from attanchor_kernels.backends.triton.kernels import assemble_kernel, construct_kernel, transpose_kernel
+from attanchor_kernels.backends.triton.types import Config, CopyConfig, Inputs, Outputs
 from attanchor_kernels.problem import Plan, Problem
 
 INTERPRETED = triton.knobs.runtime.interpret
@@ -43,8 +43,9 @@ def run(problem: Problem, *, copy: bool, schedule: schedules.Schedule | None = N
     embeds = empty_embeds(problem) if copy else None
     made = Plan.empty(problem)
     if problem.batch and problem.capacity:
-        fields = made._replace(is_anchor=made.is_anchor.view(torch.uint8))
-        _launch(problem, Outputs(embeds, *fields), schedule)
+        fields = made._replace(is_anchor=made.is_anchor.view(torch.uint8))._asdict()
+        del fields["relevance"]
+        _launch(problem, Outputs(embeds, **fields), schedule)
     return embeds, made
 
 
@@ -64,6 +65,8 @@ def match(problem: Problem, *, schedule: schedules.Schedule | None = None) -> tu
 
 def _launch(problem: Problem, outputs: Outputs, schedule: schedules.Schedule | None) -> None:
     """The construct kernel, which makes what `outputs` has a tensor for."""
+    if problem.drops or problem.tau_tensor is not None:
+        raise NotImplementedError("the Triton kernels take neither keep nor a tensor tau")
     batch, slots, hidden, merges = problem.batch, problem.slots, problem.hidden, problem.merges
     image, text = rows_contiguous(problem.image), rows_contiguous(problem.text)
     aligned = alignment(image, text)
@@ -77,7 +80,7 @@ def _launch(problem: Problem, outputs: Outputs, schedule: schedules.Schedule | N
     chosen = selection(problem)
 
     with on_device(text.device):
-        state = workspace.state(
+        state = states.allocate(
             text.device,
             batch,
             problem.movers,
@@ -164,7 +167,6 @@ def assemble(image: Tensor, text: Tensor, source: Tensor, places: Tensor) -> Ten
 
 def assemble_backward(
     grad: Tensor,
-    source: Tensor,
     places: Tensor,
     image_shape: tuple[int, ...],
     text_shape: tuple[int, ...],
@@ -207,7 +209,7 @@ def partial_size(schedule: schedules.Schedule) -> int:
 
 
 def row_places(image: Tensor, text: Tensor) -> dict[str, int]:
-    """Where the kernels find a row: the lengths and strides of `arguments.Rows`."""
+    """Where the kernels find a row: the lengths and strides of `types.Rows`."""
     merges = image.dim() == 2
     return {
         "images": 0 if merges else image.shape[1],

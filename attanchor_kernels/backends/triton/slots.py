@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from attanchor_kernels.backends.triton.arguments import ANCHOR_TEXT, IMAGE, PADDING, SILENT_IMAGE, TEXT
+from attanchor_kernels.backends.triton.types import ANCHOR_TEXT, IMAGE, PADDING, SILENT_IMAGE, TEXT
 
 # A scan reads role bytes in blocks of GROUPS x LANES; single slots are then looked up in one group.
 LANES = tl.constexpr(32)

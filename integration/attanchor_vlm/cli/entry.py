@@ -112,4 +112,4 @@ def _is_ours(error: BaseException) -> bool:
     while frame is not None and frame.tb_next is not None:
         frame = frame.tb_next
     name = frame.tb_frame.f_globals.get("__name__", "") if frame is not None else ""
-    return name.partition(".")[0] in ("attanchor_vlm", "attanchor_kernels")
+    return name.partition(".")[0] in ("attanchor_vlm", "attanchor_lab", "attanchor_kernels")

@@ -91,9 +91,9 @@ def generate(
 
     words = content_words(english_content_words, function_words)
     quiet()
-    from attanchor_vlm import infer, loading
+    from attanchor_vlm.model import load as loading
 
-    settings = infer.settings_for(model, adapter, tau, words)
+    settings = loading.settings_for(model, adapter, tau, words)
     if explain is not None and settings is not None:
         if settings.inserts_nothing:
             raise typer.BadParameter(
@@ -108,7 +108,7 @@ def generate(
 
     def load() -> tuple[Any, Any]:
         chosen = None if dtype is None else loading.choose_dtype(dtype.value, _note)
-        return infer.load(model, adapter, tau=tau, content_words=words, dtype=chosen)
+        return loading.load(model, adapter, tau=tau, content_words=words, dtype=chosen)
 
     if prompt is not None:
         said = _answer(load, prompt, image or [], explain, max_new_tokens)
@@ -132,8 +132,9 @@ def _note(line: str) -> None:
 def _answer(
     load: Callable[[], tuple[Any, Any]], prompt: str, images: list[Path], explain: Path | None, max_new_tokens: int
 ) -> dict[str, Any]:
-    from attanchor_vlm import evaluate, infer
-    from attanchor_vlm.mixin import base_of
+    from attanchor_vlm.inference import ask as infer
+    from attanchor_vlm.inference import explain as evaluate
+    from attanchor_vlm.model.attach import base_of
 
     infer.with_placeholders(prompt, len(images))
     opened = [infer.open_image(image) for image in images]
@@ -143,7 +144,7 @@ def _answer(
     if explain is None:
         text, inserted, candidates = infer.answer(model, processor, prompt, opened, max_new_tokens=max_new_tokens)
         return {**said, "answer": text, "inserted": inserted, "candidates": candidates}
-    from attanchor_vlm.plots import anchor_picture, describe
+    from attanchor_vlm.inference.picture import anchor_picture, describe
 
     shown = evaluate.explain(model, processor, opened, prompt, max_new_tokens)
     anchor_picture(explain, [shown], settings.tau, "Anchors in " + ", ".join(image.name for image in images))
@@ -161,8 +162,8 @@ def _answer_file(
     resume: bool,
     skip_bad: bool,
 ) -> dict[str, Any]:
-    from attanchor_vlm import questions
-    from attanchor_vlm.mixin import base_of
+    from attanchor_vlm.inference import ask_file as questions
+    from attanchor_vlm.model.attach import base_of
 
     questions.check_output(output, resume)
     rows, bad = questions.read_questions(input, images, skip_bad, progress=True)

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from attanchor_vlm.files import check_parent
+from attanchor_vlm.records import check_parent
 
 
 class Direction(str, Enum):
@@ -60,7 +60,7 @@ def content_words(english: bool, words: Path | None) -> bool | tuple[str, ...] |
         raise typer.BadParameter("give one of --content-words and --function-words", param_hint="--function-words")
     if words is None:
         return english or None
-    from attanchor_vlm.words import read_words
+    from attanchor_vlm.chat.words import read_words
 
     return read_words(words)
 

@@ -26,16 +26,17 @@ def export_lm(
     """Write the language model alone, for engines that take prompts as embeddings.
 
     A plain causal checkpoint, the adapter merged: LlamaForCausalLM, Qwen2ForCausalLM or what the language half is.
-    Prompts with their images and anchors come from attanchor_vlm.serve.prompt_embeds.
+    Prompts with their images and anchors come from attanchor_vlm.inference.export.prompt_embeds.
     """
     quiet()
-    from attanchor_vlm import infer, serve
-    from attanchor_vlm.settings import FILE_NAME
+    from attanchor_vlm.inference import export as serve
+    from attanchor_vlm.model.adapter_files import FILE_NAME
+    from attanchor_vlm.model.load import load, settings_for
 
     serve.check_output(output)
-    infer.settings_for(model, adapter, tau)
+    settings_for(model, adapter, tau)
     serve.check_family(model)
-    loaded, processor = infer.load(
+    loaded, processor = load(
         model, adapter, tau=tau, dtype="auto" if dtype is None else dtype.value, device="cpu", need_settings=False
     )
     serve.export_language_model(loaded, processor, output)

@@ -27,7 +27,7 @@ from attanchor_vlm.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from attanchor_vlm.presets import TrainSettings
+    from attanchor_vlm.training.config import TrainSettings
 
 TRAIN_DATA = Annotated[
     Path,
@@ -130,7 +130,7 @@ def train(
 
     On several GPUs: torchrun --nproc-per-node 8 -m attanchor_vlm.cli train, with the same options.
     """
-    from attanchor_vlm import presets
+    from attanchor_vlm.training import config as presets
 
     if tau is not None and fraction is not None:
         raise typer.BadParameter("give one of --tau and --fraction", param_hint="--fraction")
@@ -202,7 +202,7 @@ def train(
 def _train(settings: TrainSettings) -> bool:
     """Whether the run was interrupted."""
     quiet()
-    from attanchor_vlm import train as training
+    from attanchor_vlm.training import run as training
 
     return training.run(settings, typer.echo).interrupted
 
@@ -257,13 +257,14 @@ def calibrate(
     if plot is not None:
         check_picture(plot, "--plot")
     quiet()
-    from attanchor_vlm import calibration, save_settings
-    from attanchor_vlm.collate import Collator
-    from attanchor_vlm.files import check_parent
-    from attanchor_vlm.infer import load
-    from attanchor_vlm.mixin import attach
-    from attanchor_vlm.presets import check_fraction
-    from attanchor_vlm.train_data import some_samples
+    from attanchor_vlm import save_settings
+    from attanchor_vlm.analysis import calibrate as calibration
+    from attanchor_vlm.analysis.calibrate import check_fraction
+    from attanchor_vlm.data.batches import Collator
+    from attanchor_vlm.data.dataset import some_samples
+    from attanchor_vlm.model.attach import attach
+    from attanchor_vlm.model.load import load
+    from attanchor_vlm.records import check_parent
 
     check_fraction(fraction, direction and direction.value)
     if save is not None and not save.is_dir():

@@ -16,7 +16,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from attanchor_vlm.data import DataError, load_image
+from attanchor_vlm.data.rows import load_image
+from attanchor_vlm.errors import DataError
 
 TASK = "amber_d"
 _POST_PROMPT = " Please answer yes or no."

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from attanchor_vlm.adapters import adapter_for
-from attanchor_vlm.collate import Collator, message, to_model
-from attanchor_vlm.config import AttAnchorConfig
-from attanchor_vlm.data import DataError, Sample, load_image
-from attanchor_vlm.masks import encode_chat
-from attanchor_vlm.mixin import base_of
-from attanchor_vlm.plan import IGNORED
-from attanchor_vlm.trainer import anchor_counts
+from attanchor_vlm.chat.encode import encode_chat
+from attanchor_vlm.constants import IGNORE_INDEX
+from attanchor_vlm.data.batches import Collator, message, to_model
+from attanchor_vlm.data.rows import Sample, load_image
+from attanchor_vlm.errors import DataError
+from attanchor_vlm.model.attach import anchor_counts, base_of
+from attanchor_vlm.model.config import AttAnchorConfig
+from attanchor_vlm.model.families import adapter_for
 
 HOW = ("generate", "teacher-forced")
 
@@ -145,7 +145,7 @@ class _Tally:
 def _forced(logits: Tensor, labels: Tensor) -> list[list[int]]:
     """For each row the most likely tokens at its supervised places, which the logits before them predict."""
     chosen = logits[:, :-1].argmax(-1)
-    places = labels[:, 1:].to(chosen.device) != IGNORED
+    places = labels[:, 1:].to(chosen.device) != IGNORE_INDEX
     return [row[place].tolist() for row, place in zip(chosen, places, strict=True)]
 
 

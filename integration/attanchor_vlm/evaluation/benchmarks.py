@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from attanchor_vlm.data import DataError
+from attanchor_vlm.errors import DataError
 from attanchor_vlm.evaluation import amber
 
 Scores = Mapping[str, float]  # of one task: lmms-eval's metric, its value

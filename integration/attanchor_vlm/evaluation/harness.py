@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from attanchor_vlm.data import DataError
+from attanchor_vlm.errors import DataError
 from attanchor_vlm.evaluation import amber, benchmarks
 from attanchor_vlm.evaluation.extras import require
 

@@ -15,13 +15,14 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from attanchor_vlm import infer, loading
-from attanchor_vlm.collate import check_texts
-from attanchor_vlm.data import DataError, Sample, read_rows, samples
+from attanchor_vlm.data.batches import check_texts
+from attanchor_vlm.data.rows import Sample, read_rows, samples
+from attanchor_vlm.errors import DataError, SetupError
 from attanchor_vlm.evaluation import answers, harness, text_metrics
 from attanchor_vlm.evaluation.text_metrics import BertScoreModel
-from attanchor_vlm.files import write_atomically, write_json
-from attanchor_vlm.mixin import attach, base_of
+from attanchor_vlm.model import load as loading
+from attanchor_vlm.model.attach import attach, base_of
+from attanchor_vlm.records import write_atomically, write_json
 
 LOSS = "loss"
 # What a report says beside the metrics, for those who want to compare runs.
@@ -94,12 +95,12 @@ def load(
     direction: str | None = None,
     dtype: torch.dtype | None = None,
 ) -> tuple[Any, Any]:
-    """As `infer.load`, but a model that has no settings is taken without anchors.
+    """As `model.load.load`, but a model that has no settings is taken without anchors.
 
     Args:
         direction: Instead of the stored one.
     """
-    loaded, processor = infer.load(model, adapter, tau=tau, dtype=dtype, default_tau=1.0)
+    loaded, processor = loading.load(model, adapter, tau=tau, dtype=dtype, default_tau=1.0)
     if direction is not None:
         target: Any = base_of(loaded)
         attach(loaded, dataclasses.replace(target.attanchor_config, direction=direction))
@@ -134,11 +135,11 @@ def processor_and_context(model: str) -> tuple[Any, int | None]:
     """
     from transformers import AutoConfig
 
-    from attanchor_vlm.processors import load_processor
+    from attanchor_vlm.model.processors import load_processor
 
     source = loading.source_of(model)
     try:
-        processor, config = load_processor(source), AutoConfig.from_pretrained(source)
+        processor, config = load_processor(source), AutoConfig.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # of damaged files, nearly any kind
         raise loading.cannot_be_loaded(model, error) from error
     return processor, getattr(config.get_text_config(), "max_position_embeddings", None)
@@ -237,10 +238,10 @@ def as_dict(report: Report, about: Mapping[str, Any]) -> dict[str, Any]:
 def check_output(folder: Path) -> None:
     """Raises: SetupError: results could not be written there."""
     if folder.exists() and not folder.is_dir():
-        raise loading.SetupError(f"output {folder} is a file; it should be a folder, or not exist")
+        raise SetupError(f"output {folder} is a file; it should be a folder, or not exist")
     there = next(one for one in (folder, *folder.absolute().parents) if one.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
-        raise loading.SetupError(f"output {folder} cannot be written to: {there} does not allow it")
+        raise SetupError(f"output {folder} cannot be written to: {there} does not allow it")
 
 
 def anchors(model: Any) -> dict[str, Any]:

@@ -197,7 +197,7 @@ def _check_encoder(model: BertScoreModel) -> None:
     elif name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ValueError(f"bertscore_model {name} is not a folder; give the folder of a saved encoder, or a Hub id")
     else:
-        from attanchor_vlm.loading import check_hub
+        from attanchor_vlm.model.load import check_hub
 
         check_hub(name)
 
@@ -211,4 +211,4 @@ def _layers(model: BertScoreModel) -> int:
             return known[name]
     from transformers import AutoConfig
 
-    return int(AutoConfig.from_pretrained(model.name).num_hidden_layers)
+    return int(AutoConfig.from_pretrained(model.name, trust_remote_code=False).num_hidden_layers)

@@ -1,0 +1,319 @@
+"""Argument checks: errors come before anything runs, and say what was wrong and what would be right."""
+
+from __future__ import annotations
+
+import operator
+from numbers import Real
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from attanchor_kernels.problem import Problem, Role
+
+T = TypeVar("T", Tensor, Tensor | None)
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+DIRECTIONS = ("text_into_image", "image_into_text")
+POSITIONS = ("sequential", "inherit")
+PADDING_SIDES = ("right", "left")
+MOST_ROWS = 2**30  # rows are counted in 32 bits
+
+
+class Call(NamedTuple):
+    """A batched problem and how to shape its results for the caller."""
+
+    problem: Problem
+    unbatched: bool  # the inputs had no batch axis
+    flat_positions: bool  # position_ids come without the P axis
+
+
+def _dense(name: str, value: Tensor, otherwise: str = "") -> None:
+    if not isinstance(value, Tensor) or isinstance(value, torch.nn.UninitializedParameter):
+        raise TypeError(f"{name} is {type(value).__name__}; it should be a torch.Tensor{otherwise}")
+    if value.layout != torch.strided or value.is_nested:
+        layout = "nested" if value.is_nested else value.layout
+        raise TypeError(f"{name} has layout {layout}; it should be a dense tensor")
+
+
+def _floating(name: str, value: Tensor) -> None:
+    _dense(name, value)
+    if value.dtype not in DTYPES:
+        raise TypeError(f"{name} has dtype {value.dtype}; it should be float16, bfloat16, float32 or float64")
+
+
+def _pair(first_name: str, first: Tensor, second_name: str, second: Tensor) -> None:
+    _floating(first_name, first)
+    _floating(second_name, second)
+    if first.dim() and first.shape[-1] == 0:
+        raise ValueError(f"{first_name} has shape {tuple(first.shape)}; its hidden size D should be at least 1")
+    if first.dtype != second.dtype:
+        raise TypeError(
+            f"{second_name} has dtype {second.dtype} and {first_name} has {first.dtype}; they should be the same"
+        )
+    _refuse_forward_mode(first_name, first)
+    _refuse_forward_mode(second_name, second)
+    if first.device != second.device:
+        raise ValueError(
+            f"{second_name} is on {second.device} and {first_name} is on {first.device}; they should be on one device"
+        )
+
+
+def _refuse_forward_mode(name: str, value: Tensor) -> None:
+    """PyTorch would give the result no tangent, without a word."""
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:  # outside of any dual_level
+        return
+    if forward_ad.unpack_dual(value).tangent is not None:
+        raise RuntimeError(
+            f"{name} is a dual tensor; embeds can be differentiated in reverse mode alone (torch.autograd.grad)"
+        )
+
+
+def _companion(name: str, value: Tensor | None, dtype: torch.dtype, shape: tuple[int, ...], like: Tensor) -> None:
+    """An optional tensor that goes with the embeddings: its dtype, shape and device."""
+    if value is None:
+        return
+    _dense(name, value, " or None")
+    if value.dtype != dtype:
+        raise TypeError(f"{name} has dtype {value.dtype}; it should be {dtype}")
+    if value.shape != shape:
+        raise ValueError(f"{name} has shape {tuple(value.shape)}; it should be {tuple(shape)}")
+    if value.device != like.device:
+        raise ValueError(f"{name} is on {value.device}; it should be on {like.device}, where the embeddings are")
+
+
+def _threshold(tau, like: Tensor) -> dict:
+    """`tau` and `tau_tensor` of a problem."""
+    if isinstance(tau, Tensor):
+        _companion("tau", tau, torch.float32, (), like)
+        return {"tau": 1.0, "tau_tensor": tau.detach()}
+    if isinstance(tau, bool) or not isinstance(tau, (int, float, Real)):
+        raise TypeError(f"tau is {type(tau).__name__}; it should be a number, or a 0-dim float32 tensor")
+    if tau != tau:  # NaN; math.isnan cannot be traced
+        raise ValueError("tau is NaN; it should be a number (tau >= 1 inserts nothing)")
+    if isinstance(tau, int) and abs(tau) >= 2**1023:
+        raise ValueError("tau is an integer that no float holds; it should be a number of usual size, such as 0.5")
+    return {"tau": float(tau)}
+
+
+def _options(direction: str, positions: str, position_ids, padding_side: str) -> dict:
+    """The options of a problem that are strings outside."""
+    for name, value, allowed in (
+        ("direction", direction, DIRECTIONS),
+        ("positions", positions, POSITIONS),
+        ("padding_side", padding_side, PADDING_SIDES),
+    ):
+        if value not in allowed:
+            raise ValueError(f"{name} is {value!r}; it should be {allowed[0]!r} or {allowed[1]!r}")
+    if position_ids is not None and positions != "inherit":
+        raise ValueError(
+            f"position_ids is given with positions={positions!r}, which counts its own; "
+            "pass positions='inherit' or leave position_ids out"
+        )
+    return {
+        "image_into_text": direction == "image_into_text",
+        "inherit": positions == "inherit",
+        "pad_left": padding_side == "left",
+    }
+
+
+def _count(name: str, value):
+    """A number of rows as an int (or a SymInt under compilation); None stays None."""
+    if value is None or isinstance(value, torch.SymInt):
+        return value
+    try:
+        if isinstance(value, (bool, Tensor)):  # reading a tensor would sync
+            raise TypeError
+        count = value if isinstance(value, int) else operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} is {type(value).__name__}; it should be an int or None") from None
+    if not 0 <= count <= MOST_ROWS:
+        raise ValueError(f"{name} is {count}; it should be 0 or more and at most {MOST_ROWS}, or None for no limit")
+    return count
+
+
+def _dropping(keep, keep_each, salience, cells, per_sample: tuple[int, ...], per_image: tuple[int, ...], like) -> dict:
+    """What says which image tokens stay; `keep` is an int, `keep_each` a tensor."""
+    if keep is None and keep_each is None and salience is None and cells is None:
+        return {}
+    if keep is not None and keep_each is not None:
+        raise ValueError("keep and keep_each are both given; they should be one count for all samples, or one for each")
+    _companion("keep", keep_each, torch.int32, per_sample, like)
+    for name, value in (("salience", salience), ("cells", cells)):
+        if value is not None and keep is None and keep_each is None:
+            raise ValueError(f"{name} is given without keep; pass keep, the number of image tokens that stay")
+    _companion("salience", salience, torch.float32, per_image, like)
+    _companion("cells", cells, torch.int32, per_image, like)
+    return {
+        "keep": _count("keep", keep),
+        "keep_each": keep_each,
+        "salience": None if salience is None else salience.detach(),
+        "cells": cells,
+    }
+
+
+def _positions(position_ids: Tensor | None, shape: tuple[int, ...], like: Tensor) -> None:
+    """`position_ids` is `shape`, or (P, *shape) with P >= 1."""
+    if position_ids is None:
+        return
+    _dense("position_ids", position_ids, " or None")
+    axes = position_ids.shape[: position_ids.dim() - len(shape)]
+    if len(axes) > 1 or 0 in axes or position_ids.shape[len(axes) :] != shape:
+        raise ValueError(
+            f"position_ids has shape {tuple(position_ids.shape)}; it should be {tuple(shape)}, or "
+            f"(P, {', '.join(map(str, shape))}) with P >= 1"
+        )
+    _companion("position_ids", position_ids, torch.int64, position_ids.shape, like)
+
+
+def build_call(
+    img,
+    txt,
+    tau,
+    img_mask=None,
+    txt_mask=None,
+    anchor_mask=None,
+    max_anchors=None,
+    direction="text_into_image",
+    positions="sequential",
+    position_ids=None,
+    padding_side="right",
+    keep=None,
+    salience=None,
+    cells=None,
+) -> Call:
+    """Check the arguments of `build_sequence` and give them the batch axis."""
+    _pair("img", img, "txt", txt)
+    if img.dim() not in (2, 3):
+        raise ValueError(f"img has shape {tuple(img.shape)}; it should be (B, M, D) or (M, D)")
+    if txt.dim() != img.dim() or txt.shape[-1] != img.shape[-1] or txt.shape[:-2] != img.shape[:-2]:
+        expected = ", ".join(map(str, (*img.shape[:-2], "N", img.shape[-1])))
+        raise ValueError(f"txt has shape {tuple(txt.shape)}; with img {tuple(img.shape)} it should be ({expected})")
+    threshold = _threshold(tau, img)
+    options = _options(direction, positions, position_ids, padding_side)
+    max_anchors = _count("max_anchors", max_anchors)
+    _companion("img_mask", img_mask, torch.bool, img.shape[:-1], img)
+    _companion("txt_mask", txt_mask, torch.bool, txt.shape[:-1], img)
+    _companion("anchor_mask", anchor_mask, torch.bool, txt.shape[:-1], img)
+    _positions(position_ids, (*img.shape[:-2], img.shape[-2] + txt.shape[-2]), img)
+    dropping = _dropping(keep, None, salience, cells, (), img.shape[:-1], img)
+
+    unbatched = img.dim() == 2
+    for name in dropping.keys() & {"salience", "cells"}:
+        dropping[name] = _batched(dropping[name], unbatched)
+    problem = Problem(
+        image=_batched(img, unbatched),
+        text=_batched(txt, unbatched),
+        image_mask=_batched(img_mask, unbatched),
+        text_mask=_batched(txt_mask, unbatched),
+        anchor_mask=_batched(anchor_mask, unbatched),
+        max_anchors=max_anchors,
+        position_ids=_with_axis(position_ids, unbatched),
+        **threshold,
+        **options,
+        **dropping,
+    )
+    return Call(problem, unbatched, position_ids is None or position_ids.dim() == img.dim() - 1)
+
+
+def merge_call(
+    text_embeds,
+    image_embeds,
+    roles,
+    tau,
+    turn=None,
+    max_anchors=None,
+    direction="text_into_image",
+    positions="sequential",
+    position_ids=None,
+    padding_side="right",
+    keep=None,
+    keep_each=None,
+    salience=None,
+    cells=None,
+) -> Call:
+    """Check the arguments of `merge_sequence` or `plan_sequence` and give them the batch axis."""
+    _pair("text_embeds", text_embeds, "image_embeds", image_embeds)
+    if text_embeds.dim() not in (2, 3):
+        raise ValueError(f"text_embeds has shape {tuple(text_embeds.shape)}; it should be (B, S, D) or (S, D)")
+    hidden = text_embeds.shape[-1]
+    if image_embeds.dim() != 2 or image_embeds.shape[-1] != hidden:
+        raise ValueError(f"image_embeds has shape {tuple(image_embeds.shape)}; it should be (T, {hidden})")
+    threshold = _threshold(tau, text_embeds)
+    options = _options(direction, positions, position_ids, padding_side)
+    max_anchors = _count("max_anchors", max_anchors)
+    slots = text_embeds.shape[:-1]
+    _dense("roles", roles)
+    _companion("roles", roles, torch.uint8, slots, text_embeds)
+    _companion("turn", turn, torch.int32, slots, text_embeds)
+    _positions(position_ids, tuple(slots), text_embeds)
+    if isinstance(keep, Tensor) and keep_each is None:
+        keep, keep_each = None, keep
+    dropping = _dropping(keep, keep_each, salience, cells, slots[:-1], image_embeds.shape[:1], text_embeds)
+
+    unbatched = text_embeds.dim() == 2
+    if "keep_each" in dropping:
+        dropping["keep_each"] = _batched(dropping["keep_each"], unbatched)
+    problem = Problem(
+        image=image_embeds,
+        text=_batched(text_embeds, unbatched),
+        roles=_batched(roles, unbatched),
+        turn=_batched(turn, unbatched),
+        max_anchors=max_anchors,
+        position_ids=_with_axis(position_ids, unbatched),
+        **threshold,
+        **options,
+        **dropping,
+    )
+    return Call(problem, unbatched, position_ids is None or position_ids.dim() == text_embeds.dim() - 1)
+
+
+def _batched(value: T, unbatched: bool) -> T:
+    return value.unsqueeze(0) if unbatched and value is not None else value
+
+
+def _with_axis(position_ids: Tensor | None, unbatched: bool) -> Tensor | None:
+    """(P, B, S) from (S,), (P, S), (B, S) or (P, B, S)."""
+    if position_ids is None:
+        return None
+    if unbatched:
+        position_ids = position_ids.unsqueeze(-2)
+    return position_ids.unsqueeze(0) if position_ids.dim() == 2 else position_ids
+
+
+def count_roles(roles: Tensor) -> Tensor:
+    """(2,) int64 on the device of `roles`: the number of placeholders, the largest role."""
+    placeholders = ((roles == Role.IMAGE) | (roles == Role.SILENT_IMAGE)).sum()
+    largest = roles.max().long() if roles.numel() else placeholders.new_zeros(())
+    return torch.stack([placeholders, largest])
+
+
+def check_roles(counts: Tensor | list[int], features: int) -> None:
+    """Hold the contents of `roles`, as `count_roles` found them, to what `merge_sequence` demands."""
+    placeholders, largest = counts.tolist() if isinstance(counts, Tensor) else counts
+    if largest > max(Role):
+        raise ValueError(
+            f"roles holds {largest}; it should hold 0 (padding), 1 (text), 2 (image placeholder), "
+            "3 (text that is matched) or 4 (image placeholder that is not matched)"
+        )
+    if placeholders != features:
+        raise ValueError(
+            f"image_embeds has {features} rows; it should have {placeholders}, "
+            "one for each placeholder (2 or 4) in roles"
+        )
+
+
+def contents(problem: Problem) -> None:
+    """Checks that read a tensor: made on the CPU alone, since elsewhere they would cost a device sync."""
+    if problem.text.device.type != "cpu":
+        return
+    if problem.roles is not None:
+        check_roles(count_roles(problem.roles), problem.image.shape[0])
+    if problem.keep_each is not None and (problem.keep_each < 0).any():
+        raise ValueError(f"keep holds {int(problem.keep_each.min())}; it should hold 0 or more")
+    if problem.cells is not None and (problem.cells >= problem.images).any():
+        raise ValueError(
+            f"cells holds {int(problem.cells.max())}; a cell should be below {problem.images}, the most image tokens "
+            "that a sample could have, or negative for a token in none"
+        )

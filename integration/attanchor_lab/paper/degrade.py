@@ -1,0 +1,181 @@
+"""The same questions with other images: degraded ones, or several views of each, written as LLaVA-Instruct rows."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import zlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from attanchor_vlm.data.rows import PLACEHOLDER, load_image, read_rows
+from attanchor_vlm.errors import DataError, SetupError
+from attanchor_vlm.records import write_json
+from PIL import Image, ImageFilter
+from tqdm import tqdm
+
+from attanchor_lab.paper.study import digest
+
+KINDS: dict[str, tuple[tuple[float, ...], str]] = {
+    # default levels, and what a level is
+    "blur": ((2, 4, 8), "standard deviation of the Gaussian, in pixels of an image 336 pixels high or wide"),
+    "noise": ((16, 32, 64), "standard deviation, of pixel values up to 255"),
+    "downscale": ((2, 4, 8), "the image is made so many times smaller, then as large as before"),
+    "jpeg": ((30, 10, 5), "JPEG quality"),
+}
+VIEWS = (1, 2, 5)
+_REFERENCE_SIDE = 336  # CLIP's input in LLaVA-1.5: levels of blur mean the same for images of every size
+
+
+def degrade(image: Image.Image, kind: str, level: float, seed: int = 0) -> Image.Image:
+    """A worse copy of an RGB image.
+
+    Args:
+        kind: A key of `KINDS`, which says what `level` is.
+        seed: Of the noise.
+
+    Raises:
+        SetupError: an unknown kind, or a level that has no meaning.
+    """
+    check_level(kind, level)
+    if kind == "blur":
+        return image.filter(ImageFilter.GaussianBlur(level * min(image.size) / _REFERENCE_SIDE))
+    if kind == "noise":
+        drawn = np.random.default_rng(seed).normal(0, level, (image.height, image.width, 3))
+        return Image.fromarray(np.clip(np.asarray(image) + drawn, 0, 255).round().astype(np.uint8))
+    if kind == "downscale":
+        small = max(1, round(image.width / level)), max(1, round(image.height / level))
+        return image.resize(small, Image.Resampling.BOX).resize(image.size, Image.Resampling.BICUBIC)
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=int(level))
+    return Image.open(buffer).convert("RGB")
+
+
+def check_level(kind: str, level: float) -> None:
+    """Raises: SetupError: an unknown kind, or a level that has no meaning."""
+    if kind not in KINDS:
+        raise SetupError(f"degradation is {kind!r}; it should be one of {', '.join(KINDS)}")
+    if kind == "jpeg" and level != int(level):
+        raise SetupError(f"level of jpeg is {level:g}; it should be a whole number ({KINDS[kind][1]})")
+    least, most = {"downscale": (1, 1000), "jpeg": (1, 100)}.get(kind, (0, 1000))
+    if not least <= level <= most:
+        raise SetupError(f"level of {kind} is {level:g}; it should be from {least} to {most} ({KINDS[kind][1]})")
+
+
+def views(image: Image.Image, count: int) -> list[Image.Image]:
+    """An image as 1 view (the whole), 2 (and its middle, twice as large) or 5 (the whole and its quadrants).
+
+    In LLaVA-1.5 and TinyLLaVA a view is 576 image tokens, so these are 576, 1,152 and 2,880.
+
+    Raises:
+        SetupError: another count.
+    """
+    check_views(count)
+    width, height = image.size
+    middle, half_width, half_height = (width // 4, height // 4), max(width // 2, 1), max(height // 2, 1)
+    corners = {1: [], 2: [middle], 5: [(0, 0), (width - half_width, 0), (0, height - half_height)]}[count]
+    if count == 5:
+        corners.append((width - half_width, height - half_height))
+    return [image, *(image.crop((x, y, x + half_width, y + half_height)) for x, y in corners)]
+
+
+def check_views(count: int) -> None:
+    """Raises: SetupError: another count than those of `VIEWS`."""
+    if count not in VIEWS:
+        raise SetupError(f"views is {count}; it should be one of {', '.join(map(str, VIEWS))}")
+
+
+def write_degraded(
+    data: Path,
+    images: Path,
+    folder: Path,
+    kind: str,
+    level: float,
+    rows: int | None = None,
+    progress: bool = True,
+    skip_bad: bool = False,
+) -> tuple[Path, Path]:
+    """The rows of `data` (or the first of them) about degraded images, in `folder`; returns data and images there.
+
+    The noise of an image depends on its name alone, so that every arm sees the same.
+    """
+    check_level(kind, level)
+
+    def change(image: Image.Image, name: str) -> list[Image.Image]:
+        return [degrade(image, kind, level, zlib.crc32(name.encode()))]
+
+    return _write(data, images, folder, change, 1, rows, f"{kind} {level:g}", progress, skip_bad)
+
+
+def write_views(
+    data: Path,
+    images: Path,
+    folder: Path,
+    count: int,
+    rows: int | None = None,
+    progress: bool = True,
+    skip_bad: bool = False,
+) -> tuple[Path, Path]:
+    """The rows of `data` with `count` views in place of every image, in `folder`; returns data and images there."""
+    check_views(count)
+    what = f"{count} views"
+    return _write(data, images, folder, lambda image, _: views(image, count), count, rows, what, progress, skip_bad)
+
+
+def _write(
+    data: Path,
+    images: Path,
+    folder: Path,
+    change: Callable[[Image.Image, str], list[Image.Image]],
+    count: int,
+    limit: int | None,
+    what: str,
+    progress: bool,
+    skip_bad: bool,
+) -> tuple[Path, Path]:
+    """Write the changed rows to `folder` as a whole, unless an earlier run has."""
+    target = folder / data.with_suffix(".json").name, folder / "images"
+    if not data.is_file():
+        raise DataError(f"{data} is not a file")
+    source = {"source": str(data.resolve()), "sha256": digest(data), "images": str(images.resolve())}
+    about = {**source, "what": what, "rows": limit}
+    mark = folder / "made.json"
+    if mark.is_file() and json.loads(mark.read_text(encoding="utf-8")) == about:
+        return target
+    checked, _ = read_rows(data, images, skip_bad, progress)
+    made = folder.with_name(f".{folder.name}.part")
+    try:
+        if made.exists():
+            shutil.rmtree(made)  # of a run that was killed
+        (made / "images").mkdir(parents=True)
+        names: dict[Path, list[str]] = {}
+        rows: list[dict[str, Any]] = []
+        for row in tqdm(checked[:limit], what, unit="row", disable=not progress, leave=False):
+            for path in row.images:
+                if path not in names:
+                    stem = f"{len(names):06d}"
+                    shown = change(load_image(path), path.name)
+                    names[path] = [f"{stem}-{number}.png" for number in range(len(shown))]
+                    for name, image in zip(names[path], shown, strict=True):
+                        image.save(made / "images" / name, compress_level=1)
+            rows.append(_row(row.messages, [name for path in row.images for name in names[path]], count))
+        write_json(made / target[0].name, rows)
+        write_json(made / mark.name, about)
+        if folder.exists():
+            shutil.rmtree(folder)  # made for other rows, or cut short
+        made.replace(folder)
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+    return target
+
+
+def _row(messages: Sequence[tuple[str, str]], names: list[str], count: int) -> dict[str, Any]:
+    speaker = {"user": "human", "assistant": "gpt"}
+    turns = [
+        {"from": speaker[role], "value": text.replace(PLACEHOLDER, "\n".join([PLACEHOLDER] * count))}
+        for role, text in messages
+    ]
+    return {"image": names, "conversations": turns} if names else {"conversations": turns}

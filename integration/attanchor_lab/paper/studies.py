@@ -1,0 +1,359 @@
+"""The experiments: which arms each has, and what its table and picture show."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from attanchor_vlm.errors import SetupError
+from attanchor_vlm.records import write_atomically
+from attanchor_vlm.training.config import Preset
+
+from attanchor_lab import figures
+from attanchor_lab.paper import degrade as variants
+from attanchor_lab.paper import tables
+from attanchor_lab.paper.arms import Say, run_arms
+from attanchor_lab.paper.rows import Row
+from attanchor_lab.paper.study import Arm, Study
+from attanchor_lab.paper.values import BASELINE, IMAGE_INTO_TEXT, TEXT_INTO_IMAGE, metric, paper_values
+
+PAPER_TAUS = (1.0, 0.16, 0.14, 0.12, 0.10, 0.08)
+TABLE, PLOT, RADAR = "table.md", "plot.png", "radar.png"
+RANDOM, FRONT = "random places", "prompt in front"
+Paper = dict[str, dict[str, float] | None]
+
+
+@dataclass(frozen=True)
+class Result:
+    """Rows of a finished experiment, and the files that it left."""
+
+    rows: list[Row]
+    files: list[Path]
+
+
+def sweep(study: Study, taus: Sequence[float] = PAPER_TAUS, say: Say = print, progress: bool = True) -> Result:
+    """Text into image at several thresholds, 1 being the baseline."""
+    arms = _tau_arms(taus)
+    paper: Paper = {arm.name: paper_values(study.preset_name, tau=arm.tau) for arm in arms}
+    return _run(study, "sweep", arms, "Threshold", paper, say, progress)
+
+
+def directions(study: Study, say: Say = print, progress: bool = True) -> Result:
+    """Baseline, text into image and image into text, at the preset's tau."""
+    tau = _tau_of(study.preset)
+    arms = [Arm(BASELINE, 1.0), Arm("text into image", tau), Arm("image into text", tau, IMAGE_INTO_TEXT)]
+    names = (BASELINE, TEXT_INTO_IMAGE, IMAGE_INTO_TEXT)
+    paper: Paper = {arm.name: paper_values(study.preset_name, name) for arm, name in zip(arms, names, strict=True)}
+    return _run(study, "directions", arms, "Direction", paper, say, progress)
+
+
+def paper_table(
+    study: Study,
+    taus: Sequence[float] = PAPER_TAUS,
+    controls: bool = True,
+    say: Say = print,
+    progress: bool = True,
+) -> Result:
+    """The paper's TinyLLaVA table: thresholds, image into text, and two controls that it lacks.
+
+    Image into text and the controls have the preset's tau. "random places" copies the tokens that text into image
+    copies at that tau behind random image tokens; "prompt in front" copies the whole question in front of the image.
+    """
+    tau = _tau_of(study.preset)
+    arms = _tau_arms(taus)
+    paper: Paper = {arm.name: paper_values(study.preset_name, tau=arm.tau) for arm in arms}
+    arms.append(Arm("image into text", tau, IMAGE_INTO_TEXT))
+    paper["image into text"] = paper_values(study.preset_name, IMAGE_INTO_TEXT)
+    if controls:
+        arms += [Arm(RANDOM, tau, placement="random"), Arm(FRONT, tau, placement="front")]
+    return _run(study, "paper", arms, f"The paper's table, measured on {study.model}", paper, say, progress)
+
+
+def scale(
+    study: Study,
+    models: Mapping[str, tuple[str, str, Preset]],
+    say: Say = print,
+    progress: bool = True,
+) -> Result:
+    """Baseline against both directions for several checkpoints, each with its own preset.
+
+    Args:
+        models: By name: the model's folder or Hub id, the name of its preset, and the preset.
+    """
+    arms, paper = [], {}
+    for name, (model, preset_name, preset) in models.items():
+        for arm, tau, direction in (
+            (BASELINE, 1.0, TEXT_INTO_IMAGE),
+            ("text into image", _tau_of(preset), TEXT_INTO_IMAGE),
+            ("image into text", _tau_of(preset), IMAGE_INTO_TEXT),
+        ):
+            labels = {"model": name, "arm": arm}
+            arms.append(Arm(f"{name}: {arm}", tau, direction, model=model, preset=preset, labels=labels))
+            key = BASELINE if arm == BASELINE else direction
+            paper[f"{name}: {arm}"] = paper_values(preset_name, key)
+
+    def report(rows: list[Row]) -> list[str]:
+        parts = []
+        for name in models:
+            own, baseline = [row for row in rows if row["labels"]["model"] == name], f"{name}: {BASELINE}"
+            if own:
+                parts += [[f"## {name}"], _table(own, paper, baseline), _better(own, baseline)]
+        return _apart(parts)
+
+    def draw(rows: list[Row]) -> None:
+        figures.along(study.output / PLOT, _gains(rows), "parameters", "Change against the baseline", True)
+
+    return _run(study, "scale", arms, "Model scale", paper, say, progress, report, draw)
+
+
+def _gains(rows: Sequence[Row]) -> dict[str, dict[str, list[tuple[float, float]]]]:
+    """For each metric and arm, (parameters, change against the same model's baseline of the same seed)."""
+    base = {(row["labels"]["model"], row["seed"]): row for row in rows if row["labels"]["arm"] == BASELINE}
+    panels: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    for row in rows:
+        plain = base.get((row["labels"]["model"], row["seed"]))
+        if row["labels"]["arm"] == BASELINE or plain is None:
+            continue
+        for name in tables.metric_names([row]):
+            if name in plain["values"]:
+                gain = metric(name).sign * (row["values"][name] - plain["values"][name])
+                series = panels.setdefault(metric(name).title, {}).setdefault(row["labels"]["arm"], [])
+                series.append((float(row["figures"]["parameters"]), gain))
+    return panels
+
+
+def degrade(
+    study: Study,
+    kinds: Mapping[str, Sequence[float]],
+    taus: Sequence[float],
+    say: Say = print,
+    progress: bool = True,
+) -> Result:
+    """Models trained on clean images, tested on blurred, noisy, down-scaled and JPEG-compressed ones, against tau.
+
+    Args:
+        kinds: For each kind of `variants.KINDS` its levels.
+    """
+    study.check()
+    if not kinds:
+        raise SetupError("every kind of degradation is left out; give at least one with its levels")
+    for kind, levels in kinds.items():
+        for level in levels:
+            variants.check_level(kind, level)
+    data, images = _test_rows(study)
+    arms = []
+    for kind, level in [("clean", 0.0), *((kind, level) for kind, levels in kinds.items() for level in levels)]:
+        name = kind if kind == "clean" else f"{kind} {level:g}"
+        rows = None
+        if kind != "clean":
+            folder = study.output / "data" / name.replace(" ", "-")
+            rows = variants.write_degraded(
+                data, images, folder, kind, level, study.plan.limit, progress, study.plan.skip_bad
+            )
+        for tau in taus:
+            run = _name_of(tau)
+            labels = {"kind": kind, "level": level, "tau": tau}
+            arms.append(Arm(f"{name}, {run}", tau, trained_as=run, test_rows=rows, labels=labels))
+
+    def report(rows: list[Row]) -> list[str]:
+        lines = []
+        for name in tables.metric_names(rows):
+            table = tables.pivot(rows, name, lambda row: _name_of(row["labels"]["tau"]), _degradation, "images")
+            lines += [f"## {metric(name).title}", "", *table, ""]
+        if any("inserted_share" in row["figures"] for row in rows):
+            table = tables.pivot(
+                rows, "inserted_share", lambda row: _name_of(row["labels"]["tau"]), _degradation, "images"
+            )
+            lines += ["## inserted anchors / text tokens", "", *table, ""]
+        lines += ["Levels: " + "; ".join(f"{kind}: {variants.KINDS[kind][1]}" for kind in kinds) + "."]
+        return lines
+
+    def draw(rows: list[Row]) -> None:
+        for first in tables.metric_names(rows)[:1]:
+            title = f"{metric(first).title} under degradation"
+            figures.along(study.output / PLOT, _by_level(rows, first, list(kinds)), "level (0: clean)", title)
+
+    return _run(study, "degrade", arms, "Image degradation", {}, say, progress, report, draw)
+
+
+def _degradation(row: Mapping[str, Any]) -> str:
+    kind, level = row["labels"]["kind"], row["labels"]["level"]
+    return kind if kind == "clean" else f"{kind} {level:g}"
+
+
+def _by_level(rows: Sequence[Row], name: str, kinds: Sequence[str]) -> dict[str, dict[str, list[tuple[float, float]]]]:
+    """A panel for each kind, a line for each tau. JPEG quality counts down from 100, as images get worse."""
+    panels: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    for kind in kinds:
+        for row in rows:
+            if row["labels"]["kind"] not in ("clean", kind) or name not in row["values"]:
+                continue
+            level = row["labels"]["level"]
+            if kind == "jpeg" and row["labels"]["kind"] == "jpeg":
+                level = 100 - level
+            title = "jpeg, 100 - quality" if kind == "jpeg" else kind
+            series = panels.setdefault(title, {}).setdefault(_name_of(row["labels"]["tau"]), [])
+            series.append((level, metric(name).sign * row["values"][name]))
+    return panels
+
+
+def tokens(
+    study: Study,
+    views: Sequence[int] = variants.VIEWS,
+    say: Say = print,
+    progress: bool = True,
+) -> Result:
+    """Baseline against text into image with every image given in 1, 2 or 5 views, in training as in testing."""
+    study.check()
+    tau_of_anchors = _tau_of(study.preset)
+    for count in views:
+        variants.check_views(count)
+    data, images = _test_rows(study)
+    skip_bad = study.plan.skip_bad
+    arms = []
+    for count in views:
+        test = train = None
+        if count != 1:
+            folder = study.output / "data" / f"{count}-views"
+            test = variants.write_views(data, images, folder / "test", count, study.plan.limit, progress, skip_bad)
+            if study.train is not None:
+                source = study.train.data, study.train.images
+                train = variants.write_views(*source, folder / "train", count, None, progress, skip_bad)
+        for tau in (1.0, tau_of_anchors):
+            labels = {"views": count, "tau": tau}
+            name = f"{count} view{'s' * (count > 1)}, {_name_of(tau)}"
+            arms.append(Arm(name, tau, train_rows=train, test_rows=test, labels=labels))
+    if study.train is not None and study.train.val_data is not None:
+        # Its images are whole ones: validation would be on other prompts than training.
+        study = dataclasses.replace(study, train=dataclasses.replace(study.train, val_data=None))
+
+    def report(rows: list[Row]) -> list[str]:
+        return _table(rows, {}, "")
+
+    def draw(rows: list[Row]) -> None:
+        panels = {metric(name).title: _by_tokens(rows, name) for name in tables.metric_names(rows)}
+        figures.along(study.output / PLOT, panels, "image tokens in a prompt", "Longer image sequences")
+
+    return _run(study, "tokens", arms, "Image tokens", {}, say, progress, report, draw)
+
+
+def _by_tokens(rows: Sequence[Row], name: str) -> dict[str, list[tuple[float, float]]]:
+    series: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        if name in row["values"] and "image_tokens" in row["figures"]:
+            point = row["figures"]["image_tokens"], metric(name).sign * row["values"][name]
+            series.setdefault(_name_of(row["labels"]["tau"]), []).append(point)
+    return series
+
+
+# --- What they share. ------------------------------------------------------------------------------------------------
+
+
+def _name_of(tau: float) -> str:
+    return BASELINE if tau >= 1 else f"tau {tau:g}"
+
+
+def _tau_of(preset: Preset) -> float:
+    """The threshold that is compared with the baseline.
+
+    Raises:
+        SetupError: it is the baseline itself.
+    """
+    if preset.tau >= 1:
+        raise SetupError(f"tau is {preset.tau:g}; it should be below 1, which is the baseline that it is compared with")
+    return preset.tau
+
+
+def _tau_arms(taus: Sequence[float]) -> list[Arm]:
+    """Arms by threshold, the baseline first: changes are against it."""
+    if not any(tau >= 1 for tau in taus):
+        taus = (1.0, *taus)
+    return [Arm(_name_of(tau), tau) for tau in sorted(dict.fromkeys(taus), reverse=True)]
+
+
+def _test_rows(study: Study) -> tuple[Path, Path]:
+    if study.plan.data is None or study.plan.images is None or not study.plan.metrics:
+        raise ValueError("this experiment changes the images of test rows, so it needs --test and --metrics")
+    return study.plan.data, study.plan.images
+
+
+def _run(
+    study: Study,
+    name: str,
+    arms: Sequence[Arm],
+    title: str,
+    paper: Paper,
+    say: Say,
+    progress: bool,
+    report: Callable[[list[Row]], list[str]] | None = None,
+    draw: Callable[[list[Row]], None] | None = None,
+) -> Result:
+    """Run the arms; the table is written after each of them, the pictures at the end."""
+    files = [study.output / "rows.jsonl", study.output / TABLE]
+
+    def write(rows: list[Row]) -> None:
+        if not rows:
+            return
+        lines, notes = (report(rows), []) if report else (_table(rows, paper, BASELINE), _better(rows, BASELINE))
+        text = "\n".join(_apart([[f"# {title}"], lines, notes + _cautions(rows), [_origin(rows)]])) + "\n"
+        write_atomically(study.output / TABLE, lambda path: path.write_text(text, encoding="utf-8"))
+
+    rows = run_arms(study, name, arms, say, progress, write)
+    if draw is not None:
+        draw(rows)
+    else:
+        figures.dots(study.output / PLOT, rows, title)
+        figures.radar(study.output / RADAR, rows, title)
+    files += [path for path in (study.output / PLOT, study.output / RADAR) if path.exists()]
+    return Result(rows, files)
+
+
+def _better(rows: list[Row], baseline: str) -> list[str]:
+    """In how many of the paper's metrics each arm beats the baseline: what the paper counts 13, 11 and 9 of 15 of."""
+    compared = [arm for arm in dict.fromkeys(row["arm"] for row in rows) if arm != baseline]
+    counts = [(arm, *tables.improved(rows, arm, baseline)) for arm in compared]
+    return [f"- {arm}: better than {baseline} in {better} of {of} metrics." for arm, better, of in counts if of]
+
+
+def _cautions(rows: list[Row]) -> list[str]:
+    """What every table says of what is missing or uncertain in it."""
+    lines = [
+        f"- {row['arm']}, seed {row['seed']}: {', '.join(lost)} left out, as NaN or infinite."
+        for row in rows
+        if (lost := row.get("not_finite"))
+    ]
+    if len({row["seed"] for row in rows}) == 1:
+        lines += ["- One seed: a difference may be chance."]
+    return lines
+
+
+def _apart(parts: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of those parts that have any, with an empty line between two parts."""
+    found = [["", *part] for part in parts if part]
+    return [line for part in found for line in part][1:]
+
+
+def _table(rows: list[Row], paper: Mapping[str, Mapping[str, float] | None], baseline: str) -> list[str]:
+    lines = tables.by_arm(rows)
+    if any(paper.get(row["arm"]) for row in rows):
+        lines += ["", "Beside the paper:", "", *tables.beside_paper(rows, paper, baseline)]
+    return lines
+
+
+def _origin(rows: Sequence[Row]) -> str:
+    """Where the rows came from, in a line."""
+
+    def all_of(key: str) -> str:
+        return ", ".join(dict.fromkeys(str(row[key]) for row in rows if row.get(key) is not None)) or "unknown"
+
+    samples = sorted({row["samples"] for row in rows})
+    seconds = statistics.fmean([row["figures"].get("train_seconds", 0.0) for row in rows])
+    trained = f"trained for {seconds:.0f} s on average" if seconds else "not trained"
+    return (
+        f"{len(rows)} rows, seeds {all_of('seed')}, {' or '.join(map(str, samples))} test samples, {trained}; "
+        f"{all_of('device')}, PyTorch {all_of('torch')}, commit {all_of('commit')}, {all_of('date')}."
+    )

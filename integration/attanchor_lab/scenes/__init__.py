@@ -1,0 +1,1 @@
+"""Rendered scenes of coloured shapes, and questions about them."""

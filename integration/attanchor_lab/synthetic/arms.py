@@ -1,0 +1,236 @@
+"""The arms: what is copied, where to, with which positions. Where `attach` offers it, `attach` is what runs."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from attanchor_vlm.model.attach import attach
+from attanchor_vlm.model.config import AttAnchorConfig
+from attanchor_vlm.model.rewrite import accepts_encoded_images
+from torch import Tensor
+
+from attanchor_lab import lab_placement as placement
+from attanchor_lab.scenes.questions import LENGTH, Questions, holders, is_content
+from attanchor_lab.scenes.world import Scenes
+from attanchor_lab.synthetic.model import prompts
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to build the prompt.
+
+    Attributes:
+        title: As reports name it.
+        copies: "none"; "matched" (text behind its best patch, by `attach`); "image" (image tokens behind their best
+            word, by `attach`); "random" (the tokens that "matched" would copy, behind random patches); "true" (colours
+            and shapes behind the patch that they belong to); "front" and "end" (the whole question, before and behind
+            the image).
+        positions: "sequential" or "inherit".
+        content_only: Function words take no part.
+    """
+
+    title: str
+    copies: str
+    positions: str = "sequential"
+    content_only: bool = False
+
+    @property
+    def by_attach(self) -> bool:
+        return self.copies in ("none", "matched", "image")
+
+    @property
+    def at_patches(self) -> bool:
+        """Words are copied, each behind a patch that is chosen for it."""
+        return self.copies in ("matched", "random", "true")
+
+    @property
+    def has_tau(self) -> bool:
+        return self.copies in ("matched", "image", "random")
+
+
+ARMS: dict[str, Arm] = {
+    "plain": Arm("plain", "none"),
+    "t2i": Arm("text into image", "matched"),
+    "t2i-inherit": Arm("text into image, inherited positions", "matched", "inherit"),
+    "t2i-content": Arm("text into image, function words left out", "matched", content_only=True),
+    "t2i-content-inherit": Arm(
+        "text into image, inherited positions, function words left out", "matched", "inherit", True
+    ),
+    "i2t": Arm("image into text", "image"),
+    "random": Arm("same tokens at random patches", "random"),
+    "random-inherit": Arm("same tokens at random patches, inherited positions", "random", "inherit"),
+    "true": Arm("anchors at the true patch", "true", content_only=True),
+    "true-inherit": Arm("anchors at the true patch, inherited positions", "true", "inherit", True),
+    "front": Arm("whole question before the image", "front"),
+    "end": Arm("whole question twice behind the image", "end"),
+}
+
+
+@dataclass
+class Batch:
+    """Samples of one question each; `features` are the projected patches (B, P, D), `encoded` what the model made."""
+
+    scenes: Scenes
+    questions: Questions
+    pixels: Tensor
+    ids: Tensor
+    is_image: Tensor
+    features: Tensor
+    encoded: Any
+
+    @property
+    def patches(self) -> int:
+        return self.features.shape[1]
+
+    def images(self, model: Any) -> dict[str, Any]:
+        """The images as `model`'s forward takes them: encoded already, or before transformers 5.18 as pixels. It would
+        overlook there what it does not know, and answer without an image."""
+        if accepts_encoded_images(model):
+            return {"mm_encoder_outputs": {"image": self.encoded}}
+        return {"pixel_values": self.pixels}
+
+
+def encode(model: Any, scenes: Scenes, questions: Questions, pixels: Tensor) -> Batch:
+    """Run the model's own image path, once: its result is what every arm goes on with."""
+    encoded = model.get_image_features(pixels, return_dict=True)
+    features = torch.stack(list(encoded.pooler_output))
+    ids = prompts(questions.words, features.shape[1])
+    return Batch(scenes, questions, pixels, ids, ids == model.config.image_token_id, features, encoded)
+
+
+class Built(NamedTuple):
+    """What a call's prompt was made of; None where an arm has no such thing.
+
+    `source`, `is_anchor`, `attention_mask`: (B, L), as in AnchorPlan. `score`: (B, S), best cosines of the candidates.
+    `host`: (B, S), slots.
+    """
+
+    source: Tensor | None
+    is_anchor: Tensor | None
+    attention_mask: Tensor | None
+    score: Tensor | None
+    host: Tensor | None
+
+
+class Answered(NamedTuple):
+    """`logits` (B, V) at the end of the prompt, `output` of the model, and what was built."""
+
+    logits: Tensor
+    output: Any
+    built: Built
+
+
+class Asker:
+    """A model that answers by way of one arm.
+
+    Args:
+        model: A LlavaForConditionalGeneration; a PeftModel's base model.
+        tau: The threshold of arms that match; changed by setting `tau`.
+        generator: For arms with chance in them; on the model's device.
+    """
+
+    def __init__(self, model: Any, arm: Arm, tau: float, generator: torch.Generator) -> None:
+        self.model, self.arm, self.generator = model, arm, generator
+        self.tau = tau
+
+    @property
+    def tau(self) -> float:
+        return self._tau
+
+    @tau.setter
+    def tau(self, value: float) -> None:
+        self._tau = value
+        attach(self.model, self._config(value))
+
+    def _config(self, tau: float) -> AttAnchorConfig:
+        arm = self.arm
+        if not arm.by_attach or arm.copies == "none":
+            return AttAnchorConfig(tau=1.0)
+        direction = "image_into_text" if arm.copies == "image" else "text_into_image"
+        inherit = arm.positions == "inherit"
+        return AttAnchorConfig(tau, direction, arm.positions, route="embeds", force_inherit=inherit)
+
+    def takes_part(self, batch: Batch) -> Tensor:
+        """(B, S) bool, the tokens of the question that may be copied (image into text: that may host)."""
+        mask = torch.zeros_like(batch.is_image)
+        mask[:, -LENGTH:] = is_content(batch.questions.words) if self.arm.content_only else True
+        return mask
+
+    def __call__(self, batch: Batch, copies: bool = True, **more: Any) -> Answered:
+        """Answer a batch.
+
+        Args:
+            copies: False for the plain prompt, whatever the arm.
+            more: For the model, such as `output_attentions`.
+        """
+        if self.arm.by_attach or not copies:
+            return self._through_attach(batch, copies, more)
+        placed = self.placed(batch)
+        output = self.model(
+            inputs_embeds=placed.embeds,
+            attention_mask=placed.attention_mask,
+            position_ids=placed.position_ids,
+            use_cache=False,
+            **more,
+        )
+        built = Built(placed.source, placed.is_anchor, placed.attention_mask, self._score, placed.host)
+        return Answered(_at_end(output.logits, placed.attention_mask), output, built)
+
+    def _through_attach(self, batch: Batch, copies: bool, more: dict[str, Any]) -> Answered:
+        config = self.model.config.attanchor
+        if not copies:
+            self.model.config.attanchor = dataclasses.replace(self._config(self.tau), tau=1.0).to_dict()
+        try:
+            output = self.model(
+                input_ids=batch.ids,
+                attention_mask=torch.ones_like(batch.ids),
+                anchor_mask=self.takes_part(batch),
+                use_cache=False,
+                **batch.images(self.model),
+                **more,
+            )
+        finally:
+            self.model.config.attanchor = config
+        plan = self.model.attanchor_plan
+        if plan is None:
+            return Answered(output.logits[:, -1], output, Built(None, None, None, None, None))
+        built = Built(plan.source, plan.is_anchor, plan.attention_mask, plan.score, plan.host)
+        return Answered(_at_end(output.logits, plan.attention_mask), output, built)
+
+    def placed(self, batch: Batch) -> placement.Placed:
+        """The prompt of an arm that `attach` does not offer, and of "matched" as this path builds it."""
+        embedded, rows = placement.plain_rows(self.model, batch.ids, batch.features, batch.is_image)
+        host = self._hosts(batch, embedded)
+        return placement.place(rows, host, self.arm.positions)
+
+    @torch.no_grad()
+    def _hosts(self, batch: Batch, embedded: Tensor) -> Tensor:
+        copies, takes_part = self.arm.copies, self.takes_part(batch)
+        self._score: Tensor | None = None
+        if copies in ("matched", "random"):
+            matched = placement.match(batch.ids, embedded, batch.features, batch.is_image, takes_part)
+            self._score = matched.score
+            inserted = (matched.score >= self.tau) & (self.tau < 1)
+            if copies == "matched":
+                return matched.best.masked_fill(~inserted, -1)
+            return placement.random_patches(inserted, batch.patches, self.generator)
+        if copies == "front":
+            return placement.at_slot(takes_part, 0)
+        if copies == "end":
+            return placement.at_slot(takes_part, batch.patches)
+        if copies == "true":
+            holds = holders(batch.scenes, batch.questions.words)
+            patch = placement.true_patches(holds, batch.questions.target, self.generator)
+            host = torch.full_like(batch.ids, -1)
+            host[:, -LENGTH:] = torch.where(patch >= 0, patch + 1, -1)
+            return host
+        raise ValueError(f"copies is {copies!r}; it is no placement")
+
+
+def _at_end(logits: Tensor, attention_mask: Tensor) -> Tensor:
+    """(B, V) from (B, L, V), right-padded: where the answer is predicted."""
+    last = attention_mask.sum(1) - 1
+    return logits[torch.arange(len(logits), device=logits.device), last]

@@ -1,0 +1,103 @@
+"""`attanchor probe`: will anchors work for a model? From its cosines alone, before any training."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from attanchor_vlm.cli.entry import app
+from attanchor_vlm.cli.options import DATA, IMAGES, MODEL, SKIP_BAD, check_picture, has_gpu, quiet, to_gpu
+
+
+@app.command()
+def probe(
+    model: MODEL,
+    data: DATA,
+    images: IMAGES,
+    adapter: Annotated[
+        Path | None, typer.Option(help="Folder of a trained adapter, to probe the model with it.")
+    ] = None,
+    samples: Annotated[int, typer.Option(min=2, help="Questions to measure on, about different images first.")] = 256,
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples per pass of the vision tower.")] = 4,
+    tau: Annotated[
+        list[float] | None, typer.Option(help="Threshold to give the inserted share for; several times for several.")
+    ] = None,
+    function_words: Annotated[
+        Path | None, typer.Option(help="A file of words, one a line, that are no content words: for other languages.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Picture of the figures, .png, .pdf or .svg.")] = None,
+    save_control: Annotated[
+        Path | None,
+        typer.Option(help="Also write the model with its projector's output features permuted, which matches nothing."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as a JSON object.")] = False,
+    skip_bad: SKIP_BAD = False,
+    seed: Annotated[int, typer.Option(min=0, help="For the choice of samples, and of permutations.")] = 0,
+) -> None:
+    """Say whether matching follows the content of images, with reasons, from best cosines alone; trains nothing."""
+    if plot is not None:
+        check_picture(plot, "--plot")
+    if save_control is not None and save_control.exists():
+        raise typer.BadParameter(f"{save_control} exists; take another folder", param_hint="--save-control")
+    if save_control is not None and adapter is not None:
+        raise typer.BadParameter("belongs to a model without --adapter", param_hint="--save-control")
+    if adapter is not None and not (adapter / "adapter_config.json").is_file():
+        raise ValueError(f"adapter {adapter} holds no adapter_config.json; give the folder that train wrote to")
+    quiet()
+    from attanchor_vlm.data.rows import read_rows
+    from attanchor_vlm.data.rows import samples as make_samples
+    from attanchor_vlm.errors import DataError
+    from attanchor_vlm.model import load as loading
+
+    words = _function_words(function_words)
+    loading.source_of(model)  # that there is no such model is said before images are checked
+    rows, bad = read_rows(data, images, skip_bad, progress=not as_json)
+    every = [sample for sample in make_samples(rows, "each") if sample.images]
+    if len({sample.images for sample in every}) < 2:
+        raise DataError(
+            f"{data} has rows about fewer than two images; the probe compares a question's image with others"
+        )
+    loaded, processor = loading.load_pretrained(
+        model, loading.choose_dtype("bfloat16" if has_gpu() else "float32", _note)
+    )
+    if adapter is not None:
+        from attanchor_vlm.model.load import with_adapter
+
+        loaded = with_adapter(loaded, model, adapter)
+    from attanchor_vlm.analysis import probe, probe_control
+    from attanchor_vlm.analysis.probe_scores import choose, prompt_scores
+
+    chosen = choose(every, samples, seed)
+    prompts = list(prompt_scores(to_gpu(loaded), processor, chosen, batch_size, seed, not as_json, words))
+    result = probe.measure(prompts, tau or probe.TAUS)
+    if plot is not None:
+        from attanchor_vlm.analysis.probe_plot import probe_plot
+
+        probe_plot(plot, result, prompts, Path(model).name)
+    if save_control is not None:
+        probe_control.save(probe_control.permute_projector(loaded.cpu(), seed), processor, save_control)
+    if as_json:
+        said = {"model": model, "adapter": None if adapter is None else str(adapter), **result.to_dict()}
+        typer.echo(json.dumps({**said, "bad_rows": len(bad)}, ensure_ascii=False, allow_nan=False))
+        return
+    for line in probe.lines(result):
+        typer.echo(line)
+    for name, path in (("picture", plot), ("control", save_control)):
+        if path is not None:
+            typer.echo(f"{name}: {path}")
+    if bad:
+        typer.echo(f"{len(bad)} bad rows left out")
+
+
+def _function_words(file: Path | None):
+    from attanchor_vlm.chat.words import FUNCTION_WORDS as ENGLISH
+    from attanchor_vlm.chat.words import read_words
+
+    return ENGLISH if file is None else read_words(file)
+
+
+def _note(line: str) -> None:
+    typer.echo(line, err=True)

@@ -1,0 +1,339 @@
+"""Read LLaVA-Instruct rows and an image folder, and find every bad row before training starts."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from PIL import Image
+
+from attanchor_vlm.data.images import ImageSource, decoded, unreadable, why_not
+from attanchor_vlm.data.reading import check_characters, lines_of, parse, parse_list, read_text
+from attanchor_vlm.errors import BadRow, DataError
+
+PLACEHOLDER = "<image>"
+_SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
+_SHOWN = 10  # bad rows printed in an error; the others are counted
+
+
+@dataclass(frozen=True)
+class Row:
+    """A checked conversation.
+
+    Attributes:
+        number: Counts the rows of the file from 1.
+        messages: (role, text) in turn, user first, assistant last, the placeholders still in the user's text.
+        images: In the order of the placeholders.
+    """
+
+    number: int
+    messages: tuple[tuple[str, str], ...]
+    images: tuple[Any, ...]  # ImageSource; of read_rows, Path
+
+
+def read_rows(
+    file: Path, images: Path | None, skip_bad: bool = False, progress: bool = False, decode: bool = True
+) -> tuple[list[Row], list[BadRow]]:
+    """Read `file` (a JSON list, or one object a line in a .jsonl) and check every row and every image it names.
+
+    A row is ``{"image": "name.png", "conversations": [{"from": "human", "value": "<image>\\n…"}, {"from": "gpt",
+    "value": "…"}]}``; `image` may be a list, and is absent in rows of text alone. Rows of TRL's form are
+    read as well: ``{"images": […], "messages": [{"role": "user", "content": [{"type": "image"}, {"type": "text",
+    "text": "…"}]}, …]}``. Other keys are ignored. Images are looked up under `images` and decoded once, in threads.
+
+    Args:
+        decode: False leaves it to later to find images that cannot be decoded.
+
+    Returns:
+        The good rows, and the bad ones if `skip_bad`.
+
+    Raises:
+        DataError: the file cannot be read, or names images and `images` is None; a row is bad (unless `skip_bad`), or
+            no good row is left.
+    """
+    check_folder(images, file)
+    rows: list[Row] = []
+    bad: list[BadRow] = []
+    found = _load(file, skip_bad)
+    if images is None and any(isinstance(raw, dict) and (raw.get("image") or raw.get("images")) for raw in found):
+        raise DataError(f"{file} names images, and no folder of images is given; give --images")
+    for number, raw in enumerate(found, start=1):
+        try:
+            if isinstance(raw, DataError):
+                raise raw
+            rows.append(check_row(number, raw, images))
+        except ValueError as error:
+            bad.append(BadRow(file, number, str(error)))
+    if decode:
+        rows, unreadable = split_readable(file, rows, progress)
+        bad += unreadable
+    return sorted_out(file, rows, bad, skip_bad)
+
+
+RowT = TypeVar("RowT", bound=Row)
+
+
+def sorted_out(file: Path, good: list[RowT], bad: list[BadRow], skip_bad: bool) -> tuple[list[RowT], list[BadRow]]:
+    """Good rows and bad ones, these by number.
+
+    Raises:
+        DataError: there are bad ones (unless `skip_bad`), or no others.
+    """
+    bad = sorted(bad, key=lambda one: one.number)
+    if bad and not skip_bad:
+        raise DataError(_report(bad, len(good) + len(bad)), bad)
+    if not good:
+        raise DataError(f"{file} has no usable row" + (f"; {bad[0]}" if bad else ""), bad)
+    return good, bad
+
+
+def check_folder(images: Path | None, file: Path) -> None:
+    """Refuse a folder of images that is none.
+
+    Raises:
+        DataError: naming it, and the data that needs it.
+    """
+    if images is not None and not images.is_dir():
+        raise DataError(f"{images} is not a folder; --images should name the folder with the images of {file.name}")
+
+
+def _report(bad: list[BadRow], total: int) -> str:
+    lines = [str(one) for one in bad[:_SHOWN]]
+    if len(bad) > _SHOWN:
+        lines.append(f"… and {len(bad) - _SHOWN} more")
+    lines.append(f"{len(bad)} of {total} rows are bad: mend them, or leave them out with --skip-bad")
+    return "\n".join(lines)
+
+
+def _load(file: Path, skip_bad: bool) -> list[object]:
+    """The rows of a file; a line of a .jsonl that is not JSON is an error, or in its place if `skip_bad`."""
+    if file.is_dir() or file.suffix == ".parquet":
+        raise DataError(
+            f"{file} is a {'folder' if file.is_dir() else 'parquet file'}, which is read as a stream; give --stream, "
+            "or a .json or .jsonl file"
+        )
+    text = read_text(file)
+    if file.suffix == ".jsonl":
+        rows: list[object] = []
+        for line, part in lines_of(file, text):
+            try:
+                rows.append(parse(file, part, line))
+            except DataError as error:
+                if not skip_bad:
+                    raise
+                rows.append(error)
+        return rows
+    return parse_list(file, text)
+
+
+def check_row(number: int, raw: object, folder: Path | None) -> Row:
+    """A row of a file as `read_rows` has it, except that its images are not decoded.
+
+    Args:
+        number: The row's, counted from 1.
+        raw: What the file holds; images may be names of files, or ``{"bytes": …}`` as parquet has them.
+        folder: Where names of files are looked up; None if no row names any.
+
+    Raises:
+        ValueError: saying what is wrong with it.
+    """
+    if not isinstance(raw, dict):
+        raise ValueError(f"the row is a {type(raw).__name__}; it should be an object")
+    turns = raw.get("conversations")
+    turn = _turn
+    if turns is None and isinstance(raw.get("messages"), list):
+        turns, turn = raw["messages"], _message
+    if not isinstance(turns, list) or not turns:
+        raise ValueError('"conversations" is missing or empty; it should be a list of turns')
+    messages = tuple(turn(index, one) for index, one in enumerate(turns, start=1))
+    for index, (role, text) in enumerate(messages, start=1):
+        expected = "user" if index % 2 else "assistant"
+        if role != expected:
+            raise ValueError(f"turn {index} is by the {role}; turns should alternate, beginning with the user")
+        check_characters(f"turn {index}", text)
+        if role == "assistant":
+            if not text.strip():
+                raise ValueError(f"turn {index}, an answer, is empty")
+            if PLACEHOLDER in text:
+                raise ValueError(f"turn {index}, an answer, holds {PLACEHOLDER}; only questions may")
+    if len(messages) % 2:
+        raise ValueError("the last turn is a question without an answer")
+    images = images_of(raw, folder)
+    placeholders = sum(text.count(PLACEHOLDER) for _, text in messages)
+    if placeholders != len(images):
+        raise ValueError(
+            f"{placeholders} {PLACEHOLDER} placeholder{'s' * (placeholders != 1)} for {len(images)} "
+            f"image{'s' * (len(images) != 1)}; there should be one for each"
+        )
+    return Row(number, messages, images)
+
+
+def _turn(index: int, turn: object) -> tuple[str, str]:
+    if not isinstance(turn, dict) or not isinstance(turn.get("value"), str) or not isinstance(turn.get("from"), str):
+        raise ValueError(f'turn {index} should be an object with "from" and "value", both text')
+    if turn["from"] not in _SPEAKERS:
+        raise ValueError(f'turn {index} is "from" {turn["from"]!r}; it should be "human" or "gpt"')
+    return _SPEAKERS[turn["from"]], turn["value"]
+
+
+def _message(index: int, turn: object) -> tuple[str, str]:
+    """A turn of TRL's form; its image parts become placeholders."""
+    content = turn.get("content") if isinstance(turn, dict) else None
+    if not isinstance(turn, dict) or not isinstance(content, (str, list)):
+        raise ValueError(f'turn {index} should be an object with "role" and "content", text or a list of parts')
+    role = turn.get("role")
+    if not isinstance(role, str) or role not in _SPEAKERS:
+        raise ValueError(f'turn {index} has "role" {role!r}; it should be "user" or "assistant"')
+    if isinstance(content, str):
+        return _SPEAKERS[role], content
+    texts = []
+    for part in content:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind == "image":
+            texts.append(PLACEHOLDER)
+        elif kind == "text" and isinstance(part.get("text"), str):
+            texts.append(part["text"])
+        else:
+            raise ValueError(f'turn {index} has a part {part!r}; it should be of "type" "text" or "image"')
+    return _SPEAKERS[role], "\n".join(texts)
+
+
+def images_of(raw: dict[str, Any], folder: Path | None) -> tuple[ImageSource, ...]:
+    """The images that a row names under `image` or `images`, one or a list.
+
+    Raises:
+        ValueError: one is no name, or there is no such file in `folder`.
+    """
+    named = raw["image"] if raw.get("image") is not None else raw.get("images")
+    if named is None:
+        return ()
+    several: list[Any] = named if isinstance(named, list) else [named]
+    return tuple(_image(one, folder) for one in several)
+
+
+def _image(named: Any, folder: Path | None) -> ImageSource:
+    if isinstance(named, dict):  # as `datasets` writes images: the bytes, or a path, or both
+        if isinstance(named.get("bytes"), bytes):
+            return named["bytes"]
+        named = named.get("path")
+    if not isinstance(named, str) or not named:
+        raise ValueError(f'"image" is {named!r}; it should be the name of a file')
+    check_characters('"image"', named)
+    if folder is None:
+        raise ValueError(f"image {named} is a file, and no folder of images is given (--images)")
+    try:
+        there = (folder / named).is_file()
+    except OSError as error:  # the image itself in place of its name is a name too long
+        shown = named if len(named) < 80 else f"{named[:80]}…"
+        raise ValueError(f'"image" is {shown!r}; it should be the name of a file ({error.strerror})') from error
+    if not there:
+        raise ValueError(f"image {folder / named} does not exist")
+    return folder / named
+
+
+def split_readable(file: Path, rows: list[RowT], progress: bool) -> tuple[list[RowT], list[BadRow]]:
+    """Rows whose images can be decoded, and those with one that cannot. Their images are files."""
+    reasons = unreadable({path for row in rows for path in row.images}, progress)
+    good: list[RowT] = []
+    bad: list[BadRow] = []
+    for row in rows:
+        own = [reasons[path] for path in row.images if path in reasons]
+        if own:
+            bad.append(BadRow(file, row.number, own[0]))
+        else:
+            good.append(row)
+    return good, bad
+
+
+def split_rows(rows: list[Row], fraction: float, seed: int) -> tuple[list[Row], list[Row]]:
+    """Training and validation rows. An image is on one side only, so that validation sees no image of the training.
+
+    Raises:
+        DataError: `fraction` is above 0 but leaves one side empty.
+    """
+    if fraction == 0:
+        return rows, []
+    groups = _rows_by_images(rows)
+    keys = list(groups)
+    random.Random(seed).shuffle(keys)
+    validation: set[int] = set()
+    for key in keys:
+        if len(validation) >= fraction * len(rows):
+            break
+        validation.update(row.number for row in groups[key])
+    train = [row for row in rows if row.number not in validation]
+    if not train or not validation:
+        raise DataError(
+            f"val_fraction {fraction} of {len(rows)} rows about {len(keys)} images leaves "
+            f"{'no row to train on' if not train else 'none to validate on'}; give --val-data or another --val-fraction"
+        )
+    return train, [row for row in rows if row.number in validation]
+
+
+def _rows_by_images(rows: list[Row]) -> dict[object, list[Row]]:
+    """Rows that share an image, also by way of others, are one group; so is every row without."""
+    leader: dict[object, object] = {}
+
+    def find(key: object) -> object:
+        while leader.setdefault(key, key) != key:
+            leader[key] = leader[leader[key]]
+            key = leader[key]
+        return key
+
+    for row in rows:
+        for image in row.images[1:]:
+            leader[find(image)] = find(row.images[0])
+    groups: dict[object, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(find(row.images[0]) if row.images else row.number, []).append(row)
+    return groups
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What the model is given at once: `messages` up to an answer, of which the last (or every) one is supervised."""
+
+    row: int
+    messages: tuple[tuple[str, str], ...]
+    images: tuple[Any, ...]  # ImageSource
+
+
+def samples(rows: Iterable[Row], turns: str) -> Iterator[Sample]:
+    """One sample for each answer (turns="each"), or one for each row (turns="all").
+
+    "each" is what inference does, where every token of the last question may be copied into the image. In "all", only
+    the first question can be: a later one would show the earlier answers what comes next, so the operators forbid it.
+    """
+    for row in rows:
+        ends = range(2, len(row.messages) + 1, 2) if turns == "each" else (len(row.messages),)
+        for end in ends:
+            messages = row.messages[:end]
+            count = sum(text.count(PLACEHOLDER) for _, text in messages)
+            yield Sample(row.number, messages, row.images[:count])
+
+
+def parts(text: str) -> list[dict[str, str]]:
+    """A turn's text as the content parts of a chat template: images at the placeholders, stripped text between."""
+    content: list[dict[str, str]] = []
+    for index, piece in enumerate(text.split(PLACEHOLDER)):
+        if index:
+            content.append({"type": "image"})
+        if piece.strip():
+            content.append({"type": "text", "text": piece.strip()})
+    return content
+
+
+def load_image(source: ImageSource) -> Image.Image:
+    """An RGB image.
+
+    Raises:
+        DataError: it cannot be read, or no longer.
+    """
+    try:
+        return decoded(source)
+    except Exception as error:
+        name = "inside the row" if isinstance(source, bytes) else f"{source}"
+        raise DataError(f"image {name} {why_not(error)}") from error

@@ -1,0 +1,38 @@
+"""The errors that tell a user what to change. The command line prints them as one line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+
+class SetupError(ValueError):
+    """Training cannot start: the message says what to change."""
+
+
+class CheckpointError(ValueError):
+    """A checkpoint or an adapter could not be written or read; the message says what is left."""
+
+
+@dataclass(frozen=True)
+class BadRow:
+    """A row that cannot be used, counted from 1, and why."""
+
+    file: Path
+    number: int
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.file}, row {self.number}: {self.reason}"
+
+
+class DataError(ValueError):
+    """The data cannot be trained on as it is. `bad` lists the rows at fault."""
+
+    def __init__(self, message: str, bad: Iterable[BadRow] = ()):
+        # A DataLoader raises its workers' errors anew, with their traceback for a message.
+        if message.startswith("Caught DataError in "):
+            message = message.rpartition("DataError: ")[2].rstrip()
+        super().__init__(message)
+        self.bad = tuple(bad)

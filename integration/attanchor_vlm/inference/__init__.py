@@ -1,0 +1,1 @@
+"""Ask an attached model, see where its anchors went, and export what engines need."""

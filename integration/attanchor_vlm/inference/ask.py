@@ -1,0 +1,137 @@
+"""Ask a model about images, with its anchors: one question, or a batch.
+
+model, processor = load("llava-hf/llava-1.5-7b-hf", adapter="runs/anchors")
+answer(model, processor, "Where is the dog?", ["photo.jpg"]).text
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image
+
+from attanchor_vlm.chat.encode import encode_chat
+from attanchor_vlm.data.batches import message, to_model
+from attanchor_vlm.data.reading import check_characters
+from attanchor_vlm.data.rows import PLACEHOLDER, load_image
+from attanchor_vlm.model.attach import base_of, is_attached
+
+Picture = Image.Image | str | PathLike[str]
+
+
+class Answer(NamedTuple):
+    """What the model said, and how many of the question's `candidates` (text tokens that take part) were `inserted`.
+    With direction "image_into_text", `inserted` counts copies of image tokens."""
+
+    text: str
+    inserted: int
+    candidates: int
+
+
+def answer(
+    model: Any,
+    processor: Any,
+    prompt: str,
+    images: Picture | Sequence[Picture] = (),
+    *,
+    max_new_tokens: int = 64,
+    **options: Any,
+) -> Answer:
+    """Ask one question about one or several images (or none).
+
+    Args:
+        model: Attached, or a PeftModel around an attached one. A plain model answers too, without anchors.
+        processor: Its processor.
+        prompt: The question. Images go in front of it, or where it says ``<image>``.
+        images: PIL images or paths, or a single one.
+        max_new_tokens: Bound of the answer's length.
+        options: Further arguments of `generate`; greedy decoding unless they say otherwise.
+
+    Raises:
+        ValueError: an image cannot be read, there are not as many as the prompt has places for, or `options` make
+            `generate` return anything but one sequence for each question.
+    """
+    return answers(model, processor, [prompt], [images], max_new_tokens=max_new_tokens, **options)[0]
+
+
+@torch.no_grad()
+def answers(
+    model: Any,
+    processor: Any,
+    prompts: Sequence[str],
+    images: Sequence[Picture | Sequence[Picture]],
+    *,
+    max_new_tokens: int = 64,
+    **options: Any,
+) -> list[Answer]:
+    """`answer` for a batch, padded on the left: ``images[i]`` are those of ``prompts[i]``."""
+    _check_batch(prompts, images, options)
+    model.eval()
+    opened = [open_images(own) for own in images]
+    chats = [[message("user", with_placeholders(text, len(own)))] for text, own in zip(prompts, opened, strict=True)]
+    target: Any = base_of(model)
+    attached = is_attached(target)
+    words = target.attanchor_config.content_words if attached else False
+    batch = to_model(encode_chat(processor, chats, opened, add_generation_prompt=True, content_words=words), model)
+    mask = batch["anchor_mask"]
+    if not any(opened) or not attached:
+        del batch["anchor_mask"]  # nothing to match, or nobody to take it
+    sequences = model.generate(**batch, **{"do_sample": False, **options, "max_new_tokens": max_new_tokens})
+    plan = target.attanchor_plan if attached else None
+    inserted = [0] * len(chats) if plan is None else plan.is_anchor.sum(-1).tolist()
+    new = sequences[:, batch["input_ids"].shape[1] :]
+    texts = processor.tokenizer.batch_decode(new, skip_special_tokens=True)
+    candidates = [count if own else 0 for own, count in zip(opened, mask.sum(-1).tolist(), strict=True)]
+    return [Answer(text.strip(), *counts) for text, *counts in zip(texts, inserted, candidates, strict=True)]
+
+
+def _check_batch(prompts: Sequence[str], images: Sequence[Any], options: dict[str, Any]) -> None:
+    if isinstance(prompts, str) or len(prompts) != len(images):
+        count = 1 if isinstance(prompts, str) else len(prompts)
+        raise ValueError(
+            f"there {'is 1 prompt' if count == 1 else f'are {count} prompts'} and images for {len(images)}; prompts "
+            "should be a list, and images a list with an entry (which may be an empty list) for each of them"
+        )
+    for name, plain in (("num_return_sequences", 1), ("return_dict_in_generate", False)):
+        if (options.get(name) or plain) != plain:
+            raise ValueError(f"{name} is {options[name]}, but a question has one answer; call model.generate for that")
+
+
+def with_placeholders(text: str, images: int) -> str:
+    """A question with a place for each of its images: in front, unless it says where.
+
+    Raises:
+        ValueError: it says so for another number of images, or is no whole text.
+    """
+    check_characters("the prompt", text)
+    places = text.count(PLACEHOLDER)
+    if places == 0:
+        return f"{PLACEHOLDER}\n" * images + text
+    if places != images:
+        raise ValueError(
+            f"the prompt has {places} {PLACEHOLDER} placeholder{'s' * (places != 1)} for {images} "
+            f"image{'s' * (images != 1)}; there should be one for each, or none, which puts images first"
+        )
+    return text
+
+
+def open_images(images: Picture | Sequence[Picture]) -> list[Image.Image]:
+    """RGB images, of one or several.
+
+    Raises:
+        DataError: see `open_image`.
+    """
+    return [open_image(image) for image in ([images] if isinstance(images, (Image.Image, str, PathLike)) else images)]
+
+
+def open_image(image: Picture) -> Image.Image:
+    """An RGB image.
+
+    Raises:
+        DataError: there is no such file, or it is no image.
+    """
+    return load_image(image if isinstance(image, Image.Image) else Path(image))

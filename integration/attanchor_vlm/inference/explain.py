@@ -1,0 +1,67 @@
+"""Ask an attached model: how many answers are right, which tau inserts a wanted share, where the anchors went."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from attanchor_vlm.chat.encode import encode_chat
+from attanchor_vlm.data.batches import message, to_model
+from attanchor_vlm.data.rows import PLACEHOLDER
+from attanchor_vlm.inference.ask import Picture, open_images, with_placeholders
+from attanchor_vlm.inference.picture import Anchored, Match
+from attanchor_vlm.model.attach import base_of, is_attached
+from attanchor_vlm.model.geometry import image_slots, patch_boxes
+
+
+@torch.no_grad()
+def explain(
+    model: Any, processor: Any, images: Picture | Sequence[Picture], prompt: str, max_new_tokens: int = 64
+) -> Anchored:
+    """The answer to a question about an image, or several, and the patch that each of its tokens was copied behind.
+
+    Args:
+        model: Attached with direction "text_into_image" and tau < 1.
+        images: One PIL image or path, or a list of them.
+        prompt: The question. Images go in front of it, or where it says ``<image>``.
+        max_new_tokens: Bound of the answer's length.
+
+    Raises:
+        ValueError: the model is not attached, inserts nothing, or images into text; or the question has places for
+            another number of images.
+    """
+    if not is_attached(model):
+        raise ValueError("the model is not attached, so it has no anchors to explain; it should be one given to attach")
+    config = _attached(model).attanchor_config
+    if config.inserts_nothing or config.direction != "text_into_image":
+        raise ValueError(
+            f"the model has tau {config.tau} and direction {config.direction}; only text in images can be drawn"
+        )
+    model.eval()
+    opened = open_images(images)
+    if not opened:
+        raise ValueError("there is no image, and anchors stand in images; give one or more")
+    chat = [message("user", with_placeholders(prompt, len(opened)))]
+    words = config.content_words
+    encoded = encode_chat(processor, [chat], [opened], add_generation_prompt=True, content_words=words)
+    batch = to_model(encoded, model)
+    sequences = model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False)
+    plan = _attached(model).attanchor_plan
+    ids = batch["input_ids"][0]
+    boxes = patch_boxes(model, processor, batch, 0, [opened])
+    patch_of = {slot: patch for patch, slot in enumerate(image_slots(model, batch, 0))}
+    matches = []
+    for slot in batch["anchor_mask"][0].nonzero()[:, 0].tolist():
+        patch = patch_of.get(int(plan.host[0, slot]))
+        word = processor.tokenizer.decode([int(ids[slot])]).strip() or "␣"
+        matches.append(Match(word, float(plan.score[0, slot]), patch))
+    answer = processor.tokenizer.decode(sequences[0, len(ids) :], skip_special_tokens=True).strip()
+    shown = prompt.replace(PLACEHOLDER, "").strip()
+    return Anchored(opened, boxes, shown, matches, answer)
+
+
+def _attached(model: Any) -> Any:
+    """The transformers model itself, with the attributes that `attach` gave it."""
+    return base_of(model)

@@ -1,0 +1,35 @@
+"""Idefics3 and SmolVLM: the tiles of a sample in one row of pixel_values, short samples filled with zeros."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from PIL import Image
+from torch import Tensor, nn
+
+from attanchor_vlm.model.families.base import FamilyAdapter
+from attanchor_vlm.model.families.grid import Grid, split, whole
+
+
+class Idefics3Adapter(FamilyAdapter):
+    model_types = ("idefics3", "smolvlm")
+    image_arguments = ("pixel_values", "pixel_attention_mask")
+
+    def vision_tower(self, model: Any) -> nn.Module | None:
+        return model.base_model.vision_model
+
+    def pooling(self, model: Any) -> float:
+        return model.config.scale_factor
+
+    def grids(
+        self, model: Any, processor: Any, batch: Mapping[str, Tensor], index: int, size: tuple[int, int]
+    ) -> list[Grid]:
+        """Tiles in reading order, then the whole image; small images have no tiles."""
+        blank = Image.new("RGB", (size[1], size[0]))
+        # How many there are depends on several roundings: asked of the processor itself.
+        encoded = processor.image_processor(blank, return_row_col_info=True)
+        rows, columns = encoded["rows"][0][0], encoded["cols"][0][0]
+        shape = self.tile_shape(model, batch)
+        tiles = split(whole(size), rows, columns) if rows else []
+        return [*(Grid(*shape, region, tile) for tile, region in enumerate(tiles)), Grid(*shape, whole(size))]

@@ -1,0 +1,28 @@
+"""LlavaForConditionalGeneration: LLaVA-1.5, TinyLLaVA and whatever else is saved as this class."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from attanchor_vlm.model.families.base import FamilyAdapter
+from attanchor_vlm.model.families.grid import Grid, whole
+
+
+class LlavaAdapter(FamilyAdapter):
+    """One feature row per patch, one position per token, nothing per token besides."""
+
+    model_types = ("llava",)
+    image_arguments = ("pixel_values", "vision_feature_layer", "vision_feature_select_strategy", "image_sizes")
+
+    def grids(
+        self, model: Any, processor: Any, batch: Mapping[str, Tensor], index: int, size: tuple[int, int]
+    ) -> list[Grid]:
+        if "image_sizes" not in batch:
+            return super().grids(model, processor, batch, index, size)
+        # Pixtral's encoder: images keep their shape, and `image_sizes` says what they were resized to.
+        patch = model.config.vision_config.patch_size
+        height, width = batch["image_sizes"][index].tolist()
+        return [Grid(height // patch, width // patch, whole(size))]

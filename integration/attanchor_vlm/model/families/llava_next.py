@@ -1,0 +1,71 @@
+"""LLaVA-NeXT: images in tiles, with a learned row after every line of patches."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+from transformers.image_processing_utils import select_best_resolution
+
+from attanchor_vlm.model.families.base import FamilyAdapter
+from attanchor_vlm.model.families.grid import Grid, whole
+
+
+class LlavaNextAdapter(FamilyAdapter):
+    """Feature rows that are line ends are the same learned vector everywhere: no image content, so no hosts."""
+
+    model_types = ("llava_next",)
+    image_arguments: tuple[str, ...] = (
+        "pixel_values",
+        "image_sizes",
+        "vision_feature_layer",
+        "vision_feature_select_strategy",
+    )
+
+    def silent_features(self, model: Any, rows: Tensor) -> Tensor | None:
+        newline = getattr(model.base_model, "image_newline", None)
+        # As the model wrote it into the features, which under autocast have another dtype than the parameter.
+        return None if newline is None else (rows == newline.detach().to(rows)).all(-1)
+
+    def grids(
+        self, model: Any, processor: Any, batch: Mapping[str, Tensor], index: int, size: tuple[int, int]
+    ) -> list[Grid]:
+        """The whole image, then the tiles as one grid, less what they have of padding, with line ends."""
+        vision = model.config.vision_config
+        side, cells = vision.image_size, vision.image_size // vision.patch_size
+        height, width = size
+        canvas_height, canvas_width = select_best_resolution(size, model.config.image_grid_pinpoints)
+        # Fitted into the canvas in its own shape, with as much padding on both sides.
+        scale = min(canvas_width / width, canvas_height / height)
+        fitted_height = min(math.ceil(height * scale), canvas_height)
+        fitted_width = min(math.ceil(width * scale), canvas_width)
+        top, left = (canvas_height - fitted_height) // 2, (canvas_width - fitted_width) // 2
+        scale_y, scale_x = height / fitted_height, width / fitted_width
+        # As the model takes padding away: whole lines of cells, of one direction.
+        rows, columns = canvas_height // side * cells, canvas_width // side * cells
+        pad_rows = pad_columns = 0
+        if width / height > columns / rows:
+            pad_rows = (rows - int(round(height * (columns / width), 7))) // 2
+        else:
+            pad_columns = (columns - int(round(width * (rows / height), 7))) // 2
+
+        def place(x: float, y: float) -> tuple[float, float]:
+            return (x - left) * scale_x, (y - top) * scale_y
+
+        cell_height, cell_width = canvas_height / rows, canvas_width / columns
+        region = (
+            *place(pad_columns * cell_width, pad_rows * cell_height),
+            *place(canvas_width - pad_columns * cell_width, canvas_height - pad_rows * cell_height),
+        )
+        canvas = (*place(0, 0), *place(canvas_width, canvas_height))
+        shape = self.shape_of_tiles(model, batch, rows - 2 * pad_rows, columns - 2 * pad_columns, cells)
+        tiles = (canvas_height // side, canvas_width // side, canvas)
+        return [Grid(cells, cells, whole(size)), Grid(*shape, region, ends_lines=True, tiles=tiles)]
+
+    def shape_of_tiles(
+        self, model: Any, batch: Mapping[str, Tensor], rows: int, columns: int, cells: int
+    ) -> tuple[int, int]:
+        """(rows, columns) of the tokens that stand for a grid of features; `cells` along the side of a tile."""
+        return rows, columns

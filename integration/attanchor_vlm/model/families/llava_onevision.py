@@ -1,0 +1,36 @@
+"""LLaVA-OneVision: LLaVA-NeXT's tiles and line ends, with the number of images per sample and bounded tiles."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from attanchor_vlm.model.families.grid import Grid, squared
+from attanchor_vlm.model.families.llava_next import LlavaNextAdapter
+
+
+class LlavaOnevisionAdapter(LlavaNextAdapter):
+    model_types = ("llava_onevision",)
+    image_arguments = (*LlavaNextAdapter.image_arguments, "vision_aspect_ratio", "batch_num_images")
+
+    def grids(
+        self, model: Any, processor: Any, batch: Mapping[str, Tensor], index: int, size: tuple[int, int]
+    ) -> list[Grid]:
+        """As LLaVA-NeXT's; but several images in a sample have one padded tile each, with one newline behind it."""
+        counts = batch.get("batch_num_images")
+        if counts is None or int(counts.repeat_interleave(counts)[index]) == 1:
+            return super().grids(model, processor, batch, index, size)
+        vision = model.config.vision_config
+        cells = vision.image_size // vision.patch_size
+        return [Grid(cells, cells, squared(size), ends=True)]
+
+    def shape_of_tiles(
+        self, model: Any, batch: Mapping[str, Tensor], rows: int, columns: int, cells: int
+    ) -> tuple[int, int]:
+        """The features are shrunk to what `vision_aspect_ratio` allows, such as nine tiles' worth."""
+        most = int(model.config.vision_aspect_ratio.removeprefix("anyres_max_"))
+        ratio = math.sqrt(rows * columns / (most * cells**2))
+        return (int(rows // ratio), int(columns // ratio)) if ratio > 1.1 else (rows, columns)

@@ -1,0 +1,288 @@
+"""Load a model with its processor, its adapter and its anchors, in what the device can compute in."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pickle
+import re
+import socket
+import warnings
+from collections.abc import Callable, Collection, Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from attanchor_lab.placements import check_adapter
+from safetensors import SafetensorError
+
+from attanchor_vlm.errors import SetupError
+from attanchor_vlm.model.adapter_files import FILE_NAME, load_adapter, load_settings
+from attanchor_vlm.model.attach import attach
+from attanchor_vlm.model.candidates import with_tokens_of
+from attanchor_vlm.model.config import AttAnchorConfig
+
+
+def load_pretrained(name: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+    """Model and processor of a local folder or a Hub id, with the weights in `dtype`.
+
+    Raises:
+        SetupError: there is no such folder, the Hub cannot be reached or does not have it, a file of it is damaged or
+            lacks weights, or it is no image-text-to-text model. Code that comes with a checkpoint is never run.
+    """
+    from transformers import AutoModelForImageTextToText
+
+    from attanchor_vlm.model.processors import load_processor
+
+    source = source_of(name)
+    try:
+        # Processor first: it is small, so that a wrong name costs no download.
+        processor = load_processor(source)
+        model, found = AutoModelForImageTextToText.from_pretrained(
+            source, dtype=dtype, output_loading_info=True, trust_remote_code=False
+        )
+    except Exception as error:  # of damaged files, nearly any kind
+        raise cannot_be_loaded(name, error) from error
+    _check_weights(name, model, found)
+    if getattr(processor, "image_processor", None) is None or getattr(processor, "tokenizer", None) is None:
+        raise SetupError(f"model {name} has no processor for images and text; AttAnchor trains image-text models")
+    return model, processor
+
+
+def _check_weights(name: str, model: torch.nn.Module, found: Mapping[str, Collection[str]]) -> None:
+    """Refuse a model with weights that are random, for want of stored ones, or NaN; tell of stored ones left over."""
+    if missing := sorted(found["missing_keys"]):
+        raise SetupError(
+            f"model {name} lacks {len(missing)} of its weights, such as {missing[0]}, which would be random; copy the "
+            "checkpoint whole"
+        )
+    if surplus := sorted(found["unexpected_keys"]):
+        warnings.warn(
+            f"model {name} has {len(surplus)} weights that {type(model).__name__} does not use, such as {surplus[0]}",
+            stacklevel=3,
+        )
+    broken = [key for key, weight in model.named_parameters() if not torch.isfinite(weight).all()]
+    if broken:
+        raise SetupError(f"model {name} has weights that are NaN or infinite, such as {broken[0]}; it is damaged")
+
+
+def cannot_be_loaded(name: str, error: Exception) -> SetupError:
+    """What is said of a model that transformers could not load, or its processor."""
+    hint = (
+        "the folder should hold config.json, weights and processor files, as save_pretrained writes them"
+        if Path(name).expanduser().is_dir()
+        else "it is no folder here, so it was looked for on the Hugging Face Hub; check name, network and login "
+        "(`hf auth login`), or download it elsewhere and give its folder"
+    )
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    reason = " ".join(line.strip() for line in lines[: 2 if lines[0].endswith(":") else 1])
+    return SetupError(f"model {name} cannot be loaded: {reason} ({hint})")
+
+
+def source_of(name: str) -> str:
+    """What transformers is given for `name`: a local folder, or a Hub id whose Hub can be reached.
+
+    Raises:
+        SetupError: it is neither, or an adapter.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        refuse_adapter(name)
+        return str(path)
+    if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise SetupError(
+            f"model {name} is not a folder; give the folder of a saved model, or a Hub id such as owner/name"
+        )
+    check_hub(name)
+    return name
+
+
+def refuse_adapter(model: str) -> None:
+    """Refuse an adapter's folder in the place of its model's. transformers would load both, unmerged: an export of that
+    is no whole model, and training would begin anew.
+
+    Raises:
+        SetupError: naming the model that it was trained on.
+    """
+    folder = Path(model).expanduser()
+    if not (folder / "adapter_config.json").is_file() or (folder / "config.json").is_file():
+        return
+    try:
+        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        base = f", {config['base_model_name_or_path']}"
+    except (OSError, ValueError, LookupError, TypeError):
+        base = ""
+    raise SetupError(f"model {model} is an adapter; give the model that it was trained on{base}")
+
+
+def check_hub(name: str) -> None:
+    """Refuse a Hub id at once where the Hub cannot be reached: its client would go on trying for minutes."""
+    from urllib.parse import urlsplit
+
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    try:
+        cached = isinstance(try_to_load_from_cache(name, "config.json"), str)
+    except ValueError as error:
+        raise SetupError(f"model {name} is no folder here, and cannot be a Hub id: {error}") from error
+    proxied = any(os.environ.get(key) for key in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"))
+    if cached or proxied:
+        return
+    hint = "download it elsewhere and give its folder"
+    if constants.HF_HUB_OFFLINE:
+        raise SetupError(
+            f"model {name} is no folder here and not in the Hub's cache, and HF_HUB_OFFLINE is set; {hint}"
+        )
+    address = urlsplit(constants.ENDPOINT)
+    port = address.port or (443 if address.scheme == "https" else 80)
+    try:
+        socket.create_connection((address.hostname, port), timeout=10).close()
+    except OSError as error:
+        raise SetupError(
+            f"model {name} is no folder here, and the Hugging Face Hub ({address.hostname}) cannot be reached "
+            f"({error}); check name and network, or {hint}"
+        ) from error
+
+
+def choose_dtype(wanted: str, say: Callable[[str], None]) -> torch.dtype:
+    """`wanted` if the device computes in it, else float32 with one line that says so."""
+    if wanted == "float32":
+        return torch.float32
+    if not torch.cuda.is_available():
+        say(f"{wanted} needs a GPU, and there is none: training in float32")
+        return torch.float32
+    if wanted == "bfloat16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        say(f"bfloat16 is not supported by {torch.cuda.get_device_name()}: training in float32")
+        return torch.float32
+    return getattr(torch, wanted)
+
+
+def settings_for(
+    model: str,
+    adapter: str | PathLike[str] | None = None,
+    tau: float | None = None,
+    content_words: bool | tuple[str, ...] | None = None,
+) -> AttAnchorConfig | None:
+    """The settings that `load` will attach with, as far as files tell without loading the model: those of the adapter,
+    or of the model's folder (attanchor.json, or config.json if it was saved attached), with `tau` and `content_words`
+    in place of theirs. None if there are none.
+
+    Raises:
+        SetupError: `adapter` is no folder of an adapter, was trained without anchors and there is no `tau`, or is that
+            of an experiment's control; or `model` is an adapter.
+        ValueError: the settings are damaged, or `tau` is no threshold.
+    """
+    refuse_adapter(model)
+    found = None
+    if adapter is not None:
+        folder = Path(adapter)
+        if not (folder / "adapter_config.json").is_file():
+            raise SetupError(f"adapter {folder} holds no adapter_config.json; give the folder that train wrote to")
+        check_adapter(folder)
+        if (folder / FILE_NAME).is_file():
+            found = load_settings(folder)
+        elif tau is None:
+            raise SetupError(
+                f"adapter {folder} has no {FILE_NAME}, so it was trained without anchors; give --tau (1 for none)"
+            )
+    else:
+        folder = Path(model).expanduser()
+        found = load_settings(folder) if (folder / FILE_NAME).is_file() else _saved_attached(folder)
+    return _changed(found, tau, content_words)
+
+
+def _saved_attached(folder: Path) -> AttAnchorConfig | None:
+    try:
+        stored = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("attanchor")
+    except (OSError, ValueError, AttributeError):
+        return None  # whether it is a model at all is said when it is loaded
+    return None if stored is None else AttAnchorConfig.from_dict(stored)
+
+
+def _changed(
+    settings: AttAnchorConfig | None, tau: float | None, content_words: bool | tuple[str, ...] | None
+) -> AttAnchorConfig | None:
+    if tau is not None:
+        settings = AttAnchorConfig(tau=tau) if settings is None else dataclasses.replace(settings, tau=tau)
+    if settings is not None and content_words is not None:
+        settings = dataclasses.replace(settings, content_words=content_words, function_token_ids=())
+    return settings
+
+
+def load(
+    model: str,
+    adapter: str | PathLike[str] | None = None,
+    *,
+    tau: float | None = None,
+    content_words: bool | tuple[str, ...] | None = None,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+    need_settings: bool = True,
+    default_tau: float | None = None,
+) -> tuple[Any, Any]:
+    """A model with its processor, its adapter and its anchors, ready for `answer`.
+
+    Args:
+        model: Folder of a saved model, or a Hub id.
+        adapter: Folder of an adapter that `attanchor train` or `save_settings` wrote, with its ``attanchor.json``.
+        tau: Instead of the stored threshold; 1 for no anchors.
+        content_words: As in `AttAnchorConfig`, instead of what is stored.
+        dtype: Of the weights, "auto" for the one that they are saved in; None for bfloat16 on a GPU that computes in
+            it, else float32.
+        device: None for the GPU, if there is one.
+        need_settings: False leaves a model that nothing says a tau for as it is, plain.
+        default_tau: The threshold of a model that nothing else says one for.
+
+    Returns:
+        The attached model (with an adapter: a PeftModel around it) in evaluation mode, and the processor.
+
+    Raises:
+        SetupError: model or adapter cannot be loaded, or nothing says which tau to use.
+    """
+    settings = settings_for(model, adapter, tau, content_words)
+    missing = SetupError(
+        f"model {model} has no AttAnchor settings; give --tau (1 for no anchors), or an --adapter with its own"
+    )
+    need_settings = need_settings and default_tau is None
+    if settings is None and need_settings and (Path(model).expanduser() / "config.json").is_file():
+        raise missing  # of a model on the Hub, its config says more
+    gpu = torch.cuda.is_available()
+    if dtype is None:
+        dtype = torch.bfloat16 if gpu and torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    weights: Any = dtype
+    loaded, processor = load_pretrained(model, weights)
+    stored = getattr(loaded.config, "attanchor", None)
+    if stored is not None and adapter is None and not (Path(model).expanduser() / FILE_NAME).is_file():
+        settings = _changed(AttAnchorConfig.from_dict(stored), tau, content_words)
+    if settings is None and need_settings:
+        raise missing
+    settings = settings or _changed(None, default_tau, content_words)
+    if settings is not None:
+        # Adapters know the tokens of the processor that they were trained with.
+        known = settings.special_token_ids and (settings.function_token_ids or not settings.content_words)
+        settings = settings if known else with_tokens_of(settings, processor)
+        attach(loaded, settings)
+    if adapter is not None:
+        loaded = with_adapter(loaded, model, adapter)
+        if settings is not None:
+            attach(loaded, settings)  # in place of the adapter's tau, if another was given
+    return loaded.to(device or ("cuda" if gpu else "cpu")).eval(), processor
+
+
+def with_adapter(loaded: Any, model: str, adapter: str | PathLike[str]) -> Any:
+    """`load_adapter` into a model that was `loaded` from `model`.
+
+    Raises:
+        SetupError: the adapter is damaged, or that of another model.
+    """
+    try:
+        return load_adapter(loaded, adapter)
+    except (json.JSONDecodeError, SafetensorError) as error:
+        raise SetupError(f"adapter {adapter} cannot be read; a file of it is damaged: {error}") from error
+    except (RuntimeError, ValueError, KeyError, TypeError, pickle.UnpicklingError, re.error) as error:
+        reason = " ".join(str(error).split())
+        raise SetupError(
+            f"adapter {adapter} does not fit model {model}, which it should have been trained on: {reason[:300]}"
+        ) from error

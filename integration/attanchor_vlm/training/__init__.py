@@ -1,0 +1,1 @@
+"""Fine-tune an attached model with LoRA: settings, run, checkpoints, alignment loss."""

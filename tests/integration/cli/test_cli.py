@@ -1,0 +1,284 @@
+"""The command `attanchor`: a mistake ends in one line that says what to do, and everything can be done from it."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from attanchor_lab.scenes import dataset as scenes
+from attanchor_lab.small_llava import model as small_llava
+from attanchor_vlm import cli, load_settings
+from attanchor_vlm.errors import SetupError
+from attanchor_vlm.model import load as loading
+from PIL import Image
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world")
+    torch.manual_seed(0)
+    processor = small_llava.build_processor()
+    small_llava.build_model(processor).save_pretrained(folder / "model")
+    processor.save_pretrained(folder / "model")
+    scenes.write_dataset(folder, "train", 8, seed=0)
+    return folder
+
+
+def command(world, *more, **changed):
+    options = {"--model": world / "model", "--data": world / "train.json", "--images": world / "images", **changed}
+    return [str(word) for option in options.items() for word in option] + [str(word) for word in more]
+
+
+def fails(capsys, arguments):
+    """Exit code and the one line on stderr."""
+    code = cli.main([str(argument) for argument in arguments])
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("error: ")
+    return code, lines[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "Missing command (see attanchor --help)"),
+        (["trian"], "No such command 'trian'"),
+        (["train"], "Missing option '--model' (see attanchor train --help)"),
+        (["train", "--tau", "high"], "'--tau'"),
+        (["train", "--nope"], "No such option: --nope"),
+        (["generate", "--model", "m", "--image", "i"], "give one of the two: a question as --prompt"),
+        (["demo", "--output", "o", "--steps", "1"], "'--steps'"),
+    ],
+)
+def test_a_wrong_command_line_is_exit_code_2(capsys, arguments, message):
+    code, line = fails(capsys, arguments)
+    assert code == 2
+    assert message in line
+
+
+@pytest.mark.parametrize(
+    ("changed", "more", "message"),
+    [
+        ({"--data": "gone.json"}, (), "gone.json cannot be read: No such file or directory"),
+        ({"--images": "gone"}, (), "gone is not a folder"),
+        ({"--model": "./gone"}, (), "model ./gone is not a folder; give the folder of a saved model, or a Hub id"),
+        (
+            {},
+            ("--preset", "tiny"),
+            "preset is 'tiny'; it should be one of tinyllava-1b, llava-7b, qwen2.5-vl-3b, small-llava",
+        ),
+        ({}, ("--lr", "-1"), "lr is -1.0; it should be greater than 0"),
+        ({}, ("--resume",), "holds no checkpoint to resume from"),
+        ({}, ("--optimizer", "adamx"), "optimizer is 'adamx'; it should be one of"),
+        ({}, ("--tau", "nan"), "tau is NaN"),
+    ],
+)
+def test_what_the_command_names_and_cannot_be_used_is_exit_code_1(world, tmp_path, capsys, changed, more, message):
+    arguments = ["train", *command(world, "--output", tmp_path / "run", "--preset", "small-llava", *more, **changed)]
+    code = cli.main(arguments)
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert code == 1
+    assert last.startswith("error: ")
+    assert message in last
+
+
+def test_a_hub_that_cannot_be_reached_is_said_at_once(monkeypatch):
+    from huggingface_hub import constants
+
+    def refuse(*args, **kwargs):
+        raise OSError("Name or service not known")
+
+    for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(loading.socket, "create_connection", refuse)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    with pytest.raises(SetupError, match=r"nobody/nothing is no folder here, and .* cannot be reached \(Name or"):
+        loading.load_pretrained("nobody/nothing")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(SetupError, match="not in the Hub's cache, and HF_HUB_OFFLINE is set"):
+        loading.load_pretrained("nobody/nothing")
+    with pytest.raises(SetupError, match="model my model is no folder here, and cannot be a Hub id: Repo id"):
+        loading.load_pretrained("my model")
+
+
+@pytest.mark.parametrize("name", ["train", "probe", "generate"])
+def test_a_model_that_is_not_there_is_said_before_images_are_checked(world, tmp_path, capsys, monkeypatch, name):
+    monkeypatch.setattr("attanchor_vlm.data.rows.unreadable", None)
+    gone, output = tmp_path / "gone", tmp_path / "out"
+    words = {
+        "train": command(world, "--output", output, **{"--model": gone}),
+        "probe": command(world, **{"--model": gone}),
+        "generate": [
+            "--model",
+            gone,
+            "--input",
+            world / "train.json",
+            "--images",
+            world / "images",
+            "--output",
+            output,
+        ],
+    }
+    code, line = fails(capsys, [name, *words[name]])
+    assert code == 1
+    assert line.startswith(f"error: model {gone} is not a folder; give the folder of a saved model, or a Hub id")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_is_no_model_is_refused(tmp_path):
+    with pytest.raises(SetupError, match=r"cannot be loaded: .*\(the folder should hold config.json"):
+        loading.load_pretrained(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "reason"),
+    [
+        ("model.safetensors", "", "Error while deserializing header"),
+        ("config.json", "[]", "argument after"),
+        ("config.json", '{"model_type": "llava", "text_config": 3}', "'text_config': TypeError: Field 'text_config'"),
+        ("processor_config.json", "[]", "'list' object has no attribute"),
+    ],
+)
+def test_a_model_with_a_damaged_file_is_one_line_that_names_it(tmp_path, file, text, reason):
+    model = tmp_path / "model"
+    shutil.copytree(small_llava.SHIPPED, model)
+    (model / file).write_text(text)
+    with pytest.raises(SetupError) as caught:
+        loading.load_pretrained(str(model))
+    message = str(caught.value)
+    assert message.startswith(f"model {model} cannot be loaded: ")
+    assert reason in message
+    assert message.endswith(" as save_pretrained writes them)")
+    assert len(message.splitlines()) == 1
+
+
+def test_bad_rows_are_lines_of_file_and_row(world, tmp_path, capsys):
+    rows = json.loads((world / "train.json").read_text())
+    rows[1]["image"] = "gone.png"
+    data = tmp_path / "bad.json"
+    data.write_text(json.dumps(rows))
+    assert cli.main(["train", *command(world, "--output", tmp_path / "run", **{"--data": data})]) == 1
+    error = capsys.readouterr().err
+    assert f"error: {data}, row 2: image " in error
+    assert "Traceback" not in error
+
+
+def test_a_bug_keeps_its_traceback(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(loading, "choose_dtype", lambda *args: {}["a bug"])
+    with pytest.raises(KeyError):
+        cli.main(["train", *command(world, "--output", tmp_path / "run")])
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of …"),
+            "the GPU's memory is too small: CUDA out of memory. Tried to allocate 20.00 MiB; take a smaller batch",
+        ),
+        (
+            ModuleNotFoundError("No module named 'peft'", name="peft"),
+            "No module named 'peft'; `pip install \".[vlm]\"`",
+        ),
+    ],
+)
+def test_what_a_machine_lacks_is_one_line(world, capsys, monkeypatch, error, said):
+    def load(*args):
+        raise error
+
+    monkeypatch.setattr(loading, "load_pretrained", load)
+    code, line = fails(capsys, ["generate", "--model", world / "model", "--tau", "0.5", "--prompt", "Where?"])
+    assert code == 1
+    assert line.startswith(f"error: {said}")
+
+
+def test_train_with_overrides_then_look_and_calibrate(world, tmp_path, capsys):
+    output = tmp_path / "run"
+    options = ["--preset", "small-llava", "--tau", "-1", "--max-steps", "2", "--eval-steps", "1", "--batch-size", "4"]
+    options += [
+        "--val-fraction",
+        "0.2",
+        "--lora-rank",
+        "2",
+        "--lora-alpha",
+        "4",
+        "--max-anchors",
+        "3",
+        "--patience",
+        "0",
+    ]
+    assert cli.main(["train", *command(world, "--output", output, *options)]) == 0
+    said = capsys.readouterr().out
+    assert "2 steps in" in said
+    assert "validation loss" in said
+    settings = load_settings(output)
+    assert (settings.tau, settings.max_anchors) == (-1, 3)
+    run = json.loads((output / "run.json").read_text())
+    assert run["settings"]["lora_rank"] == 2
+    assert run["settings"]["patience"] is None
+    assert run["result"]["steps"] == 2
+
+    image, picture = next((world / "images").iterdir()), tmp_path / "anchors.png"
+    arguments = ["generate", "--model", world / "model", "--adapter", output, "--image", image, "--explain", picture]
+    assert cli.main([str(a) for a in arguments] + ["--prompt", "Where is the red ring?"]) == 0
+    said = capsys.readouterr().out
+    assert len(re.findall(r"row \d, column \d", said)) == 3
+    assert said.count("not inserted") == 3
+    assert Image.open(picture).size[0] > 800
+
+    assert cli.main(["calibrate", *command(world, "--fraction", "0.25", "--samples", "12")]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("--tau ")
+    assert re.search(r"inserts 2[456]\.\d% of the text tokens, measured on 12 samples", said)
+
+
+def test_every_option_of_train_reaches_the_settings(monkeypatch):
+    seen = []
+    monkeypatch.setattr("attanchor_vlm.cli.training._train", lambda settings: seen.append(settings) or False)
+    options = ["train", "--model", "m", "--data", "rows", "--output", "o", "--fraction", "0.2", "--keep-fraction"]
+    options += ["quantile", "--calibration-samples", "9", "--stream", "--shuffle-buffer", "7", "--max-steps", "3"]
+    options += ["--save-steps", "2", "--fsdp", "--gradient-checkpointing"]
+    assert cli.main(options) == 0
+    assert cli.main([*options[:7], "--images", "i", "--group-by-length"]) == 0
+    streamed, grouped = seen
+    assert (streamed.preset.fraction, streamed.preset.keep_fraction, streamed.calibration_samples) == (
+        0.2,
+        "quantile",
+        9,
+    )
+    assert (streamed.stream, streamed.shuffle_buffer, streamed.max_steps, streamed.save_steps) == (True, 7, 3, 2)
+    assert (streamed.fsdp, streamed.gradient_checkpointing, streamed.images) == (True, True, None)
+    assert (grouped.group_by_length, grouped.stream, str(grouped.images)) == (True, False, "i")
+    assert (streamed.held_out, grouped.held_out) == (0.0, 0.02)
+
+
+def test_a_command_line_without_its_packages_says_which():
+    script = "import sys; sys.modules['typer'] = None; from attanchor_vlm.cli import main"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.endswith('; the command line needs `pip install ".[vlm]"`\n')
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_help_answers_without_loading_torch():
+    script = "import sys; from attanchor_vlm import cli; print(cli.main(['train', '--help']), 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines()[-1] == "0 False", done.stderr
+    for option in (
+        "--model",
+        "--data",
+        "--images",
+        "--preset",
+        "--tau",
+        "--direction",
+        "--resume",
+        "--skip-bad",
+        "--seed",
+    ):
+        assert option in done.stdout

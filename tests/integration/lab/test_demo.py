@@ -1,0 +1,270 @@
+"""The demo's pieces: scenes whose answers are true, weights that align, a report that says what was measured."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import sys
+
+import numpy as np
+import pytest
+import torch
+from attanchor_lab import demo
+from attanchor_lab.demo import Accuracy
+from attanchor_lab.scenes import dataset as scenes
+from attanchor_lab.small_llava import model as small_llava
+from attanchor_lab.small_llava import pretrain as stage1
+from attanchor_vlm.errors import SetupError
+from attanchor_vlm.inference import picture as plots
+from attanchor_vlm.model import load as loading
+from PIL import Image
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    return loading.load_pretrained(str(small_llava.SHIPPED))
+
+
+def test_answers_are_true_of_the_scenes():
+    rng = np.random.default_rng(5)
+    drawn = scenes.draw_scenes(60, rng)
+    assert ((drawn.colour >= 0) == (drawn.shape >= 0)).all()
+    counts = (drawn.shape >= 0).sum(1)
+    assert counts.min() == 5
+    assert counts.max() == 9
+    seen = dict.fromkeys(scenes.KINDS, 0)
+    adversarial = denied = 0
+    for question in scenes.ask(drawn, rng):
+        objects = {
+            (scenes.COLOURS[c], scenes.SHAPES[s]): divmod(cell, scenes.GRID)
+            for cell, (c, s) in enumerate(zip(drawn.colour[question.scene], drawn.shape[question.scene], strict=True))
+            if s >= 0
+        }
+        words = re.findall(r"\w+", question.text)
+        shape = next(word for word in words if word in scenes.SHAPES)
+        colour = next((word for word in words if word in scenes.COLOURS), None)
+        seen[question.kind] += 1
+        if question.kind == "existence":
+            assert question.answer == ("yes" if (colour, shape) in objects else "no")
+            if question.answer == "no":
+                denied += 1
+                adversarial += colour in {c for c, _ in objects} and shape in {s for _, s in objects}
+        elif question.kind == "colour":
+            assert [c for c, s in objects if s == shape] == [question.answer]
+        else:
+            row, column = objects[colour, shape]
+            half = scenes.GRID // 2
+            assert question.answer == f"{'bottom' if row >= half else 'top'} {'right' if column >= half else 'left'}"
+    assert min(seen.values()) > 50
+    assert 0.5 < adversarial / denied <= 1
+
+
+def test_every_object_is_drawn_inside_its_own_cell():
+    rng = np.random.default_rng(0)
+    drawn = scenes.draw_scenes(20, rng)
+    image = scenes.render(drawn, rng).astype(float)
+    side, cell = scenes.GRID, scenes.CELL
+    assert image.shape == (20, side * cell, side * cell, 3)
+    cells = (
+        image.reshape(20, side, cell, side, cell, 3)
+        .transpose(0, 1, 3, 2, 4, 5)
+        .reshape(20, side * side, cell * cell, 3)
+    )
+    saturation = (cells.max(-1) - cells.min(-1)).mean(-1)
+    there = drawn.shape >= 0
+    contrast = np.abs(cells - np.median(cells, axis=2, keepdims=True)).mean((-1, -2))
+    assert np.median(saturation[there]) > 2 * np.median(saturation[~there])
+    assert (contrast[there] > np.quantile(contrast[~there], 0.99)).mean() > 0.9
+
+
+def test_the_same_seed_writes_the_same_data(tmp_path):
+    one, other = (scenes.write_dataset(tmp_path / name, "train", 3, seed=7) for name in ("a", "b"))
+    assert one.read_bytes() == other.read_bytes()
+    for path in sorted((tmp_path / "a" / "images").iterdir()):
+        assert path.read_bytes() == (tmp_path / "b" / "images" / path.name).read_bytes()
+    rows = json.loads(one.read_text())
+    assert {row["kind"] for row in rows} == set(scenes.KINDS)
+    assert rows[0]["conversations"][0]["value"].startswith("<image>\n")
+
+
+def test_the_shipped_weights_align_words_and_patches(shipped):
+    model, processor = shipped
+    measured = stage1.alignment(model, processor, count=120, seed=987)
+    assert measured["hit_rate"] > 0.9
+    assert measured["hit_rate_colour"] > 0.9
+    assert measured["hit_rate_shape"] > 0.9
+    assert measured["chance"] < 0.05
+    assert 2e5 < sum(p.numel() for p in model.parameters()) < 1e6
+    assert sum(path.stat().st_size for path in small_llava.SHIPPED.iterdir()) < 8e6
+
+
+def test_the_shipped_tokenizer_has_every_word_as_one_token(shipped):
+    _, processor = shipped
+    for word in (*scenes.COLOURS, *scenes.SHAPES, scenes.EMPTY, "yes", "no", "top", "bottom", "left", "right"):
+        assert small_llava.word_id(processor, word) != processor.tokenizer.unk_token_id
+    with pytest.raises(ValueError, match="'hippopotamus' is"):
+        small_llava.word_id(processor, "hippopotamus")
+
+
+def test_packed_questions_lose_what_separate_ones_lose(shipped):
+    """Stage 1 packs the questions of an image behind one copy of it: the block mask must keep them apart."""
+    model, processor = shipped
+    rng = np.random.default_rng(3)
+    drawn = scenes.draw_scenes(2, rng)
+    pixels = stage1.pixel_values(processor, scenes.render(drawn, rng))
+    questions = scenes.ask(drawn, rng)
+    packer = stage1._Packer(processor)
+
+    @torch.no_grad()
+    def answers(asked, count, features):
+        ids, labels, positions, mask = packer.pack(asked, count)
+        rows = model.get_input_embeddings()(ids).masked_scatter((ids == packer.image)[..., None], features)
+        hidden = model.model.language_model(inputs_embeds=rows, attention_mask=mask, position_ids=positions)
+        learned = labels[:, 1:] != stage1.IGNORED
+        return model.lm_head(hidden.last_hidden_state[:, :-1][learned])
+
+    features = torch.stack(list(model.get_image_features(pixels).pooler_output)).detach()
+    together = answers(questions, 2, features)
+    apart = [
+        answers([scenes.Question(q.kind, q.text, q.answer, 0)], 1, features[q.scene : q.scene + 1]) for q in questions
+    ]
+    torch.testing.assert_close(together, torch.cat(apart), rtol=1e-4, atol=1e-4)
+
+
+def test_alignment_loss_is_low_only_for_aligned_patches():
+    drawn = scenes.draw_scenes(4, np.random.default_rng(0))
+    words = torch.eye(len(scenes.COLOURS) + len(scenes.SHAPES) + 3)
+    colour, shape = torch.from_numpy(drawn.colour), torch.from_numpy(drawn.shape)
+    there = (shape >= 0)[..., None]
+    aligned = torch.where(
+        there, words[colour.clamp(min=0)] + words[len(scenes.COLOURS) + shape.clamp(min=0)], words[12]
+    )
+    good = stage1.alignment_loss(aligned, words, drawn, 0.1)
+    bad = stage1.alignment_loss(aligned.roll(1, 0), words, drawn, 0.1)
+    assert good < 0.1 < 2 < bad
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    output = tmp_path_factory.mktemp("demo") / "out"
+    size = demo.Size(train_images=20, val_images=4, test_images=8, steps=4, batch_size=8)
+    said: list[str] = []
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    results = demo.run(output, size=size, say=said.append, progress=False)
+    torch.set_num_threads(threads)
+    return output, size, results, said
+
+
+def test_the_demo_leaves_its_table_and_pictures(finished):
+    output, _, results, said = finished
+    assert json.loads((output / "results.json").read_text()) == results
+    for name in ("loss.png", "scenes.png", "photographs.png"):
+        picture = np.asarray(Image.open(output / name).convert("RGB"))
+        assert picture.shape[0] > 300
+        assert picture.std() > 10
+    text = "\n".join(said)
+    for name in (demo.PLAIN, demo.TEXT_INTO_IMAGE, demo.IMAGE_INTO_TEXT, "val. loss", *scenes.KINDS, "inserted"):
+        assert name in text
+    for line in results["verdict"]:
+        assert line in said
+    assert [arm["name"] for arm in results["arms"]] == [demo.PLAIN, demo.TEXT_INTO_IMAGE, demo.IMAGE_INTO_TEXT]
+    plain, text_into_image, image_into_text = results["arms"]
+    assert plain["inserted_share"] == {"training": 0, "test": 0}
+    assert plain["difference_to_plain"]["mean"] == 0
+    for arm in (text_into_image, image_into_text):
+        assert 0.02 < arm["inserted_share"]["test"] < 0.5
+
+
+def test_the_demo_trains_by_the_command_that_it_prints(finished, capsys, tmp_path):
+    from attanchor_vlm import cli
+
+    _output, size, results, said = finished
+    printed = next(line for line in said if "attanchor train" in line and "text_into_image" in line)
+    arguments = printed.partition("attanchor ")[2].split()
+    arguments[arguments.index("--output") + 1] = str(tmp_path / "again")
+    assert cli.main(arguments) == 0
+    again = json.loads((tmp_path / "again" / "run.json").read_text())["result"]
+    assert again["steps"] == size.steps
+    assert again["val_loss"] == pytest.approx(results["arms"][1]["val_loss"], rel=1e-5)
+
+
+def test_words_of_the_photographs_go_to_patches(finished):
+    _, _, results, _ = finished
+    assert len(results["photographs"]) == len(demo.PHOTOGRAPHS)
+    inserted = [
+        token["text"] for one in results["photographs"] for token in one["tokens"] if token["patch"] is not None
+    ]
+    assert set(inserted) & {*scenes.COLOURS, *scenes.SHAPES}
+
+
+def test_an_earlier_demo_is_replaced_and_nothing_else(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "results.json").write_text("{}")
+    demo._clear(tmp_path)
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "thesis.tex").write_text("years of work")
+    (tmp_path / "loss.png").write_text("old")
+    with pytest.raises(SetupError, match=r"holds thesis.tex, which is no part of a demo"):
+        demo._clear(tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_what_is_missing_is_said_before_an_earlier_demo_is_removed(tmp_path, monkeypatch):
+    (tmp_path / "results.json").write_text("{}")
+    with pytest.raises(SetupError, match="nowhere is not a folder"):
+        demo.run(tmp_path, model="/nowhere", progress=False)
+    monkeypatch.setitem(sys.modules, "skimage", None)
+    with pytest.raises(SetupError, match="scikit-image"):
+        demo.run(tmp_path, progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
+    with pytest.raises(ValueError, match="is not a folder"):
+        stage1.make(tmp_path / "results.json" / "weights")
+
+
+def arm(name, right, val_loss=1.0):
+    kinds = tuple(np.repeat(scenes.KINDS, 100).tolist())
+    test = Accuracy(kinds, tuple(np.asarray(right).tolist()), 0.1, 1.0)
+    return demo.Arm(name, 1.0, val_loss, test, 0.1, 1.0, [], torch.nn.Identity())
+
+
+@pytest.mark.parametrize(
+    ("lost", "gained", "says"),
+    [
+        (30, 0, "anchors did not beat plain concatenation: they cost accuracy (-10.0 points in the mean"),
+        (0, 30, "better than plain concatenation (+10.0 points in the mean"),
+        (3, 2, "no difference from plain concatenation that these questions can show (-0.3 points in the mean"),
+    ],
+)
+def test_the_verdict_follows_the_numbers(lost, gained, says):
+    plain = np.zeros(300, dtype=bool)
+    plain[:100] = plain[200:250] = True
+    anchored = plain.copy()
+    anchored[200 : 200 + lost] = False  # of the place questions
+    anchored[300 - gained :] = True
+    line, caution = demo.verdict([arm(demo.PLAIN, plain), arm(demo.TEXT_INTO_IMAGE, anchored)])
+    assert line.startswith(f"{demo.TEXT_INTO_IMAGE}: {says}")
+    assert "most on place questions" in line
+    assert "One seed" in caution
+
+
+def test_paired_differences_have_the_textbook_error():
+    rng = np.random.default_rng(0)
+    a, b = rng.random((2, 300)) < [[0.7], [0.5]]
+    difference, error = arm("a", a).test.minus(arm("b", b).test)
+    pairs = (a.astype(float) - b).reshape(3, 100)
+    assert difference == pytest.approx(pairs.mean())
+    assert error == pytest.approx(np.sqrt((pairs.var(1) / 100).sum()) / 3)
+
+
+def test_labels_beside_a_picture_do_not_cover_each_other():
+    for wanted in ([1.5] * 5, [0.1, 0.2, 7.8, 7.9, 7.9], [4.0], []):
+        placed = plots._spread(wanted, 0.7, 8)
+        assert all(b - a >= 0.7 - 1e-9 for a, b in itertools.pairwise(placed))
+        assert all(0.3 < y < 7.7 for y in placed)
+
+
+def test_a_photograph_that_is_not_there_says_so():
+    with pytest.raises(SetupError, match="does not ship the photograph 'mona_lisa'"):
+        demo.photograph("mona_lisa")

@@ -1,0 +1,191 @@
+"""Mistakes in an experiment are said before anything runs, and cost no other row."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import subprocess
+
+import pytest
+from attanchor_lab import figures
+from attanchor_lab.paper import arms, studies
+from attanchor_lab.paper import degrade as variants
+from attanchor_lab.paper.study import Arm
+from attanchor_vlm import cli, provenance
+from attanchor_vlm.errors import DataError, SetupError
+from attanchor_vlm.evaluation import answers
+from attanchor_vlm.evaluation import run as evaluation
+from attanchor_vlm.training import run as train
+from experiment_toy import make_world, quietly, study
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "give --data to train on, or --no-train"),
+        (["--no-train", "--metrics", "loss"], "metrics of text need --data and --images"),
+        (["--no-train", "--test", "gone.json", "--metrics", "loss"], "test gone.json is not a file"),
+        (["--no-train", "--metrics", "none"], "nothing is asked for"),
+        (["--no-train", "--taus", "low"], "'low' should be numbers with commas between"),
+        (["--no-train", "--preset", "tiny"], "preset is 'tiny'"),
+    ],
+)
+def test_mistakes_are_said_before_anything_runs(world, tmp_path, capsys, arguments, message):
+    command = ["experiment", "sweep", "--model", "./gone", "--images", world / "images", "--output", tmp_path / "o"]
+    assert cli.main([str(word) for word in [*command, *arguments]]) in (1, 2)
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "o").exists()
+
+
+@pytest.fixture
+def no_training(monkeypatch):
+    def run(*_):
+        raise AssertionError("trained before the mistake was said")
+
+    monkeypatch.setattr(train, "run", run)
+
+
+def measured_on(world, output, data, images=None, **plan):
+    one = study(world, output, **plan)
+    return dataclasses.replace(one, plan=dataclasses.replace(one.plan, data=data, images=images or world / "images"))
+
+
+@pytest.fixture(scope="module")
+def bad_rows(world):
+    rows = json.loads((world / "test.json").read_text())
+    rows[-1]["image"] = "gone.png"
+    (world / "bad.json").write_text(json.dumps(rows))
+    return world / "bad.json"
+
+
+def test_bad_test_rows_are_said_before_training(world, tmp_path, bad_rows, no_training):
+    with pytest.raises(DataError, match=r"gone\.png does not exist"):
+        quietly(studies.sweep, measured_on(world, tmp_path, bad_rows), [1.0])
+    with pytest.raises(DataError, match="nowhere is not a folder"):
+        quietly(studies.sweep, measured_on(world, tmp_path, world / "test.json", world / "nowhere"), [1.0])
+
+
+def test_every_threshold_is_checked_before_training(world, tmp_path, no_training):
+    with pytest.raises(ValueError, match="tau"):
+        quietly(studies.sweep, study(world, tmp_path), [1.0, float("nan")])
+
+
+def test_views_that_a_context_does_not_hold_are_said_before_training(world, tmp_path, no_training):
+    short = tmp_path / "short"
+    shutil.copytree(world / "model", short)
+    config = json.loads((short / "config.json").read_text())
+    config["text_config"]["max_position_embeddings"] = 300  # five views are 320 tokens
+    (short / "config.json").write_text(json.dumps(config))
+    one = dataclasses.replace(study(world, tmp_path / "o"), model=str(short))
+    with pytest.raises(DataError, match="more than the model's context, 300"):
+        quietly(studies.tokens, one, [1, 5])
+
+
+def test_an_adapter_of_other_settings_is_not_measured(world, tmp_path, monkeypatch):
+    """Killed between training and measurement, and then called with another learning rate."""
+    one = study(world, tmp_path, limit=4)
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation, "evaluate", killed)
+        with pytest.raises(KeyboardInterrupt):
+            quietly(arms.run_arms, one, "x", [Arm("a", 0.5, placement="random")])
+    (tmp_path / "runs" / "a-seed0" / "placement.json").unlink()  # as if killed in front of it
+    other = dataclasses.replace(one, preset=dataclasses.replace(one.preset, lr=1e-5))
+    with pytest.raises(SetupError, match=r"lr was 0\.01 and is 1e-05"):
+        quietly(arms.run_arms, other, "x", [Arm("a", 0.5, placement="random")])
+    longer = dataclasses.replace(one, train=dataclasses.replace(one.train, max_steps=2))
+    with pytest.raises(SetupError, match="max_steps was 1 and is 2"):
+        quietly(arms.run_arms, longer, "x", [Arm("a", 0.5, placement="random")])
+    quietly(arms.run_arms, one, "x", [Arm("a", 0.5, placement="random")])
+    assert (tmp_path / "runs" / "a-seed0" / "placement.json").is_file()
+
+
+def test_a_loss_that_is_no_number_costs_neither_the_row_nor_the_others(world, tmp_path, monkeypatch):
+    score = answers.score_answers
+
+    def overflows(*arguments, **options):
+        return dataclasses.replace(score(*arguments, **options), loss=float("nan"))
+
+    monkeypatch.setattr(answers, "score_answers", overflows)
+    said = []
+    one = study(world, tmp_path, trains=False, limit=2)
+    row = studies.sweep(one, [1.0], say=said.append, progress=False).rows[0]
+    assert set(row["values"]) == {"exact"}
+    assert row["not_finite"] == ["loss"]
+    assert any("left out, as NaN or infinite: loss" in line for line in said)
+    assert "- baseline, seed 0: loss left out, as NaN or infinite." in (tmp_path / "table.md").read_text()
+    # Without any number there is a table that says why, and no picture.
+    nothing = study(world, tmp_path / "nothing", trains=False, limit=1, metrics=("loss",))
+    files = quietly(studies.degrade, nothing, {"blur": [9]}, [1.0]).files
+    assert [path.name for path in files] == ["rows.jsonl", "table.md"]
+    assert "- blur 9, baseline, seed 0: loss left out" in (tmp_path / "nothing" / "table.md").read_text()
+    figures.dots(tmp_path / "none.png", [{"arm": "a", "seed": 0, "values": {}, "figures": {}}], "")
+    figures.along(tmp_path / "none.png", {}, "", "")
+    assert not (tmp_path / "none.png").exists()
+
+
+def test_bad_rows_are_left_out_of_changed_images_too(world, tmp_path, bad_rows):
+    one = measured_on(world, tmp_path, bad_rows, trains=False, limit=2, skip_bad=True)
+    assert len(quietly(studies.degrade, one, {"blur": [9]}, [1.0]).rows) == 2
+    other = measured_on(world, tmp_path, world / "test.json", world / "images", trains=False, limit=2)
+    with pytest.raises(SetupError, match="with other settings"):
+        quietly(studies.degrade, other, {"blur": [9]}, [1.0])
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["tokens", "--model", "m", "--views", "1.5"], "'1.5' should be whole numbers"),
+        (["sweep", "--model", "m", "--seeds", "0.5"], "'0.5' should be whole numbers"),
+        (["tokens", "--model", "m", "--views", "inf"], "'inf' should be whole numbers"),
+        (["scale", "--models", "a=m", "--models", "a=n"], "the name a stands for two checkpoints"),
+        (["tokens", "--model", "m", "--views", "3"], "views is 3"),
+        (["degrade", "--model", "m", "--jpeg", "30.5"], "level of jpeg is 30.5; it should be a whole number"),
+        (["scale", "--models", "a_b=m", "--models", "a-b=n"], "would have one folder"),
+        (
+            ["degrade", "--model", "m", *(f"--{kind}=none" for kind in variants.KINDS)],
+            "every kind of degradation is left out",
+        ),
+        (["directions", "--model", "m", "--tau", "1"], "tau is 1; it should be below 1"),
+        (["paper", "--model", "m", "--tau", "2"], "tau is 2; it should be below 1"),
+        (["tokens", "--model", "m", "--tau", "1", "--views", "2"], "tau is 1; it should be below 1"),
+    ],
+)
+def test_more_mistakes_are_said_before_anything_runs(world, tmp_path, capsys, command, message):
+    shared = ["--no-train", "--images", world / "images", "--test", world / "test.json", "--output", tmp_path / "o"]
+    assert cli.main([str(word) for word in ["experiment", *command, *shared, "--metrics", "loss"]]) in (1, 2)
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "o").exists()
+
+
+def test_an_installed_package_has_no_commit(tmp_path, monkeypatch):
+    """Not that of a working tree which its environment happens to lie in."""
+    folder = tmp_path / ".venv" / "attanchor_vlm"
+    folder.mkdir(parents=True)
+    shutil.copy(provenance.__file__, folder)
+    for words in (
+        ["init", "-q"],
+        ["-c", "user.name=a", "-c", "user.email=a", "commit", "-q", "--allow-empty", "-m", "a"],
+    ):
+        subprocess.run(["git", "-C", str(tmp_path), *words], check=True)
+    monkeypatch.setattr(provenance, "__file__", str(folder / "provenance.py"))
+    monkeypatch.delenv("GIT_COMMIT", raising=False)
+    assert provenance.commit.__wrapped__() is None
+    subprocess.run(["git", "-C", str(tmp_path), "add", "."], check=True)
+    found = provenance.commit.__wrapped__()
+    assert found.endswith("+changes")
+    assert provenance.commit.__wrapped__(".venv") == found.removesuffix("+changes")
+
+
+def test_arms_with_one_name_are_refused(world, tmp_path):
+    with pytest.raises(ValueError, match="two arms have one name: a"):
+        quietly(arms.run_arms, study(world, tmp_path, trains=False), "x", [Arm("a", 1.0), Arm("a", 0.5)])

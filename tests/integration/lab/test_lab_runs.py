@@ -1,0 +1,398 @@
+"""The laboratory's runs survive a kill, and its plans are looked at before anything is run."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from concurrent.futures import Future
+from pathlib import Path
+
+import pytest
+import torch
+from attanchor_lab import jobs
+from attanchor_lab import lab_rows as rows
+from attanchor_lab import runner as laboratory
+from attanchor_lab.synthetic import advice, model, plan_file, plans
+from attanchor_lab.synthetic import plan as settings
+from attanchor_lab.synthetic.arms import ARMS
+from attanchor_vlm import cli
+from attanchor_vlm.records import append_row
+from lab_toy import TOY
+
+
+class InProcess:
+    """A pool without processes, which counts what it was given."""
+
+    def __init__(self, plan=None):
+        self.names: list[str] = []
+
+    def submit(self, function, job):
+        self.names.append(job.name)
+        future: Future = Future()
+        try:
+            future.set_result(function(job))
+        except BaseException as error:
+            future.set_exception(error)
+        return future
+
+    def shutdown(self, **unused):
+        pass
+
+
+@pytest.fixture
+def pool(monkeypatch):
+    pools: list[InProcess] = []
+
+    def made(plan):
+        pools.append(InProcess())
+        return pools[-1]
+
+    monkeypatch.setattr(laboratory, "_pool", made)
+    return pools
+
+
+def plan(**changed) -> settings.Plan:
+    return settings.Plan("toy", (dataclasses.replace(TOY, **changed),), (settings.Contrast("toy", "t2i"),), workers=1)
+
+
+def silent(line: str) -> None:
+    pass
+
+
+def test_a_laboratory_is_gone_on_with_after_a_kill(tmp_path, pool):
+    whole = laboratory.run(plan(), tmp_path / "whole", "cpu", silent, progress=False)
+    assert [row["kind"] for row in whole] == ["plan", "start", "run", "run", "run", "start", "run", "run"]
+    assert not (tmp_path / "whole" / "checkpoints").exists()
+
+    folder = tmp_path / "cut"
+    lines = (tmp_path / "whole" / "rows.jsonl").read_text().splitlines()
+    folder.mkdir()
+    (folder / "plan.json").write_text((tmp_path / "whole" / "plan.json").read_text())
+    (folder / "rows.jsonl").write_text("\n".join(lines[:4]) + "\n" + lines[4][:50])
+    again = laboratory.run(plan(), folder, "cpu", silent, progress=False)
+    assert pool[-1].names == [
+        "toy, seed 0: weights before stage 2",
+        "toy, seed 0: front",
+        "toy, seed 1: weights before stage 2",
+        "toy, seed 1: plain",
+        "toy, seed 1: t2i",
+    ]
+    first, second = rows.latest(whole), rows.latest(again)
+    assert set(first) == set(second)
+    for key, row in first.items():
+        if key[0] == "run":
+            assert row["test"] == second[key]["test"]  # the same weights and data, whenever they are made
+    before = len(pool)
+    laboratory.run(plan(), folder, "cpu", silent, progress=False)
+    assert len(pool) == before  # nothing is left to do
+
+
+def test_a_line_cut_short_does_not_take_the_next_row_with_it(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"kind": "plan"}\n{"kind": "ru')
+    assert [row["kind"] for row in rows.read(file)] == ["plan"]
+    append_row(file, {"kind": "run", "setting": "a", "arm": "b", "seed": 0, "status": "done"})
+    assert [row["kind"] for row in rows.read(tmp_path)] == ["plan", "run"]
+    file.write_text('{"kind": "plan"}\nnonsense\n')
+    with pytest.raises(ValueError, match="line 2 is not a row"):
+        rows.read(file)
+
+
+@pytest.mark.parametrize("left", [None, "", '{"kind": "pl'])
+def test_a_kill_right_behind_the_plan_leaves_a_folder_that_can_be_gone_on_with(tmp_path, pool, left):
+    late = dataclasses.replace(plan(), minutes=0.0)
+    laboratory.run(late, tmp_path, "cpu", silent, progress=False)
+    (tmp_path / "rows.jsonl").unlink()
+    if left is not None:
+        (tmp_path / "rows.jsonl").write_text(left)
+    found = laboratory.run(late, tmp_path, "cpu", silent, progress=False)
+    assert [row["kind"] for row in found] == ["plan"]
+    assert found == [json.loads((tmp_path / "plan.json").read_text())]
+
+
+def test_rows_say_what_was_run(tmp_path, pool):
+    found = laboratory.run(plan(), tmp_path / "lab", "cpu", silent, progress=False)
+    for row in found[1:]:
+        assert row["settings"] == TOY.to_dict()
+        assert {"commit", "torch", "transformers", "processor", "seed", "seconds", "load_before"} <= set(row)
+    written = json.loads((tmp_path / "lab" / "plan.json").read_text())
+    assert plan_file.from_dict(written) == dataclasses.replace(plan(), size="toy")
+
+
+def test_a_failed_run_is_kept_and_the_rest_goes_on(tmp_path, pool, monkeypatch):
+    run = jobs._run
+
+    def sometimes(job):
+        if job.arm == "t2i" and job.seed == 0:
+            raise FloatingPointError("the loss became nan")
+        return run(job)
+
+    monkeypatch.setattr(jobs, "_run", sometimes)
+    said: list[str] = []
+    found = laboratory.run(plan(), tmp_path / "lab", "cpu", said.append, progress=False)
+    failed = [row for row in found if row.get("status") == "failed"]
+    assert [(row["arm"], row["seed"], row["error"]) for row in failed] == [
+        ("t2i", 0, "FloatingPointError: the loss became nan")
+    ]
+    assert "4 of 5 runs done, 1 failed" in said[-1]
+    assert sum(row.get("status") == "done" and row["kind"] == "run" for row in found) == 4
+    monkeypatch.setattr(jobs, "_run", run)
+    again = laboratory.run(plan(), tmp_path / "lab", "cpu", silent, progress=False)
+    assert sum(row.get("status") == "failed" for row in again) == 1  # the failure stays in the rows
+    assert rows.latest(again)["run", "toy", "t2i", 0]["status"] == "done"
+
+
+def test_arms_without_weights_fail_instead_of_waiting(tmp_path, pool, monkeypatch):
+    def broken(job):
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(jobs, "_start", broken)
+    found = laboratory.run(plan(), tmp_path / "lab", "cpu", silent, progress=False)
+    assert all(row["status"] == "failed" for row in found[1:])
+    assert len(found) == 1 + 2 + 5
+
+
+def test_a_worker_ends_with_the_laboratory_that_started_it(monkeypatch):
+    class Killed:
+        def join(self):
+            pass
+
+    ended: list[int] = []
+    monkeypatch.setattr(jobs.multiprocessing, "parent_process", Killed)
+    monkeypatch.setattr(jobs.os, "_exit", ended.append)
+    watcher = jobs._end_with_parent()
+    assert watcher is not None
+    watcher.join(5)
+    assert ended == [1]
+
+
+def test_nothing_is_started_after_the_time(tmp_path, pool):
+    said: list[str] = []
+    late = dataclasses.replace(plan(), minutes=0.0)
+    found = laboratory.run(late, tmp_path / "lab", "cpu", said.append, progress=False)
+    assert [row["kind"] for row in found] == ["plan"]
+    assert "5 not started" in said[-1]
+
+
+def test_another_plan_or_another_folder_is_refused(tmp_path, pool):
+    laboratory.run(dataclasses.replace(plan(), minutes=0.0), tmp_path / "lab", "cpu", silent, progress=False)
+    with pytest.raises(ValueError, match="holds the plan of another laboratory"):
+        laboratory.run(plan(alignment=0.0), tmp_path / "lab", "cpu", silent, progress=False)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="is a file"):
+        laboratory.run(plan(), tmp_path / "file", "cpu", silent, progress=False)
+    (tmp_path / "stray").mkdir()
+    (tmp_path / "stray" / "rows.jsonl").write_text("")
+    with pytest.raises(ValueError, match=r"no plan\.json"):
+        laboratory.run(plan(), tmp_path / "stray", "cpu", silent, progress=False)
+
+
+@pytest.mark.parametrize("size", plans.SIZES)
+def test_every_plan_can_be_written_and_read(size):
+    made = plans.plan(size, workers=2)
+    assert plan_file.from_dict(json.loads(json.dumps(made.to_dict()))) == made
+    assert all("plain" in setting.arms for setting in made.settings)
+    assert all(len(setting.seeds) >= 3 for setting in made.settings) or size == "smoke"
+
+
+def test_the_plans_hold_every_arm_and_setting_that_is_promised():
+    smoke = {arm for setting in plans.plan("smoke").settings for arm, _ in setting.runs()}
+    assert smoke == set(ARMS)
+    gpu = plans.plan("gpu").settings
+    assert {setting.world.patches for setting in gpu} == {144, 576, 1152}
+    assert {arm for setting in gpu for arm, _ in setting.runs()} == set(ARMS) - {"t2i-content", "true"}
+    assert {setting.stage1.steps > 0 for setting in gpu} == {True, False}
+    for of in ("alignment", "blur_train"):
+        assert len({getattr(setting, of) for setting in gpu}) > 1
+    for of in ("hold_share", "method", "share", "steps"):
+        assert len({getattr(setting.stage2, of) for setting in gpu}) > 1
+    assert len({setting.shape.layers for setting in gpu}) > 1
+
+
+def test_the_cpu_size_rehearsed_and_reported(tmp_path, pool, capsys):
+    folder = str(tmp_path / "lab")
+    assert cli.main(["lab", "--size", "cpu", "--rehearse", "--output", folder, "--no-progress"]) == 0
+    assert "5 of 5 runs done" in capsys.readouterr().out
+    assert cli.main(["report", folder, "--output", str(tmp_path / "page.md")]) == 0
+    text = (tmp_path / "page.md").read_text()
+    assert "nothing can be said" in text  # one seed
+    assert all(path in text for path in (f"page-main-{kind}.png" for kind in ("forest", "bars", "pictures")))
+
+
+def test_the_smoke_size_and_a_plan_of_one_s_own_can_be_rehearsed(tmp_path, pool, capsys):
+    """Toy models pass no check of what they have learned, so none is made."""
+    file = tmp_path / "plan.json"
+    small = dataclasses.replace(TOY, arms=("plain",), more=(), stage2=dataclasses.replace(TOY.stage2, steps=10_000))
+    file.write_text(json.dumps(dataclasses.replace(plan(), settings=(small,), contrasts=()).to_dict()))
+    for words, runs in ((["--plan", str(file)], 1), (["--size", "smoke"], 14)):
+        folder = str(tmp_path / str(runs))
+        assert cli.main(["lab", *words, "--rehearse", "--output", folder, "--no-progress"]) == 0
+        assert f"{runs} of {runs} runs done" in capsys.readouterr().out
+
+
+def test_every_setting_of_the_gpu_size_rehearsed(tmp_path, pool):
+    made = plans.plan("gpu", rehearse=True)
+    small = [dataclasses.replace(one, arms=("plain",), more=(), test_scenes=2) for one in made.settings]
+    short = dataclasses.replace(made, settings=tuple(small), contrasts=(), minutes=None)
+    found = laboratory.run(short, tmp_path / "lab", "cpu", silent, progress=False)
+    assert {row["setting"] for row in found if row["kind"] == "run"} == {one.name for one in made.settings}
+    assert all(row.get("status", "done") == "done" for row in found)
+
+
+@pytest.mark.parametrize(
+    ("name", "changed"),
+    [
+        ("long", {"stage2.steps": [3000]}),
+        ("share", {"stage2.share": [0.1, 0.5]}),
+        ("placements", {"alignment": [0.0]}),
+        ("again", {"alignment": [0.0], "stage2.method": ["lora"], "stage2.lr": [0.004]}),
+        (
+            "settings",
+            {
+                "shape.layers": [6],
+                "stage1.steps": [0],
+                "stage2.steps": [1500],
+                "stage2.curriculum": [0.2],
+                "stage2.method": ["lora"],
+                "stage2.lr": [0.004],
+                "stage2.hold_share": [False],
+                "mixture.yes": [0.5],
+                "mixture.negatives": [["random", "popular", "adversarial"]],
+                "blur_train": [0.8],
+            },
+        ),
+    ],
+)
+def test_the_plans_in_the_documentation_are_the_cpu_size_s_main_setting_with_little_changed(name, changed):
+    folder = Path(__file__).parents[3] / "docs" / "lab"
+    made, device = plan_file.from_file(folder / f"{name}-plan.json", workers=3)
+    assert (device, made.workers, made.size) == ("cpu", 3, name)
+    main = plans.plan("cpu").settings[0]
+    assert made.settings[0].start_key() == main.start_key()
+    found: dict[str, list] = {}
+    for setting in made.settings:
+        for factor, (_, value) in advice.factors(main.to_dict(), setting.to_dict()).items():
+            found.setdefault(factor, []).append(value)
+    assert found == changed
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"device": "tpu"}, "device of the plan is 'tpu'"),
+        ({"settings": {}}, "settings of the plan is {}; it should be a list"),
+        ({"settings": ["main"]}, "settings of the plan is 'main'; it should be an object"),
+        ({"workers": True}, "workers of the plan is True; it should be a whole number"),
+        ({"seeds": 3}, "seeds of the plan is 3; it should be a list"),
+        ({"seeds": [0.5]}, "seeds of the plan is 0.5; it should be a whole number"),
+        ({"stage2": {"steps": "100"}}, "steps of the plan is '100'; it should be a whole number"),
+        ({"stage2": {"hold_share": 1}}, "hold_share of the plan is 1; it should be true or false"),
+        ({"mixture": {"negatives": "random"}}, "negatives of the plan is 'random'; it should be a list"),
+        ({"world": None}, "world of the plan is None; it should be an object"),
+        ({"world": {"noise": -1}}, "noise are 8, 4, -1"),
+        ({"name": "a/b"}, "name of a setting is 'a/b'"),
+    ],
+)
+def test_a_wrong_value_in_a_plan_file_is_named_before_anything_is_run(tmp_path, changed, message):
+    values = plan().to_dict()
+    for name, value in changed.items():
+        where = values if name in ("device", "settings", "workers") else values["settings"][0]
+        where[name] = value
+    file = tmp_path / "plan.json"
+    file.write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        plan_file.from_file(file)
+
+
+def test_a_plan_file_that_lacks_something_says_what(tmp_path):
+    values = plan().to_dict()
+    del values["settings"][0]["arms"], values["settings"][0]["alignment"]
+    with pytest.raises(ValueError, match=r"^settings of the plan lacks \['arms'\]"):
+        plan_file.from_dict(values)
+    values["settings"][0]["arms"] = ["plain", "t2i"]
+    assert plan_file.from_dict(values).settings[0].alignment == settings.Setting("a", "", ("plain",)).alignment
+
+
+def test_settings_share_their_weights_where_they_can():
+    settings_ = {setting.name: setting.start_key() for setting in plans.plan("gpu").settings}
+    same = {"main-144", "others-144", "short-144", "long-144", "lora-144", "fixed-tau-144", "few-anchors-144"}
+    assert len({settings_[name] for name in same}) == 1
+    assert len(set(settings_.values())) == 1 + len(settings_) - len(same)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"arms": ("t2i",)}, "lacks the arm 'plain'"),
+        ({"arms": ("plain", "t3i")}, r"\['t3i'\]"),
+        ({"more": ("plain",)}, "twice"),
+        ({"seeds": ()}, "at least one of seeds"),
+        ({"blur_test": ()}, "at least one of seeds and of blur_test"),
+        ({"test_scenes": 0}, "test_scenes is 0; it should be at least 1"),
+        ({"temperature": 0.0}, "temperature is 0.0; it should be above 0"),
+    ],
+)
+def test_a_wrong_setting_is_refused(changed, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(TOY, **changed)
+
+
+@pytest.mark.parametrize(
+    ("kind", "wrong", "message"),
+    [
+        (settings.Stage1, {"batch": 0}, "batch is 0"),
+        (settings.Stage1, {"lr": 0.0}, "lr is 0.0"),
+        (settings.Stage2, {"steps": 0}, "steps is 0"),
+        (settings.Stage2, {"method": "qlora"}, "method is 'qlora'"),
+        (settings.Stage2, {"share": 0.0}, "share is 0.0"),
+        (model.Shape, {"width": 60, "heads": 8}, "width is 60; with 8 heads"),
+        (model.Shape, {"layers": 0}, "at least 1 each"),
+    ],
+)
+def test_a_wrong_part_of_a_setting_is_refused(kind, wrong, message):
+    with pytest.raises(ValueError, match=message):
+        kind(**wrong)
+
+
+@pytest.mark.parametrize(("wrong", "message"), [({"settings": ()}, "no settings"), ({"workers": 0}, "workers is 0")])
+def test_a_wrong_plan_is_refused(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(plan(), contrasts=(), **wrong)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "give --size or --plan"),
+        (["--size", "cpu", "--plan", "plan.json"], "give --size or --plan"),
+        (["--size", "gpu"], "there is no GPU here"),
+        (["--plan", "nowhere.json"], "is no file"),
+        (["--plan", "unknown.json"], "['speed']"),
+        (["--plan", "broken.json"], "no JSON"),
+    ],
+)
+def test_a_wrong_command_ends_in_one_line(tmp_path, capsys, monkeypatch, words, message):
+    if "gpu" in words and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "broken.json").write_text("{")
+    setting = {**TOY.to_dict(), "speed": 3}
+    (tmp_path / "unknown.json").write_text(json.dumps({"size": "x", "settings": [setting], "contrasts": []}))
+    assert cli.main(["lab", "--output", "out", *words]) in (1, 2)
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    assert message in lines[0]
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_smoke_size_as_printed(tmp_path, capsys):
+    """In processes of its own, from the command line, with its checks."""
+    assert cli.main(["lab", "--size", "smoke", "--output", str(tmp_path / "smoke"), "--no-progress"]) == 0
+    said = capsys.readouterr().out
+    assert "14 of 14 runs done" in said
+    for check in ("runs:", "matching:", "identity:", "placement:", "wiring:"):
+        assert check in said
+    found = rows.read(tmp_path / "smoke")
+    assert {row["arm"] for row in found if row["kind"] == "run"} == set(ARMS)
+    assert all(row["training"]["log"][-1]["answer_loss"] < 4 for row in found if row["kind"] == "run")

@@ -1,0 +1,203 @@
+"""From a chat and real images to an answer, by checkpoints on disk in the files that the Hub's have.
+
+The machine has no torchvision: the processors of families that need it for videos are loaded without their videos.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+
+import checkpoints
+import pytest
+import torch
+import transformers
+from attanchor_lab.scenes import dataset as scenes
+from attanchor_vlm import AttAnchorConfig, attach, cli, encode_chat, load_settings, with_tokens_of
+from attanchor_vlm.errors import SetupError
+from attanchor_vlm.inference import ask as infer
+from attanchor_vlm.model.load import load_pretrained
+from attanchor_vlm.model.processors import load_processor
+from builders import features, plain
+from checkpoints import picture
+from transformers.utils import is_torchvision_available
+
+QUESTIONS = ["What is to the left of the red dog?", "Is there a cat in the picture?"]
+VIDEO = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl", "llava_onevision", "smolvlm"]
+
+every_processor = pytest.mark.parametrize("name", list(checkpoints.WRITERS))
+without_torchvision = pytest.mark.skipif(is_torchvision_available(), reason="torchvision is installed")
+
+
+def written(name: str, folder, monkeypatch):
+    if name == "smolvlm":
+        pytest.importorskip("num2words", reason="transformers' SmolVLM processor needs it")
+    return checkpoints.write(folder, name, monkeypatch)
+
+
+@every_processor
+def test_a_chat_is_answered_with_anchors_on_the_users_text(name, tmp_path, monkeypatch):
+    model, processor = written(name, tmp_path, monkeypatch)
+    parts = [[{"type": "image"}] * (row + 1) + [{"type": "text", "text": text}] for row, text in enumerate(QUESTIONS)]
+    chats = [[{"role": "user", "content": part}] for part in parts]
+    images = [[picture(0)], [picture(1), picture(2)]]
+    batch = encode_chat(processor, chats, images, add_generation_prompt=True)
+    assert int((batch["input_ids"] == model.config.image_token_id).sum()) == len(features(model, batch))
+
+    attach(model, with_tokens_of(AttAnchorConfig(tau=-1), processor))
+    output = model.generate(**batch, max_new_tokens=1, do_sample=False)
+    plan = model.attanchor_plan
+    for row, text in enumerate(QUESTIONS):
+        asked = batch["input_ids"][row][batch["anchor_mask"][row]]
+        assert processor.tokenizer.decode(asked) == text
+        copied = plan.source[row][plan.is_anchor[row]].sort().values
+        assert torch.equal(copied, batch["anchor_mask"][row].nonzero()[:, 0])
+    with torch.no_grad():
+        assert torch.equal(model(**batch).logits[:, -1].argmax(-1), output[:, -1])
+        # From ids alone, what else is text behind the image takes part as well, but not what asks for the answer.
+        model(**plain(batch))
+    taken = torch.isfinite(model.attanchor_plan.score)
+    assert taken[batch["anchor_mask"]].all()
+    for row, text in enumerate(QUESTIONS):
+        assert processor.tokenizer.decode(batch["input_ids"][row][taken[row]]).rstrip().endswith(text)
+
+
+@pytest.mark.parametrize("name", ["llava", "llava_next"])
+def test_old_files_that_do_not_say_how_many_tokens_an_image_takes(name, tmp_path, monkeypatch):
+    """Those of early 2024 have no processor_config.json: the model's config says what they leave out."""
+    _, expected = written(name, tmp_path, monkeypatch)
+    own = json.loads((tmp_path / "processor_config.json").read_text())
+    images = json.loads((tmp_path / "preprocessor_config.json").read_text())
+    (tmp_path / "processor_config.json").unlink()
+    old = {**images, "processor_class": own.pop("processor_class")}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(old))
+    model, processor = load_pretrained(str(tmp_path))
+    assert {setting: getattr(processor, setting) for setting in own} == own
+    chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTIONS[0]}]}]
+    batch, same = (encode_chat(one, chat, [picture(0)]) for one in (processor, expected))
+    assert torch.equal(batch["input_ids"], same["input_ids"])
+    assert int((batch["input_ids"] == model.config.image_token_id).sum()) == len(features(model, batch))
+
+
+@every_processor
+def test_a_batch_is_its_questions_alone(name, tmp_path, monkeypatch):
+    """One image, several of other shapes, and none, of questions of other lengths."""
+    model, processor = written(name, tmp_path, monkeypatch)
+    prompts = [QUESTIONS[0], "Is it in the first <image> or in the second <image> picture?"]
+    images = [[picture(0)], [picture(1).resize((90, 50)), picture(2).resize((40, 100))]]
+    if name != "paligemma":  # whose processor takes no question without an image
+        prompts, images = [*prompts, "Why?"], [*images, []]
+    attach(model, AttAnchorConfig(tau=-1, max_anchors=4))
+    together = infer.answers(model, processor, prompts, images, max_new_tokens=4)
+    assert together == [
+        infer.answer(model, processor, prompt, own, max_new_tokens=4)
+        for prompt, own in zip(prompts, images, strict=True)
+    ]
+    assert [answer.inserted for answer in together] == [4, 4, 0][: len(prompts)]
+
+
+def test_an_image_that_the_processor_refuses_is_one_error(tmp_path, monkeypatch, capsys):
+    written("qwen2_5_vl", tmp_path / "model", monkeypatch)
+    picture(0).resize((402, 1)).save(tmp_path / "narrow.png")
+    arguments = ["--model", tmp_path / "model", "--tau", 0, "--prompt", "What?", "--image", tmp_path / "narrow.png"]
+    assert cli.main(["generate", *map(str, arguments)]) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: Qwen2_5_VLProcessor does not take these images or texts: absolute aspect ratio")
+
+
+@every_processor
+def test_a_checkpoint_on_disk_is_trained_by_the_command_line(name, monkeypatch, tmp_path, capsys):
+    """And asked, with the adapter that came out: the model's path is all that the command line is told of it."""
+    written(name, tmp_path / "model", monkeypatch)
+    scenes.write_dataset(tmp_path, "train", 4, seed=0)
+    options = {
+        "--model": tmp_path / "model",
+        "--data": tmp_path / "train.json",
+        "--images": tmp_path / "images",
+        "--output": tmp_path / "run",
+        "--preset": "small-llava",
+        "--tau": 0.0,
+        "--max-steps": 2,
+        "--batch-size": 2,
+        "--val-fraction": 0,
+    }
+    assert cli.main(["train", *(str(word) for option in options.items() for word in option)]) == 0
+    assert load_settings(tmp_path / "run").tau == 0
+    assert json.loads((tmp_path / "model" / "config.json").read_text())["model_type"] == name
+    image = next((tmp_path / "images").iterdir())
+    asked = ["--prompt", "Where is the red ring?", "--image", str(image), "--max-new-tokens", "2", "--json"]
+    capsys.readouterr()
+    assert cli.main(["generate", "--model", str(tmp_path / "model"), "--adapter", str(tmp_path / "run"), *asked]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["tau"] == 0
+    assert said["candidates"] >= 6
+
+    # The processor beside the adapter is whole enough to be loaded again.
+    processor = load_processor(str(tmp_path / "model"))
+    (tmp_path / "run" / "config.json").write_bytes((tmp_path / "model" / "config.json").read_bytes())
+    again = load_processor(str(tmp_path / "run"))
+    assert type(again).__name__ == type(processor).__name__
+    assert again.image_processor.to_dict() == processor.image_processor.to_dict()
+
+
+@pytest.mark.parametrize("question", ["  What is it?\n", "What is it?"])
+@pytest.mark.parametrize("name", ["gemma3", "qwen2_5_vl"])
+def test_space_around_a_text_may_be_taken_away_by_the_template(name, question, tmp_path, monkeypatch):
+    """Gemma's template trims texts, Qwen's does not; the mask holds the user's text either way."""
+    _, processor = written(name, tmp_path, monkeypatch)
+    chat = [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]},
+        {"role": "assistant", "content": [{"type": "text", "text": " A cube. "}]},
+    ]
+    batch = encode_chat(processor, chat, [picture(0)])
+    text = processor.tokenizer.decode(batch["input_ids"][0])
+    said = processor.tokenizer.decode(batch["input_ids"][0][batch["anchor_mask"][0]])
+    learned = processor.tokenizer.decode(batch["input_ids"][0][batch["labels"][0] != -100])
+    said, learned = said.replace(" ", ""), learned.replace(" ", "")  # a token that is a space alone lies in no word
+    if name == "gemma3":
+        assert text.endswith("What is it?<end_of_turn>\n<start_of_turn>model\nA cube.<end_of_turn>\n")
+        assert (said, learned) == ("Whatisit?", "Acube.<end_of_turn>")
+    else:
+        assert text.endswith(f"{question}<|im_end|>\n<|im_start|>assistant\n A cube. <|im_end|>\n")
+        assert (said.strip(), learned) == ("Whatisit?", "Acube.<|im_end|>")
+
+
+@without_torchvision
+@pytest.mark.parametrize("name", VIDEO)
+def test_without_torchvision_only_the_videos_are_missing(name, tmp_path, monkeypatch):
+    _, processor = written(name, tmp_path, monkeypatch)
+    with pytest.raises((ImportError, ValueError), match=r"(?i)torchvision"):
+        transformers.AutoProcessor.from_pretrained(tmp_path)
+    own = json.loads((tmp_path / "config.json").read_text())["model_type"]
+    assert type(processor).__name__.replace("_", "").lower() == own.replace("_", "") + "processor"
+    with pytest.raises(ValueError, match=r"videos are given, but .*Processor was loaded without torchvision"):
+        processor(text="x", videos=[[picture(0)] * 2])
+    processor.save_pretrained(tmp_path / "saved")
+    saved = json.loads((tmp_path / "saved" / "processor_config.json").read_text())
+    assert saved["processor_class"] == type(processor).__name__
+    # For a machine with torchvision: what was there for videos, which in these files is what there is for images.
+    assert saved["video_processor"]["image_mean"] == [0.5] * 3
+
+
+@without_torchvision
+def test_a_processor_that_needs_torchvision_for_more_says_so(tmp_path, monkeypatch):
+    checkpoints.write(tmp_path, "llava", monkeypatch)
+
+    def refuse(*args, **kwargs):
+        raise ImportError("\nFancyImageProcessor requires the Torchvision library but it was not found")
+
+    monkeypatch.setattr("attanchor_vlm.model.processors.AutoProcessor.from_pretrained", refuse)
+    with pytest.raises(SetupError, match="FancyImageProcessor requires the Torchvision library"):
+        load_pretrained(str(tmp_path))
+
+
+@without_torchvision
+@pytest.mark.parametrize("name", VIDEO)
+def test_a_processor_without_videos_reaches_workers_of_every_kind(name, tmp_path, monkeypatch):
+    """Spawn and forkserver send it pickled."""
+    written(name, tmp_path, monkeypatch)
+    processor = load_processor(str(tmp_path))
+    again = pickle.loads(pickle.dumps(processor))
+    assert type(again) is type(processor)
+    assert again.to_dict() == processor.to_dict()
+    assert again.kept_video_settings == processor.kept_video_settings

@@ -1,0 +1,223 @@
+"""Small random checkpoints of the families on disk, in the files that the Hub's checkpoints of them have.
+
+Tokenizers are byte-level, LLaVA's is Llama's kind; they know each family's markers. Sizes are tiny. Processors are
+loaded from their JSON by the package itself, so that nothing here names a class that needs torchvision.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tiny_families
+import transformers
+from attanchor_vlm.model.processors import load_processor
+from builders import BY_NAME
+from PIL import Image
+from tiny import CHATML, VICUNA, byte_level_tokenizer, metaspace_tokenizer
+from tiny_families import IMAGE, PATCH, PINPOINTS, QWEN_PATCH, SIDE
+from tokenizers.pre_tokenizers import Punctuation, Sequence
+
+SQUARE = {"height": SIDE, "width": SIDE}
+IMAGENET = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "do_convert_rgb": True}
+
+# As published with Qwen2-VL and Qwen2.5-VL.
+QWEN = (
+    "{% set image_count = namespace(value=0) %}{% set video_count = namespace(value=0) %}{% for message in messages %}"
+    "{% if loop.first and message['role'] != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+    "{% endif %}<|im_start|>{{ message['role'] }}\n{% if message['content'] is string %}{{ message['content'] }}"
+    "<|im_end|>\n{% else %}{% for content in message['content'] %}{% if content['type'] == 'image' or 'image' in "
+    "content or 'image_url' in content %}{% set image_count.value = image_count.value + 1 %}{% if add_vision_id %}"
+    "Picture {{ image_count.value }}: {% endif %}<|vision_start|><|image_pad|><|vision_end|>{% elif content['type'] == "
+    "'video' or 'video' in content %}{% set video_count.value = video_count.value + 1 %}{% if add_vision_id %}Video "
+    "{{ video_count.value }}: {% endif %}<|vision_start|><|video_pad|><|vision_end|>{% elif 'text' in content %}"
+    "{{ content['text'] }}{% endif %}{% endfor %}<|im_end|>\n{% endif %}{% endfor %}{% if add_generation_prompt %}"
+    "<|im_start|>assistant\n{% endif %}"
+)
+INTERNVL = CHATML.replace("<image>", "<IMG_CONTEXT>")
+SMOLVLM = (  # as published with SmolVLM and Idefics3
+    "<|im_start|>{% for message in messages %}{{message['role'] | capitalize}}{% if message['content'][0]['type'] == "
+    "'image' %}{{':'}}{% else %}{{': '}}{% endif %}{% for line in message['content'] %}{% if line['type'] == 'text' %}"
+    "{{line['text']}}{% elif line['type'] == 'image' %}{{ '<image>' }}{% endif %}{% endfor %}<end_of_utterance>\n"
+    "{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+)
+# As Gemma's writes it: BOS, texts without the space around them, the assistant is called model.
+GEMMA = (
+    "{{ bos_token }}{% for m in messages %}<start_of_turn>{{ 'model' if m['role'] == 'assistant' else m['role'] }}\n"
+    "{% for part in ([{'type': 'text', 'text': m['content']}] if m['content'] is string else m['content']) %}"
+    "{% if part['type'] == 'image' %}<start_of_image>{% else %}{{ part['text'] | trim }}{% endif %}{% endfor %}"
+    "<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+)
+VISION = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+TILES = {
+    "size": {"longest_edge": 2 * SIDE},
+    "max_image_size": {"longest_edge": SIDE},
+    "do_image_splitting": True,
+    **IMAGENET,
+}
+
+
+def tokenizer(markers: list[str] | None = None, **named: str) -> transformers.PreTrainedTokenizerFast:
+    """With further special tokens, and those that processors ask their tokenizer for by name."""
+    plain = byte_level_tokenizer()
+    plain.add_special_tokens({"additional_special_tokens": [*(markers or ()), *named.values()]})
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=plain.backend_tokenizer,
+        pad_token=plain.pad_token,
+        bos_token=plain.bos_token,
+        eos_token=plain.eos_token,
+        extra_special_tokens=named or ["<image>", *(markers or ())],
+    )
+
+
+def _write(folder: Path, tokens: Any, template: str | None, **files: dict[str, Any]) -> None:
+    tokens.save_pretrained(folder)
+    if template is not None:
+        files["chat_template"] = {"chat_template": template}
+    for name, content in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
+
+
+def _qwen(folder: Path, name: str) -> None:
+    classes = {"qwen2_vl": "Qwen2VL", "qwen2_5_vl": "Qwen2_5_VL", "qwen3_vl": "Qwen3VL"}
+    images = {
+        "image_processor_type": "Qwen2VLImageProcessor" + "Fast" * (name == "qwen3_vl"),
+        "processor_class": f"{classes[name]}Processor",
+        "patch_size": QWEN_PATCH,
+        "temporal_patch_size": 2,
+        "merge_size": 2,
+        "min_pixels": 4 * (2 * QWEN_PATCH) ** 2,
+        "max_pixels": 12 * (2 * QWEN_PATCH) ** 2,
+        **IMAGENET,
+    }
+    if name == "qwen3_vl":  # its files say it so
+        images["size"] = {"shortest_edge": images.pop("min_pixels"), "longest_edge": images.pop("max_pixels")}
+    _write(folder, tokenizer(VISION), QWEN, preprocessor_config=images)
+
+
+def _internvl(folder: Path, name: str) -> None:
+    named = {
+        "start_image_token": "<img>",
+        "end_image_token": "</img>",
+        "context_image_token": "<IMG_CONTEXT>",
+        "video_token": "<video>",
+    }
+    images = {"image_processor_type": "GotOcr2ImageProcessorFast", "size": SQUARE, "max_patches": 6, **IMAGENET}
+    own = {"image_seq_length": 4, "processor_class": "InternVLProcessor"}
+    _write(folder, tokenizer(**named), INTERNVL, preprocessor_config=images, processor_config=own)
+
+
+def _llava(folder: Path, name: str) -> None:
+    images = {
+        "image_processor_type": "CLIPImageProcessor",
+        "size": {"shortest_edge": SIDE},
+        "crop_size": SQUARE,
+        "do_center_crop": True,
+        **IMAGENET,
+    }
+    own = {
+        "patch_size": PATCH,
+        "vision_feature_select_strategy": "default",
+        "num_additional_image_tokens": 1,
+        "processor_class": "LlavaProcessor",
+    }
+    if name == "llava_next":
+        images |= {"image_processor_type": "LlavaNextImageProcessor", "image_grid_pinpoints": PINPOINTS}
+        own |= {"processor_class": "LlavaNextProcessor"}
+    if name == "llava_onevision":
+        images |= {
+            "image_processor_type": "LlavaOnevisionImageProcessor",
+            "image_grid_pinpoints": PINPOINTS,
+            "do_center_crop": False,
+            "size": SQUARE,
+        }
+        own = {"num_image_tokens": (SIDE // PATCH) ** 2, "vision_feature_select_strategy": "full"}
+        own |= {"processor_class": "LlavaOnevisionProcessor"}
+        del images["crop_size"]
+        markers = ["<video>"]
+    else:
+        markers = []
+    if name == "llava":  # as LLaVA-1.5 is: Llama's kind of tokenizer, Vicuna's prompts
+        tokens = metaspace_tokenizer()
+        # So little text was it trained on that "dog?" has become one token; in Llama's, signs are tokens of their own.
+        words = tokens.backend_tokenizer.pre_tokenizer
+        tokens.backend_tokenizer.pre_tokenizer = Sequence([words, Punctuation()])
+        _write(folder, tokens, VICUNA, preprocessor_config=images, processor_config=own)
+    else:
+        _write(folder, tokenizer(markers), CHATML, preprocessor_config=images, processor_config=own)
+
+
+def _idefics(folder: Path, name: str) -> None:
+    kind = {"idefics3": "Idefics3", "smolvlm": "SmolVLM"}[name]
+    rows = [f"<row_{row + 1}_col_{column + 1}>" for row in range(2) for column in range(2)]
+    markers = [*rows, "<fake_token_around_image>", "<global-img>", "<end_of_utterance>"]
+    images = {"image_processor_type": f"{kind}ImageProcessor", **TILES}
+    own = {"image_seq_len": 4, "processor_class": f"{kind}Processor"}
+    _write(folder, tokenizer(markers), SMOLVLM, preprocessor_config=images, processor_config=own)
+
+
+def _gemma3(folder: Path, name: str) -> None:
+    named = {"boi_token": "<start_of_image>", "image_token": "<image_soft_token>", "eoi_token": "<end_of_image>"}
+    named |= {"sot_token": "<start_of_turn>", "eot_token": "<end_of_turn>"}
+    images = {"image_processor_type": "Gemma3ImageProcessor", "size": SQUARE, "do_pan_and_scan": None, **IMAGENET}
+    own = {"image_seq_length": 4, "processor_class": "Gemma3Processor"}
+    _write(folder, tokenizer(**named), GEMMA, preprocessor_config=images, processor_config=own)
+
+
+def _paligemma(folder: Path, name: str) -> None:
+    images = {"image_processor_type": "SiglipImageProcessor", "image_seq_length": (SIDE // PATCH) ** 2, "size": SQUARE}
+    files = {**IMAGENET, **images, "processor_class": "PaliGemmaProcessor"}
+    _write(folder, tokenizer(), None, preprocessor_config=files)
+
+
+WRITERS = {
+    "llava": _llava,
+    "llava_next": _llava,
+    "llava_onevision": _llava,
+    "qwen2_vl": _qwen,
+    "qwen2_5_vl": _qwen,
+    "qwen3_vl": _qwen,
+    "internvl": _internvl,
+    "idefics3": _idefics,
+    "smolvlm": _idefics,
+    "paligemma": _paligemma,
+    "gemma3": _gemma3,
+}
+LOCATIONS = 1024 + 128  # tokens that PaliGemma's processor adds
+
+
+def write(folder: Path, name: str, monkeypatch: Any) -> tuple[Any, Any]:
+    """Write a checkpoint of a family into `folder`; its model, in evaluation mode, and its processor as loaded."""
+    folder.mkdir(parents=True, exist_ok=True)
+    WRITERS[name](folder, name)
+    tokens = transformers.AutoTokenizer.from_pretrained(folder)
+    monkeypatch.setitem(tiny_families.TEXT, "vocab_size", len(tokens) + LOCATIONS * (name == "paligemma"))
+    model = BY_NAME[name].model()
+    _set_token_ids(model.config, tokens)
+    model.save_pretrained(folder)
+    return model, load_processor(str(folder))
+
+
+def _set_token_ids(config: Any, tokens: Any) -> None:
+    known = tokens.get_vocab()
+    for name, markers in {
+        "image_token_id": ("<|image_pad|>", "<IMG_CONTEXT>", "<image_soft_token>", "<image>"),
+        "video_token_id": ("<|video_pad|>", "<video>"),
+        "vision_start_token_id": ("<|vision_start|>",),
+        "vision_end_token_id": ("<|vision_end|>",),
+        "boi_token_index": ("<start_of_image>",),
+        "eoi_token_index": ("<end_of_image>",),
+    }.items():
+        for marker in markers:
+            if marker in known and hasattr(config, name):
+                setattr(config, name, known[marker])
+                break
+    assert config.image_token_id != IMAGE or "<image>" in known
+
+
+def picture(index: int) -> Image.Image:
+    """Noise, of a shape that differs by index; none is a square."""
+    height, width = [(20, 30), (33, 18), (17, 44)][index % 3]
+    return Image.fromarray(np.random.default_rng(index).integers(0, 255, (height, width, 3), dtype=np.uint8))

@@ -1,0 +1,46 @@
+"""A small stand-in with rendered scenes, and experiments of one training step on it."""
+
+from __future__ import annotations
+
+import shutil
+
+from attanchor_lab.paper.study import Study, TrainRows
+from attanchor_lab.scenes import dataset as scenes
+from attanchor_lab.small_llava import model as small_llava
+from attanchor_vlm.evaluation import run as evaluation
+from attanchor_vlm.training import config as presets
+
+
+def make_world(folder):
+    """The folder with a model, 8 scenes to train on and 2 to test on."""
+    shutil.copytree(small_llava.SHIPPED, folder / "model")
+    scenes.write_dataset(folder, "train", 8, seed=0)
+    scenes.write_dataset(folder, "test", 2, seed=1)
+    return folder
+
+
+def study(world, output, trains=True, seeds=(0,), **plan):
+    rows = TrainRows(world / "train.json", world / "images", max_steps=1, eval_steps=1)
+    plan = {"metrics": ("loss", "exact"), "batch_size": 16, "max_new_tokens": 4, **plan}
+    return Study(
+        model=str(world / "model"),
+        output=output,
+        plan=evaluation.Plan(data=world / "test.json", images=world / "images", **plan),
+        # Without warm-up, whose first step has a learning rate of 0.
+        preset=presets.preset("small-llava", tau=0.5, batch_size=8, lr=1e-2, warmup=0.0),
+        train=rows if trains else None,
+        seeds=seeds,
+    )
+
+
+def quietly(function, *arguments, **options):
+    return function(*arguments, **options, say=lambda line: None, progress=False)
+
+
+def same(rows):
+    """Rows less what differs from one run to the next."""
+    dropped = ("seconds", "train_seconds")
+    return [
+        {**row, "commit": "", "date": "", "figures": {k: v for k, v in row["figures"].items() if k not in dropped}}
+        for row in rows
+    ]

@@ -1,0 +1,95 @@
+"""Processes of their own for tests that need them: killed ones, and two that train together.
+
+A fork server imports torch and transformers once; what it forks starts at once. Nothing here runs at import.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import wait
+from typing import Any
+
+LIMIT = 300  # seconds, for what takes ten on a quiet core
+
+
+def context():
+    found = multiprocessing.get_context("forkserver")
+    found.set_forkserver_preload(
+        ["transformers", "peft", "attanchor_vlm.training.run", "attanchor_vlm.training.trainer", "forked"]
+    )
+    return found
+
+
+def start(work: Callable[..., Any], *arguments: Any, rank: int = 0, world: int = 1, port: int = 0):
+    process = context().Process(target=_in_process, args=(work, arguments, rank, world, port))
+    process.start()
+    return process
+
+
+def finish(process) -> int | None:
+    """Wait for a process and return its exit code, None for one that had to be killed: it hung."""
+    process.join(LIMIT)
+    if process.exitcode is None:
+        process.kill()
+        process.join()
+        return None
+    return process.exitcode
+
+
+@contextmanager
+def time_limit() -> Iterator[None]:
+    """A block that ends with an error if it takes too long."""
+
+    def end(number, frame):
+        raise TimeoutError(f"not done in {LIMIT} s")
+
+    before = signal.signal(signal.SIGALRM, end)
+    signal.alarm(LIMIT)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def together(work: Callable[..., Any], *arguments: Any, world: int = 2) -> list[int]:
+    """Run `work` in processes that find each other as those of torchrun do; returns their exit codes.
+
+    When one fails or time is up, the others, which may wait for it, are killed.
+    """
+    from torch.distributed import TCPStore
+
+    # As torchrun's agent does, this process holds the store, so that its port is taken from the start.
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    processes = [start(work, *arguments, rank=rank, world=world, port=store.port) for rank in range(world)]
+    try:
+        with time_limit():
+            running = list(processes)
+            while running and not any(process.exitcode for process in processes):
+                wait([process.sentinel for process in running])
+                running = [process for process in running if process.exitcode is None]
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+    return [process.exitcode for process in processes]
+
+
+def _in_process(work: Callable[..., Any], arguments: tuple, rank: int, world: int, port: int) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1")
+    if world > 1:
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="True")
+    try:
+        work(*arguments)
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)

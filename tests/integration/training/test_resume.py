@@ -1,0 +1,364 @@
+"""Whatever ends a run, a whole checkpoint is left and goes on to the same losses; errors are one line each."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import json
+import os
+import resource
+import shutil
+import signal
+from pathlib import Path
+
+import forked
+import pytest
+import torch
+from attanchor_lab.scenes import dataset as scenes
+from attanchor_lab.small_llava import model as small_llava
+from attanchor_vlm import cli, distributed
+from attanchor_vlm.errors import CheckpointError, DataError, SetupError
+from attanchor_vlm.training import callbacks, checkpoints, run_folder, trainer
+from attanchor_vlm.training import config as presets
+from attanchor_vlm.training import run as train
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world")
+    scenes.write_dataset(folder, "train", 8, seed=0)
+    scenes.write_dataset(folder, "val", 2, seed=1)
+    return folder
+
+
+def settings(world, output, **more):
+    method = {"batch_size": 4, "lr": 5e-3, "lora_dropout": 0.1, "tau": 0.3}
+    method |= {
+        name: more.pop(name) for name in list(more) if name in {f.name for f in dataclasses.fields(presets.Preset)}
+    }
+    return presets.TrainSettings(
+        model=str(small_llava.SHIPPED),
+        images=world / "images",
+        output=output,
+        preset=presets.preset("small-llava", **method),
+        **{"data": world / "train.json", "val_data": world / "val.json", "max_steps": 6, "eval_steps": 3, **more},
+    )
+
+
+def run(*args, **kwargs):
+    return train.run(settings(*args, **kwargs), say=lambda line: None, progress=False)
+
+
+@pytest.fixture(scope="module")
+def stopped(world, tmp_path_factory):
+    """A run that has made three of six steps, with checkpoints of the second and the third."""
+    output = tmp_path_factory.mktemp("stopped") / "run"
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    run(world, output, max_steps=3, save_steps=2)
+    torch.set_num_threads(threads)
+    return output
+
+
+@pytest.fixture
+def output(stopped, tmp_path):
+    return Path(shutil.copytree(stopped, tmp_path / "run"))
+
+
+def losses(result_or_folder):
+    lines = getattr(result_or_folder, "log", None)
+    if lines is None:
+        lines = [json.loads(line) for line in (result_or_folder / "log.jsonl").read_text().splitlines()]
+    return [(line["step"], key, line[key]) for line in lines for key in ("loss", "eval_loss", "tau") if key in line]
+
+
+def die_in_step(chosen: presets.TrainSettings, step: int) -> None:
+    """Train, and be killed at the end of a step, in front of anything that it would write."""
+    original = callbacks.KeepOnInterrupt.on_step_end
+
+    def kill(self, args, state, control, **kwargs):
+        if state.global_step == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        original(self, args, state, control, **kwargs)
+
+    callbacks.KeepOnInterrupt.on_step_end = kill
+    train.run(chosen, say=lambda line: None, progress=False)
+
+
+def test_a_killed_run_loses_the_steps_since_its_checkpoint_and_no_more(world, tmp_path):
+    options = {"save_steps": 2, "fraction": 0.2, "keep_fraction": "quantile", "calibration_samples": 16}
+    process = forked.start(die_in_step, settings(world, tmp_path / "parts", **options), 5)
+    assert forked.finish(process) == -signal.SIGKILL
+    assert [path.name for path in train.complete_checkpoints(tmp_path / "parts")][-1] == "checkpoint-4"
+    assert not (tmp_path / "parts" / "adapter_config.json").exists()
+
+    parts = run(world, tmp_path / "parts", resume=True, **options)
+    whole = run(world, tmp_path / "whole", **options)
+    assert parts.steps == 6
+    assert [one[:2] for one in losses(parts)] == [one[:2] for one in losses(whole)]
+    assert [one[2] for one in losses(parts)] == pytest.approx([one[2] for one in losses(whole)], rel=1e-6)
+    assert losses(tmp_path / "parts") == losses(parts)
+
+
+def test_workers_that_start_anew_do_not_change_what_follows(world, tmp_path):
+    """In the epoch behind a resume, and for its first validation: their seeds come from a generator of their own."""
+    few = tmp_path / "few.json"
+    few.write_text(json.dumps(json.loads((world / "train.json").read_text())[:12]))  # three steps an epoch
+    options = {"data": few, "workers": 1, "eval_steps": 2, "scheduler": "constant", "eval_batch_size": 16}
+    whole = run(world, tmp_path / "whole", max_steps=5, **options)
+    run(world, tmp_path / "parts", max_steps=2, **options)
+    parts = run(world, tmp_path / "parts", max_steps=5, resume=True, **options)
+    assert [one[2] for one in losses(parts)] == pytest.approx([one[2] for one in losses(whole)], rel=1e-6)
+
+
+def test_a_run_that_starts_anew_forgets_the_bad_rows_of_the_one_before(world, output):
+    chosen = settings(world, output.parent / "anew")
+    chosen.output.mkdir()
+    for name in (run_folder.SKIPPED_FILE, run_folder.STREAM_SKIPPED_FILE):
+        (chosen.output / name).write_text('{"file": "a.jsonl", "row": 1}\n')
+        (output / name).write_text("kept")
+    run_folder.prepare_output(chosen)
+    assert [path.name for path in chosen.output.iterdir()] == ["run.json"]
+    run_folder.prepare_output(settings(world, output, resume=True))
+    assert (output / run_folder.STREAM_SKIPPED_FILE).read_text() == "kept"
+
+
+class FullDisk:
+    def __init__(self, *arguments):
+        pass
+
+    def __call__(self, samples):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_full_disk_under_a_worker_is_one_line(world, tmp_path, monkeypatch, workers):
+    monkeypatch.setattr(train, "Collator", FullDisk)
+    with pytest.raises(CheckpointError, match=r"^training stopped: .*No space left on device$"):
+        run(world, tmp_path / "run", workers=workers)
+
+
+class Killed(FullDisk):
+    def __call__(self, samples):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_worker_is_one_line(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "Collator", Killed)
+    with pytest.raises(CheckpointError, match=r"^training stopped: one of the --workers was killed, .*; give fewer$"):
+        run(world, tmp_path / "run", workers=1)
+
+
+def test_an_adapter_s_folders_take_the_place_of_earlier_ones(tmp_path):
+    for text in ("first", "second"):
+
+        def write(folder, text=text):
+            (folder / "additional_chat_templates").mkdir()
+            (folder / "additional_chat_templates" / "tool.jinja").write_text(text)
+
+        checkpoints.replace_files(tmp_path, write)
+    assert contents(tmp_path) == {"additional_chat_templates/tool.jinja": b"second"}
+
+
+def test_a_checkpoint_that_a_kill_tore_is_removed_and_made_anew(world, output):
+    torn = output / "checkpoint-5"
+    torn.mkdir()
+    (torn / "optimizer.pt").write_bytes(b"half")
+    result = run(world, output, resume=True, save_steps=5)
+    assert result.steps == 6
+    assert checkpoints.read_state(torn)["step"] == 5
+    assert torch.load(torn / "optimizer.pt")
+
+
+@contextlib.contextmanager
+def at_most(size: int):
+    """Every file of this process ends at `size` bytes, as on a disk that is full then."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    "size", [300_000, 500_000]
+)  # in the adapter's weights, and behind them in the optimiser's state
+def test_a_full_disk_leaves_the_last_checkpoint_and_one_line(world, output, size, monkeypatch):
+    assert (output / "checkpoint-3" / "adapter_model.safetensors").stat().st_size in range(300_001, 400_000)
+    before = {name: text for name, text in contents(output).items() if name.startswith("checkpoint-3")}
+    original = train.checkpoints.writing
+    monkeypatch.setattr(checkpoints, "writing", lambda folder: _nested(original(folder), at_most(size)), raising=True)
+    with pytest.raises(CheckpointError) as caught:
+        run(world, output, resume=True)
+    message = str(caught.value)
+    assert len(message.splitlines()) == 1
+    assert message.startswith(f"checkpoint {output / 'checkpoint-6'} cannot be written: ")
+    assert "File too large" in message or "is the disk full?" in message
+    assert message.endswith("checkpoint-3 is whole: make room, and go on from it with --resume")
+    assert {path.name for path in output.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-3"}
+    assert {name: text for name, text in contents(output).items() if name.startswith("checkpoint-3")} == before
+
+
+@contextlib.contextmanager
+def _nested(outer, inner):
+    with outer, inner:
+        yield
+
+
+def test_a_full_disk_at_the_end_leaves_no_half_adapter(world, tmp_path, monkeypatch):
+    output = tmp_path / "run"
+
+    def full(folder, result, trainer, is_writer):
+        (folder / "adapter_model.safetensors").write_bytes(b"half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(train, "_write_adapter", full)
+    with pytest.raises(CheckpointError, match=r"adapter cannot be written to .*No space left.*; checkpoint-2 in it is"):
+        run(world, output, max_steps=2, eval_steps=1)
+    left = {path.name for path in output.iterdir()}
+    assert left == {"run.json", "log.jsonl", "checkpoint-1", "checkpoint-2"}
+
+
+def test_a_full_disk_leaves_no_half_log_line(world, tmp_path, monkeypatch):
+    original = callbacks.LogFile.on_log
+
+    def full(self, args, state, control, **kwargs):
+        limit = self.path.stat().st_size + 10 if state.global_step == 5 else 1 << 40
+        with at_most(limit):
+            original(self, args, state, control, **kwargs)
+
+    monkeypatch.setattr(callbacks.LogFile, "on_log", full)
+    with pytest.raises(CheckpointError, match=r"training stopped: File too large; checkpoint-3 is whole"):
+        run(world, tmp_path / "run")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert lines[-1]["step"] == 4
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}"])
+def test_a_damaged_note_of_the_settings_is_one_line(world, output, text):
+    (output / "run.json").write_text(text)
+    with pytest.raises(SetupError, match=r"run\.json cannot be read, so it is not known what to resume: ") as caught:
+        run(world, output, resume=True)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "adapter_model.safetensors", "rng_state.pth", "trainer_state.json"])
+def test_a_damaged_checkpoint_is_one_line_that_names_the_one_before(world, output, name):
+    file = output / "checkpoint-3" / name
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with pytest.raises(CheckpointError, match=r"checkpoint-3 cannot be read: .*; delete that folder") as caught:
+        run(world, output, resume=True)
+    assert "--resume goes on from checkpoint-2" in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_an_image_that_vanishes_is_one_line_and_leaves_the_checkpoint(world, tmp_path, capsys):
+    folder = tmp_path / "data"
+    scenes.write_dataset(folder, "train", 8, seed=0)
+    options = ["--model", small_llava.SHIPPED, "--data", folder / "train.json", "--images", folder / "images"]
+    options += ["--output", tmp_path / "run", "--preset", "small-llava", "--tau", 0.3, "--val-fraction", 0]
+    options += ["--batch-size", 4, "--eval-steps", 2]
+    assert cli.main(["train", *map(str, options), "--max-steps", "2"]) == 0
+    capsys.readouterr()
+
+    class Vanishing(callbacks.SameOrderOnResume):
+        def on_train_begin(self, *args, **kwargs):
+            for image in (folder / "images").iterdir():
+                image.unlink()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(callbacks, "SameOrderOnResume", Vanishing)
+        code = cli.main(["train", *map(str, options), "--max-steps", "4", "--resume", "--workers", "1"])
+    assert code == 1
+    error = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
+    assert len(error) == 1
+    assert "cannot be read: No such file or directory; checkpoint-2 is whole" in error[0]
+    assert "Traceback" not in error[0]
+    assert [path.name for path in train.complete_checkpoints(tmp_path / "run")] == ["checkpoint-2"]
+
+
+def test_a_terminated_run_saves_before_it_ends(world, tmp_path, monkeypatch):
+    """As torchrun and batch systems announce it."""
+    original = callbacks.KeepOnInterrupt.on_step_end
+
+    def terminate(self, args, state, control, **kwargs):
+        if state.global_step == 2:
+            signal.raise_signal(signal.SIGTERM)
+        original(self, args, state, control, **kwargs)
+
+    monkeypatch.setattr(callbacks.KeepOnInterrupt, "on_step_end", terminate)
+    before = signal.getsignal(signal.SIGTERM)
+    result = run(world, tmp_path / "run")
+    assert result.interrupted
+    assert result.steps == 2
+    assert [path.name for path in train.complete_checkpoints(tmp_path / "run")] == ["checkpoint-2"]
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_what_other_programs_left_in_a_folder_is_not_touched(world, tmp_path):
+    """A checkpoint of transformers' own Trainer looks like one that a kill tore."""
+    theirs = tmp_path / "theirs" / "checkpoint-500"
+    theirs.mkdir(parents=True)
+    (theirs / "model.safetensors").write_text("weeks of work")
+    with pytest.raises(SetupError, match="theirs holds checkpoint-500, which is not of this command; take another"):
+        run(world, theirs.parent)
+    assert contents(tmp_path) == {"theirs/checkpoint-500/model.safetensors": b"weeks of work"}
+    model = tmp_path / "model"
+    shutil.copytree(small_llava.SHIPPED, model)
+    before = contents(model)
+    with pytest.raises(SetupError, match="model holds a model; take another folder"):
+        run(world, model)
+    assert contents(model) == before
+
+
+@pytest.mark.parametrize("steps", [0, 3])
+def test_a_gpu_that_is_too_small_is_one_line_that_says_what_to_do(world, tmp_path, monkeypatch, steps):
+    original = trainer.AnchorTrainer.compute_loss
+
+    def full(self, model, inputs, *args, **kwargs):
+        if model.training and self.state.global_step == steps:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+        return original(self, model, inputs, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.AnchorTrainer, "compute_loss", full)
+        with pytest.raises(SetupError, match=r"^the GPU's memory does not hold a batch of 4 samples; give ") as caught:
+            run(world, tmp_path / "run")
+    message = str(caught.value)
+    assert "--gradient-checkpointing, or a smaller --batch-size and as much more --accumulation" in message
+    assert ("checkpoint-3 is whole, and --resume goes on from it with --grad" in message) == bool(steps)
+    if steps:
+        assert run(world, tmp_path / "run", resume=True, gradient_checkpointing=True).steps == 6
+
+
+def test_old_checkpoints_are_deleted_but_the_best(tmp_path):
+    for step in (10, 20, 30, 40):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        checkpoints.mark_complete(folder, {"tau": 0.1, "keeper": None})
+    checkpoints.delete_old(tmp_path, 2, str(tmp_path / "checkpoint-10"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-30", "checkpoint-40"]
+
+
+def test_another_number_of_processes_is_another_run(world, output, monkeypatch):
+    chosen = settings(world, output, resume=True)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SetupError, match="processes was 1 and is 2"):
+        run_folder.prepare_output(chosen)
+
+
+def test_an_output_that_not_all_machines_see_is_refused(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(distributed, "on_main", lambda work: None)  # another machine has made it
+    with pytest.raises(SetupError, match="not on a file system that all machines of this run share"):
+        run_folder.prepare_output(settings(world, tmp_path / "run"))
+
+
+def test_a_worker_s_error_keeps_its_one_line():
+    text = "Caught DataError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n  File …\n"
+    assert str(DataError(f"{text}attanchor_vlm.data.rows.DataError: image a.png is gone\n")) == "image a.png is gone"
