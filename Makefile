@@ -44,7 +44,7 @@ lint: $(STAMP)
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-# Everything that needs a GPU, into GPU_OUT; without one, a rehearsal at toy sizes. PART=1, 2 or 3 does a part of it.
+# What a GPU is needed for, into GPU_OUT, in ten minutes; PART=2 does what is left, in five. Without a GPU a rehearsal.
 .PHONY: gpu
 gpu: $(if $(filter $(VENV)/%,$(PYTHON)),$(STAMP))
 	$(PYTHON) -m benchmarks.gpu --output $(GPU_OUT) $(if $(PART),--part $(PART))
@@ -69,7 +69,7 @@ latest:
 	$(call install,.venv-latest,.venv-latest/lock.txt)
 	.venv-latest/bin/python -m pytest -n 2 --newest tests
 
-OLDEST_TESTS := $(addprefix tests/integration/,model/test_attach.py model/test_generate.py training/test_train.py cli/test_cli.py)
+OLDEST_TESTS := $(addprefix tests/integration/,model/test_attach.py model/test_generate.py training/test_train.py cli)
 oldest:
 	$(call environment,.venv-oldest,$(TORCH) uv)
 	$(call RESOLVE,.venv-oldest) --all-extras pyproject.toml --resolution lowest-direct --upgrade --output-file .venv-oldest/lock.txt

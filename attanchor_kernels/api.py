@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from attanchor_kernels import backends, checks, ops
-from attanchor_kernels.problem import Problem
+from attanchor_kernels import backends, checks, ops, reference
+from attanchor_kernels.problem import Plan, Problem
 
 
 class AnchoredSequence(NamedTuple):
@@ -66,7 +66,8 @@ def build_sequence(
 
     Args:
         img: (B, M, D) or (M, D) projected image features; float16, bfloat16, float32 or float64.
-        txt: (B, N, D) or (N, D) prompt embeddings, same dtype and device.
+        txt: (B, N, D) or (N, D) prompt embeddings, same dtype and device. Under autocast dtypes may differ: image rows
+            are then cast to that of the text, as transformers' merges do.
         tau: Cosine threshold: a number, or a 0-dim float32 tensor on the device of the inputs, which may change without
             a new compilation or capture and is never read by the host. A token is inserted if its best cosine is at
             least tau; ``tau >= 1``, and a NaN in a tensor, insert nothing.
@@ -215,26 +216,78 @@ def plan_sequence(
     return _run(call, trim, backend, copy=False)
 
 
-def _run(call: checks.Call, trim: bool, backend: str, copy: bool = True) -> AnchoredSequence:
-    if not isinstance(trim, bool):
-        raise TypeError(f"trim is {type(trim).__name__}; it should be a bool")
-    if not torch.compiler.is_compiling():  # the operator chooses again when it runs; here an error comes first
-        backend = backends.choose(backend, call.problem.text.device, call.problem.text.dtype)
+def place_sequence(
+    text_embeds: Tensor,
+    image_embeds: Tensor,
+    roles: Tensor,
+    host: Tensor,
+    *,
+    ahead: bool = False,
+    positions: str = "sequential",
+    position_ids: Tensor | None = None,
+    padding_side: str = "right",
+    trim: bool = True,
+    copy: bool = True,
+    backend: str = "auto",
+) -> AnchoredSequence:
+    """Merge as `merge_sequence` does, with copies behind hosts that the caller chose: no cosine is taken.
+
+    For controls of the method: the same tokens at other places, or other tokens.
+
+    Args:
+        text_embeds, image_embeds, roles, positions, position_ids, padding_side: As in `merge_sequence`.
+        host: (B, S) or (S,) int64, the slot that a copy of each slot is put behind; -1 = no copy.
+        ahead: Put copies in front of their hosts instead.
+        trim: As in `merge_sequence`; capacity is 2 S.
+        copy: False gives ``embeds=None``, as `plan_sequence` does.
+        backend: What copies the rows; as in `build_sequence`.
+
+    Returns:
+        AnchoredSequence: as from `merge_sequence`; `score` is -inf.
+
+    Raises:
+        TypeError, ValueError: as `merge_sequence`; on the CPU also a host that is no slot, or padding that would be
+            copied or host, which elsewhere is not inserted.
+    """
+    call = checks.place_call(text_embeds, image_embeds, roles, host, ahead, positions, position_ids, padding_side)
+    for name, value in (("trim", trim), ("copy", copy)):
+        _check_flag(name, value)
+    backend = _choose(call, backend)
     if trim:
-        return _trimmed(call, backend, copy)
-    if copy:
-        return _result(call, *ops.construct_at_capacity(call, backend))
-    return _result(call, None, *ops.plan_at_capacity(call, backend))
+        _check_can_read(call.problem)
+    plan = reference.place(call.problem, host.unsqueeze(0) if call.unbatched else host, ahead)
+    return _finished(call, plan, trim, backend, copy)
 
 
-def _result(call: checks.Call, embeds: Tensor | None, *fields: Tensor) -> AnchoredSequence:
-    made = AnchoredSequence(embeds, *fields)
-    return made if call.problem.drops else made._replace(relevance=None)
+def _run(call: checks.Call, trim: bool, backend: str, copy: bool = True) -> AnchoredSequence:
+    _check_flag("trim", trim)
+    backend = _choose(call, backend)
+    if not trim:
+        if copy:
+            return _result(call, *ops.construct_at_capacity(call, backend))
+        return _result(call, None, *ops.plan_at_capacity(call, backend))
+    # Match, one read of the length, then copy into an output of just that length.
+    _check_can_read(call.problem)
+    if call.problem.max_anchors is not None:  # rows beyond what can be inserted would be cut off again
+        most = min(call.problem.max_anchors, call.problem.movers)
+        call = call._replace(problem=call.problem._replace(max_anchors=most))
+    return _finished(call, ops.plan(call.problem, backend), trim, backend, copy)
 
 
-def _trimmed(call: checks.Call, backend: str, copy: bool) -> AnchoredSequence:
-    """Match, one read of the length, then copy into an output of just that length."""
-    problem = call.problem
+def _check_flag(name: str, value: bool) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} is {type(value).__name__}; it should be a bool")
+
+
+def _choose(call: checks.Call, backend: str) -> str:
+    """The backend, so that an error comes first; under compilation the operator chooses when it runs."""
+    if torch.compiler.is_compiling():
+        return backend
+    return backends.choose(backend, call.problem.text.device, call.problem.text.dtype)
+
+
+def _check_can_read(problem: Problem) -> None:
+    """Whether the length, which depends on the data, can be read here."""
     if torch.compiler.is_compiling():
         raise ValueError("trim is True, whose result has a data-dependent length; under torch.compile pass trim=False")
     if problem.text.is_cuda and torch.cuda.is_current_stream_capturing():
@@ -244,10 +297,12 @@ def _trimmed(call: checks.Call, backend: str, copy: bool) -> AnchoredSequence:
     if problem.text.is_meta:
         raise ValueError("trim is True, and tensors on meta have no values to read a length from; pass trim=False")
 
-    if problem.max_anchors is not None:  # rows beyond what can be inserted would be cut off again
-        problem = problem._replace(max_anchors=min(problem.max_anchors, problem.movers))
-    *fields, places = ops.plan(problem, backend)
-    length = _read_length(problem, fields[1])
+
+def _finished(call: checks.Call, plan: Plan, trim: bool, backend: str, copy: bool) -> AnchoredSequence:
+    """The result of a plan, cut if asked to to the longest real sequence."""
+    problem = call.problem
+    *fields, places = plan
+    length = _read_length(problem, plan.attention_mask) if trim else problem.capacity
     if length < problem.capacity:
         # Right-padded sequences start at row 0, left-padded ones end at the last row.
         first = problem.capacity - length if problem.pad_left else 0
@@ -258,6 +313,11 @@ def _trimmed(call: checks.Call, backend: str, copy: bool) -> AnchoredSequence:
     if embeds is not None and call.unbatched:
         embeds = embeds.squeeze(0)
     return _result(call, embeds, *ops.public_fields(tuple(fields), call.unbatched, call.flat_positions))
+
+
+def _result(call: checks.Call, embeds: Tensor | None, *fields: Tensor) -> AnchoredSequence:
+    made = AnchoredSequence(embeds, *fields)
+    return made if call.problem.drops else made._replace(relevance=None)
 
 
 def _read_length(problem: Problem, attention_mask: Tensor) -> int:

@@ -43,21 +43,29 @@ def _floating(name: str, value: Tensor) -> None:
         raise TypeError(f"{name} has dtype {value.dtype}; it should be float16, bfloat16, float32 or float64")
 
 
-def _pair(first_name: str, first: Tensor, second_name: str, second: Tensor) -> None:
-    _floating(first_name, first)
-    _floating(second_name, second)
-    if first.dim() and first.shape[-1] == 0:
-        raise ValueError(f"{first_name} has shape {tuple(first.shape)}; its hidden size D should be at least 1")
-    if first.dtype != second.dtype:
-        raise TypeError(
-            f"{second_name} has dtype {second.dtype} and {first_name} has {first.dtype}; they should be the same"
-        )
-    _refuse_forward_mode(first_name, first)
-    _refuse_forward_mode(second_name, second)
-    if first.device != second.device:
+def _pair(image_name: str, image: Tensor, text_name: str, text: Tensor) -> Tensor:
+    """Check image and text rows; returns the image rows, under autocast in the dtype of the text.
+
+    There a projector's dtype naturally differs from an embedding's, and transformers' merges cast likewise.
+    """
+    _floating(image_name, image)
+    _floating(text_name, text)
+    if text.dim() and text.shape[-1] == 0:
+        raise ValueError(f"{text_name} has shape {tuple(text.shape)}; its hidden size D should be at least 1")
+    _refuse_forward_mode(image_name, image)
+    _refuse_forward_mode(text_name, text)
+    if image.device != text.device:
         raise ValueError(
-            f"{second_name} is on {second.device} and {first_name} is on {first.device}; they should be on one device"
+            f"{image_name} is on {image.device} and {text_name} is on {text.device}; they should be on one device"
         )
+    if image.dtype == text.dtype:
+        return image
+    if not torch.is_autocast_enabled(text.device.type):
+        raise TypeError(
+            f"{image_name} has dtype {image.dtype} and {text_name} has {text.dtype}; they should be the same "
+            "(under autocast the image rows are cast)"
+        )
+    return image.to(text.dtype)
 
 
 def _refuse_forward_mode(name: str, value: Tensor) -> None:
@@ -184,7 +192,7 @@ def build_call(
     cells=None,
 ) -> Call:
     """Check the arguments of `build_sequence` and give them the batch axis."""
-    _pair("img", img, "txt", txt)
+    img = _pair("img", img, "txt", txt)
     if img.dim() not in (2, 3):
         raise ValueError(f"img has shape {tuple(img.shape)}; it should be (B, M, D) or (M, D)")
     if txt.dim() != img.dim() or txt.shape[-1] != img.shape[-1] or txt.shape[:-2] != img.shape[:-2]:
@@ -234,7 +242,7 @@ def merge_call(
     cells=None,
 ) -> Call:
     """Check the arguments of `merge_sequence` or `plan_sequence` and give them the batch axis."""
-    _pair("text_embeds", text_embeds, "image_embeds", image_embeds)
+    image_embeds = _pair("image_embeds", image_embeds, "text_embeds", text_embeds)
     if text_embeds.dim() not in (2, 3):
         raise ValueError(f"text_embeds has shape {tuple(text_embeds.shape)}; it should be (B, S, D) or (S, D)")
     hidden = text_embeds.shape[-1]
@@ -269,6 +277,33 @@ def merge_call(
     return Call(problem, unbatched, position_ids is None or position_ids.dim() == text_embeds.dim() - 1)
 
 
+def place_call(text_embeds, image_embeds, roles, host, ahead, positions, position_ids, padding_side) -> Call:
+    """Check the arguments of `place_sequence`; all but `host` get the batch axis."""
+    call = merge_call(
+        text_embeds,
+        image_embeds,
+        roles,
+        tau=1.0,
+        positions=positions,
+        position_ids=position_ids,
+        padding_side=padding_side,
+    )
+    _dense("host", host)
+    _companion("host", host, torch.int64, text_embeds.shape[:-1], text_embeds)
+    if not isinstance(ahead, bool):
+        raise TypeError(f"ahead is {type(ahead).__name__}; it should be a bool")
+    if text_embeds.device.type != "cpu" or torch.compiler.is_compiling():
+        return call
+    contents(call.problem)
+    slots = text_embeds.shape[-2]
+    if ((host < -1) | (host >= slots)).any():
+        raise ValueError(f"host holds {int(host.min())} to {int(host.max())}; it should hold -1 or slots below {slots}")
+    real, copied = roles.ne(Role.PADDING), host >= 0
+    if copied.any() and not (real[copied].all() and real.gather(-1, host.clamp_min(0))[copied].all()):
+        raise ValueError("host puts a copy of padding, or one at padding; both slots should be real")
+    return call
+
+
 def _batched(value: T, unbatched: bool) -> T:
     return value.unsqueeze(0) if unbatched and value is not None else value
 
@@ -284,7 +319,7 @@ def _with_axis(position_ids: Tensor | None, unbatched: bool) -> Tensor | None:
 
 def count_roles(roles: Tensor) -> Tensor:
     """(2,) int64 on the device of `roles`: the number of placeholders, the largest role."""
-    placeholders = ((roles == Role.IMAGE) | (roles == Role.SILENT_IMAGE)).sum()
+    placeholders = (roles.eq(Role.IMAGE) | roles.eq(Role.SILENT_IMAGE)).sum()
     largest = roles.max().long() if roles.numel() else placeholders.new_zeros(())
     return torch.stack([placeholders, largest])
 

@@ -14,7 +14,10 @@ from torch import Tensor
 
 
 class Role(IntEnum):
-    """What a slot of a prompt is: the values of `roles` (`merge_sequence`)."""
+    """What a slot of a prompt is: the values of `roles` (`merge_sequence`).
+
+    Write ``roles.eq(Role.IMAGE)``: under torch.compile (2.13) ``roles == Role.IMAGE`` is False, whatever `roles` holds.
+    """
 
     PADDING = 0
     TEXT = 1

@@ -57,6 +57,20 @@ def plan(problem: Problem) -> Plan:
     return arrange(problem, layout, stays, host_slot, inserted, score, relevance[:, : problem.images])
 
 
+def place(problem: Problem, host: Tensor, ahead: bool) -> Plan:
+    """The plan that puts a copy of each slot (B, S) behind the slot that `host` names, or with `ahead` in front of it.
+
+    Below 0, at a slot that is none, or where one of the two is padding, nothing is inserted.
+    """
+    slots = _slots(problem)
+    slot = torch.arange(problem.slots, device=host.device).expand_as(host)
+    host_slot = host.clamp(0, max(0, problem.slots - 1))
+    inserted = slots.real & slots.real.gather(1, host_slot) & (host == host_slot)
+    layout = Layout(slots.real, slots.image, slots.silent, slots.feature, slot, slots.real, slot, slots.real)
+    nothing = torch.full(host.shape, -torch.inf, device=host.device)
+    return arrange(problem, layout, slots.real, host_slot, inserted, nothing, nothing[:, :0], ahead)
+
+
 # --- Slots -----------------------------------------------------------------------------------------------------------
 
 
@@ -81,17 +95,32 @@ def _lay_out_build(problem: Problem) -> Layout:
 
 
 def _lay_out_merge(problem: Problem) -> Layout:
+    slots = _slots(problem)
+    images = _pack(slots.image & (slots.feature < len(problem.image)))
+    texts = _pack(slots.matched_text)
+    movers, hosts = (images, texts) if problem.image_into_text else (texts, images)
+    return Layout(slots.real, slots.image, slots.silent, slots.feature, *movers, *hosts)
+
+
+class _Slots(NamedTuple):
+    """What the roles of the merge form say, (B, S): named as in `Layout`, and the text that takes part."""
+
+    real: Tensor
+    image: Tensor
+    silent: Tensor
+    feature: Tensor
+    matched_text: Tensor
+
+
+def _slots(problem: Problem) -> _Slots:
     roles = problem.roles
     assert roles is not None
-    image, silent = roles == Role.IMAGE, roles == Role.SILENT_IMAGE
-    placeholder, matched_text = image | silent, roles == Role.ANCHOR_TEXT
+    image, silent = roles.eq(Role.IMAGE), roles.eq(Role.SILENT_IMAGE)
+    placeholder, matched_text = image | silent, roles.eq(Role.ANCHOR_TEXT)
     # Placeholders take features in row-major order over the batch.
     rank = placeholder.flatten().cumsum(0).view(roles.shape) - 1
-    feature = torch.where(placeholder, rank, -1)
-    images, texts = _pack(image & (feature < len(problem.image))), _pack(matched_text)
-    movers, hosts = (images, texts) if problem.image_into_text else (texts, images)
-    real = placeholder | (roles == Role.TEXT) | matched_text
-    return Layout(real, image, silent, feature, *movers, *hosts)
+    real = placeholder | roles.eq(Role.TEXT) | matched_text
+    return _Slots(real, image, silent, torch.where(placeholder, rank, -1), matched_text)
 
 
 def _pack(chosen: Tensor) -> tuple[Tensor, Tensor]:
@@ -331,11 +360,13 @@ def arrange(
     inserted: Tensor,
     score: Tensor,
     relevance: Tensor,
+    ahead: bool = False,
 ) -> Plan:
     """All fields of the plan, from the originals that stay (B, S) and the movers' hosts (B, movers).
 
     An original stands after the slots that stay before it and the anchors of their hosts; an anchor after the slots
-    that stay up to its host and the anchors that come before it in the order of (host, mover).
+    that stay up to its host and the anchors that come before it in the order of (host, mover). With `ahead` a host
+    stands behind its anchors.
     """
     batch, slots, capacity = problem.batch, problem.slots, problem.capacity
     kept = stays.long()
@@ -346,9 +377,10 @@ def arrange(
     length = kept.sum(1, keepdim=True) + inserted.sum(1, keepdim=True)
     first = capacity - length if problem.pad_left else torch.zeros_like(length)
 
-    original_place = rows_through - kept - anchors + first
+    original_place = rows_through - kept - (0 if ahead else anchors) + first
     by_host = torch.where(inserted, host_slot, slots).argsort(dim=1, stable=True)
-    anchor_place = (kept_through.gather(1, host_slot) if slots else host_slot) + _inverse(by_host) + first
+    kept_first = kept_through - kept if ahead else kept_through
+    anchor_place = (kept_first.gather(1, host_slot) if slots else host_slot) + _inverse(by_host) + first
 
     # Rows that are not there go to column C, which is cut off.
     original_at = torch.where(stays, original_place, capacity)

@@ -1,13 +1,19 @@
 """What anchors cost: rooflines of the operators, overhead in whole models, and the tables made of stored rows.
 
 cases      the shapes, the least bytes, and whether a result is right
-timing     medians of device time, cold caches
+timing     medians of device time, cold caches; two calls by turns
 floor      a copy of exactly the least bytes
 baselines  what a user would write without these kernels
-rows       results as JSON lines
+rows       results as JSON lines, and the run that writes them
 roofline, overhead, training, cpu_reference     the runs
+smoke, sanitize     every kernel before it is measured: is it right, does it end
 tune       a search for faster launch configurations
-compare, targets, report, plots                 what is made of their rows
-sanitize   every kernel under compute-sanitizer
+compare, targets, report, plots, store_demo     what is made of their rows
 gpu        all of it on a machine with a GPU, by one command
 """
+
+import sys
+from pathlib import Path
+
+# From a checkout that is not installed, too.
+sys.path.append(str(Path(__file__).resolve().parent.parent / "integration"))

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from attanchor_kernels import AnchoredSequence, build_sequence, merge_sequence, ops
+from attanchor_kernels import AnchoredSequence, backends, build_sequence, merge_sequence, ops
 from attanchor_kernels.problem import Problem
 from attanchor_kernels.testing.contract import BAND
 from attanchor_kernels.testing.inputs import SHAPES, TAU, Shape, merge_form
@@ -17,13 +17,14 @@ SHAPE_OF = {shape.name: shape for shape in (*SHAPES, TOY)}
 BATCHES = (1, 4, 8, 32, 64)
 MAX_ANCHORS = 8
 BEFORE = 5  # text tokens in front of the image in a prompt
-OPERATIONS = ("forward", "backward", "merge")
+OPERATIONS = ("forward", "backward", "merge", "drop")
 
 
 class Case(NamedTuple):
     """One operation at one size."""
 
-    operation: str  # "forward" (build_sequence), "backward" (of it), "merge" (merge_sequence)
+    # "forward" (build_sequence), "backward" (of it), "drop" (forward that keeps a third of the image tokens), "merge"
+    operation: str
     shape: Shape
     batch: int
     dtype: torch.dtype = torch.bfloat16
@@ -31,8 +32,12 @@ class Case(NamedTuple):
     max_anchors: int = MAX_ANCHORS
 
     @property
+    def keep(self) -> int | None:
+        return round(self.shape.image / 3) if self.operation == "drop" else None
+
+    @property
     def capacity(self) -> int:
-        return self.shape.image + self.shape.text + self.max_anchors
+        return (self.keep or self.shape.image) + self.shape.text + self.max_anchors
 
     @property
     def label(self) -> str:
@@ -71,6 +76,7 @@ class Case(NamedTuple):
             "dtype": str(self.dtype).removeprefix("torch."),
             "max_anchors": self.max_anchors,
             "inserted": self.anchored,
+            **({} if self.keep is None else {"keep": self.keep}),
             "bytes": self.least_bytes,
         }
 
@@ -82,6 +88,7 @@ class Inputs(NamedTuple):
     text: Tensor  # (B, N, D), merge: (B, S, D)
     roles: Tensor | None = None
     position_ids: Tensor | None = None
+    salience: Tensor | None = None  # (B, M) for "drop"
     grad: Tensor | None = None
     source: Tensor | None = None
     places: Tensor | None = None
@@ -97,11 +104,13 @@ def make_inputs(case: Case, device: torch.device, seed: int) -> Inputs:
     if case.operation == "merge":
         text, image, roles = merge_form(image, text, before=BEFORE)
         return Inputs(image, text, roles, positions)
-    if case.operation == "forward":
-        return Inputs(image, text, position_ids=positions)
-    source, places = _plan(case, image, text)
+    if case.operation in ("forward", "drop"):
+        # Random ranks, since no rounding may change who stays.
+        salience = torch.rand(image.shape[:2], device=device) if case.operation == "drop" else None
+        return Inputs(image, text, position_ids=positions, salience=salience)
+    plan = ops.plan(problem_of(case, Inputs(image, text)), "reference")
     grad = torch.randn(case.batch, case.capacity, case.shape.hidden, device=device, dtype=torch.float32)
-    return Inputs(image, text, None, positions, grad.to(case.dtype), source, places)
+    return Inputs(image, text, None, positions, None, grad.to(case.dtype), plan.source, plan.places)
 
 
 def _pair(case: Case, device: torch.device, seed: int) -> tuple[Tensor, Tensor]:
@@ -124,11 +133,30 @@ def _pair(case: Case, device: torch.device, seed: int) -> tuple[Tensor, Tensor]:
     return image, text
 
 
-def _plan(case: Case, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
-    """`source` and `places` of a forward of the same case."""
-    problem = Problem(image, text, TAU, max_anchors=case.max_anchors)
-    plan = ops.plan(problem, "reference")
-    return plan.source, plan.places
+def kernel_backends(device: torch.device) -> list[str]:
+    """The backends that are measured against the floor: on a GPU the kernels, on a CPU the reference."""
+    if device.type == "cpu":
+        return ["reference"]
+    return [name for name in ("cuda", "triton") if backends.why_not(name, device.type) is None]
+
+
+def problem_of(case: Case, inputs: Inputs) -> Problem:
+    """What the operator of a forward or a merge hands to its backend."""
+    options: dict = {"max_anchors": case.max_anchors, "roles": inputs.roles, "keep": case.keep}
+    options["salience"] = inputs.salience
+    if inputs.position_ids is not None:
+        options |= {"inherit": True, "position_ids": inputs.position_ids}
+    return Problem(inputs.image, inputs.text, TAU, **options)
+
+
+def launched(backend: str, case: Case, inputs: Inputs, tuning: Any = None) -> dict[str, Any]:
+    """How the CUDA backend cuts a forward or a merge into tiles and what the device runs at once, for a row."""
+    if backend != "cuda" or inputs.image.device.type != "cuda" or case.operation == "backward":
+        return {}
+    from attanchor_kernels.backends.cuda import launch
+
+    found = launch.launched(problem_of(case, inputs), tuning=tuning)
+    return {} if found is None else {"launched": found._asdict()}
 
 
 def run(case: Case, inputs: Inputs, backend: str) -> tuple[Any, ...]:
@@ -136,17 +164,22 @@ def run(case: Case, inputs: Inputs, backend: str) -> tuple[Any, ...]:
     options: dict = {"max_anchors": case.max_anchors, "trim": False, "backend": backend}
     if inputs.position_ids is not None:
         options |= {"positions": "inherit", "position_ids": inputs.position_ids}
-    if case.operation == "forward":
-        return tuple(build_sequence(inputs.image, inputs.text, TAU, **options))[: len(FIELDS)]
+    if case.operation in ("forward", "drop"):
+        options |= {"keep": case.keep, "salience": inputs.salience}
+        return tuple(build_sequence(inputs.image, inputs.text, TAU, **options))[: len(names_of(case))]
     if case.operation == "merge":
         assert inputs.roles is not None
-        return tuple(merge_sequence(inputs.text, inputs.image, inputs.roles, TAU, **options))[: len(FIELDS)]
+        return tuple(merge_sequence(inputs.text, inputs.image, inputs.roles, TAU, **options))[: len(names_of(case))]
     return torch.ops.attanchor._assemble_backward(
         inputs.grad, inputs.places, inputs.image.shape, inputs.text.shape, True, True, backend
     )
 
 
-FIELDS = AnchoredSequence._fields[:-1]  # without the relevance of image tokens, which only `keep` asks for
+def names_of(case: Case) -> tuple[str, ...]:
+    """What an operation returns. Without `keep` there is no relevance of image tokens."""
+    if case.operation == "backward":
+        return "image gradient", "text gradient"
+    return AnchoredSequence._fields if case.keep is not None else AnchoredSequence._fields[:-1]
 
 
 class WrongResult(AssertionError):
@@ -161,13 +194,12 @@ def verify(case: Case, expected: tuple[Tensor, ...], got: tuple[Tensor, ...]) ->
     Raises:
         WrongResult: saying the field.
     """
-    names = FIELDS if case.operation != "backward" else ("image gradient", "text gradient")
     if case.operation != "backward":
         inserted = expected[4].sum(1)
         if not bool((inserted == case.anchored).all()):
             raise WrongResult(f"{inserted.tolist()} inserted in the reference at {case.label}, not {case.anchored}")
-    for name, one, other in zip(names, got, expected, strict=True):
-        if not (_scores_agree(one, other) if name == "score" else torch.equal(one, other)):
+    for name, one, other in zip(names_of(case), got, expected, strict=True):
+        if not (_scores_agree(one, other) if name in ("score", "relevance") else torch.equal(one, other)):
             raise WrongResult(f"{name} differs from the reference at {case.label}")
 
 

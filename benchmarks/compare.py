@@ -5,31 +5,19 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.rows import Row, read
 
 # What makes two rows figures of the same thing. Keys that a run does not have are None.
 IDENTITY = (
-    *(
-        "run",
-        "measure",
-        "operation",
-        "model",
-        "shape",
-        "image",
-        "text",
-        "hidden",
-        "batch",
-        "dtype",
-        "max_anchors",
-        "inserted",
-    ),
-    *("new_tokens", "share", "backend", "method", "attached"),
+    *("run", "measure", "operation", "model", "shape", "image", "text", "hidden", "batch", "dtype", "max_anchors"),
+    *("inserted", "keep", "side", "new_tokens", "share", "backend", "method"),
 )
 HARDWARE = ("gpu", "processor")
-# Figures that are compared, each with whether more is better.
-FIGURES = {"us": False, "steps_per_second": True, "peak_bytes": False, "anchored_us": False, "construction_us": False}
+# Figures that are compared; less is better.
+FIGURES = ("us", "peak_bytes", "construction_us", "prefill_us", "step_us", "train_step_us")
 
 
 class Change(NamedTuple):
@@ -59,20 +47,25 @@ def changes(before: list[Row], after: list[Row]) -> tuple[list[Change], list[str
         if key not in later:
             missing.append(name)
             continue
-        for figure, more_is_better in FIGURES.items():
+        for figure in FIGURES:
             old, new = row.get(figure), later[key].get(figure)
             if old is None or new is None:
                 continue
-            found.append(Change(name, figure, old, new, _worse_by(old, new, more_is_better)))
+            found.append(Change(name, figure, old, new, _worse_by(old, new)))
     return found, missing
 
 
-def _worse_by(old: float, new: float, more_is_better: bool) -> float:
-    """Percent; what comes from nothing, or goes to nothing where more is better, is worse beyond any."""
-    least, most = (new, old) if more_is_better else (old, new)
-    if least == 0:
-        return math.inf if most else 0.0
-    return 100 * (most / least - 1)
+def _worse_by(old: float, new: float) -> float:
+    """Percent; what comes from nothing is worse beyond any."""
+    if old == 0:
+        return math.inf if new else 0.0
+    return 100 * (new / old - 1)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("before", type=Path, help="a .jsonl file, or a folder of them")
+    parser.add_argument("after", type=Path)
+    parser.add_argument("--threshold", type=float, default=5.0, help="percent slower that fails (default: %(default)s)")
 
 
 def main(options: argparse.Namespace) -> int:

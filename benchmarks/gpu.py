@@ -2,11 +2,11 @@
 
 For a machine with its own PyTorch and no network. The repository need not be installed; the CUDA extension is built in
 place. Every step is a process of its own with its own time limit, so that a hang costs one step; a failed step is
-reported and the rest goes on. The most valuable steps come first, and what no time is left for is skipped and said so.
+reported and the rest goes on. What brings the most evidence comes first: part 1 has ten minutes in all, part 2 five for
+what is left. What no time is left for is skipped and said so.
 
-The folder gets the rows, and summary.json, summary.txt and logs.tar.gz, current after every step and named after the
-part that they are of. A step replaces the rows of an earlier run when it begins and leaves those of other steps alone,
-so that three parts fill one folder. The laboratory's plan and rows are in its folder `lab`. Without a GPU the same
+The folder gets the rows, written as they come, and a summary and packed logs of each part, current after every step.
+A step replaces the rows of an earlier run when it begins and leaves those of other steps alone. Without a GPU the same
 steps run at toy sizes, as a rehearsal, into a folder that no GPU has filled.
 """
 
@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.util
-import io
 import json
 import os
 import shutil
@@ -26,15 +25,15 @@ import tarfile
 import tempfile
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import torch
+from attanchor_vlm.records import write_atomically
 
 from benchmarks import targets
-from benchmarks.rows import ROOT, read, write_text
+from benchmarks.options import UNAVAILABLE
+from benchmarks.rows import ROOT, of_newest_gpu, read, write_text
 
-TOTAL = 525.0  # seconds for everything, by default
-UNAVAILABLE = 3  # exit status of a step whose tool this machine lacks
+TOTAL = {1: 570.0, 2: 280.0}  # seconds for everything
 TAIL = 15  # lines of a failed step's log that are printed
 
 
@@ -44,9 +43,9 @@ class Step(NamedTuple):
     name: str
     commands: tuple[tuple[str, ...], ...]
     limit: float
-    parts: tuple[int, ...] = (1,)
+    part: int = 1
     environment: tuple[tuple[str, str], ...] = ()
-    writes: str = ""  # file or folder in the output folder
+    writes: str = ""  # file in the output folder
     least: float = 15.0  # seconds, of which less are no use
 
 
@@ -62,19 +61,31 @@ class Outcome(NamedTuple):
 ENVIRONMENT = """
 import subprocess
 from benchmarks.rows import environment
-for name, value in environment("cuda").items():
+from torch.utils.cpp_extension import CUDA_HOME
+for name, value in {**environment("cuda"), "CUDA_HOME": CUDA_HOME}.items():
     print(f"{name:<14}{value}")
 try:
     print(subprocess.run(["nvidia-smi"], capture_output=True, text=True, timeout=20).stdout)
 except OSError as error:
     print(f"nvidia-smi: {error}")
 """
-
-
 PROBE = """
 import json, torch
 gpu = torch.cuda.get_device_properties(0) if torch.cuda.is_available() else None
 print(json.dumps([gpu.name, gpu.major, gpu.minor, gpu.total_memory] if gpu else None))
+"""
+LACKING = f"print('this machine lacks what it takes'); raise SystemExit({UNAVAILABLE})"
+IMPORT = "import attanchor_kernels._C"
+# What limits the four shapes' construct kernels, by Nsight Compute: a launch each, cold.
+SECTIONS = ("SpeedOfLight", "LaunchStats", "Occupancy", "MemoryWorkloadAnalysis", "WarpStateStats")
+PROFILED = """
+import torch
+from benchmarks import cases
+for shape in cases.SHAPES:
+    case = cases.Case("forward", shape, 8)
+    inputs = cases.make_inputs(case, torch.device("cuda"), 0)
+    print(case.label, cases.launched("cuda", case, inputs), flush=True)
+    torch.cuda.synchronize()
 """
 
 
@@ -106,57 +117,60 @@ def find_gpu(python: str, limit: float = 60.0) -> Gpu | None:
 def steps(python: str, gpu: Gpu | None, output: Path) -> list[Step]:
     """All steps, the most valuable first; without a GPU at toy sizes."""
     device = "cpu" if gpu is None else "cuda"
+    smoke = str(output / "smoke.jsonl")
 
-    def measuring(name: str, limit: float, part: int, file: str, command: str, *more: str) -> Step:
+    def measuring(name: str, limit: float, part: int, command: str, *more: str) -> Step:
+        file = f"{name}.jsonl"
         line = (python, "-m", "benchmarks", command, "--device", device, "--output", str(output / file), *more)
-        return Step(name, (line,), limit, (part,), writes=file)
+        return Step(name, (line,), limit, part, writes=file)
+
+    def roofline(name: str, limit: float, part: int, backends: str, *more: str) -> Step:
+        kernels = ("--passes", "kernels", "--smoke", smoke) if gpu else ("--passes", "kernels", "--batches", "1")
+        chosen = ("--backends", backends) if gpu and backends else ()
+        return measuring(name, limit, part, "roofline", *more, *chosen, *kernels)
 
     workers = _workers(gpu)
     threads = (("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers))),)
     # The repository's own options name plugins that a GPU machine may lack.
     pytest = (python, "-m", "pytest", "-o", "addopts=-ra", "-p", "no:cacheprovider")
-    tests = (
-        *pytest,
-        "-v",
-        "--durations",
-        "10",
-        "-o",
-        "faulthandler_timeout=90",
-        *(("-n", str(workers)) if workers > 1 else ()),
-        *_hangs(),
-        "tests/gpu",
-    )
+    tests = (*pytest, "-v", "--durations", "10", "-o", "faulthandler_timeout=90")
+    tests += (*(("-n", str(workers)) if workers > 1 else ()), *_hangs(), "--ignore", "tests/gpu/test_gpu_sanitizer.py")
     quick = ("--benchmark-max-time", "0.05", "--benchmark-min-rounds", "3", "--benchmark-warmup", "off")
     timed = (*pytest, "-q", "--benchmark-enable", *quick, "benchmarks/test_operators.py")
-    laboratory = (python, "-m", "attanchor_vlm.cli", "lab", "--size", "gpu", "--output", str(output / "lab"))
-    # It ends by itself: what its limit cut off would be lost.
-    laboratory += ("--no-progress", "--minutes", "7.5", *(("--rehearse",) if gpu is None else ()))
-    build: tuple[tuple[str, ...], ...]
-    build = ((python, "setup.py", "build_ext", "--inplace"), (python, "-c", "import attanchor_kernels._C"))
-    if gpu is None:
-        build = ((python, "-c", f"print('nothing to build without a GPU'); raise SystemExit({UNAVAILABLE})"),)
+    build = _on_gpu(python, gpu, (python, "setup.py", "build_ext", "--inplace"), (python, "-c", IMPORT))
+    profile = ("ncu", "--kernel-name", "regex:construct", *(word for one in SECTIONS for word in ("--section", one)))
+    main = ("--batches", "8,1,32") if gpu else ()
+    sanitize = (python, "-m", "benchmarks", "sanitize")
+
+    def built(part: int) -> Step:
+        """Of both parts: a part may be the first that runs on its machine, and would measure Triton alone."""
+        return Step("build", build, 120, part, _build_environment(gpu))
+
     return [
         Step("environment", ((python, "-c", ENVIRONMENT),), 40),
-        # Of both parts that measure kernels: a part may be the first that runs on its machine.
-        Step("build", build, 150, (1, 2), _build_environment(gpu)),
-        Step("doctor", ((python, "-m", "attanchor_kernels.doctor"),), 60),
-        # compute-sanitizer has a step of its own.
-        Step("tests", ((*tests, "--ignore", "tests/gpu/test_gpu_sanitizer.py"),), 240, environment=threads),
-        measuring("roofline", 150, 1, "roofline.jsonl", "roofline", "--passes", "kernels"),
-        measuring("overhead", 170, 2, "overhead.jsonl", "overhead"),
-        measuring("baselines", 230, 2, "roofline-baselines.jsonl", "roofline", "--passes", "baselines"),
+        built(1),
+        measuring("smoke", 60, 1, "smoke"),
+        roofline("roofline-cuda", 75, 1, "cuda", "--operations", "forward", *main),
+        measuring("tune", 70, 1, "tune", "--backends", "cuda", "--batches", "8,1,32", "--limit", "55"),
+        Step("profile", _on_gpu(python, gpu if shutil.which("ncu") else None, (*profile, python, "-c", PROFILED)), 45),
+        roofline("roofline-triton", 90, 1, "triton", "--operations", "forward", *main),
+        roofline("roofline", 90, 1, "", "--operations", "backward,merge", *main),
         # Its own limit ends first, so that it can still say what it found.
-        Step("sanitizer", ((python, "-m", "benchmarks.sanitize", "--limit", "80"),), 110, least=60.0),
-        # Which of the compiled ways is fastest: bulk copies or not, tiles kept on chip or not.
-        measuring(
-            "variants", 70, 1, "tune.jsonl", "tune", "--backends", "cuda", "--batches", "8,1,32", "--limit", "50"
-        ),
-        measuring("training", 80, 2, "training.jsonl", "training"),
-        measuring("sweep", 110, 2, "sweep.jsonl", "overhead", "--sweep"),
-        Step("launches", (timed,), 60, (2,)),
-        # Its first comparisons alone take minutes.
-        Step("laboratory", (laboratory,), 520, (3,), writes="lab", least=240.0),
+        Step("sanitizer", ((*sanitize, "--tools", "memcheck,synccheck", "--backends", "cuda", "--limit", "50"),), 65),
+        Step("tests", ((*tests, "tests/gpu"),), 240, environment=threads, least=30.0),
+        built(2),
+        measuring("overhead", 110, 2, "overhead", "--whole"),
+        measuring("baselines", 90, 2, "roofline", "--passes", "baselines"),
+        measuring("training", 45, 2, "training"),
+        measuring("sweep", 60, 2, "overhead", "--sweep"),
+        roofline("roofline-large", 60, 2, "", "--batches", "64,4" if gpu else "1"),
+        Step("racecheck", ((*sanitize, "--limit", "80"),), 95, 2, least=60.0),
+        Step("launches", (timed,), 60, 2),
     ]
+
+
+def _on_gpu(python: str, gpu: Gpu | None, *commands: tuple[str, ...]) -> tuple[tuple[str, ...], ...]:
+    return commands if gpu is not None else ((python, "-c", LACKING),)
 
 
 def _build_environment(gpu: Gpu | None) -> tuple[tuple[str, str], ...]:
@@ -231,30 +245,23 @@ def _last_line(log: Path) -> str:
 
 def table(outcomes: list[Outcome]) -> str:
     """One line for each step."""
-    return "\n".join(f"{one.step:<13}{one.status:<15}{one.seconds:>7.1f} s  {one.detail}" for one in outcomes)
+    return "\n".join(f"{one.step:<15}{one.status:<15}{one.seconds:>7.1f} s  {one.detail}" for one in outcomes)
 
 
-def _suffix(part: int | None) -> str:
-    return f"-part{part}" if part else ""
-
-
-def _keep(output: Path, logs: Path, outcomes: list[Outcome], about: dict[str, Any]) -> None:
+def _keep(output: Path, part: int, logs: Path, outcomes: list[Outcome]) -> None:
     """Everything known so far, so that a run that is cut short keeps it."""
-    suffix = _suffix(about.get("part"))
-    packed = io.BytesIO()
-    with tarfile.open(fileobj=packed, mode="w:gz") as archive:
-        for log in sorted(logs.iterdir()):
-            archive.add(log, arcname=f"logs{suffix}/{log.name}")
-    temporary = output / ".logs.tar.gz"
-    temporary.write_bytes(packed.getvalue())
-    os.replace(temporary, output / f"logs{suffix}.tar.gz")
-    summary = {**about, "steps": [one._asdict() for one in outcomes]}
-    write_text(output / f"summary{suffix}.json", json.dumps(summary, indent=1) + "\n")
+
+    def pack(temporary: Path) -> None:
+        with tarfile.open(temporary, mode="w:gz") as archive:
+            for log in sorted(logs.iterdir()):
+                archive.add(log, arcname=f"logs-part{part}/{log.name}")
+
+    write_atomically(output / f"logs-part{part}.tar.gz", pack)
     judged = targets.summary(targets.judge(read(output)))
-    write_text(output / f"summary{suffix}.txt", f"{table(outcomes)}\n\n{judged}\n")
+    write_text(output / f"summary-part{part}.txt", f"{table(outcomes)}\n\n{judged}")
 
 
-def run_all(chosen: list[Step], output: Path, total: float, about: dict[str, Any]) -> list[Outcome]:
+def run_all(chosen: list[Step], output: Path, total: float, part: int = 1) -> list[Outcome]:
     """Run the steps and keep logs and summary; what no time is left for is skipped."""
     end = time.monotonic() + total
     outcomes: list[Outcome] = []
@@ -263,30 +270,26 @@ def run_all(chosen: list[Step], output: Path, total: float, about: dict[str, Any
             left = end - time.monotonic()
             if left < min(step.least, step.limit):
                 outcomes.append(Outcome(step.name, "skipped", 0.0, "no time left"))
-                _keep(output, Path(folder), outcomes, about)
+                _keep(output, part, Path(folder), outcomes)
                 continue
             log = Path(folder) / f"{number:02}-{step.name}.log"
             if step.writes:
-                _remove(output / step.writes)
+                (output / step.writes).unlink(missing_ok=True)
             print(f"--- {step.name}", flush=True)
             outcomes.append(run(step, log, min(step.limit, left)))
             shown = _lines(log)[-TAIL:] if outcomes[-1].status in ("failed", "timed out") else []
             print("\n".join(["    " + line[:200] for line in shown] + [table(outcomes[-1:])]), flush=True)
-            _keep(output, Path(folder), outcomes, about)
+            _keep(output, part, Path(folder), outcomes)
     return outcomes
-
-
-def _remove(path: Path) -> None:
-    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the steps; returns 1 if one failed or hung."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("gpu-out"), help="folder (default: %(default)s)")
-    parser.add_argument("--part", type=int, choices=[1, 2, 3], help="operators, models, or the laboratory")
+    parser.add_argument("--part", type=int, choices=list(TOTAL), default=1, help="(default: %(default)s)")
     parser.add_argument("--steps", help="only these, with commas between")
-    parser.add_argument("--total", type=float, default=TOTAL, help="seconds for everything (default: %(default)s)")
+    parser.add_argument("--total", type=float, help=f"seconds for everything (default: by part {TOTAL})")
     parser.add_argument("--device", choices=["auto", "cuda", "cpu"], default="auto")
     options = parser.parse_args(arguments)
     begin = time.monotonic()
@@ -300,24 +303,23 @@ def main(arguments: list[str] | None = None) -> int:
         print("--device is cuda; PyTorch finds no GPU here", file=sys.stderr)
         return 1
     output = options.output.resolve()
-    chosen = [step for step in steps(sys.executable, gpu, output) if options.part in (None, *step.parts)]
+    chosen = [step for step in steps(sys.executable, gpu, output) if step.part == options.part]
     if options.steps:
         names = options.steps.split(",")
         if unknown := sorted(set(names) - {step.name for step in chosen}):
             parser.error(f"--steps has {', '.join(unknown)}; known are {', '.join(step.name for step in chosen)}")
         chosen = [step for step in chosen if step.name in names]
     if gpu is None:
-        if any(json.loads(path.read_text(encoding="utf-8"))["gpu"] != "none" for path in output.glob("summary*.json")):
+        if of_newest_gpu(read(output)):
             print(f"{output} is of a GPU, and a rehearsal would replace its rows; name another folder", file=sys.stderr)
             return 1
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         print("no GPU is used: a rehearsal at toy sizes, whose figures mean nothing")
     output.mkdir(parents=True, exist_ok=True)
-    about = {"gpu": gpu.name if gpu else "none", "part": options.part, "torch": torch.__version__}
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the step that runs, as an interrupt does
-    outcomes = run_all(chosen, output, options.total - (time.monotonic() - begin), about)
-    shutil.rmtree(output / "lab" / "checkpoints", ignore_errors=True)  # what a laboratory cut short leaves is large
-    print(f"\n{(output / f'summary{_suffix(options.part)}.txt').read_text(encoding='utf-8')}\n{output}")
+    total = options.total or TOTAL[options.part]
+    outcomes = run_all(chosen, output, total - (time.monotonic() - begin), options.part)
+    print(f"\n{(output / f'summary-part{options.part}.txt').read_text(encoding='utf-8')}\n{output}")
     return int(any(one.status in ("failed", "timed out") for one in outcomes))
 
 

@@ -8,10 +8,41 @@ import torch
 from torch import Tensor
 
 from attanchor_kernels.testing.inputs import SHAPES, Shape
-from benchmarks.accounting import Language
+
+
+class Language(NamedTuple):
+    """Sizes of a decoder: L layers of grouped-query attention and a gated MLP."""
+
+    layers: int
+    hidden: int
+    inner: int
+    heads: int
+    kv_heads: int
+    vocabulary: int
+
+    @property
+    def head(self) -> int:
+        return self.hidden // self.heads
+
+    @property
+    def weights(self) -> int:
+        """Entries of the matrices that every token is multiplied by, the output head left out."""
+        attention = 2 * self.hidden * self.heads * self.head + 2 * self.hidden * self.kv_heads * self.head
+        return self.layers * (attention + 3 * self.hidden * self.inner)
+
+    def prefill_flops(self, length: int) -> int:
+        """One forward of a sample, logits of the last token alone; of attention what causality leaves, half."""
+        attention = self.layers * 2 * self.heads * self.head * length * (length + 1)
+        return 2 * self.weights * length + attention + 2 * self.hidden * self.vocabulary
+
+    def cache_bytes(self, length: int, dtype: torch.dtype) -> int:
+        """Keys and values of a sample."""
+        return dtype.itemsize * length * self.layers * 2 * self.kv_heads * self.head
+
 
 TOY_LANGUAGE = Language(layers=2, hidden=64, inner=128, heads=4, kv_heads=2, vocabulary=96)
 IMAGE_TOKEN = 1
+NOISE = 2**20 + 7  # entries: no divisor of a row's length, so that rows differ
 
 
 class Spec(NamedTuple):
@@ -102,12 +133,23 @@ def _config(spec: Spec, toy: bool) -> Any:
 
 
 def build(spec: Spec, device: torch.device, dtype: torch.dtype, toy: bool) -> Any:
-    """The model in evaluation mode, weights drawn on the device."""
-    from transformers import AutoModelForImageTextToText
+    """The model in evaluation mode, its matrices filled with one stretch of noise over and over.
 
-    torch.manual_seed(0)
-    with torch.device(device):
+    To draw the numbers of a 7B model takes a CPU minutes, and nothing here depends on them.
+    """
+    from transformers import AutoModelForImageTextToText
+    from transformers.initialization import no_init_weights
+
+    with no_init_weights(), torch.device(device):
         model = AutoModelForImageTextToText.from_config(_config(spec, toy), dtype=dtype)
+    noise = 0.02 * torch.randn(NOISE, generator=torch.Generator().manual_seed(0))
+    noise = noise.to(device, dtype)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 1:
+            parameter.data.fill_(name.endswith("weight"))  # of norms; the others are biases
+            continue
+        for part in parameter.data.view(-1).split(NOISE):
+            part.copy_(noise[: len(part)])
     return model.to(device).eval()
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
+
+from attanchor_vlm.records import write_atomically
 
 from benchmarks.rows import Row, of_newest_gpu
 
@@ -17,11 +17,7 @@ if TYPE_CHECKING:
 
 SOURCE = "Rows"  # key of the text in a PNG that says what it was made of
 COLOURS = {"cuda": "#0072b2", "triton": "#d55e00", "reference": "#999999"}
-PARTS = (
-    ("construction_us", "construction", "#0072b2"),
-    ("prefill_us", "longer prefill", "#e69f00"),
-    ("decode_us", "longer cache", "#009e73"),
-)
+PARTS = (("prefill", "prefill", "#0072b2"), ("step", "a generated token", "#e69f00"))
 
 
 class Plot(NamedTuple):
@@ -37,12 +33,24 @@ class Plot(NamedTuple):
 
 
 def wanted(rows: list[Row]) -> dict[str, Plot]:
-    """By file name, every plot that the rows of a GPU are enough for."""
-    rows = of_newest_gpu(rows)
-    roofline = [row for row in rows if row.get("run") == "roofline" and "ratio" in row]
-    overhead = [row for row in rows if row.get("run") == "overhead" and row.get("measure") is None]
-    plots = {"roofline.png": Plot(draw_roofline, roofline), "overhead.png": Plot(draw_overhead, overhead)}
+    """By file name, every plot that the rows are enough for."""
+    roofline = [row for row in of_newest_gpu(rows) if row.get("run") == "roofline" and "ratio" in row]
+    plots = {"roofline.png": Plot(draw_roofline, roofline), "overhead.png": Plot(draw_overhead, overhead_rows(rows))}
     return {name: plot for name, plot in plots.items() if plot.rows}
+
+
+def overhead_rows(rows: list[Row]) -> list[Row]:
+    """Of whole models, by a GPU or, where there are none, by CPUs."""
+    rows = [row for row in rows if row.get("run") == "overhead" and row.get("measure") is None]
+    return of_newest_gpu(rows) or rows
+
+
+def by_model(rows: list[Row]) -> dict[tuple[str, str, int], dict[str, Row]]:
+    """The newest row of each side, of each model, dtype and batch size."""
+    found: dict[tuple[str, str, int], dict[str, Row]] = {}
+    for row in rows:
+        found.setdefault((row["model"], row["dtype"], row["batch"]), {})[row["side"]] = row
+    return found
 
 
 def draw_roofline(rows: list[Row]) -> Figure:
@@ -74,27 +82,31 @@ def draw_roofline(rows: list[Row]) -> Figure:
 
 
 def draw_overhead(rows: list[Row]) -> Figure:
-    """Stacked bars in percent of the time without anchors, by number of new tokens; one panel for each batch size."""
+    """One panel for each model: prefill, a generated token and cache over those of the plain prompt, with quartiles."""
     from matplotlib.figure import Figure
 
-    latest = {(row["model"], row["batch"], row["new_tokens"]): row for row in rows}
-    batches = sorted({key[1] for key in latest})
-    figure = Figure(figsize=(5.2 * len(batches), 3.6), layout="constrained")
-    for axis, batch in zip(figure.subplots(1, len(batches), squeeze=False)[0], batches, strict=True):
-        chosen = [row for (_, size, _), row in latest.items() if size == batch]
-        labels = [f"{row['model']}\n{row['new_tokens']}" for row in chosen]
-        ends = {True: [0.0] * len(chosen), False: [0.0] * len(chosen)}  # above and below zero, where noise may fall
-        for key, label, colour in PARTS:
-            heights = [100 * row[key] / row["plain_us"] for row in chosen]
-            starts = [ends[height >= 0][at] for at, height in enumerate(heights)]
-            axis.bar(range(len(chosen)), heights, bottom=starts, label=label, color=colour)
-            for at, height in enumerate(heights):
-                ends[height >= 0][at] += height
-        axis.set_xticks(range(len(chosen)), labels, fontsize=6, rotation=90)
-        axis.set_title(f"B = {batch}; model and number of new tokens", fontsize=9)
-        axis.set_ylabel("added, % of the time without anchors")
+    models = by_model(rows)
+    figure = Figure(figsize=(1 + 3.4 * len(models), 3.2), layout="constrained")
+    axes = figure.subplots(1, len(models), squeeze=False, sharey=True)[0]
+    for axis, ((model, dtype, batch), found) in zip(axes, models.items(), strict=True):
+        plain = found["plain"]
+        sides = [row for side, row in found.items() if side != "plain"]
+        for at, (part, label, colour) in enumerate(PARTS):
+            drawn = [(place, row) for place, row in enumerate(sides) if f"{part}_ratio" in row]
+            middle = [row[f"{part}_ratio"] for _, row in drawn]
+            low = [row[f"{part}_ratio"] - row[f"{part}_ratio_q1"] for _, row in drawn]
+            high = [row[f"{part}_ratio_q3"] - row[f"{part}_ratio"] for _, row in drawn]
+            places = [place + 0.28 * (at - 1) for place, _ in drawn]
+            axis.bar(places, middle, 0.26, yerr=[low, high], capsize=2, color=colour, label=label)
+        places = [place + 0.28 for place in range(len(sides))]
+        cache = [row["kv_bytes"] / plain["kv_bytes"] for row in sides]
+        axis.bar(places, cache, 0.26, color="#009e73", label="KV cache")
+        axis.axhline(1, color="black", linewidth=0.8)
+        axis.set_xticks(range(len(sides)), [f"{row['side']}\n{row['length']} tokens" for row in sides], fontsize=8)
+        axis.set_title(f"{model}, {dtype}, B = {batch}; plain: {plain['length']} tokens", fontsize=8)
         axis.grid(axis="y", alpha=0.3)
-        axis.legend(fontsize=8)
+    axes[0].set_ylabel("over those of the plain prompt")
+    axes[0].legend(fontsize=8)
     return figure
 
 
@@ -109,14 +121,5 @@ def is_current(plot: Plot, path: Path) -> bool:
 
 
 def save(plot: Plot, path: Path) -> None:
-    """Drawn into a temporary file in the same folder, then renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".png")
-    os.close(handle)
-    try:
-        plot.draw(plot.rows).savefig(temporary, dpi=130, metadata={"Software": None, SOURCE: plot.source})
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    about = {"Software": None, SOURCE: plot.source}
+    write_atomically(path, lambda temporary: plot.draw(plot.rows).savefig(temporary, dpi=130, metadata=about))

@@ -12,11 +12,13 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import demonstration, plots, targets
-from benchmarks.rows import ROOT, Row, of_newest_gpu, read, write_text
+from benchmarks import cpu_reference, plots, store_demo, targets
+from benchmarks.rows import IMAGES, RESULTS, ROOT, Row, of_newest_gpu, ratio, read, table, write_text
 
 COMMAND = "python -m benchmarks report"
 LABORATORY = "docs/lab/report.md"
+NAMED = "## The comparisons named before the runs"
+README_PLANS = ("cpu", "again", "long")  # those with six seeds, and the one whose plain arm learns longest
 BLOCK = re.compile(r"(<!-- generated: (?P<name>[\w-]+) -->\n)(?P<body>.*?)(<!-- /generated -->)", re.DOTALL)
 
 
@@ -36,25 +38,16 @@ def _made_by(rows: list[Row], command: str) -> str:
     return f"\n{_hardware(rows)}; measured by `{command}`, written by `{COMMAND}`.\n"
 
 
-def _unmeasured(command: str) -> str:
-    return f"Not measured yet: no rows of a GPU are stored. `make gpu` or `{command}` measures it.\n"
-
-
 def _gpu_rows(rows: list[Row], run: str) -> list[Row]:
     return [row for row in of_newest_gpu(rows) if row.get("run") == run]
 
 
-def _table(head: list[str], lines: list[list[str]]) -> str:
-    return "\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *lines]) + "\n"
-
-
 def roofline_block(rows: list[Row], image: str) -> str:
     """Forward and backward as a multiple of the floor, and the plot."""
-    command = "python -m benchmarks roofline"
     rows = _gpu_rows(rows, "roofline")
     kernels = [row for row in rows if "ratio" in row]
     if not kernels:
-        return _unmeasured(command)
+        return ""
     names = list(dict.fromkeys(row["backend"] for row in kernels))
     latest = {(row["operation"], row["shape"], row["batch"], row["backend"]): row for row in kernels}
     lines = []
@@ -64,108 +57,107 @@ def roofline_block(rows: list[Row], image: str) -> str:
         cells = [f"{row['us']:.1f} us, {row['ratio']:.2f} x" if row else "" for row in found]
         lines.append([operation, shape, str(batch), f"{floor:.1f} us", *cells])
     lines.sort(key=lambda line: (line[0], line[1], int(line[2])))
-    table = _table(["operation", "shape", "B", "floor", *names], lines)
     plot = f"\n![Time over the time of a copy of the same bytes]({image}/roofline.png)\n"
-    return table + plot + _made_by(rows, command)
+    return (
+        table(["operation", "shape", "B", "floor", *names], lines)
+        + plot
+        + _made_by(rows, "python -m benchmarks roofline")
+    )
+
+
+OVERHEAD = """
+Length in tokens; times of the plain prompt, and beside it the median of the ratios of pairs timed by turns, with their
+quartiles: where these hold 1, the pairs show no difference. Construction in brackets: its share of the plain prefill.
+Peak memory is that of a prefill beside the weights, its cache included.
+"""
 
 
 def overhead_block(rows: list[Row], image: str) -> str:
-    """The three parts of the cost, by model, batch and length."""
-    command = "python -m benchmarks overhead"
-    rows = _gpu_rows(rows, "overhead")
-    parts = [row for row in rows if row.get("measure") is None and "construction_us" in row]
-    if not parts:
-        return _unmeasured(command)
-    latest = {(row["model"], row["batch"], row["new_tokens"]): row for row in parts}
-
-    def share(row: Row, key: str) -> str:
-        return f"{100 * row[key] / row['plain_us']:+.3f} %"
-
-    lines = [
-        [
-            row["model"],
-            str(row["batch"]),
-            str(row["new_tokens"]),
-            f"{row['plain_us'] / 1e3:.2f} ms",
-            *(share(row, key) for key in ("construction_us", "prefill_us", "decode_us")),
-            share({**row, "all": row["anchored_us"] - row["plain_us"]}, "all"),
-        ]
-        for row in latest.values()
-    ]
-    head = ["model", "B", "new tokens", "plain", "construction", "longer prefill", "longer cache", "in all"]
-    plot = f"\n![What anchors add, by model and number of new tokens]({image}/overhead.png)\n"
-    return _table(head, lines) + plot + _made_by(rows, command)
+    """Each side of each model: length, construction, prefill, a generated token, cache, memory."""
+    rows = plots.overhead_rows(rows)
+    if not rows:
+        return ""
+    lines = []
+    for (name, dtype, batch), found in plots.by_model(rows).items():
+        anchors = found.get("anchors")
+        for side, row in found.items():
+            plain = side == "plain"
+            times = {
+                part: f"{anchors[f'plain_{part}_us'] / 1e3:.3g} ms" if anchors and plain else ""
+                for part in ("construction", "prefill", "step")
+            }
+            if not plain:
+                share = 100 * row["construction_us"] / row["plain_prefill_us"]
+                times = {part: ratio(row, part) for part in ("prefill", "step")}
+                times["construction"] = f"{row['construction_us'] / 1e3:.3g} ms ({share:.2g} %)"
+            lines.append(
+                [
+                    *([f"{name}, {dtype}, B={batch}"] if plain else [""]),
+                    *(side, str(row["length"]), times["construction"], times["prefill"], times["step"]),
+                    f"{row['kv_bytes'] / 2**20:.1f} MiB",
+                    "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:.0f} MiB",
+                ]
+            )
+    head = ["model", "prompt", "length", "construction", "prefill", "a generated token", "KV cache", "peak memory"]
+    plot = f"\n![Prefill, a generated token and cache, of those of the plain prompt]({image}/overhead.png)\n"
+    return table(head, lines) + OVERHEAD + plot + _made_by(rows, "python -m benchmarks overhead --real-size")
 
 
 def sweep_block(rows: list[Row], image: str) -> str:
     """Construction and longer prefill over image tokens and inserted text tokens, B = 1."""
-    command = "python -m benchmarks overhead --sweep"
-    rows = [row for row in _gpu_rows(rows, "overhead") if row.get("measure") == "sweep"]
+    rows = [row for row in _gpu_rows(rows, "overhead") if row.get("measure") == "sweep" and row["side"] != "plain"]
     if not rows:
-        return _unmeasured(command)
-    latest = {(row["model"], row["image"], row["inserted"]): row for row in rows}
+        return ""
     lines = [
         [
             row["model"],
             str(row["image"]),
             f"{row['inserted']} of {row['text']}",
-            f"{row['plain_us'] / 1e3:.2f} ms",
-            *(f"{100 * row[key] / row['plain_us']:+.3f} %" for key in ("construction_us", "prefill_us")),
-            f"{100 * row['prefill_flops'] / row['plain_flops']:+.3f} %",
+            f"{row['plain_prefill_us'] / 1e3:.2f} ms",
+            f"{100 * row['device_construction_us'] / row['plain_prefill_us']:.3f} %",
+            ratio(row, "prefill"),
+            f"{row['flops_ratio']:.3f} x",
         ]
-        for row in latest.values()
+        for row in {(row["model"], row["image"], row["inserted"]): row for row in rows}.values()
     ]
-    head = ["model", "image tokens", "inserted", "prefill", "construction", "longer prefill", "its share of FLOPs"]
-    return _table(head, lines) + _made_by(rows, command)
+    head = ["model", "image tokens", "inserted", "prefill", "construction", "longer prefill", "by FLOPs"]
+    return table(head, lines) + _made_by(rows, "python -m benchmarks overhead --sweep")
 
 
 def training_block(rows: list[Row], image: str) -> str:
-    """Steps a second and memory, plain against anchors."""
-    command = "python -m benchmarks training"
+    """Time of a step and memory, plain against anchors."""
     rows = _gpu_rows(rows, "training")
     if not rows:
-        return _unmeasured(command)
-    latest = {row["attached"]: row for row in rows}
+        return ""
     lines = [
         [
-            "with anchors" if attached else "plain",
-            str(row["batch"]),
-            f"{row['steps_per_second']:.2f}",
-            f"{row['peak_bytes'] / 2**30:.2f} GiB",
+            f"{row['model']}, B={row['batch']}",
+            f"{row['plain_train_step_us'] / 1e3:.1f} ms",
+            ratio(row, "train_step"),
+            f"{row['plain_peak_bytes'] / 2**30:.2f} and {row['peak_bytes'] / 2**30:.2f} GiB",
         ]
-        for attached, row in sorted(latest.items())
+        for row in {(row["model"], row["batch"]): row for row in rows}.values()
     ]
-    return _table([rows[-1]["model"], "B", "steps/s", "peak memory"], lines) + _made_by(rows, command)
+    return table(["", "a step", "with anchors", "peak memory"], lines) + _made_by(rows, "python -m benchmarks training")
 
 
 def cpu_reference_block(rows: list[Row], image: str) -> str:
-    """The CPU implementation, its unavoidable work and the literal loop."""
-    command = "python -m benchmarks cpu-reference"
+    """The CPU implementation, its unavoidable work, masked_scatter and the literal loop."""
     rows = [row for row in rows if row.get("run") == "cpu-reference"]
     if not rows:
-        return f"Not measured yet. `{command}` measures it.\n"
-    latest = {row["batch"]: row for row in rows}
-    lines = [
-        [
-            f"{row['shape']}, float32, B={batch}",
-            f"{row['us'] / 1e3:.1f} ms",
-            f"{row['of_unavoidable']:.2f} x",
-            f"{row['of_loop']:.0f} x faster",
-        ]
-        for batch, row in sorted(latest.items())
-    ]
-    head = ["", "reference", "of its unavoidable work", "than a per-token loop"]
-    return _table(head, lines) + _made_by(rows, command)
+        return ""
+    lines = cpu_reference.lines_of(rows)
+    return table(cpu_reference.HEAD, lines) + _made_by(rows, "python -m benchmarks cpu-reference")
 
 
 def demo_block(rows: list[Row], image: str) -> str:
     """The demonstration's table, verdict and pictures."""
     rows = [row for row in rows if row.get("run") == "demo"]
     if not rows:
-        return f"Not stored yet: `make demo`, then `{demonstration.MAKE}`.\n"
+        return ""
     row = rows[-1]
-    table = _table(demonstration.HEAD, demonstration.lines_of(row))
-    explained = demonstration.EXPLAINED.format(**row) + "\n\n" + "\n".join(f"- {line}" for line in row["verdict"])
+    found = table(store_demo.HEAD, store_demo.lines_of(row))
+    explained = store_demo.EXPLAINED.format(**row) + "\n\n" + "\n".join(f"- {line}" for line in row["verdict"])
     pictures = "\n".join(
         f"![{what}]({image}/demo-{name})"
         for what, name in (
@@ -174,27 +166,33 @@ def demo_block(rows: list[Row], image: str) -> str:
             ("Loss and inserted share", "loss.png"),
         )
     )
-    return f"{table}\n{explained}\n\n{pictures}\n" + _made_by([row], f"make demo` and `{demonstration.MAKE}")
+    return f"{found}\n{explained}\n\n{pictures}\n" + _made_by([row], f"make demo` and `{store_demo.MAKE}")
 
 
 def targets_block(rows: list[Row], image: str) -> str:
-    """All targets, counted; the whole table is the command's."""
-    made = f"\nEvery size by itself: `python -m benchmarks targets`. Written by `{COMMAND}`.\n"
-    return targets.summary(targets.judge(rows)) + "\n" + made
+    """The targets of which something is measured, counted; the whole table is the command's."""
+    verdicts = targets.judge(rows)
+    measured = {one.target for one in verdicts if one.value is not None}
+    if not measured:
+        return ""
+    made = f"\nEvery target at every size: `python -m benchmarks targets`. Written by `{COMMAND}`.\n"
+    return targets.summary([one for one in verdicts if one.target in measured]) + made
 
 
 def laboratory_block(rows: list[Row], image: str) -> str:
-    """What the laboratory's page says in short, and the answers of its first plan, which is the size `cpu`.
+    """From the laboratory's page, the table of the comparisons named before the runs: the lines of `README_PLANS`.
 
     `attanchor report` writes that page from the laboratory's own rows.
     """
     page = (ROOT / LABORATORY).read_text(encoding="utf-8")
-    short = page.partition("## In short\n")[2].partition("\n## ")[0].strip()
-    if not short:
-        raise ValueError(f"{LABORATORY} has no section 'In short'")
-    first = "\n\nIn the size ".join(short.split("\n\nIn the size ")[:2])
-    page_link = f"the other plans and all the rest: [the report]({LABORATORY})"
-    return f"{first}\n\nFrom the rows under `docs/lab`, by `attanchor report`; {page_link}.\n"
+    section = page.partition(f"{NAMED}\n")[2].partition("\n## ")[0]
+    table = [line for line in section.splitlines() if line.startswith("|")]
+    if len(table) < 3:
+        raise ValueError(f"{LABORATORY} has no table under {NAMED!r}")
+    shown = [line for line in table[2:] if line[2:].split(",")[0].split(" |")[0] in README_PLANS]
+    how = "Points of mean accuracy, paired by seed; interval, p and verdict are of one test, corrected for its plan."
+    link = f"From the rows under `docs/lab`, by `attanchor report`; all plans: [the report]({LABORATORY})."
+    return "\n".join([*table[:2], *shown]) + f"\n\n{how} {link}\n"
 
 
 BLOCKS: dict[str, Callable[[list[Row], str], str]] = {
@@ -221,6 +219,13 @@ def render(readme: str, rows: list[Row], image: str) -> str:
     if readme.count("<!-- generated: ") != len(BLOCK.findall(readme)):
         raise ValueError("a generated block of the README has no <!-- /generated --> after it")
     return BLOCK.sub(lambda found: found[1] + BLOCKS[found["name"]](rows, image) + found[4], readme)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of rows (default: %(default)s)")
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help="default: %(default)s")
+    parser.add_argument("--images", type=Path, default=IMAGES, help="default: %(default)s")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 if not current")
 
 
 def main(options: argparse.Namespace) -> int:

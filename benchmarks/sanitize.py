@@ -1,4 +1,4 @@
-"""Every kernel under compute-sanitizer: memory, races in shared memory, barriers. `python -m benchmarks.sanitize`.
+"""Every kernel under compute-sanitizer: memory, races in shared memory, barriers. `python -m benchmarks sanitize`.
 
 The three tools run at once, each over a small program that launches every kernel of every backend on small ragged
 shapes and compares with the reference. Exit status 0 clean, 1 an error was found, 3 the tool is not here or cannot run.
@@ -19,11 +19,14 @@ from typing import Any
 
 import torch
 
-from attanchor_kernels.testing.inputs import Shape
+from attanchor_kernels import backends, build_sequence, merge_sequence, plan_sequence
+from attanchor_kernels.testing.inputs import TAU, Shape, merge_form
+from benchmarks import options, smoke
+from benchmarks.cases import Case, kernel_backends, make_inputs
+from benchmarks.options import UNAVAILABLE
 
 TOOLS = ("memcheck", "racecheck", "synccheck")
-FOUND, UNAVAILABLE = 86, 3
-NOT_BUILT = ("no construct kernel that was asked for runs on this device", "are built for 90a alone")
+FOUND = 86
 CANNOT_RUN = ("Device not supported", "Unable to find injection library", "Failed to initialize", "not supported on")
 # Few, since every one is compiled anew for Triton; together they take every branch of the launchers.
 CONFIGURATIONS: tuple[tuple[torch.dtype, Shape, int, dict[str, Any]], ...] = (
@@ -53,84 +56,63 @@ def work(device: torch.device, names: Sequence[str]) -> None:
         AssertionError: a result is wrong.
     """
 
-    from attanchor_kernels import build_sequence, merge_sequence, plan_sequence
-    from attanchor_kernels.testing.inputs import TAU, merge_form
-    from benchmarks.cases import Case, make_inputs
-
     for backend in names:
-        for dtype, shape, batch, options in CONFIGURATIONS:
+        for dtype, shape, batch, more in CONFIGURATIONS:
             made = make_inputs(Case("forward", shape, batch, dtype, 2), device, 0)
             results = []
             for name, where in ((backend, device), ("reference", torch.device("cpu"))):
                 image, text = (rows.to(where).requires_grad_() for rows in (made.image, made.text))
-                built = build_sequence(image, text, TAU, trim=False, backend=name, **options)
+                built = build_sequence(image, text, TAU, trim=False, backend=name, **more)
                 assert built.embeds is not None
                 gradients = torch.autograd.grad(built.embeds, [image, text], torch.ones_like(built.embeds))
                 merge = merge_form(image.detach(), text.detach(), before=3)
-                merged = merge_sequence(*merge, TAU, trim=True, backend=name, **options)
-                planned = plan_sequence(*merge, TAU, trim=False, backend=name, **options)
+                merged = merge_sequence(*merge, TAU, trim=True, backend=name, **more)
+                planned = plan_sequence(*merge, TAU, trim=False, backend=name, **more)
                 fields = (*built[:6], *gradients, *merged[:6], *planned[1:6])
                 results.append([field.detach().cpu() for field in fields if field is not None])
             for one, other in zip(*results, strict=True):
-                assert torch.equal(one, other), f"{backend}, {dtype}, {shape}, {options}: wrong"
-        if backend == "cuda":
-            _work_of_variants(device)
+                assert torch.equal(one, other), f"{backend}, {dtype}, {shape}, {more}: wrong"
         print(f"{backend}: right", flush=True)
+    for way in smoke.ways(device):
+        if way.backend in names and way.tuning is not None:  # whatever the shape would choose
+            ended = smoke.check(way, device, smoke.SHAPES[:1])
+            print(way, ended["status"], flush=True)
+            assert ended["status"] in ("right", "left out"), f"{way}: {ended}"
 
 
-def _work_of_variants(device: torch.device) -> None:
-    """Every compiled way of the CUDA construct kernel that this device runs, whatever the shape would choose."""
-    from attanchor_kernels import reference
-    from attanchor_kernels.backends.cuda import launch
-    from attanchor_kernels.problem import Problem
-    from attanchor_kernels.testing.inputs import TAU, matched_pair
-
-    for dtype in (torch.bfloat16, torch.float32):
-        # Aligned rows, that tiles can be kept on chip, of several chunks for most blocks of a cluster.
-        image, text = matched_pair(3, Shape("aligned", 75, 21, 1120), dtype=dtype, device=device, seed=1)
-        problem = Problem(image, text, TAU, max_anchors=8)
-        expected_rows, expected = reference.construct(problem)
-        for tuning in launch.variants(dtype):
-            try:
-                embeds, made = launch.run(problem, copy=True, tuning=tuning)
-            except RuntimeError as error:
-                if not any(sign in str(error) for sign in NOT_BUILT):
-                    raise
-                print(f"{dtype}, {tuning}: left out, {error}", flush=True)
-                continue
-            assert embeds is not None
-            same = torch.equal(embeds, expected_rows) and torch.equal(made.places, expected.places)
-            assert same, f"{dtype}, {tuning}: wrong"
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Run the tools side by side and say what each found."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.sanitize", description=__doc__)
+def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--limit", type=float, default=100, help="seconds for each tool (default: %(default)s)")
+    parser.add_argument("--tools", type=options.names(TOOLS), default=TOOLS, help="default: %(default)s")
+    parser.add_argument("--backends", type=options.names(("cuda", "triton")), help="default: all that are here")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
-    options = parser.parse_args(arguments)
-    if options.worker:
-        from benchmarks.roofline import kernel_backends
 
-        device = torch.device("cuda")
-        work(device, kernel_backends(device))
+
+def main(given: argparse.Namespace) -> int:
+    """Run the tools side by side and say what each found."""
+    device = torch.device("cuda")
+    if given.worker:
+        work(device, given.backends or kernel_backends(device))
         return 0
     binary = find_binary()
     if binary is None:
         print("compute-sanitizer is not here; it comes with the CUDA toolkit")
         return UNAVAILABLE
-    worker = [sys.executable, "-m", "benchmarks.sanitize", "--worker"]
+    if missing := [name for name in given.backends or () if backends.why_not(name, "cuda")]:
+        print(f"not here: {', '.join(missing)}")
+        return UNAVAILABLE
+    worker = [sys.executable, "-m", "benchmarks", "sanitize", "--worker"]
+    worker += ["--backends", ",".join(given.backends)] if given.backends else []
     # Without the cache every tensor is an allocation of its own, beyond which memcheck sees.
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    end = time.monotonic() + options.limit
+    end = time.monotonic() + given.limit
     with tempfile.TemporaryDirectory() as folder:
         running = {}
-        for tool in TOOLS:
+        for tool in given.tools:
             log = (Path(folder) / tool).open("w+")
             command = [binary, "--tool", tool, "--error-exitcode", str(FOUND), *worker]
             process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
             running[tool] = (process, log)
-        outcomes = [_outcome(tool, *running[tool], end) for tool in TOOLS]
+        outcomes = [_outcome(tool, *running[tool], end) for tool in given.tools]
     return max(outcomes, key=lambda status: (status == 1, status))
 
 
@@ -154,7 +136,3 @@ def _outcome(tool: str, process: subprocess.Popen, log, end: float) -> int:
     if status != 0:
         print("\n".join(f"    {line}" for line in text.splitlines()[-40:]))
     return result
-
-
-if __name__ == "__main__":
-    sys.exit(main())

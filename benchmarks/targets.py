@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.rows import Row, of_newest_gpu, read
+from benchmarks.rows import RESULTS, Row, of_newest_gpu, read, table
 
 SHAPES = ("tinyllava-1b", "llava-7b", "qwen2.5-vl-3b", "llava-next-7b")
 LARGE_MODELS = ("llava-7b", "llava-next-7b")
 LARGE_BATCHES = (32, 64)
+MOST_OF_UNAVOIDABLE = {"float32": 1.5, "bfloat16": 2.0}
+MOST_OF_BUILD = 1.2
 NOT_MEASURED = "not measured"
 
 
@@ -44,10 +47,10 @@ class Verdict(NamedTuple):
 
 
 class Measured:
-    """The rows of the GPU that was measured last, looked up by what they measure. Rows of CPUs judge no target here."""
+    """The rows of the GPU that was measured last, looked up by what they measure; `all` has those of CPUs too."""
 
     def __init__(self, rows: list[Row]) -> None:
-        self.rows = of_newest_gpu(rows)
+        self.rows, self.all = of_newest_gpu(rows), rows
 
     def find(self, **wanted: object) -> Row | None:
         """The last row with these values; without `measure` those that measure time."""
@@ -104,11 +107,11 @@ def _share_of_prefill(measured: Measured) -> Iterator[Verdict]:
     title = "construction over prefill of the same model"
     for batch in (8, 1):
         for shape in SHAPES:
-            row = measured.find(run="overhead", model=shape, batch=batch, new_tokens=1)
+            row = measured.find(run="overhead", model=shape, batch=batch, side="anchors")
             limit = 0.1 if batch == 8 or shape in LARGE_MODELS else None
             # A prefill that waits for its launches takes longer, and would flatter its construction.
             under_graph = row is not None and row["method"] == "graph"
-            value = 100 * row["construction_us"] / row["plain_us"] if row and under_graph else None
+            value = 100 * row["device_construction_us"] / row["plain_prefill_us"] if row and under_graph else None
             note = "" if row is None or under_graph else "the prefill could not be captured into a graph"
             yield Verdict(title, f"{shape}, B={batch}", limit, True, "%", value, note)
 
@@ -132,6 +135,32 @@ def _memory(measured: Measured) -> Iterator[Verdict]:
             yield Verdict(f"memory beside outputs, {backend}", f"{shape}, B=8", limit, True, "MB", value)
 
 
+def _dropping(measured: Measured) -> Iterator[Verdict]:
+    title = "prefill with anchors and a third of the image tokens"
+    for shape in ("tinyllava-1b", "llava-7b"):
+        rows = [row for row in measured.all if row.get("side") == "keep 1/3" and row["model"] == shape]
+        latest = {(row["gpu"], row["dtype"], row["batch"]): row for row in rows}
+        for row in latest.values() or (None,):
+            on = ("CPU" if row["gpu"] == "none" else row["gpu"]) if row else ""
+            where = f"{shape}, {row['dtype']}, B={row['batch']}, {on}" if row else shape
+            yield Verdict(title, where, 0.5, True, "x plain", _value(row, "prefill_ratio"))
+
+
+def _on_a_cpu(measured: Measured) -> Iterator[Verdict]:
+    """One thread."""
+    for shape in ("llava-7b", "tinyllava-1b"):
+        for dtype, limit in MOST_OF_UNAVOIDABLE.items():
+            for batch in (1, 4, 8):
+                size = {"shape": shape, "dtype": dtype, "batch": batch}
+                rows = [row for row in measured.all if row.get("run") == "cpu-reference"]
+                rows = [row for row in rows if row.get("on_threads", 1) == 1 and size.items() <= row.items()]
+                row = rows[-1] if rows else None
+                where = f"{shape}, {dtype}, B={batch}"
+                value = _value(row, "of_unavoidable")
+                yield Verdict("CPU, of its unavoidable work", where, limit, True, "x", value)
+                yield Verdict("CPU, merge of build", where, MOST_OF_BUILD, True, "x", _value(row, "merge_of_build"))
+
+
 GROUPS: tuple[Callable[[Measured], Iterator[Verdict]], ...] = (
     _of_floor,
     _one_sample,
@@ -146,6 +175,8 @@ GROUPS: tuple[Callable[[Measured], Iterator[Verdict]], ...] = (
     _share_of_prefill,
     _against_merge,
     _memory,
+    _dropping,
+    _on_a_cpu,
 )
 
 
@@ -159,20 +190,20 @@ def _figure(value: float) -> str:
     return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
 
 
-def table(verdicts: list[Verdict]) -> str:
+def table_of(verdicts: list[Verdict]) -> str:
     """All of them as a Markdown table."""
-    lines = ["| target | size | wanted | measured | outcome |", "|---|---|---|---|---|"]
+    lines = []
     for one in verdicts:
         wanted = "the figure" if one.limit is None else f"{'≤' if one.at_most else '≥'} {one.limit:g} {one.unit}"
         measured = "" if one.value is None else f"{_figure(one.value)} {one.unit}"
         note = f" ({one.note})" if one.note else ""
-        lines.append(f"| {one.target} | {one.where} | {wanted} | {measured}{note} | {one.outcome} |")
-    return "\n".join(lines)
+        lines.append([one.target, one.where, wanted, measured + note, one.outcome])
+    return table(["target", "size", "wanted", "measured", "outcome"], lines)
 
 
 def summary(verdicts: list[Verdict]) -> str:
     """One line for each target: how many sizes are met, missed, not measured."""
-    lines = ["| target | wanted | met | missed | not measured |", "|---|---|---|---|---|"]
+    lines = []
     for target in dict.fromkeys(one.target for one in verdicts):
         group = [one for one in verdicts if one.target == target]
         limits = dict.fromkeys((one.limit, one.at_most, one.unit) for one in group if one.limit is not None)
@@ -180,19 +211,23 @@ def summary(verdicts: list[Verdict]) -> str:
         met, missed = (sum(one.met is outcome for one in group) for outcome in (True, False))
         unmeasured = sum(one.value is None for one in group)
         worst = max((one.outcome for one in group if one.met is False), key=_percent, default="")
-        lines.append(f"| {target} | {wanted} | {met} | {f'{missed} ({worst})' if missed else 0} | {unmeasured} |")
-    return "\n".join(lines)
+        lines.append([target, wanted, str(met), f"{missed} ({worst})" if missed else "0", str(unmeasured)])
+    return table(["target", "wanted", "met", "missed", "not measured"], lines)
 
 
 def _percent(outcome: str) -> float:
     return float(outcome.removeprefix("missed by ").removesuffix(" %"))
 
 
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of rows (default: %(default)s)")
+
+
 def main(options: argparse.Namespace) -> int:
     """Print the table and a line that counts. A missed target is a result, not an error of this command."""
     verdicts = judge(read(options.results))
-    print(table(verdicts))
+    print(table_of(verdicts))
     met, missed = (sum(one.met is outcome for one in verdicts) for outcome in (True, False))
     unmeasured = sum(one.value is None for one in verdicts)
-    print(f"\n{met} met, {missed} missed, {unmeasured} not measured, of {len(verdicts)}")
+    print(f"{met} met, {missed} missed, {unmeasured} not measured, of {len(verdicts)}")
     return 0

@@ -8,8 +8,7 @@ import torch
 
 from attanchor_kernels.testing.inputs import SHAPES
 from benchmarks.baselines import plain_merge
-from benchmarks.cases import OPERATIONS, Case, make_inputs, run, verify
-from benchmarks.roofline import kernel_backends
+from benchmarks.cases import OPERATIONS, Case, kernel_backends, make_inputs, run, verify
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")

@@ -1,16 +1,21 @@
-"""Time of device work, with cold caches: a graph of many calls over rotated inputs, total over count; on a CPU medians.
+"""Time of device work, with cold caches, and of two calls side by side.
 
 One call of a GPU kernel takes microseconds, less than its launch from Python and less than a timer resolves. So calls
 are captured into a CUDA graph, which is replayed between two events. Each call reads another set of inputs and writes
 other outputs, so that what it touches is no longer in the L2 cache when its turn comes again.
+
+What takes long, such as a model's forward, is compared by pairs: one call, then the other, in the other order next
+time. A busy machine disturbs both alike, and the spread of the ratios says how much a difference is worth.
 """
 
 from __future__ import annotations
 
 import collections
+import ctypes
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -22,8 +27,9 @@ LEAST_CALLS = 20
 CACHE_TURNS = 4  # rotated sets hold so many times the L2 cache
 MOST_SETS = 64
 HEAD_START = 400_000  # cycles, about 200 us
-CAPTURED_WORDS = 2**23  # enough for every launch of one graph here
+CAPTURED_WORDS = 2**23  # enough for every launch that is captured here at a time
 UNKNOWN_CACHE = 2**26  # bytes, where PyTorch does not say: more than most have
+PROCESS = Path("/proc/self")
 
 
 class Timing(NamedTuple):
@@ -44,10 +50,37 @@ class Timing(NamedTuple):
         return {**rounded, "method": self.method, "calls": self.calls, "repeats": self.repeats}
 
 
-def _summary(seconds: Sequence[float], method: str, calls: int) -> Timing:
-    ordered = sorted(seconds)
-    tenth = statistics.quantiles(ordered, n=10, method="inclusive") if len(ordered) > 1 else ordered * 9
-    return Timing(statistics.median(ordered), tenth[0], tenth[-1], ordered[0], method, calls, len(ordered))
+class Take(NamedTuple):
+    """A call that is ready to be timed: `seconds()` runs it and says how long one call took."""
+
+    seconds: Callable[[], float]
+    method: str
+    calls: int = 1
+
+
+class Pairs(NamedTuple):
+    """Seconds of two calls that were timed by turns, and the quartiles of the ratio of the two in each pair."""
+
+    plain: tuple[float, ...]
+    other: tuple[float, ...]
+    method: str
+
+    @property
+    def quartiles(self) -> list[float]:
+        """Lower quartile, median and upper quartile of other / plain."""
+        ratios = [other / plain for plain, other in zip(self.plain, self.other, strict=True)]
+        return statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
+
+    def describe(self, what: str) -> dict:
+        """The part of a row that says what became of `what`, times in microseconds."""
+        low, middle, high = self.quartiles
+        return {
+            f"{what}_us": round(statistics.median(self.other) * 1e6, 2),
+            f"plain_{what}_us": round(statistics.median(self.plain) * 1e6, 2),
+            **{f"{what}_ratio": float(f"{middle:.4g}"), f"{what}_ratio_q1": float(f"{low:.4g}")},
+            f"{what}_ratio_q3": float(f"{high:.4g}"),
+            f"{what}_within_spread": low <= 1 <= high,  # the spread swamps the difference
+        }
 
 
 def rotation(bytes_per_call: int, device: torch.device) -> int:
@@ -58,26 +91,72 @@ def rotation(bytes_per_call: int, device: torch.device) -> int:
     return max(2, min(MOST_SETS, -(-CACHE_TURNS * cache // max(bytes_per_call, 1)) + 1))
 
 
-def measure(calls: Sequence[Call], device: torch.device, *, repeats: int = 15, budget: float = 1.0) -> Timing:
+def measure(
+    calls: Sequence[Call], device: torch.device, *, repeats: int = 15, budget: float = 1.0, eager: bool = False
+) -> Timing:
     """Median time of one call. `calls` do the same work on different tensors; about `budget` seconds in all."""
+    forget_captures(device)
+    take = prepare(calls, device, eager=eager)
+    end = time.perf_counter() + budget
+    seconds: list[float] = []
+    while len(seconds) < 3 or (len(seconds) < repeats and time.perf_counter() < end):
+        seconds.append(take.seconds())
+    ordered = sorted(seconds)
+    tenth = statistics.quantiles(ordered, n=10, method="inclusive")
+    return Timing(statistics.median(ordered), tenth[0], tenth[-1], ordered[0], take.method, take.calls, len(ordered))
+
+
+def pairs(plain: Take, others: dict[str, Take], count: int) -> dict[str, Pairs]:
+    """Time each of `others` beside `plain`, `count` times, now the one first and now the other."""
+    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in others}
+    for turn in range(count):
+        for name, other in others.items():
+            if turn % 2:
+                last = other.seconds()
+                taken[name].append((plain.seconds(), last))
+            else:
+                taken[name].append((plain.seconds(), other.seconds()))
+    found = {}
+    for name, seconds in taken.items():
+        method = "+".join(sorted({plain.method, others[name].method}))
+        found[name] = Pairs(tuple(pair[0] for pair in seconds), tuple(pair[1] for pair in seconds), method)
+    return found
+
+
+def prepare(calls: Sequence[Call], device: torch.device, *, eager: bool = False, warm: bool = False) -> Take:
+    """On a GPU a graph of many calls, unless `eager`; on a CPU each call by itself, after a first unless `warm`."""
     if device.type == "cuda":
-        return graph_timing(calls, repeats=repeats, budget=budget)
-    return wall_timing(calls, repeats=repeats, budget=budget)
+        count = max(LEAST_CALLS, len(calls))
+        return _eager(calls, count) if eager else _graph(calls, count)
+    turn = 0
+
+    def run() -> float:
+        nonlocal turn
+        call = calls[turn % len(calls)]
+        turn += 1
+        begin = time.perf_counter()
+        call()
+        return time.perf_counter() - begin
+
+    if not warm:
+        calls[0]()
+    return Take(run, "wall")
 
 
-def measure_long(call: Call, device: torch.device, *, repeats: int = 7, budget: float = 2.0) -> Timing:
-    """Median time of a call of milliseconds or more, such as a model's: one call in a graph, eager if it cannot be."""
+def prepare_long(call: Call, device: torch.device, *, eager: bool = False, warm: bool = False) -> Take:
+    """A call of milliseconds or more, such as a model's: one call in a graph, eager if it cannot be."""
     if device.type != "cuda":
-        return wall_timing([call], repeats=repeats, budget=budget)
-    reason = _why_no_graph(call)
-    if reason is None:
+        return prepare([call], device, warm=warm)
+    if not eager:
+        reason = _why_no_graph(call)
         try:
-            return graph_timing([call], repeats=repeats, budget=budget, least_calls=1)
+            if reason is None:
+                return _graph([call], 1)
         except RuntimeError as error:
             reason = str(error).partition("\n")[0]
             torch.cuda.synchronize()
-    print(f"cannot be captured, timed with its launches: {reason}", flush=True)
-    return event_timing([call], repeats=repeats, budget=budget, least_calls=1)
+        print(f"cannot be captured, timed with its launches: {reason}", flush=True)
+    return _eager([call], 1)
 
 
 def _why_no_graph(call: Call) -> str | None:
@@ -96,37 +175,31 @@ def _why_no_graph(call: Call) -> str | None:
     return None
 
 
-def wall_timing(calls: Sequence[Call], *, repeats: int, budget: float) -> Timing:
-    """Each call by itself on the CPU's clock."""
-    calls[0]()
-    seconds: list[float] = []
-    end = time.perf_counter() + budget
-    while len(seconds) < 3 or (len(seconds) < repeats and time.perf_counter() < end):
-        call = calls[len(seconds) % len(calls)]
-        begin = time.perf_counter()
-        call()
-        seconds.append(time.perf_counter() - begin)
-    return _summary(seconds, "wall", 1)
-
-
-def graph_timing(calls: Sequence[Call], *, repeats: int, budget: float, least_calls: int = LEAST_CALLS) -> Timing:
-    """Device time: total of one graph replay over the number of its calls."""
-    count = max(least_calls, len(calls))
-    graph, kept = _capture(calls, count)
+def _graph(calls: Sequence[Call], count: int) -> Take:
+    """Device time of one of `count` calls in a graph that keeps as many outputs apart as there are input sets."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for call in calls[:2]:
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    kept: collections.deque = collections.deque(maxlen=len(calls))
+    with torch.cuda.graph(graph, stream=stream):
+        for index in range(count):
+            kept.append(calls[index % len(calls)]())
     graph.replay()
     torch.cuda.synchronize()
-    once = _elapsed(graph.replay)
-    times = max(3, min(repeats, int(budget / max(once, 1e-6))))
-    seconds = [_elapsed(graph.replay) / count for _ in range(times)]
-    del graph, kept
-    return _summary(seconds, "graph", count)
+
+    def run(kept: collections.deque = kept) -> float:  # the outputs live as long as the graph
+        return _elapsed(graph.replay) / count
+
+    return Take(run, "graph", count)
 
 
-def event_timing(
-    calls: Sequence[Call], *, repeats: int = 15, budget: float = 1.0, least_calls: int = LEAST_CALLS
-) -> Timing:
+def _eager(calls: Sequence[Call], count: int) -> Take:
     """Eager calls one after the other on a GPU, launches included: what a caller without a graph waits for."""
-    count = max(least_calls, len(calls))
 
     def run() -> None:
         for index in range(count):
@@ -134,9 +207,7 @@ def event_timing(
 
     run()
     torch.cuda.synchronize()
-    once = _elapsed(run)
-    times = max(3, min(repeats, int(budget / max(once, 1e-6))))
-    return _summary([_elapsed(run) / count for _ in range(times)], "events", count)
+    return Take(lambda: _elapsed(run) / count, "events", count)
 
 
 def _elapsed(run: Call) -> float:
@@ -154,48 +225,56 @@ def _elapsed(run: Call) -> float:
     return begin.elapsed_time(end) / 1e3
 
 
-def _capture(calls: Sequence[Call], count: int) -> tuple[torch.cuda.CUDAGraph, collections.deque]:
-    """A graph of `count` calls that keeps as many outputs apart as there are input sets."""
-    _forget_captures(CAPTURED_WORDS)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for call in calls[:2]:
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    kept: collections.deque = collections.deque(maxlen=len(calls))
-    with torch.cuda.graph(graph, stream=stream):
-        for index in range(count):
-            kept.append(calls[index % len(calls)]())
-    return graph, kept
-
-
-def _forget_captures(words: int | None = None) -> None:
+def forget_captures(device: torch.device, words: int | None = CAPTURED_WORDS) -> None:
     """Have the backends make anew what they keep for captured launches, of `words` words or of their own choice.
 
     They keep a fixed amount, since nothing tells them when a graph is gone; beyond it a graph zeroes memory of its own
-    at each replay. A program with a few graphs would never see that, and here it would be measured. No graph of this
-    module outlives its measurement.
+    at each replay. A program with a few graphs would never see that, and here it would be measured. Called where no
+    graph of this module that holds their launches lives.
     """
-    workspace.forget_captures(words)
+    if device.type == "cuda":
+        workspace.forget_captures(words)
 
 
 def peak_beside_outputs(call: Call, device: torch.device) -> int | None:
     """Bytes that a call takes beside its outputs, what it keeps for later calls included; None on a CPU."""
     if device.type != "cuda":
         return None
-    _forget_captures()
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
+    forget_captures(device, None)
     # On a stream of its own, for which a backend has kept nothing yet.
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
-        outputs = call()
-    torch.cuda.synchronize()
-    peak = torch.cuda.max_memory_allocated(device)
+        peak, outputs = peak_of(call, device)
+    assert peak is not None
     unique = {field.untyped_storage().data_ptr(): field.untyped_storage().nbytes() for field in outputs}
-    return peak - before - sum(unique.values())
+    return peak - sum(unique.values())
+
+
+def peak_of(call: Call, device: torch.device) -> tuple[int | None, Any]:
+    """Bytes that a call takes at most beyond what there was before, and what it returns.
+
+    On a CPU of the process's resident memory, which Linux tells; None elsewhere.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        returned = call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated(device) - before, returned
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # what is free, but not given back, would hide what the call takes
+        (PROCESS / "clear_refs").write_text("5")  # the peak begins anew
+        before = _resident("VmRSS")
+    except (OSError, AttributeError):
+        return None, call()
+    returned = call()
+    return _resident("VmHWM") - before, returned
+
+
+def _resident(field: str) -> int:
+    for line in (PROCESS / "status").read_text().splitlines():
+        if line.startswith(field):
+            return 1024 * int(line.split()[1])
+    raise OSError(f"no {field}")

@@ -17,11 +17,12 @@ from typing import Any
 import torch
 
 from attanchor_kernels import backends
-from benchmarks import cases, floor, timing
-from benchmarks.cases import Case, Inputs, make_inputs, run, verify
-from benchmarks.rows import Store
+from attanchor_kernels.testing.inputs import SHAPES
+from benchmarks import floor, options, timing
+from benchmarks.cases import SHAPE_OF, Case, Inputs, make_inputs, run, verify
+from benchmarks.options import UNAVAILABLE
+from benchmarks.rows import Run
 
-UNAVAILABLE = 3  # exit status where no backend that was asked for is there
 NOISE = 0.01  # a change must win by this share
 BACKENDS = ("cuda", "triton")
 FIELDS: dict[str, dict[str, tuple[Any, ...]]] = {
@@ -98,19 +99,30 @@ def attempt(
         return None
 
 
-def search(backend: str, case: Case, device: torch.device, store: Store, end: float) -> None:
-    """One pass over the fields of a backend for one case, until the clock says `end`."""
-    sets = [make_inputs(case, device, seed) for seed in range(timing.rotation(case.least_bytes, device))]
-    least = min(timing.measure(c, device, repeats=9, budget=0.1).p50 for _, c in floor.copies(case, sets, device))
+def search(backend: str, case: Case, on: Run, end: float) -> None:
+    """One pass over the fields of a backend for one case, until the clock says `end`; a row for all that was found.
+
+    It is stored when something faster is found too: a candidate that hangs takes no more than itself.
+    """
+    sets = [make_inputs(case, on.device, seed) for seed in range(timing.rotation(case.least_bytes, on.device))]
+    least = min(timing.measure(c, on.device, repeats=9, budget=0.1).p50 for _, c in floor.copies(case, sets, on.device))
     expected = run(case, sets[0], "reference")
     best: dict[str, Any] = {}
     with choice_with(backend, {}) as used:
         run(case, sets[0], backend)
     usual = used[-1]
-    fastest = attempt(backend, case, sets, expected, device, {})
-    if fastest is None:
+    first = attempt(backend, case, sets, expected, on.device, {})
+    if first is None:
         return
+    fastest = first
     name = f"{backend}, {case.shape.name}, B={case.batch}"
+
+    def store() -> None:
+        row = {**case.describe(), "backend": backend, "us": round(fastest * 1e6, 3), "ratio": round(fastest / least, 4)}
+        chosen = {field: str(value) for field, value in usual._asdict().items()}
+        on.add({**row, "changes": best, "chosen": chosen})
+
+    store()
     print(f"{name}: {fastest / least:.3f} x floor as chosen", flush=True)
     for field, values in FIELDS[backend].items():
         if field not in usual._fields:
@@ -121,38 +133,47 @@ def search(backend: str, case: Case, device: torch.device, store: Store, end: fl
                 continue
             if field in ("tile_rows", "lag") and now.get("hold", 0) != 0:
                 continue  # tiles that are kept on chip have no assemble tiles of their own
-            taken = attempt(backend, case, sets, expected, device, {**best, field: value})
+            taken = attempt(backend, case, sets, expected, on.device, {**best, field: value})
             if taken is None:
                 continue
             print(f"    {field}={value}: {taken / least:.3f} x floor", flush=True)
             if taken < fastest * (1 - NOISE):
                 fastest, best = taken, {**best, field: value}
-    row = {**case.describe(), "backend": backend, "us": round(fastest * 1e6, 3), "ratio": round(fastest / least, 4)}
-    store.add({**row, "changes": best, "chosen": {name: str(value) for name, value in usual._asdict().items()}})
+                on.rows.pop()
+                store()
     print(f"{name}: {fastest / least:.3f} x floor with {best or 'nothing changed'}", flush=True)
 
 
-def main(options: argparse.Namespace) -> int:
-    """Search each backend, shape and batch within the time limit; one row for each."""
-    device = torch.device(options.device)
-    wanted = options.backends or BACKENDS
-    if unknown := [name for name in wanted if name not in BACKENDS]:
-        print(f"--backends is {', '.join(unknown)}; it should be of {', '.join(BACKENDS)}", file=sys.stderr)
-        return 2
-    reasons = {name: backends.why_not(name, device.type) for name in wanted}
+def add_options(parser: argparse.ArgumentParser) -> None:
+    options.device(parser)
+    options.output(parser, "tune")
+    options.dtype(parser)
+    parser.add_argument(
+        "--backends",
+        type=options.names(BACKENDS),
+        default=BACKENDS,
+        help="default: cuda and triton as far as available",
+    )
+    parser.add_argument(
+        "--shapes", type=options.names(SHAPE_OF), help="names, with commas; default: the four models, on a CPU 'toy'"
+    )
+    parser.add_argument("--batches", type=options.numbers, default=(8, 1, 32), help="default: 8,1,32")
+    parser.add_argument("--limit", type=float, default=500, help="seconds for everything (default: %(default)s)")
+
+
+def main(given: argparse.Namespace) -> int:
+    """Search each backend, shape and batch within the time limit."""
+    reasons = {name: backends.why_not(name, given.device) for name in given.backends}
     wanted = [name for name, reason in reasons.items() if reason is None]
     if not wanted:
         print(f"nothing to tune: {'; '.join(str(reason) for reason in reasons.values())}", file=sys.stderr)
         return UNAVAILABLE
-    names = options.shapes or (("toy",) if device.type == "cpu" else tuple(shape.name for shape in cases.SHAPES))
-    if unknown := [name for name in names if name not in cases.SHAPE_OF]:
-        print(f"--shapes is {', '.join(unknown)}; it should be of {', '.join(cases.SHAPE_OF)}", file=sys.stderr)
-        return 2
-    store = Store(options.output, options.device, "tune")
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    chosen = [Case("forward", cases.SHAPE_OF[name], batch, dtype) for batch in options.batches for name in names]
+    on = Run(given.output, given.device, "tune", given.dtype)
+    names = given.shapes or (("toy",) if on.device.type == "cpu" else tuple(shape.name for shape in SHAPES))
+    chosen = [Case("forward", SHAPE_OF[name], batch, on.dtype) for batch in given.batches for name in names]
     searches = [(backend, case) for case in chosen for backend in wanted]
     begin = time.monotonic()
     for number, (backend, case) in enumerate(searches, 1):
-        search(backend, case, device, store, begin + options.limit * number / len(searches))
-    return 0
+        with on.guarded(f"{backend}, {case.label}"):
+            search(backend, case, on, begin + given.limit * number / len(searches))
+    return on.status()

@@ -82,6 +82,7 @@ ATTANCHOR_DEVICE T shuffle_xor(T value, int mask) {
   return __shfl_xor_sync(0xffffffffu, value, mask);
 }
 ATTANCHOR_DEVICE int count_bits(uint32_t word) { return __popc(word); }
+ATTANCHOR_DEVICE int highest_bit(uint32_t word) { return 31 - __clz(word); }
 ATTANCHOR_DEVICE void add_shared(int* counter, int amount) { atomicAdd(counter, amount); }
 
 // --- Between blocks ----------------------------------------------------------------------------------------------
@@ -93,6 +94,7 @@ ATTANCHOR_DEVICE void fence() { asm volatile("fence.acq_rel.gpu;" ::: "memory");
 ATTANCHOR_DEVICE unsigned load_now(const unsigned* word) { return *static_cast<const volatile unsigned*>(word); }
 // Past L1: another multiprocessor may have written the word since this one last looked.
 ATTANCHOR_DEVICE word64 load_fresh(const word64* word) { return __ldcg(word); }
+ATTANCHOR_DEVICE float load_fresh(const float* value) { return __ldcg(value); }
 ATTANCHOR_DEVICE void pause() { __nanosleep(32); }
 
 // --- Clusters: blocks that reach into each other's shared memory --------------------------------------------------

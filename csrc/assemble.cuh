@@ -4,6 +4,7 @@
 #pragma once
 
 #include "plan.cuh"
+#include "survivors.cuh"
 
 namespace attanchor {
 
@@ -22,6 +23,7 @@ struct AssembleShared {
   unsigned arrived;
 };
 
+template <bool DROPS = false>
 struct AssembleTile {
   const Problem& p;
   AssembleShared& s;
@@ -41,9 +43,9 @@ struct AssembleTile {
       s.hosted[at] = 0;
       s.copy_place[at] = -1;
     }
-    plan.wait(arrivals, movers);
+    plan.template wait<DROPS>(arrivals, movers);
 
-    const word64 cut = plan.find_cut(movers, s.rank);
+    const word64 cut = plan.template find_cut<DROPS>(movers, s.rank);
     int sums[2] = {};  // inserted movers, those with a host before the tile
     for (int mover = at; mover < movers; mover += THREADS) {
       const word64 key = arch::load_fresh(plan.keys() + mover);
@@ -62,18 +64,26 @@ struct AssembleTile {
     for (int row = arch::warp(); row < p.tile_rows; row += WARPS) {
       if (s.mover[row] < 0) continue;
       const int host = plan.host_slot(s.key[row]), real = count_real_through(p, plan.sample, host);
-      const int place = plan.order_copy(movers, cut, s.mover[row], host, real);
+      const int kept = DROPS ? Survivors(p, plan.sample).before(host + 1) : real;  // through the host
+      const int place = plan.order_copy(movers, cut, s.mover[row], host, kept);
       if (arch::lane() > 0) continue;
       s.copy_place[row] = place;
       s.host_real[row] = real;
     }
     arch::sync_block();
-    plan.leave(movers, 1, p.assemble_tiles, &s.arrived);
+    int kept = counts.real, original = own.real ? own.real_before : -1;
+    if constexpr (DROPS) {
+      const Survivors survivors(p, plan.sample);
+      kept = survivors.before(p.rows.slots);
+      original = own.real && survivors.has(own.slot) ? survivors.before(own.slot) : -1;
+      arch::sync_block();  // read before the last reader clears them
+    }
+    plan.template leave<DROPS>(movers, 1, p.assemble_tiles, &s.arrived);
 
-    const int length = counts.real + sums[0], first = p.pad_left ? p.capacity - length : 0;
+    const int length = kept + sums[0], first = p.pad_left ? p.capacity - length : 0;
     if (arch::warp() == 0) {
       const int hosted_before = sums[1] + warp_sum_before(s.hosted[at]);
-      write_slot(own, own.real ? own.real_before + hosted_before : -1, first);
+      write_slot(own, original >= 0 ? original + hosted_before : -1, first);
       write_padding(first_slot + at, length);
     }
     if (p.embeds == nullptr) return;

@@ -116,12 +116,13 @@ struct OnDevice {
 
 // How it was launched: the fields of Launched.
 std::vector<int64_t> construct(Tensor image, Tensor text, Optional roles, Optional turn, Optional image_mask,
-                               Optional text_mask, Optional anchor_mask, Optional position_ids, Optional embeds,
+                               Optional text_mask, Optional anchor_mask, Optional position_ids, Optional keep_each,
+                               Optional salience, Optional cells, Optional tau_on_device, Optional embeds,
                                Tensor new_position_ids, Tensor attention_mask, Tensor source, Tensor is_anchor,
-                               Tensor host, Tensor score, Tensor places, Tensor state, double tau, int64_t budget,
-                               bool image_into_text, bool inherit, bool pad_left, int64_t tile_images, int64_t cluster,
-                               int64_t tile_rows, int64_t lag, int64_t blocks, int64_t hold, int64_t bulk,
-                               int64_t stream) {
+                               Tensor host, Tensor score, Optional relevance, Tensor places, Tensor state, double tau,
+                               int64_t budget, int64_t keep, bool image_into_text, bool inherit, bool pad_left,
+                               int64_t tile_images, int64_t cluster, int64_t tile_rows, int64_t lag, int64_t blocks,
+                               int64_t hold, int64_t bulk, int64_t stream) {
   const OnDevice on_device(text);
   const int64_t batch = text.size(0), movers = host.size(1);
   Problem p = {};
@@ -160,10 +161,20 @@ std::vector<int64_t> construct(Tensor image, Tensor text, Optional roles, Option
   p.axes = static_cast<int>(new_position_ids.size(0));
   p.budget = static_cast<int>(budget < movers ? budget : movers);
   p.tau = static_cast<float>(tau);
+  p.tau_on_device = data<const float>(tau_on_device);
   p.image_into_text = image_into_text;
   p.budgeted = budget < movers;
   p.inherit = inherit;
   p.pad_left = pad_left;
+  p.drop.drops = relevance.has_value();
+  p.drop.relevance = data<float>(relevance);
+  p.drop.salience = data<const float>(salience);
+  p.drop.cells = data<const int32_t>(cells);
+  p.drop.keep_each = data<const int32_t>(keep_each);
+  p.drop.keep = static_cast<int>(keep);
+  p.drop.priority = words + batch * movers + batch + (batch + 1);
+  p.drop.survivors = p.drop.priority + batch * p.rows.slots;
+  p.drop.best = p.drop.survivors + batch * attanchor::survivor_words(p.rows.slots);
   Tuning tuning;
   tuning.tile_images = static_cast<int>(tile_images);
   tuning.cluster = static_cast<int>(cluster);
@@ -178,32 +189,31 @@ std::vector<int64_t> construct(Tensor image, Tensor text, Optional roles, Option
 }
 
 // What assemble and its transpose share. A tensor of no elements stands for one that is not there.
-Copy copy_of(const Tensor& image, const Tensor& text, const Tensor& source, const Tensor& places,
-             const Tensor& sequence) {
+Copy copy_of(const Tensor& image, const Tensor& text, const Tensor& places, const Tensor& sequence) {
   Copy copy = {};
   copy.rows = rows_of(image, text, places.size(2), sequence.size(2));
   copy.rows.width = Width().with(image).with(text).with(sequence).with(copy.rows.row_bytes).get();
-  copy.source = data<const int64_t>(source);
   copy.places = data<const int32_t>(places);
   copy.sequence = data<uint8_t>(sequence);
   copy.sequence_batch_stride = stride_of(sequence, 0);
   copy.sequence_row_stride = stride_of(sequence, 1);
-  copy.batch = static_cast<int>(source.size(0));
+  copy.batch = static_cast<int>(sequence.size(0));
   copy.texts = static_cast<int>(text.size(1));
-  copy.length = static_cast<int>(source.size(1));
+  copy.length = static_cast<int>(sequence.size(1));
   return copy;
 }
 
 void assemble(Tensor image, Tensor text, Tensor source, Tensor places, Tensor embeds, int64_t stream) {
   const OnDevice on_device(text);
-  const Copy copy = copy_of(image, text, source, places, embeds);
+  Copy copy = copy_of(image, text, places, embeds);
+  copy.source = data<const int64_t>(source);
   check(launch_assemble(copy, reinterpret_cast<void*>(stream)), "assemble");
 }
 
-void assemble_backward(Tensor grad, Tensor source, Tensor places, Tensor image_grad, Tensor text_grad, bool need_image,
-                       bool need_text, int64_t stream) {
+void assemble_backward(Tensor grad, Tensor places, Tensor image_grad, Tensor text_grad, bool need_image, bool need_text,
+                       int64_t stream) {
   const OnDevice on_device(grad);
-  Copy copy = copy_of(image_grad, text_grad, source, places, grad);
+  Copy copy = copy_of(image_grad, text_grad, places, grad);
   if (!need_image) copy.rows.image = nullptr;
   if (!need_text) copy.rows.text = nullptr;
   check(launch_backward(copy, scalar_of(grad), reinterpret_cast<void*>(stream)), "assemble_backward");
@@ -214,15 +224,17 @@ void assemble_backward(Tensor grad, Tensor source, Tensor places, Tensor image_g
 STABLE_TORCH_LIBRARY(attanchor_cuda, library) {
   library.def(
       "construct(Tensor image, Tensor text, Tensor? roles, Tensor? turn, Tensor? image_mask, Tensor? text_mask, "
-      "Tensor? anchor_mask, Tensor? position_ids, Tensor(a!)? embeds, Tensor(b!) new_position_ids, "
-      "Tensor(c!) attention_mask, Tensor(d!) source, Tensor(e!) is_anchor, Tensor(f!) host, Tensor(g!) score, "
-      "Tensor(h!) places, Tensor(i!) state, float tau, int budget, bool image_into_text, bool inherit, bool pad_left, "
-      "int tile_images, int cluster, int tile_rows, int lag, int blocks, int hold, int bulk, int stream) -> int[]");
+      "Tensor? anchor_mask, Tensor? position_ids, Tensor? keep_each, Tensor? salience, Tensor? cells, "
+      "Tensor? tau_on_device, Tensor(a!)? embeds, Tensor(b!) new_position_ids, Tensor(c!) attention_mask, "
+      "Tensor(d!) source, Tensor(e!) is_anchor, Tensor(f!) host, Tensor(g!) score, Tensor(h!)? relevance, "
+      "Tensor(i!) places, Tensor(j!) state, float tau, int budget, int keep, bool image_into_text, bool inherit, "
+      "bool pad_left, int tile_images, int cluster, int tile_rows, int lag, int blocks, int hold, int bulk, int stream) "
+      "-> int[]");
   library.def(
       "assemble(Tensor image, Tensor text, Tensor source, Tensor places, Tensor(a!) embeds, int stream) -> ()");
   library.def(
-      "assemble_backward(Tensor grad, Tensor source, Tensor places, Tensor(a!) image_grad, Tensor(b!) text_grad, "
-      "bool need_image, bool need_text, int stream) -> ()");
+      "assemble_backward(Tensor grad, Tensor places, Tensor(a!) image_grad, Tensor(b!) text_grad, bool need_image, "
+      "bool need_text, int stream) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(attanchor_cuda, ATTANCHOR_DISPATCH_KEY, library) {

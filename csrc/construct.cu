@@ -54,13 +54,18 @@ Variants held_variants(Scalar scalar) {
   return scalar == Scalar::float16 ? held_half_variants() : held_bfloat_variants();
 }
 
+Variants drop_variants(Scalar scalar) {
+  if (scalar == Scalar::float32) return drop_float_variants();
+  return scalar == Scalar::float16 ? drop_half_variants() : drop_bfloat_variants();
+}
+
 Variants plain_variants(Scalar scalar) {
   if (scalar == Scalar::float32) return float_variants();
   return scalar == Scalar::float16 ? half_variants() : bfloat_variants();
 }
 
 bool may_hold(const Problem& p, const Tuning& tuning) {
-  return tuning.hold != 0 && p.rows.width == 16 && p.embeds != nullptr;
+  return tuning.hold != 0 && p.rows.width == 16 && p.embeds != nullptr && !p.drop.drops;
 }
 
 // Clusters that hold their tile where the device has them and a tile fits; otherwise rows are read again through L2.
@@ -70,7 +75,9 @@ Choice choose(const Problem& p, Scalar scalar, const Tuning& tuning) {
     if (hold ? !may_hold(p, tuning) : tuning.hold == 1) continue;
     for (const int cluster : {8, 4, 1}) {
       if (tuning.cluster ? cluster != tuning.cluster : cluster > wanted) continue;
-      const Variants variants = hold ? held_variants(scalar) : plain_variants(scalar);
+      const Variants variants = hold           ? held_variants(scalar)
+                                : p.drop.drops ? drop_variants(scalar)
+                                               : plain_variants(scalar);
       const Choice choice = choose(variants, cluster, p, tuning);
       if (choice.variant != nullptr || choice.error != nullptr) return choice;
     }
@@ -92,7 +99,8 @@ const char* launch_construct(Problem p, Scalar scalar, Tuning tuning, Launched& 
   if (choice.error != nullptr) return choice.error;
   if (choice.variant == nullptr) {
     if (tuning.hold == 1 && !may_hold(p, tuning)) {
-      return "hold is 1; tiles are kept on chip only where rows are copied and begin and end at multiples of 16 bytes";
+      return "hold is 1; tiles are kept on chip only where rows are copied, begin and end at multiples of 16 bytes, and "
+             "none are dropped";
     }
     return "no construct kernel that was asked for runs on this device; rebuild attanchor_kernels with "
            "ATTANCHOR_CUDA_ARCHS naming its compute capability";
@@ -104,7 +112,8 @@ const char* launch_construct(Problem p, Scalar scalar, Tuning tuning, Launched& 
   const int images = most_images(p.rows), clusters = choice.resident / v.cluster;
   p.match_tiles = images > v.images ? divide_up(images, v.images) : 1;
   p.tile_rows = tuning.tile_rows ? tuning.tile_rows : choose_tile_rows(p, choice.resident);
-  p.assemble_tiles = v.holds ? 0 : divide_up(p.capacity, p.tile_rows);
+  const int most_rows = p.capacity > p.rows.slots ? p.capacity : p.rows.slots;  // dropping may leave less room
+  p.assemble_tiles = v.holds ? 0 : divide_up(most_rows, p.tile_rows);
   // So many samples between match and assemble as are matched at once: nobody waits, and little leaves the L2 cache.
   const int lag = tuning.lag >= 0 ? tuning.lag : divide_up(clusters, p.match_tiles);
   p.held_pitch = static_cast<int>(held_pitch(p.rows.row_bytes, v.cluster));

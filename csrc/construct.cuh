@@ -34,11 +34,12 @@ ATTANCHOR_DEVICE Work work_of(const Problem& p, int assemble_items, unsigned tic
   return {false, p.batch - p.lag + static_cast<int>(ticket / assembles), static_cast<int>(ticket % assembles)};
 }
 
-template <class E, int IMAGES, int CLUSTER>
+template <class E, int IMAGES, int CLUSTER, bool DROPS>
 struct ConstructShared {
   union {
-    typename MatchTile<E, IMAGES, CLUSTER, false>::Shared match;
+    typename MatchTile<E, IMAGES, CLUSTER, false, DROPS>::Shared match;
     AssembleShared assemble;
+    SurvivorsShared survivors;
   };
   unsigned ticket[2];
 };
@@ -76,7 +77,7 @@ ATTANCHOR_DEVICE void finish_match(const Problem& p, Shared& s, int sample, int 
   if (s.arrived != items - 1) return;
   int* histogram = reinterpret_cast<int*>(s.best);
   const word64* keys = p.state.keys + static_cast<int64_t>(sample) * p.movers;
-  const word64 cut = cut_by_selection(keys, movers, p.budget, p.tau, histogram, s.scratch);
+  const word64 cut = cut_by_selection(keys, movers, p.budget, threshold(p), histogram, s.scratch);
   if (arch::thread() == 0) {
     p.state.cuts[sample] = cut;
     arch::fence();
@@ -84,9 +85,28 @@ ATTANCHOR_DEVICE void finish_match(const Problem& p, Shared& s, int sample, int 
   }
 }
 
-template <class E, int IMAGES, int CLUSTER>
+// A match tile is done where tokens are dropped: the last one of a sample finds out which stay.
+ATTANCHOR_DEVICE void finish_match_dropping(const Problem& p, SurvivorsShared& s, int sample, int movers,
+                                            unsigned items, int feature_base) {
+  arch::sync_block();
+  if (arch::thread() == 0) {
+    arch::fence();
+    s.arrived = arch::add(p.state.matched + sample, 1);
+    arch::fence();
+  }
+  arch::sync_block();
+  if (s.arrived != items - 1) return;
+  select_survivors(p, s, sample, movers, feature_base);
+  arch::sync_block();  // every thread's words are out before one thread says so
+  if (arch::thread() == 0) {
+    arch::fence();
+    arch::add(p.state.matched + sample, 1);
+  }
+}
+
+template <class E, int IMAGES, int CLUSTER, bool DROPS>
 ATTANCHOR_DEVICE void construct(const Problem& p) {
-  auto& s = *reinterpret_cast<ConstructShared<E, IMAGES, CLUSTER>*>(arch::shared_memory());
+  auto& s = *reinterpret_cast<ConstructShared<E, IMAGES, CLUSTER, DROPS>*>(arch::shared_memory());
   const int rank = arch::cluster_rank<CLUSTER>();
   const int assemble_items = ceil_div(p.assemble_tiles, CLUSTER);
   const unsigned total = p.batch * static_cast<unsigned>(p.match_tiles + assemble_items);
@@ -98,23 +118,27 @@ ATTANCHOR_DEVICE void construct(const Problem& p) {
     const Work work = work_of(p, assemble_items, ticket);
     if (work.matches) {
       const int base = p.rows.merges ? match_base.advance(p, work.sample, s.match.scratch) : 0;
-      MatchTile<E, IMAGES, CLUSTER, false> tile(p, s.match, rank, work.sample);
+      MatchTile<E, IMAGES, CLUSTER, false, DROPS> tile(p, s.match, rank, work.sample);
       const int movers = tile.run(work.item, base);
-      finish_match(p, s.match, work.sample, movers, arrivals);
+      if constexpr (DROPS) {
+        finish_match_dropping(p, s.survivors, work.sample, movers, arrivals, base);
+      } else {
+        finish_match(p, s.match, work.sample, movers, arrivals);
+      }
     } else {
       const int base = p.rows.merges ? assemble_base.advance(p, work.sample, s.assemble.scratch) : 0;
       const int tile = work.item * CLUSTER + rank;
-      if (tile < p.assemble_tiles) AssembleTile(p, s.assemble, work.sample).run(tile, base, arrivals);
+      if (tile < p.assemble_tiles) AssembleTile<DROPS>(p, s.assemble, work.sample).run(tile, base, arrivals);
     }
   }
 }
 
 // Two blocks share a multiprocessor: one copies while the other waits.
-template <class E, int IMAGES, int CLUSTER>
+template <class E, int IMAGES, int CLUSTER, bool DROPS>
 ATTANCHOR_KERNEL(THREADS, 2) construct_kernel(ATTANCHOR_ARGUMENT(Problem) p) {
   if constexpr (CLUSTER <= arch::LARGEST_CLUSTER) {
     gather_cluster<CLUSTER>();
-    construct<E, IMAGES, CLUSTER>(p);
+    construct<E, IMAGES, CLUSTER, DROPS>(p);
   } else {
     arch::fail();
   }
@@ -131,10 +155,10 @@ struct Variant {
   void (*kernel)(Problem);
 };
 
-template <class E, int IMAGES, int CLUSTER>
+template <class E, int IMAGES, int CLUSTER, bool DROPS = false>
 Variant variant() {
-  constexpr int shared = static_cast<int>(sizeof(ConstructShared<E, IMAGES, CLUSTER>));
-  return {IMAGES, CLUSTER, false, shared, construct_kernel<E, IMAGES, CLUSTER>};
+  constexpr int shared = static_cast<int>(sizeof(ConstructShared<E, IMAGES, CLUSTER, DROPS>));
+  return {IMAGES, CLUSTER, false, shared, construct_kernel<E, IMAGES, CLUSTER, DROPS>};
 }
 
 // The variants of an element type, and how many there are; each in a file of its own, to compile side by side.
@@ -145,6 +169,9 @@ struct Variants {
 Variants float_variants();
 Variants half_variants();
 Variants bfloat_variants();
+Variants drop_float_variants();
+Variants drop_half_variants();
+Variants drop_bfloat_variants();
 Variants held_float_variants();
 Variants held_half_variants();
 Variants held_bfloat_variants();

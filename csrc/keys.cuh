@@ -27,6 +27,14 @@ ATTANCHOR_DEVICE float key_score(word64 key) {
 // Meaningless for an empty key.
 ATTANCHOR_DEVICE int key_index(word64 key) { return static_cast<int>(~static_cast<uint32_t>(key)); }
 
+// The threshold; one that no cosine reaches stands for 1 and more, and for NaN.
+ATTANCHOR_DEVICE float threshold(const Problem& p) {
+  constexpr float LEAST = -2, NEVER = 2;  // cosines lie between; an empty key's score does not reach either
+  if (p.tau_on_device == nullptr) return p.tau;
+  const float tau = *p.tau_on_device;
+  return !(tau < 1) ? NEVER : tau > LEAST ? tau : LEAST;
+}
+
 // Orders the movers for the budget: larger score first, of equal ones the lower mover; 0 = not eligible.
 ATTANCHOR_DEVICE word64 rank_key(word64 key, int mover, float tau) {
   if (!(key_score(key) >= tau)) return 0;
@@ -56,17 +64,16 @@ ATTANCHOR_DEVICE word64 cut_by_ranking(word64 key, int movers, int budget, float
   return cut;
 }
 
-// The same for any number of movers, by radix selection: eight bits of the answer at a time. `histogram` holds 256
-// counters, `scratch` WARPS + 2.
-ATTANCHOR_RARE word64 cut_by_selection(const word64* keys, int movers, int budget, float tau, int* histogram,
-                                         int* scratch) {
-  word64 prefix = 0;
-  int wanted = budget;  // the answer is the wanted-th largest of the keys that begin with the prefix
+// The wanted-th largest of `count` keys, by radix selection: eight bits of the answer at a time; 0 if fewer keys are not
+// zero. `histogram` holds 256 counters, `scratch` WARPS + 2.
+template <class KeyOf>
+ATTANCHOR_DEVICE word64 select_largest(int count, int wanted, const KeyOf& key_of, int* histogram, int* scratch) {
+  word64 prefix = 0;  // the answer is the wanted-th largest of the keys that begin with it
   for (int shift = 56; shift >= 0; shift -= 8) {
     histogram[arch::thread()] = 0;
     arch::sync_block();
-    for (int mover = arch::thread(); mover < movers; mover += THREADS) {
-      const word64 own = rank_key(arch::load_fresh(keys + mover), mover, tau);
+    for (int at = arch::thread(); at < count; at += THREADS) {
+      const word64 own = key_of(at);
       const bool within = shift == 56 || own >> (shift + 8) == prefix >> (shift + 8);
       if (own != 0 && within) arch::add_shared(histogram + (own >> shift & 255), 1);
     }
@@ -81,12 +88,19 @@ ATTANCHOR_RARE word64 cut_by_selection(const word64* keys, int movers, int budge
       scratch[WARPS + 1] = wanted - larger;
     }
     arch::sync_block();
-    if (total < wanted) return 0;  // fewer eligible movers than the budget; only the first round can say so
+    if (total < wanted) return 0;  // only the first round can say so
     prefix |= static_cast<word64>(scratch[WARPS]) << shift;
     wanted = scratch[WARPS + 1];
     arch::sync_block();
   }
   return prefix;
+}
+
+// The same as cut_by_ranking for any number of movers.
+ATTANCHOR_RARE word64 cut_by_selection(const word64* keys, int movers, int budget, float tau, int* histogram,
+                                       int* scratch) {
+  const auto rank = [=](int mover) { return rank_key(arch::load_fresh(keys + mover), mover, tau); };
+  return select_largest(movers, budget, rank, histogram, scratch);
 }
 
 }  // namespace attanchor

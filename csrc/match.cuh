@@ -4,9 +4,13 @@
 // blocks of a cluster share a tile: each takes a range of its columns, so that the texts are read once a cluster; they
 // add up their products through each other's shared memory, each for some of the rows.
 //
+// With DROPS the best cosine of every image row is kept too: its relevance.
+//
 // With HELD a block keeps its columns of the image rows in shared memory (held_rows.cuh), to copy them out from
 // there (held_tile.cuh).
 #pragma once
+
+#include <type_traits>
 
 #include "held_rows.cuh"
 #include "keys.cuh"
@@ -15,7 +19,7 @@
 
 namespace attanchor {
 
-template <class E, int IMAGES_, int CLUSTER_, bool HELD>
+template <class E, int IMAGES_, int CLUSTER_, bool HELD, bool DROPS = false>
 struct MatchTile {
   using Product = Multiplier<E, IMAGES_>;
   static constexpr int IMAGES = IMAGES_;
@@ -25,7 +29,7 @@ struct MatchTile {
   static constexpr int PARTS = Product::PARTS;
   static_assert(OWN * CLUSTER == IMAGES && OWN >= 4, "every block of a cluster publishes some rows");
 
-  struct Shared {
+  struct SharedAlways {
     union {
       uint8_t stages[STAGES][(HELD ? TEXTS : ROWS) * PITCH];
       struct {
@@ -43,6 +47,10 @@ struct MatchTile {
     int scratch[WARPS + 2];
     unsigned arrived;
   };
+  struct SharedWithRelevance : SharedAlways {
+    float relevance[OWN];  // best cosine of this block's image rows so far
+  };
+  using Shared = std::conditional_t<DROPS, SharedWithRelevance, SharedAlways>;
 
   const Problem& p;
   Shared& s;
@@ -61,6 +69,9 @@ struct MatchTile {
     int images = p.rows.images, texts = p.texts;
     if (merges) images = find_slots(p, sample, Kind::image, first, IMAGES, s.slot, s.scratch);
     const bool some = find_images(first, images, feature_base);
+    if constexpr (DROPS) {
+      if (arch::thread() < OWN) s.relevance[arch::thread()] = NO_SCORE;
+    }
     int text_total = texts;
     for (int first_text = 0; first_text == 0 || first_text < text_total; first_text += TEXTS) {
       if (merges) text_total = find_slots(p, sample, Kind::text, first_text, TEXTS, s.slot + IMAGES, s.scratch);
@@ -78,6 +89,7 @@ struct MatchTile {
       }
       publish();
     }
+    if constexpr (DROPS) store_relevance();
     return !merges ? p.movers : p.image_into_text ? images : text_total;
   }
 
@@ -261,8 +273,49 @@ struct MatchTile {
       }
       const int index = s.index[p.image_into_text ? base + at : IMAGES + at];
       if (best != 0) arch::maximize(p.state.keys + static_cast<int64_t>(sample) * p.movers + index, best);
+      if constexpr (DROPS) {
+        if (p.image_into_text) note_relevance(at, best);
+      }
+    }
+    if constexpr (DROPS) {
+      if (!p.image_into_text) relate_images(base);
     }
     arch::sync_cluster<CLUSTER>();  // the shared memory that peers have read is free again
+  }
+
+  // `key`: of the best pair in this block of texts.
+  ATTANCHOR_DEVICE void note_relevance(int image, word64 key) {
+    const float score = key_score(key);
+    if (score > s.relevance[image]) s.relevance[image] = score;
+  }
+
+  // The best text of every image among this block's rows, where texts are what moves.
+  ATTANCHOR_DEVICE void relate_images(int base) {
+    constexpr int SHARES = THREADS / OWN;
+    const int at = arch::thread(), image = at % OWN;
+    word64 best = 0;
+#pragma unroll 1
+    for (int text = at / OWN; text < TEXTS; text += SHARES) {
+      const word64 key = pair_key(base, image, text);
+      best = key > best ? key : best;
+    }
+    arch::sync_block();  // the movers' best have been read
+    s.best[at] = best;
+    arch::sync_block();
+    if (at >= OWN) return;
+    for (int other = 1; other < SHARES; other++) {
+      const word64 key = s.best[other * OWN + at];
+      best = key > best ? key : best;
+    }
+    note_relevance(at, best);
+  }
+
+  // Rows that take no part are left to the selection of survivors.
+  ATTANCHOR_DEVICE void store_relevance() const {
+    const int at = arch::thread(), row = rank * OWN + at;
+    if (at >= OWN || !s.kept[row]) return;
+    const int64_t count = p.rows.merges ? p.rows.slots : p.rows.images;
+    p.drop.relevance[sample * count + s.slot[row]] = s.relevance[at];
   }
 
   // Key of one pair, seen from its mover; 0 if the two do not match. `image` counts this block's rows.

@@ -51,15 +51,19 @@ struct Places {
 struct Plan {
   const Problem& p;
   int sample;
+  const float tau;
 
-  ATTANCHOR_DEVICE Plan(const Problem& problem, int of_sample) : p(problem), sample(of_sample) {}
+  ATTANCHOR_DEVICE Plan(const Problem& problem, int of_sample)
+      : p(problem), sample(of_sample), tau(threshold(problem)) {}
 
   ATTANCHOR_DEVICE word64* keys() const { return p.state.keys + static_cast<int64_t>(sample) * p.movers; }
 
-  // Until all match work of the sample, `arrivals` items and the cut where one is published, is done. By the block.
+  // Until all match work of the sample, `arrivals` items and the cut where one is published, is done. By the block. With
+  // DROPS the cut always is, and the survivors with it.
+  template <bool DROPS = false>
   ATTANCHOR_DEVICE void wait(unsigned arrivals, int movers) const {
     if (arch::thread() == 0) {
-      const unsigned enough = arrivals + publishes_cut(p, movers);
+      const unsigned enough = arrivals + (DROPS || publishes_cut(p, movers));
       while (arch::load_now(p.state.matched + sample) < enough) arch::pause();
       arch::fence();
     }
@@ -67,15 +71,16 @@ struct Plan {
   }
 
   // By the block; `shared` holds RANKED_MOVERS + 1 words.
+  template <bool DROPS = false>
   ATTANCHOR_DEVICE word64 find_cut(int movers, word64* shared) const {
-    if (!p.budgeted) return 0;
-    if (publishes_cut(p, movers)) return arch::load_fresh(p.state.cuts + sample);
+    if (!DROPS && !p.budgeted) return 0;
+    if (DROPS || publishes_cut(p, movers)) return arch::load_fresh(p.state.cuts + sample);
     const word64 key = arch::thread() < movers ? arch::load_fresh(keys() + arch::thread()) : 0;
-    return cut_by_ranking(key, movers, p.budget, p.tau, shared);
+    return cut_by_ranking(key, movers, p.budget, tau, shared);
   }
 
   ATTANCHOR_DEVICE bool inserted(word64 key, int mover, word64 cut) const {
-    const word64 rank = rank_key(key, mover, p.tau);
+    const word64 rank = rank_key(key, mover, tau);
     return rank != 0 && rank >= cut;
   }
 
@@ -98,6 +103,7 @@ struct Plan {
 
   // `readers` blocks-times-tiles have read the keys, counting these: the last puts everything back to zero for the next
   // launch. By the block, after a barrier behind the last read.
+  template <bool DROPS = false>
   ATTANCHOR_DEVICE void leave(int movers, unsigned count, unsigned readers, unsigned* shared) const {
     if (arch::thread() == 0) {
       arch::fence();
@@ -107,6 +113,10 @@ struct Plan {
     arch::sync_block();
     if (*shared != readers - count) return;
     for (int mover = arch::thread(); mover < movers; mover += THREADS) keys()[mover] = 0;
+    if constexpr (DROPS) {
+      const int words = survivor_words(p.rows.slots);
+      for (int at = arch::thread(); at < words; at += THREADS) p.drop.survivors[sample * int64_t(words) + at] = 0;
+    }
     if (arch::thread() == 0) p.state.cuts[sample] = p.state.matched[sample] = p.state.left[sample] = 0;
   }
 

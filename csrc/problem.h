@@ -36,6 +36,22 @@ struct State {
   unsigned* left;            // (B,): assemble items of a sample that have read its keys
 };
 
+// What there is where image tokens are dropped; `priority`, `best` and `survivors` are zero between launches, as State.
+struct Drop {
+  float* relevance;          // (B, M), in the merge form (B, S)
+  const float* salience;     // (B, M), in the merge form (T,), or null: their relevance
+  const int32_t* cells;      // (B, M), in the merge form (T,), or null; others than those below M or S are none
+  const int32_t* keep_each;  // (B,), or null: `keep`
+  unsigned long long* priority;   // (B, S)
+  unsigned long long* best;       // (B, M), in the merge form (B, S): of each cell; only with `cells`
+  unsigned long long* survivors;  // (B, survivor_words(S))
+  int keep;
+  bool drops;
+};
+
+// One more than slots fill, so that there is a word behind the last slot.
+constexpr int survivor_words(int slots) { return slots / 32 + 1; }
+
 struct Problem {
   Rows rows;
   State state;
@@ -74,12 +90,15 @@ struct Problem {
   int lag;             // samples between match and assemble
   int held_pitch;      // bytes from one held row to the next
   bool bulk;           // tiles that are kept on chip come and go by bulk copies
+
+  const float* tau_on_device;  // in place of tau, or null
+  Drop drop;
 };
 
 // The copy alone, and its transpose.
 struct Copy {
   Rows rows;              // assemble: the inputs; backward: the gradients of the inputs, to be written
-  const int64_t* source;  // (B, L)
+  const int64_t* source;  // (B, L); assemble
   const int32_t* places;  // (B, 3, S)
   uint8_t* sequence;      // (B, L, D): assemble writes it, backward reads it
   int64_t sequence_batch_stride;

@@ -27,7 +27,7 @@ def merge(slots: int, hidden: int = 4, batch: int = 1, **options) -> Problem:
         kinds = torch.tensor([2, 2, 3, 3, 4, 0], dtype=torch.uint8)  # roles
         roles[:, at] = kinds[torch.randint(len(kinds), (batch,), generator=generator)]
     roles[:, 0], roles[:, -2], roles[:, -1] = Role.IMAGE, Role.IMAGE, Role.ANCHOR_TEXT
-    features = int(((roles == Role.IMAGE) | (roles == Role.SILENT_IMAGE)).sum())
+    features = int((roles.eq(Role.IMAGE) | roles.eq(Role.SILENT_IMAGE)).sum())
     image = torch.randn(features, hidden, generator=generator)
     text = torch.randn(batch, slots, hidden, generator=generator)
     return Problem(image, text, **{"tau": 0.3, "max_anchors": 5, "roles": roles, "inherit": True, **options})

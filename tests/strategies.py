@@ -50,8 +50,11 @@ def _options(draw, movers: int, axes_shape: tuple[int, int], generator: torch.Ge
     given_positions = positions == "inherit" and draw(st.booleans())
     axes = draw(st.sampled_from([None, 1, 3]))
     shape = axes_shape if axes is None else (axes, *axes_shape)
+    taus = st.sampled_from(TAUS)
+    if tensors:
+        taus |= st.sampled_from([*TAUS, math.nan]).map(torch.tensor)
     return {
-        "tau": draw(st.sampled_from(TAUS) | st.sampled_from([*TAUS, math.nan] if tensors else []).map(torch.tensor)),
+        "tau": draw(taus),
         "max_anchors": draw(st.none() | st.integers(0, movers + 2)),
         "direction": draw(st.sampled_from(["text_into_image", "image_into_text"])),
         "positions": positions,

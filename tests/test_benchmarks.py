@@ -1,29 +1,15 @@
 """The benchmark commands at toy size on a CPU."""
 
-import gc
 import weakref
 from functools import partial
 
+import attanchor_vlm
 import pytest
 import torch
 
 from attanchor_kernels.backends import triton as triton_backend
-from benchmarks import __main__ as commands
-from benchmarks import (
-    accounting,
-    baselines,
-    cases,
-    floor,
-    gpu,
-    models,
-    overhead,
-    roofline,
-    rows,
-    sanitize,
-    timing,
-    tune,
-)
-from benchmarks.__main__ import main
+from benchmarks import baselines, cases, floor, gpu, models, overhead, roofline, rows, sanitize, timing, tune
+from benchmarks.__main__ import COMMANDS, main
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +21,7 @@ def measured(tmp_path_factory):
 
 
 def test_every_command_explains_itself():
-    for command in ("roofline", "overhead", "training", "tune", "cpu-reference", "compare", "targets", "report"):
+    for command in COMMANDS:
         with pytest.raises(SystemExit) as ended:
             main([command, "--help"])
         assert ended.value.code == 0
@@ -45,12 +31,11 @@ def test_a_slow_backend_keeps_its_digits(tmp_path, monkeypatch):
     """Thousands of times slower than the roofline is still a percentage with three digits, not 0.0 or 0.01."""
     path, floor_us, slow_us = tmp_path / "roofline.jsonl", 1.0, 7770.0
 
-    def measured(calls, **_):
+    def prepared(calls, *_, **__):
         slow = getattr(calls[0], "args", ())[-1:] == ("reference",)
-        seconds = (slow_us if slow else floor_us) * 1e-6
-        return timing.Timing(*[seconds] * 4, "wall", calls=1, repeats=1)
+        return timing.Take(lambda: (slow_us if slow else floor_us) * 1e-6, "wall")
 
-    monkeypatch.setattr(timing, "wall_timing", measured)
+    monkeypatch.setattr(timing, "prepare", prepared)
     assert main(["roofline", "--device", "cpu", "--output", str(path), "--batches", "2", "--budget", "0.01"]) == 0
     row = next(row for row in rows.read(path) if row["operation"] == "forward" and row["backend"] == "reference")
     assert row["percent_of_roofline"] == pytest.approx(100 * floor_us / slow_us, rel=1e-3)
@@ -59,7 +44,7 @@ def test_a_slow_backend_keeps_its_digits(tmp_path, monkeypatch):
 def test_roofline_rows_say_what_was_measured_on_what(measured):
     found = rows.read(measured)
     assert [row["backend"] for row in found if row["operation"] == "forward"] == ["floor", "reference"]
-    assert {row["operation"] for row in found} == {"copy", "forward", "backward", "merge"}
+    assert {row["operation"] for row in found} == {"copy", *cases.OPERATIONS}
     assert "masked_scatter" in {row["backend"] for row in found}
     for row in found:
         assert row["us_min"] <= row["us_p10"] <= row["us"] <= row["us_p90"]
@@ -70,20 +55,6 @@ def test_roofline_rows_say_what_was_measured_on_what(measured):
     assert forward["percent_of_roofline"] == pytest.approx(100 / forward["ratio"], rel=1e-2)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "named"),
-    [
-        (["--shapes", "nope"], "nope"),
-        (["--backends", "cudda"], "cudda"),
-        (["--backends", "cuda"], "cuda, which cannot run here"),
-        (["--passes", "x"], "x"),
-    ],
-)
-def test_unknown_names_are_told(arguments, named, capsys):
-    assert main(["roofline", "--device", "cpu", *arguments]) == 2
-    assert named in capsys.readouterr().err
-
-
 def test_no_figure_for_a_wrong_result(tmp_path, monkeypatch, capsys):
     """A backend that returns something else is reported and never timed."""
     right = roofline.run
@@ -92,13 +63,8 @@ def test_no_figure_for_a_wrong_result(tmp_path, monkeypatch, capsys):
         fields = right(case, inputs, "reference")
         return fields if backend == "reference" else (fields[0] + 1, *fields[1:])
 
-    monkeypatch.setattr(roofline, "run", wrong)
-    settings = roofline.Settings("cpu", tmp_path / "rows.jsonl", ["triton"], passes=("kernels",), budget=0.01)
-    settings.names = ["triton"]
-    with pytest.raises(cases.WrongResult, match="embeds differs"):
-        roofline.run_cases([cases.Case("forward", cases.TOY, 1, torch.float32)], settings)
-    assert "WRONG" in capsys.readouterr().out
-    assert "triton" not in {row["backend"] for row in rows.read(tmp_path / "rows.jsonl")}
+    assert failing_run(tmp_path, monkeypatch, wrong, ["triton"]) == []
+    assert "embeds differs" in capsys.readouterr().err
 
 
 def test_a_backend_that_fails_costs_no_other_its_figures(tmp_path, monkeypatch, capsys):
@@ -113,17 +79,21 @@ def test_a_backend_that_fails_costs_no_other_its_figures(tmp_path, monkeypatch, 
             raise error  # and this frame, which its traceback holds, holds it
         return right(case, inputs, "reference")
 
-    monkeypatch.setattr(roofline, "run", failing)
-    settings = roofline.Settings("cpu", tmp_path / "rows.jsonl", [], passes=("kernels",), budget=0.01)
-    settings.names = ["triton", "cuda"]
-    chosen = [cases.Case(operation, cases.TOY, 1, torch.float32) for operation in ("forward", "backward")]
-    with pytest.raises(
-        cases.WrongResult, match=r"^triton, forward, toy, B=1 failed with RuntimeError: out of resource$"
-    ):
-        roofline.run_cases(chosen, settings)
-    assert "and a page more" in capsys.readouterr().out
-    found = [(row["operation"], row["backend"]) for row in rows.read(tmp_path / "rows.jsonl") if "ratio" in row]
+    found = failing_run(tmp_path, monkeypatch, failing, ["triton", "cuda"])
     assert found == [("forward", "cuda"), ("backward", "triton"), ("backward", "cuda")]
+    said = capsys.readouterr().err
+    assert "and a page more" in said
+    assert said.endswith("wrong or missing: triton, forward, toy, B=1: RuntimeError: out of resource\n")
+
+
+def failing_run(tmp_path, monkeypatch, run, names):
+    """What has a ratio where the operators are replaced by `run`, and the command says that something failed."""
+    monkeypatch.setattr(roofline, "run", run)
+    monkeypatch.setattr(roofline, "kernel_backends", lambda _: names)
+    path = tmp_path / "rows.jsonl"
+    arguments = ["--device", "cpu", "--batches", "1", "--operations", "forward,backward", "--passes", "kernels"]
+    assert main(["roofline", *arguments, "--budget", "0.01", "--output", str(path)]) == 1
+    return [(row["operation"], row["backend"]) for row in rows.read(path) if "ratio" in row]
 
 
 @pytest.mark.parametrize(("name", "matmul"), [("toy", "float32"), ("qwen2.5-vl-3b", "bfloat16")])
@@ -153,8 +123,12 @@ def test_the_compiled_baseline_is_right_and_compiled_twice(monkeypatch, name, ma
     [
         (["roofline", "--batches", "0"], "'0' should be positive integers"),
         (["roofline", "--batches", "1,x"], "'1,x' should be positive integers"),
-        (["training", "--steps", "-1"], "'-1' should be an integer of at least 1"),
+        (["training", "--pairs", "-1"], "'-1' should be an integer of at least 1"),
         (["overhead", "--device", "cuda:1"], "CUDA_VISIBLE_DEVICES"),
+        (["overhead", "--keep", "1/2,4/3"], "'1/2,4/3' should be fractions"),
+        (["roofline", "--shapes", "nope"], "nope should be of tinyllava-1b"),
+        (["roofline", "--passes", "x"], "x should be of kernels, baselines"),
+        (["tune", "--backends", "metal"], "metal should be of cuda, triton"),
     ],
 )
 def test_options_that_cannot_be_are_told(arguments, said, capsys):
@@ -163,18 +137,18 @@ def test_options_that_cannot_be_are_told(arguments, said, capsys):
     assert said in capsys.readouterr().err
 
 
-def test_a_run_on_a_cpu_does_not_replace_rows_of_a_gpu(tmp_path, monkeypatch, capsys):
-    """By default runs write where the stored rows are, the sweep beside the models."""
-    monkeypatch.setattr(commands, "RESULTS", tmp_path)
-    stored = {"run": "roofline", "gpu": "Test GPU", "date": "2026-01-01"}
-    rows.write(tmp_path / "roofline.jsonl", [stored])
-    assert main(["roofline", "--device", "cpu"]) == 2
+def test_what_cannot_run_here_is_told(tmp_path, monkeypatch, capsys):
+    """A backend that is not there; dropping tokens by operators that do not; figures of a GPU that would be lost."""
+    assert main(["roofline", "--device", "cpu", "--backends", "cuda"]) == gpu.UNAVAILABLE
+    assert "cuda, which cannot run here" in capsys.readouterr().err
+    monkeypatch.setattr(overhead, "CAN_KEEP", False)
+    assert main(["overhead", "--device", "cpu", "--keep", "1/3"]) == 2
+    assert "has no keep" in capsys.readouterr().err
+    path = tmp_path / "roofline.jsonl"
+    rows.write(path, [{"run": "roofline", "gpu": "Test GPU", "date": "2026-01-01"}])
+    assert main(["roofline", "--device", "cpu", "--output", str(path)]) == 2
     assert "roofline.jsonl holds rows of a GPU" in capsys.readouterr().err
-    assert rows.read(tmp_path) == [stored]
-    written = []
-    monkeypatch.setattr(overhead, "main", lambda options: written.append(options.output.name) or 0)
-    assert main(["overhead", "--device", "cpu"]) == main(["overhead", "--device", "cpu", "--sweep"]) == 0
-    assert written == ["overhead.jsonl", "sweep.jsonl"]
+    assert len(rows.read(path)) == 1
 
 
 @pytest.mark.parametrize("operation", cases.OPERATIONS)
@@ -191,6 +165,7 @@ def test_least_bytes_are_those_of_the_tensors(operation):
     else:
         # In a prompt the rows of the text tensor at placeholders are not read.
         unread = 3 * cases.TOY.image * case.row_bytes if operation == "merge" else 0
+        assert got[0].shape[1] == (30 if operation == "drop" else 54)
         assert case.read_bytes == size - unread
         assert case.written_bytes == got[0].nbytes
 
@@ -209,18 +184,52 @@ def test_the_floor_reads_and_writes_all_its_bytes(read, written):
 def test_the_cpu_reference_at_toy_size(tmp_path, capsys):
     """Checked against the literal loop; the stored figures of the real shape are not overwritten."""
     path = tmp_path / "cpu.jsonl"
-    assert main(["cpu-reference", "--toy", "--rounds", "2", "--output", str(path)]) == 0
-    assert [(row["shape"], row["batch"]) for row in rows.read(path)] == [("toy", 1), ("toy", 4)]
+    arguments = ["cpu-reference", "--toy", "--rounds", "2", "--batches", "1,4", "--threads", "1,2"]
+    assert main([*arguments, "--output", str(path)]) == 0
+    found = rows.read(path)
+    sizes = [(dtype, batch) for dtype in ("float32", "bfloat16") for batch in (1, 4)]
+    assert [(row["dtype"], row["batch"]) for row in found] == sizes * 2
+    assert [("of_loop" in row, row["method"]) for row in found[::4]] == [(True, "thread time"), (False, "wall")]
     assert main(["cpu-reference", "--toy"]) == 2
     assert "--output" in capsys.readouterr().err
 
 
 def test_timing_takes_medians_and_turns_over_its_inputs():
     seen = []
-    taken = timing.wall_timing([lambda i=index: seen.append(i) for index in range(3)], repeats=7, budget=1e9)
+    calls = [lambda i=index: seen.append(i) for index in range(3)]
+    taken = timing.measure(calls, torch.device("cpu"), repeats=7, budget=1e9)
     assert taken.repeats == 7
     assert seen == [0, 0, 1, 2, 0, 1, 2, 0]
     assert taken.least <= taken.p10 <= taken.p50 <= taken.p90
+
+
+def test_pairs_take_turns_and_their_ratios_are_of_neighbours():
+    """On a machine that gets slower all the time, what one side after the other would show is not there."""
+    clock, seen = iter(range(1, 100)), []
+
+    def take(name, factor):
+        return timing.Take(lambda: seen.append(name) or factor * next(clock), "wall")
+
+    found = timing.pairs(take("plain", 1), {"same": take("same", 1), "twice": take("twice", 2)}, 20)
+    assert seen[:8] == ["plain", "same", "plain", "twice", "same", "plain", "twice", "plain"]
+    assert found["same"].quartiles[1] == pytest.approx(1, abs=0.05)
+    assert found["twice"].quartiles[1] == pytest.approx(2, abs=0.1)
+    assert found["same"].describe("step")["step_within_spread"] is True
+    assert found["twice"].describe("step")["step_within_spread"] is False
+    assert (
+        timing.pairs(take("plain", 1), {"one": take("one", 3)}, 1)["one"].quartiles == [pytest.approx(3, abs=0.2)] * 3
+    )
+
+
+def test_the_peak_of_a_call_is_what_it_held_at_most():
+    """Also where a larger call came before, and memory that is given back in the meantime counts."""
+    size = 2**26
+    for factor in (2, 1):
+        peak, made = timing.peak_of(
+            lambda f=factor: len(torch.ones(f * size // 4)) + torch.ones(1), torch.device("cpu")
+        )
+        assert made == factor * size // 4 + 1
+        assert peak == pytest.approx(factor * size, rel=0.1)
 
 
 def test_a_call_that_waits_for_the_device_is_not_captured(monkeypatch, capsys):
@@ -228,85 +237,75 @@ def test_a_call_that_waits_for_the_device_is_not_captured(monkeypatch, capsys):
     mode = []
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", mode.append)
-    for method in ("graph", "event"):
-        monkeypatch.setattr(timing, f"{method}_timing", lambda calls, method=method, **_: method)
+    for method in ("graph", "eager"):
+        monkeypatch.setattr(timing, f"_{method}", lambda calls, count, method=method: (method, count))
 
     def waits():
         if mode[-1:] == ["error"]:
             raise RuntimeError("called a synchronizing CUDA operation")
 
     device = torch.device("cuda")
-    assert timing.measure_long(lambda: None, device) == "graph"
-    assert timing.measure_long(waits, device) == "event"
+    assert timing.prepare_long(lambda: None, device) == ("graph", 1)
+    assert timing.prepare_long(waits, device) == ("eager", 1)
     assert "timed with its launches: called a synchronizing" in capsys.readouterr().out
     assert mode == ["error", "default"] * 2
 
 
-def test_overhead_reports_three_parts_and_what_they_should_be(tmp_path):
+def test_overhead_reports_every_part_of_every_side(tmp_path):
     path = tmp_path / "overhead.jsonl"
-    arguments = ["--device", "cpu", "--models", "tinyllava-1b,qwen2.5-vl-3b", "--batches", "1", "--new-tokens", "1,4"]
+    arguments = ["--device", "cpu", "--models", "tinyllava-1b,qwen2.5-vl-3b", "--pairs", "2", "--whole"]
     assert main(["overhead", "--output", str(path), *arguments]) == 0
     found = rows.read(path)
-    parts = [row for row in found if "construction_us" in row]
-    assert [(row["model"], row["new_tokens"]) for row in parts] == [
-        (name, count) for name in ("tinyllava-1b-toy", "qwen2.5-vl-3b-toy") for count in (1, 4)
-    ]
-    for row in parts:
-        total = row["plain_us"] + row["construction_us"] + row["prefill_us"] + row["decode_us"]
-        assert row["anchored_us"] == pytest.approx(total, abs=0.1)
-        assert row["prefill_flops"] > 0
-        assert row["prefill_bytes"] > 0
-        for name in ("plain_prefill", "anchored_prefill", *(["plain_step"] if row["new_tokens"] > 1 else [])):
-            assert row[f"{name}_us_p10"] <= row[f"{name}_us"] <= row[f"{name}_us_p90"]
-        assert (row["decode_bytes"] > 0) == (row["new_tokens"] > 1)
-    assert {row["measure"] for row in found if "measure" in row} == {"attached forward", "attached generate"}
+    kept = [(f"keep {share}", length) for share, length in (("1/2", 19), ("1/3", 16), ("1/9", 13))]
+    expected = [("plain", 26), ("anchors", 27), *(kept if overhead.CAN_KEEP else [])]
+    for name in ("tinyllava-1b-toy", "qwen2.5-vl-3b-toy"):
+        of_model = [row for row in found if row["model"] == name and "measure" not in row]
+        assert [(row["side"], row["length"]) for row in of_model] == expected
+        plain, *others = of_model
+        for row in others:
+            assert row["kv_bytes"] * plain["length"] == plain["kv_bytes"] * row["length"]
+            assert (row["flops_ratio"] < 1) == (row["length"] < plain["length"])
+            assert row["method"] == "wall"
+            for part in ("construction", "prefill", "step"):
+                assert row[f"{part}_ratio_q1"] <= row[f"{part}_ratio"] <= row[f"{part}_ratio_q3"]
+                assert min(row[f"{part}_us"], row[f"plain_{part}_us"]) > 0
+    assert [row["measure"] for row in found if "measure" in row] == ["attached forward", "attached generate"]
 
 
 def test_overhead_of_what_works_is_kept(tmp_path, monkeypatch, capsys):
     """A whole model that fails costs neither its decoder at the next batch nor the next model its figures."""
-    from attanchor_vlm.model.attach import AttAnchorMixin
 
-    def fails(*_, **__):
+    def fails(*_):
         raise RuntimeError("no generation")
 
-    monkeypatch.setattr(AttAnchorMixin, "generate", fails)
+    monkeypatch.setattr(overhead, "measure_whole", fails)
     path = tmp_path / "overhead.jsonl"
-    arguments = ["--models", "tinyllava-1b,llava-next-7b", "--batches", "1,2", "--new-tokens", "1"]
+    arguments = ["--models", "tinyllava-1b,llava-next-7b", "--batches", "1,2", "--pairs", "1", "--whole"]
     assert main(["overhead", "--device", "cpu", "--output", str(path), *arguments]) == 1
-    assert [(row["model"], row["batch"]) for row in rows.read(path)] == [
+    assert [(row["model"], row["batch"]) for row in rows.read(path) if row["side"] == "anchors"] == [
         (name, batch) for name in ("tinyllava-1b-toy", "llava-next-7b-toy") for batch in (1, 2)
     ]
-    assert capsys.readouterr().err.count("tinyllava-1b, whole, B=") == 2
+    assert capsys.readouterr().err.count("wrong or missing: tinyllava-1b-toy, whole, B=") == 2
 
 
 def test_overhead_sweep(tmp_path):
     path = tmp_path / "sweep.jsonl"
-    assert main(["overhead", "--sweep", "--device", "cpu", "--models", "llava-7b", "--output", str(path)]) == 0
-    assert [(row["image"], row["inserted"]) for row in rows.read(path)] == [(16, 1), (16, 3), (48, 1), (48, 3)]
+    arguments = ["overhead", "--sweep", "--device", "cpu", "--models", "llava-7b", "--pairs", "1"]
+    assert main([*arguments, "--output", str(path)]) == 0
+    found = [(row["image"], row["inserted"]) for row in rows.read(path) if row["side"] == "anchors"]
+    assert found == [(16, 1), (16, 3), (48, 1), (48, 3)]
 
 
 def test_training_runs_both_ways(tmp_path, monkeypatch):
-    """The first model is gone when the second is made: its memory is no part of the second's peak."""
-    path, made = tmp_path / "training.jsonl", []
-    build = models.build
-
-    def build_alone(*arguments):
-        assert not any(model() for model in made)
-        model = build(*arguments)
-        made.append(weakref.ref(model))
-        return model
-
-    monkeypatch.setattr(models, "build", build_alone)
-    gc.disable()
-    try:
-        assert main(["training", "--device", "cpu", "--steps", "1", "--output", str(path)]) == 0
-    finally:
-        gc.enable()
-    assert len(made) == 2
-    plain, anchored = rows.read(path)
-    assert (plain["attached"], anchored["attached"]) == (False, True)
-    assert plain["trained"] == anchored["trained"] > 0
-    assert plain["first_loss"] != anchored["first_loss"]
+    """By turns on one model, which is plain again in the end; the losses differ."""
+    made, built = [], models.build
+    monkeypatch.setattr(models, "build", lambda *given: made.append(built(*given)) or made[-1])
+    path = tmp_path / "training.jsonl"
+    assert main(["training", "--device", "cpu", "--pairs", "1", "--output", str(path)]) == 0
+    (row,) = rows.read(path)
+    assert not attanchor_vlm.is_attached(made[0])
+    assert row["last_loss"] < row["first_loss"]
+    assert min(row["trained"], row["train_step_us"], row["plain_train_step_us"]) > 0
 
 
 @pytest.mark.parametrize("name", list(models.SPECS))
@@ -317,8 +316,8 @@ def test_counted_weights_are_those_of_the_model(name):
     matrices = [p for n, p in decoder.language.named_parameters() if p.dim() == 2 and "embed" not in n]
     assert spec.language.weights == sum(matrix.numel() for matrix in matrices)
     cache = decoder.filled_cache(torch.randn(2, 5, spec.shape.hidden), None, 3)
-    held = sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers)
-    assert spec.language.cache_bytes(2, 8) == held * accounting.BYTES
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    assert 2 * spec.language.cache_bytes(8, torch.float32) == held
 
 
 def test_a_decoding_step_leaves_the_cache_where_it_was():
@@ -347,7 +346,7 @@ def test_what_runs_under_the_sanitizer_finds_a_wrong_result(monkeypatch, capsys)
 
 def test_the_sanitizer_says_that_it_is_not_here(monkeypatch, capsys):
     monkeypatch.setattr(sanitize, "find_binary", lambda: None)
-    assert sanitize.main([]) == sanitize.UNAVAILABLE
+    assert main(["sanitize"]) == sanitize.UNAVAILABLE
     assert "it comes with the CUDA toolkit" in capsys.readouterr().out
 
 
@@ -356,8 +355,6 @@ def test_tuning_a_backend_that_is_not_there_is_no_failure_of_a_gpu_run(tmp_path,
     command = ["tune", "--device", "cpu", "--backends", "cuda", "--output", str(tmp_path / "tune.jsonl")]
     assert main(command) == gpu.UNAVAILABLE
     assert "nothing to tune: " in capsys.readouterr().err
-    assert main([*command[:3], "--backends", "metal"]) == 2
-    assert "--backends is metal; it should be of cuda, triton" in capsys.readouterr().err
 
 
 def test_tuning_tries_one_change_at_a_time(tmp_path, monkeypatch, capsys):

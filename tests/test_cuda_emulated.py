@@ -13,8 +13,6 @@ from strategies import KERNEL_DTYPES, build_arguments, merge_arguments
 from torch import Tensor
 
 from attanchor_kernels import AnchoredSequence, checks, reference
-from attanchor_kernels.api import shift_places
-from attanchor_kernels.backends.common import rows_contiguous
 from attanchor_kernels.problem import Problem
 from attanchor_kernels.testing.contract import assert_keeps_contract
 from attanchor_kernels.testing.inputs import TAU, Shape, matched_pair, random_roles
@@ -22,88 +20,23 @@ from attanchor_kernels.testing.inputs import TAU, Shape, matched_pair, random_ro
 sys.path.insert(0, str(Path(__file__).parent / "emulator"))
 import emulated
 
-from benchmarks import tune
-
 if torch.cuda.is_available():
     pytest.skip("the kernels themselves run here: tests/gpu", allow_module_level=True)
 if emulated.missing():
     pytest.skip(f"the emulator was left out: {emulated.missing()}", allow_module_level=True)
 
-emulator = emulated.Emulator()
-launch = emulator.launch
+from checking import check, check_rows, emulator, launch, run, schedules
 
+from benchmarks import tune
 
-@st.composite
-def schedules(draw, problem: Problem):
-    """A compiled variant, tile sizes, and a device that runs few blocks at once in a random order."""
-    tuning = draw(st.sampled_from(launch.variants(problem.text.dtype)))
-    if not is_aligned(problem):  # tiles are held by 16-byte copies alone
-        tuning = tuning._replace(hold=0)
-    tuning = tuning._replace(tile_rows=draw(st.sampled_from([1, 3, 8, 32])), lag=draw(st.integers(1, 3)))
-    return tuning, tuning.cluster * draw(st.sampled_from([1, 2, 5])), draw(st.integers(0, 2**32))
-
-
-def is_aligned(problem: Problem) -> bool:
-    """Whether all rows begin and end at multiples of 16 bytes, as the launcher sees them."""
-    numbers = [problem.hidden * problem.text.element_size()]
-    for rows in (rows_contiguous(problem.image), rows_contiguous(problem.text)):
-        strides = zip(rows.stride()[:-1], rows.shape[:-1], strict=True)
-        numbers += [rows.data_ptr(), *(stride * rows.element_size() for stride, count in strides if count > 1)]
-    return all(number % 16 == 0 for number in numbers)
-
-
-def run(problem: Problem, schedule) -> tuple[AnchoredSequence, Tensor]:
-    """Construct and plan over the emulated device: they must agree, and leave the workspace as they found it."""
-    tuning, resident, seed = schedule
-    emulator.configure(resident, seed)
-    embeds, made = launch.run(problem, copy=True, tuning=tuning)
-    planned = launch.run(problem, copy=False, tuning=tuning._replace(hold=0))[1]
-    for one, other in zip(made, planned, strict=True):
-        assert torch.equal(one, other)
-    assert not any(words.any() for words in emulator.workspace.held(torch.device("cpu")))
-    return AnchoredSequence(embeds, *made[:-1]), made.places
-
-
-def check(problem: Problem, schedule) -> None:
-    result, places = run(problem, schedule)
-    assert_keeps_contract(result, problem, trimmed=False)
-    check_rows(problem, result, places)
-
-
-def check_rows(problem: Problem, result: AnchoredSequence, places: Tensor) -> None:
-    """The copy alone and its transpose, at capacity and trimmed, do what the reference does, bit for bit."""
-    image, text, source, embeds = problem.image, problem.text, result.source, result.embeds
-    longest = int(result.attention_mask.sum(-1).max()) if source.numel() else 0
-    cut = problem.capacity - longest if problem.pad_left else 0
-    trimmed = source[:, cut : cut + longest], shift_places(places, cut), embeds[:, cut : cut + longest]
-    for source_, places_, embeds_ in ((source, places, embeds), trimmed):
-        assert same_bits(emulator.backend.assemble(image, text, source_, places_), embeds_)
-        check_transpose(problem, source_, places_)
-
-
-def check_transpose(problem: Problem, source: Tensor, places: Tensor) -> None:
-    image, text = problem.image, problem.text
-    generator = torch.Generator().manual_seed(1)
-    upstream = torch.randn((*source.shape, problem.hidden), generator=generator).to(text.dtype)
-    if problem.batch % 2:  # an upstream gradient need not be contiguous
-        upstream = upstream.repeat_interleave(2, dim=1)[:, ::2]
-    for need_image, need_text in ((True, True), (True, False), (False, True)):
-        arguments = upstream, places, tuple(image.shape), tuple(text.shape), need_image, need_text
-        got, expected = emulator.backend.assemble_backward(*arguments), reference.assemble_backward(*arguments)
-        for one, other in zip(got, expected, strict=True):
-            assert torch.equal(one, other)
-
-
-def same_bits(one: Tensor, other: Tensor) -> bool:
-    nan = one.isnan() & other.isnan()
-    return torch.equal(one.masked_fill(nan, 0), other.masked_fill(nan, 0)) and one.shape == other.shape
+PLAIN = ("text_into_image", "sequential", None, "right")
 
 
 @settings(max_examples=120)
 @given(st.data())
 def test_build(poisoned_empty, data):
     """Every option of build_sequence, ragged and empty inputs, any strides, on every variant and a random device."""
-    arguments = data.draw(build_arguments(KERNEL_DTYPES))
+    arguments = data.draw(build_arguments(KERNEL_DTYPES, tau_tensors=True))
     problem = checks.build_call(**arguments).problem
     check(problem, data.draw(schedules(problem)))
 
@@ -112,7 +45,7 @@ def test_build(poisoned_empty, data):
 @given(st.data())
 def test_merge(poisoned_empty, data):
     """Every option of merge_sequence and plan_sequence, roles in any order."""
-    arguments = data.draw(merge_arguments(KERNEL_DTYPES))
+    arguments = data.draw(merge_arguments(KERNEL_DTYPES, tau_tensors=True))
     problem = checks.merge_call(**arguments).problem
     check(problem, data.draw(schedules(problem)))
 
@@ -280,14 +213,14 @@ def test_surplus_features_get_no_gradient(poisoned_empty):
     roles = random_roles(2, 40, generator)
     image = torch.randn(90, 12, generator=generator)
     text = torch.randn(2, 40, 12, generator=generator)
-    problem = checks.merge_call(text, image, roles, 0.1, None, None, *_PLAIN).problem
+    problem = checks.merge_call(text, image, roles, 0.1, None, None, *PLAIN).problem
     check(problem, (launch.Tuning(), 3, 4))
 
 
 def test_large_d_in_slices(poisoned_empty):
     """At D = 9000, with sums that truncate, a text equal to an image scores 1 within the band."""
     image = torch.rand(1, 3, 9000, generator=torch.Generator().manual_seed(6)).bfloat16()
-    problem = checks.build_call(image, image.clone(), 0.9, None, None, None, None, *_PLAIN).problem
+    problem = checks.build_call(image, image.clone(), 0.9, None, None, None, None, *PLAIN).problem
     for tile_images, cluster, hold in ((16, 1, 0), (64, 8, 0), (64, 8, 1)):
         result, _ = run(problem, (launch.Tuning(tile_images, cluster, hold=hold), 8, 1))
         assert (result.score - 1).abs().max() < 2e-5
@@ -298,7 +231,7 @@ def test_large_d_in_slices(poisoned_empty):
 def test_long_rows(poisoned_empty, tile_images, cluster):
     """The pipeline well under way in every block of a cluster: the reference's very rows and places."""
     image, text = matched_pair(2, Shape("long rows", 100, 20, 3200), dtype=torch.bfloat16)
-    problem = checks.build_call(image, text, TAU, None, None, None, 8, *_PLAIN).problem
+    problem = checks.build_call(image, text, TAU, None, None, None, 8, *PLAIN).problem
     expected_rows, expected = reference.construct(problem)
     ways = [{"hold": 0}, {"hold": 1, "bulk": 0}, {"hold": 1, "bulk": 1}]
     for seed, way in enumerate(ways):
@@ -315,7 +248,7 @@ def test_barrier_on_any_device(resident):
     generator = torch.Generator().manual_seed(7)
     image = torch.randn(5, 70, 8, generator=generator, dtype=torch.float16)
     text = torch.randn(5, 6, 8, generator=generator, dtype=torch.float16)
-    problem = checks.build_call(image, text, 0.3, None, None, None, 3, *_PLAIN).problem
+    problem = checks.build_call(image, text, 0.3, None, None, None, 3, *PLAIN).problem
     results = []
     for seed in range(4):
         for lag in (1, 2, 5):
@@ -348,6 +281,3 @@ def test_nothing_is_written_outside(poisoned_empty):
     assert_keeps_contract(AnchoredSequence(embeds, *made[:-1]), problem, trimmed=False)
     assert rims
     assert all((rim == torch.tensor(77).to(rim.dtype)).all() for rim in rims)
-
-
-_PLAIN = ("text_into_image", "sequential", None, "right")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from attanchor_kernels import build_sequence, merge_sequence, plan_sequence
+from attanchor_kernels import Role, build_sequence, merge_sequence, plan_sequence
 from attanchor_kernels.testing.contract import assert_same_fields
 
 IMAGE, TEXT = torch.randn(2, 5, 8), torch.randn(2, 3, 8)
@@ -20,13 +20,13 @@ BUILD_ERRORS = [
     ({"img": [1]}, TypeError, "img is list; it should be a torch.Tensor"),
     ({"img": IMAGE.to_sparse()}, TypeError, "img has layout torch.sparse_coo; it should be a dense tensor"),
     ({"img": IMAGE.int()}, TypeError, "img has dtype torch.int32"),
-    ({"txt": TEXT.half()}, TypeError, "txt has dtype torch.float16 and img has torch.float32"),
+    ({"txt": TEXT.half()}, TypeError, "img has dtype torch.float32 and txt has torch.float16; they should be the same"),
     ({"img": IMAGE[None]}, ValueError, r"img has shape \(1, 2, 5, 8\); it should be \(B, M, D\) or \(M, D\)"),
     ({"img": IMAGE[:, :, :0], "txt": TEXT[:, :, :0]}, ValueError, "its hidden size D should be at least 1"),
     ({"txt": TEXT[0]}, ValueError, r"txt has shape \(3, 8\); with img \(2, 5, 8\) it should be \(2, N, 8\)"),
     ({"txt": TEXT[:, :, :7]}, ValueError, r"txt has shape \(2, 3, 7\)"),
     ({"txt": TEXT[:1]}, ValueError, r"txt has shape \(1, 3, 8\)"),
-    ({"txt": torch.empty(2, 3, 8, device="meta")}, ValueError, "txt is on meta and img is on cpu"),
+    ({"txt": torch.empty(2, 3, 8, device="meta")}, ValueError, "img is on cpu and txt is on meta"),
     ({"tau": "0.1"}, TypeError, "tau is str; it should be a number, or a 0-dim float32 tensor"),
     ({"tau": torch.tensor(0.1).double()}, TypeError, "tau has dtype torch.float64; it should be torch.float32"),
     ({"tau": torch.tensor([0.1])}, ValueError, r"tau has shape \(1,\); it should be \(\)"),
@@ -36,6 +36,10 @@ BUILD_ERRORS = [
     ({"tau": 10**400}, ValueError, "tau is an integer that no float holds"),
     ({"img_mask": torch.ones(2, 5)}, TypeError, "img_mask has dtype torch.float32; it should be torch.bool"),
     ({"img_mask": [True]}, TypeError, "img_mask is list"),
+    ({"img_mask": torch.ones(2, 5).bool().to_sparse()}, TypeError, "img_mask has layout torch.sparse_coo"),
+    ({"img": torch.nn.UninitializedParameter()}, TypeError, "img is UninitializedParameter"),
+    ({"txt_mask": torch.nn.UninitializedParameter()}, TypeError, "txt_mask is UninitializedParameter"),
+    ({"position_ids": torch.zeros(2, 8).long().to_sparse(), "positions": "inherit"}, TypeError, "position_ids has lay"),
     ({"txt_mask": torch.ones(2, 5).bool()}, ValueError, r"txt_mask has shape \(2, 5\); it should be \(2, 3\)"),
     ({"anchor_mask": torch.ones(3).bool()}, ValueError, r"anchor_mask has shape \(3,\); it should be \(2, 3\)"),
     ({"anchor_mask": torch.ones(2, 3, device="meta").bool()}, ValueError, "anchor_mask is on meta"),
@@ -112,8 +116,24 @@ def test_any_integer_is_a_budget(count):
     assert_same_fields(build_sequence(IMAGE, TEXT, -1.0, max_anchors=count), one)
 
 
+@pytest.mark.parametrize(
+    "tau", [np.float32(0.5), np.float64(0.5), np.float16(0.5), np.int8(0), 0, torch.tensor(0.5)], ids=repr
+)
+def test_any_real_number_is_a_threshold(tau):
+    assert_same_fields(build_sequence(IMAGE, IMAGE, tau), build_sequence(IMAGE, IMAGE, float(tau)))
+
+
+def test_meta_tensors_have_no_length_to_trim_to():
+    image, text = IMAGE.to("meta"), TEXT.to("meta")
+    with pytest.raises(ValueError, match="trim is True, and tensors on meta have no values"):
+        build_sequence(image, text, 0.1)
+    assert build_sequence(image, text, 0.1, trim=False).embeds.shape == (2, 5 + 3 + 3, 8)
+
+
 MERGE_ERRORS = [
     ({"roles": ROLES.long()}, TypeError, "roles has dtype torch.int64; it should be torch.uint8"),
+    ({"roles": ROLES.to_sparse()}, TypeError, "roles has layout torch.sparse_coo; it should be a dense tensor"),
+    ({"turn": ROLES.int().to_sparse()}, TypeError, "turn has layout torch.sparse_coo; it should be a dense tensor"),
     ({"roles": None}, TypeError, "roles is NoneType"),
     ({"roles": ROLES[:, :3]}, ValueError, r"roles has shape \(2, 3\); it should be \(2, 4\)"),
     ({"roles": ROLES + 3}, ValueError, "roles holds 6; it should hold 0"),
@@ -121,7 +141,11 @@ MERGE_ERRORS = [
     ({"image_embeds": torch.randn(4, 8)}, ValueError, "image_embeds has 4 rows; it should have 3"),
     ({"image_embeds": FEATURES[None]}, ValueError, r"image_embeds has shape \(1, 3, 8\); it should be \(T, 8\)"),
     ({"text_embeds": SLOTS[None]}, ValueError, r"text_embeds has shape \(1, 2, 4, 8\)"),
-    ({"text_embeds": SLOTS.bfloat16()}, TypeError, "image_embeds has dtype torch.float32 and text_embeds has"),
+    (
+        {"text_embeds": SLOTS.bfloat16()},
+        TypeError,
+        "image_embeds has dtype torch.float32 and text_embeds has torch.bfloat16",
+    ),
     ({"turn": torch.zeros(2, 4).long()}, TypeError, "turn has dtype torch.int64; it should be torch.int32"),
     ({"turn": torch.zeros(2, 3).int()}, ValueError, r"turn has shape \(2, 3\)"),
     ({"max_anchors": -3}, ValueError, "max_anchors is -3"),
@@ -139,6 +163,13 @@ MERGE_ERRORS = [
 def test_merge_and_plan_sequence(operator, change, error, message):
     with pytest.raises(error, match=message):
         operator(**{"text_embeds": SLOTS, "image_embeds": FEATURES, "roles": ROLES, "tau": 0.1, **change})
+
+
+def test_roles_have_names():
+    assert [role.value for role in Role] == [0, 1, 2, 3, 4]
+    roles = torch.tensor([[Role.IMAGE, Role.SILENT_IMAGE, Role.ANCHOR_TEXT, Role.TEXT], [Role.IMAGE, 3, 0, 0]])
+    result = merge_sequence(SLOTS, FEATURES, roles.to(torch.uint8), -1.0)
+    assert result.host.tolist() == [[-1, -1, 0, -1], [-1, 0, -1, -1]]
 
 
 def test_forward_mode_is_refused_rather_than_without_a_tangent():

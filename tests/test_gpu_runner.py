@@ -1,5 +1,7 @@
 """`make gpu`: what it does with steps that hang, fail or have no time, and what its steps are."""
 
+import argparse
+import importlib
 import json
 import os
 import signal
@@ -9,8 +11,9 @@ import tarfile
 from pathlib import Path
 
 import pytest
+import torch
 
-from benchmarks import gpu, rows
+from benchmarks import cases, gpu, rows, smoke
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -30,19 +33,19 @@ def test_a_hang_costs_one_step_and_a_failure_is_reported(tmp_path):
             "works", "import os, benchmarks, attanchor_vlm; print(os.environ['GIVEN'])", environment=(("GIVEN", "42"),)
         ),
     ]
-    outcomes = gpu.run_all(chosen, tmp_path, 900.0, {"device": "cpu"})
+    outcomes = gpu.run_all(chosen, tmp_path, 900.0)
     assert [one.status for one in outcomes] == ["timed out", "failed", "not available", "passed"]
     assert outcomes[0].seconds < 60
     assert outcomes[1].detail == "the reason"
     assert outcomes[3].detail == "42"
-    assert json.loads((tmp_path / "summary.json").read_text())["steps"][1]["status"] == "failed"
-    with tarfile.open(tmp_path / "logs.tar.gz") as archive:
+    with tarfile.open(tmp_path / "logs-part1.tar.gz") as archive:
         assert len(archive.getnames()) == 4
-    assert sorted(os.listdir(tmp_path)) == ["logs.tar.gz", "summary.json", "summary.txt"]
+    assert sorted(os.listdir(tmp_path)) == ["logs-part1.tar.gz", "summary-part1.txt"]
+    assert "fails          failed" in (tmp_path / "summary-part1.txt").read_text()
 
 
 def test_what_no_time_is_left_for_is_skipped(tmp_path):
-    outcomes = gpu.run_all([step("first", "pass"), step("second", "pass", limit=30.0)], tmp_path, 10.0, {})
+    outcomes = gpu.run_all([step("first", "pass"), step("second", "pass", limit=30.0)], tmp_path, 10.0)
     assert [one.status for one in outcomes] == ["skipped", "skipped"]
 
 
@@ -62,7 +65,7 @@ def test_a_run_that_is_ended_ends_its_step(tmp_path, monkeypatch):
 
 
 def test_a_step_starts_only_where_it_can_be_of_use(tmp_path):
-    outcomes = gpu.run_all([step("long", "pass", least=200.0), step("short", "pass")], tmp_path, 100.0, {})
+    outcomes = gpu.run_all([step("long", "pass", least=200.0), step("short", "pass")], tmp_path, 100.0)
     assert [one.status for one in outcomes] == ["skipped", "passed"]
 
 
@@ -80,7 +83,7 @@ def test_parts_fill_one_folder(tmp_path):
         }
         row |= {"us": us, "gpu": "Test GPU", "date": "2026-01-01"}
         code = f"import pathlib; pathlib.Path({str(tmp_path / f'{number}.jsonl')!r}).write_text({json.dumps(row)!r})"
-        gpu.run_all([step("rows", code, writes=f"{number}.jsonl", **more)], tmp_path, 900.0, {"part": number})
+        gpu.run_all([step("rows", code, writes=f"{number}.jsonl", **more)], tmp_path, 900.0, number)
 
     part(1, 9.0)
     part(2, 12.0)
@@ -91,35 +94,38 @@ def test_parts_fill_one_folder(tmp_path):
     part(2, 12.0, least=1000.0, limit=2000.0)
     assert [row["us"] for row in rows.read(tmp_path)] == [8.0, 12.0]
     assert "skipped" in (tmp_path / "summary-part2.txt").read_text()
-    assert {"logs-part1.tar.gz", "summary-part1.json", "logs-part2.tar.gz"} <= set(os.listdir(tmp_path))
+    assert {"logs-part1.tar.gz", "summary-part1.txt", "logs-part2.tar.gz"} <= set(os.listdir(tmp_path))
 
 
-def test_a_rehearsal_does_not_replace_rows_of_a_gpu(tmp_path, monkeypatch, capsys):
+def test_a_rehearsal_does_not_replace_rows_of_a_gpu(tmp_path, capsys):
     """As where a driver broke after the run."""
-    chosen = [step("rows", "pass", writes="lab")]
-    monkeypatch.setattr(gpu, "steps", lambda *_: chosen)
-    gpu.run_all(chosen, tmp_path, 900.0, {"gpu": "Test GPU", "part": 3})
-    (tmp_path / "lab").mkdir()
+    stored = {"run": "roofline", "gpu": "Test GPU", "date": "2026-01-01"}
+    rows.write(tmp_path / "roofline.jsonl", [stored])
     assert gpu.main(["--device", "cpu", "--output", str(tmp_path)]) == 1
     assert "is of a GPU" in capsys.readouterr().err
-    assert (tmp_path / "lab").exists()
+    assert rows.read(tmp_path) == [stored]
 
 
-def test_the_runner_from_a_foreign_folder(tmp_path):
-    """Not installed, another working directory, rows and summary in the folder asked for."""
+def test_a_rehearsal_from_a_foreign_folder(tmp_path):
+    """Not installed, another working directory, under its real time limits: nothing fails, and rows are written.
+
+    Left out are the steps whose commands the suite runs anyway.
+    """
+    names = ["environment", "build", "smoke", "roofline-cuda", "tune", "profile", "sanitizer"]
     command = [sys.executable, "-m", "benchmarks.gpu", "--device", "cpu", "--output", str(tmp_path / "out")]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [*command, "--steps", "environment,build,roofline"],
+        [*command, "--steps", ",".join(names)],
         cwd=tmp_path,
-        env=environment,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         timeout=900,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert sorted(os.listdir(tmp_path / "out")) == ["logs.tar.gz", "roofline.jsonl", "summary.json", "summary.txt"]
-    assert "not measured" in done.stdout
+    rows_of = ["roofline-cuda.jsonl", "smoke.jsonl"]  # there is no CUDA backend to tune
+    assert sorted(os.listdir(tmp_path / "out")) == ["logs-part1.tar.gz", *rows_of, "summary-part1.txt"]
+    statuses = [line.split()[1] for line in done.stdout.splitlines() if line.split()[:1] in [[name] for name in names]]
+    assert statuses[-7:] == ["passed", "not", "passed", "passed", "not", "not", "not"]
 
 
 HOPPER = gpu.Gpu("Test GPU", 9, 0, 140 * 2**30)
@@ -160,51 +166,81 @@ def test_the_build_is_for_the_gpu_that_is_here(monkeypatch, capability, built):
 
 
 @pytest.mark.parametrize("part", [1, 2])
-def test_each_part_that_measures_kernels_builds_them(part):
+def test_each_part_builds_before_it_measures(part):
     """A part may be the first that runs on its machine, and would measure Triton alone."""
-    names = [one.name for one in gpu.steps("python", HOPPER, Path("x")) if part in one.parts]
-    assert names.index("build") < names.index({1: "roofline", 2: "overhead"}[part])
+    chosen = [one for one in gpu.steps("python", HOPPER, Path("x")) if one.part == part]
+    names = [one.name for one in chosen]
+    assert names.index("build") < min(at for at, one in enumerate(chosen) if one.writes)
 
 
-def test_every_file_that_a_step_names_is_there():
-    """Test paths and modules of the commands."""
-    for one in gpu.steps("python", HOPPER, Path("x")):
-        for command in one.commands:
-            for part in command:
-                if part.endswith(".py") or part.startswith("tests/"):
-                    assert (ROOT / part).exists(), part
-
-
-@pytest.mark.parametrize("part", [1, 2, 3])
-def test_all_files_of_a_part_are_few(part):
-    """Rows, summary and packed logs: at most eight, whatever fails."""
-    files = {one.writes for one in gpu.steps("python", None, Path("x")) if part in one.parts and one.writes}
-    if "lab" in files:
-        files = files - {"lab"} | {"lab/plan.json", "lab/rows.jsonl"}
-    assert files
-    assert len(files) + len(["summary.json", "summary.txt", "logs.tar.gz"]) <= 8
-
-
-def test_a_step_writes_what_it_says(tmp_path):
+def test_what_steps_name_is_there(tmp_path):
+    """Test paths exist, options are known to the commands, and each step writes the one file that it says."""
     for one in gpu.steps("python", HOPPER, tmp_path):
         named = {Path(word).name for line in one.commands for word in line if word.startswith(str(tmp_path))}
-        assert named == ({one.writes} if one.writes else set()), one.name
+        assert named - {"smoke.jsonl"} == ({one.writes} if one.writes else set()) - {"smoke.jsonl"}, one.name
+        for line in one.commands:
+            for word in line:
+                if word.endswith(".py") or word.startswith("tests/"):
+                    assert (ROOT / word).exists(), word
+            if line[1:3] == ("-m", "benchmarks"):
+                module = importlib.import_module(f"benchmarks.{line[3]}")
+                parser = argparse.ArgumentParser()
+                module.add_options(parser)
+                parser.parse_args(" ".join(line[4:]).replace("--device cuda", "--device cpu").split())
 
 
-def test_the_whole_fits_into_its_time():
-    """The total is what ends a run, nine minutes at most; a hang costs no other step more than half of it."""
-    assert gpu.TOTAL <= 540
-    for part, count in {1: 7, 2: 6, 3: 1}.items():
-        limits = [one.limit for one in gpu.steps("python", HOPPER, Path("x")) if part in one.parts]
-        assert len(limits) == count
-        assert max(limits) <= gpu.TOTAL / min(count, 2)
+def test_each_part_fits_into_its_time():
+    """The total is what ends a run, ten minutes at most, fifteen both; a hang costs no other step half of it."""
+    assert gpu.TOTAL[1] <= 590
+    assert sum(gpu.TOTAL.values()) <= 870
+    for part, total in gpu.TOTAL.items():
+        limits = [one.limit for one in gpu.steps("python", HOPPER, Path("x")) if one.part == part]
+        assert max(limits) <= total / 2
 
 
-def test_the_laboratory_is_a_step(tmp_path):
-    """Its rehearsal's plan names the GPU's size; the rehearsal itself is run by the laboratory's own tests."""
-    (step,) = [one for one in gpu.steps("python", HOPPER, tmp_path) if one.name == "laboratory"]
-    ((_, _, module, command, *options),) = step.commands
-    assert (module, command) == ("attanchor_vlm.cli", "lab")
-    assert "--rehearse" not in options
-    (rehearsal,) = [one for one in gpu.steps("python", None, tmp_path) if one.name == "laboratory"]
-    assert "--rehearse" in rehearsal.commands[0]
+# --- The smoke step --------------------------------------------------------------------------------------------------
+
+
+def speaking(*said: str) -> list[str]:
+    """A command that is given the number of the first way, and does for each what is said."""
+    code = "import json, os, sys, time\nfor what in {}[int(sys.argv[1]):]:\n    print('noise')\n"
+    code += "    print(json.dumps({{'backend': what}}), flush=True)\n    exec(what)\nprint('end', flush=True)"
+    return [sys.executable, "-c", code.format(list(said))]
+
+
+def test_a_way_that_hangs_crashes_or_fails_costs_the_others_nothing():
+    """The process behind it goes on with the next."""
+    right = "print(json.dumps({'status': 'right'}), flush=True)"
+    failed = "print(json.dumps({'status': 'failed'}), flush=True); time.sleep(60)"
+    ways = (right, "time.sleep(60)", right, "os._exit(3)", "raise ValueError", failed, right)
+    found = list(smoke.supervised(speaking(*ways), start=60.0, each=4.0))
+    assert [row["status"] for row in found] == ["right", "hung", "right", "crashed", "crashed", "failed", "right"]
+    assert [row["backend"] for row in found] == list(ways)
+
+
+def test_a_process_that_never_begins_ends_the_smoke_run():
+    (row,) = smoke.supervised([sys.executable, "-c", "raise SystemExit('no device')"])
+    assert row["status"] == "crashed"
+    (row,) = smoke.supervised([sys.executable, "-c", "import time; time.sleep(60)"], start=0.5)
+    assert row["status"] == "hung"
+
+
+def test_tiles_on_chip_are_not_chosen_after_they_failed():
+    held, plain = ({"backend": "cuda", "tuning": {"hold": hold}} for hold in (1, 0))
+    assert smoke.safe_choice([{**held, "status": "right"}, {**plain, "status": "hung"}]) == {}
+    assert smoke.safe_choice([{**held, "status": "left out"}]) == {}
+    assert smoke.safe_choice([{**held, "status": "hung"}, {**plain, "status": "right"}]) == {"hold": 0}
+
+
+def test_a_wrong_way_is_found(monkeypatch):
+    usual = cases.run
+
+    def wrong(case, inputs, backend):
+        fields = usual(case, inputs, "reference")
+        return fields if backend == "reference" else (-fields[0], *fields[1:])
+
+    monkeypatch.setattr(cases, "run", wrong)
+    device = torch.device("cpu")
+    small = [(cases.TOY, 2)]
+    assert smoke.check(smoke.Way("reference", torch.float32), device, small)["status"] == "right"
+    assert smoke.check(smoke.Way("triton", torch.float32), device, small)["status"] == "wrong"

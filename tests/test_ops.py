@@ -1,10 +1,16 @@
 """The registration: opcheck, gradcheck twice over, partial gradients, compilation, what the raw operators never do."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import gradcheck, gradgradcheck
 
 from attanchor_kernels import build_sequence, merge_sequence
+from attanchor_kernels.testing.contract import assert_same_fields
 from attanchor_kernels.testing.inputs import merge_form
 
 OPS = torch.ops.attanchor
@@ -149,7 +155,7 @@ def test_compiles_to_one_graph_forward_and_backward(direction):
 @pytest.mark.parametrize("form", ["build", "merge", "raw"])
 def test_at_most_one_recompile_over_changing_lengths(form):
     torch._dynamo.reset()
-    graphs = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    graphs = CompileCounterWithBackend("aot_eager")
 
     @torch.compile(fullgraph=True, backend=graphs)
     def run(*arguments):
@@ -184,7 +190,7 @@ def test_tau_may_change_under_compilation(dynamic):
 def test_a_budget_may_change_under_compilation():
     """One graph for all budgets where the compiler takes them for dynamic."""
     torch._dynamo.reset()
-    graphs = torch._dynamo.testing.CompileCounterWithBackend("eager")
+    graphs = CompileCounterWithBackend("eager")
     image, text = pair()
 
     @torch.compile(fullgraph=True, backend=graphs, dynamic=True)
@@ -233,3 +239,112 @@ def test_inputs_are_left_alone_and_outputs_do_not_alias_them():
     embeds.zero_()
     assert torch.equal(image, before[0])
     assert torch.equal(text, before[1])
+
+
+@pytest.mark.parametrize("trim", [False, True], ids=["capacity", "trim"])
+@pytest.mark.parametrize("form", ["build", "merge", "unbatched"])
+def test_every_output_may_be_changed_in_place_before_the_backward(form, trim):
+    """What the backward needs is nobody's output, and none is a view of something that autograd made."""
+    if form == "merge":
+        text, image, roles = merge_pair()
+        rows, result = (text, image), merge_sequence(text, image, roles, -1.0, trim=trim, keep=3)
+    else:
+        rows = pair() if form == "build" else tuple(row.detach()[0].requires_grad_() for row in pair())
+        result = build_sequence(*rows, -1.0, trim=trim, keep=3)
+    upstream = torch.randn_like(result.embeds)
+    expected = torch.autograd.grad(result.embeds, rows, upstream, retain_graph=True)
+    result.embeds.mul_(3)
+    for field in result[1:]:
+        field.zero_()
+    for one, other in zip(torch.autograd.grad(result.embeds, rows, upstream), expected, strict=True):
+        torch.testing.assert_close(one, 3 * other)
+
+
+def test_outputs_of_a_double_backward_may_be_changed_in_place():
+    image, text = pair()
+    embeds = build_sequence(image, text, -1.0).embeds
+    upstream = torch.randn_like(embeds).requires_grad_()
+    grads = torch.autograd.grad(embeds, [image, text], upstream, create_graph=True)
+    for grad in grads:
+        grad.mul_(2)
+    (back,) = torch.autograd.grad(sum(grad.sum() for grad in grads), [upstream])
+    torch.testing.assert_close(back, torch.full_like(back, 2.0))
+
+
+@pytest.mark.parametrize("form", ["build", "merge", "raw"])
+def test_a_tensor_tau_changes_without_a_new_graph(form):
+    torch._dynamo.reset()
+    graphs = CompileCounterWithBackend("aot_eager")
+    rows = merge_pair() if form == "merge" else pair()
+    operators = {"build": build_sequence, "merge": merge_sequence, "raw": OPS.build_sequence}
+
+    def insert(tau):
+        options = {} if form == "raw" else {"trim": False}
+        return operators[form](*rows, tau, **options)[:7]
+
+    run = torch.compile(insert, fullgraph=True, backend=graphs)
+    inserted = []
+    for tau in [step / 10 for step in range(-9, 11, 2)] + [float("nan"), float("inf")]:
+        got = run(torch.tensor(tau))
+        inserted.append(int(got[4].sum()))
+        expected = insert(tau) if tau == tau else insert(2.0)  # NaN inserts nothing
+        for one, other in zip(got, expected, strict=True):
+            assert torch.equal(one, other)
+    assert len(set(inserted)) > 3
+    assert graphs.frame_count <= 2
+
+
+def test_a_tensor_tau_takes_no_gradient():
+    image, text = pair()
+    tau = torch.tensor(0.0, requires_grad=True)
+    build_sequence(image, text, tau).embeds.sum().backward()
+    assert tau.grad is None
+
+
+@pytest.mark.parametrize("merge", [False, True], ids=["build", "merge"])
+def test_under_autocast_image_rows_take_the_dtype_of_the_text(merge):
+    """As transformers' merges cast them: a projector's output in bfloat16, embeddings in float32."""
+    text, image, roles = merge_pair(dtype=torch.float32) if merge else (*reversed(pair(dtype=torch.float32)), None)
+    narrow = image.detach().bfloat16().requires_grad_()
+
+    def embed(image):
+        return merge_sequence(text, image, roles, 0.0) if merge else build_sequence(image, text, 0.0)
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = embed(narrow)
+    expected = embed(narrow.float())
+    assert_same_fields(got, expected)
+    got.embeds.sum().backward()
+    assert narrow.grad.dtype == torch.bfloat16
+    assert narrow.grad.any()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
+def test_a_fork_while_another_thread_matches_leaves_a_child_that_works():
+    """A lock held through the product, or a setting of the process changed for it, would be the child's for good."""
+    code = """
+import os, signal, threading, torch
+from attanchor_kernels import build_sequence
+torch.set_num_threads(1)
+torch.set_float32_matmul_precision("high")
+image, text, inside, forked = torch.randn(5, 8), torch.randn(3, 8), threading.Event(), threading.Event()
+product = torch.bmm
+def wait(*arguments):
+    inside.set()
+    forked.wait(60)
+    return product(*arguments)
+torch.bmm = wait
+thread = threading.Thread(target=build_sequence, args=(image, text, 0.1))
+thread.start()
+assert inside.wait(60)
+torch.bmm = product
+child = os.fork()
+if child == 0:
+    signal.alarm(20)
+    build_sequence(image, text, 0.1)
+    os._exit(torch.get_float32_matmul_precision() != "high")
+forked.set()
+thread.join()
+raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, timeout=120)

@@ -177,7 +177,7 @@ class Sample:
 
 
 def _placeholders(roles: Tensor) -> Tensor:
-    return (roles == Role.IMAGE) | (roles == Role.SILENT_IMAGE)
+    return roles.eq(Role.IMAGE) | roles.eq(Role.SILENT_IMAGE)
 
 
 def _finite(row: Tensor) -> bool:

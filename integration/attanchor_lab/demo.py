@@ -26,9 +26,9 @@ from attanchor_vlm.model.attach import anchor_counts, attach, base_of, is_attach
 from attanchor_vlm.model.candidates import with_tokens_of
 from attanchor_vlm.model.config import AttAnchorConfig
 from attanchor_vlm.model.load import load_pretrained
-from attanchor_vlm.records import write_json
+from attanchor_vlm.records import markdown_table, write_json
 from attanchor_vlm.training import run as train
-from attanchor_vlm.training.config import TrainSettings, preset
+from attanchor_vlm.training.config import TrainConfig
 from PIL import Image
 
 from attanchor_lab.scenes import dataset as scenes
@@ -200,13 +200,16 @@ def _clear(output: Path) -> None:
         (output / name).unlink()
 
 
-def _settings(source, data, train_file, val_file, output, name, tau, size: Size, seed: int) -> TrainSettings:
-    return TrainSettings(
+def _settings(source, data, train_file, val_file, output, name, tau, size: Size, seed: int) -> TrainConfig:
+    return TrainConfig.from_preset(
+        "small-llava",
         model=source,
         data=train_file,
         images=data / "images",
         output=output,
-        preset=preset("small-llava", tau=tau, direction=_DIRECTIONS.get(name), batch_size=size.batch_size),
+        tau=tau,
+        direction=_DIRECTIONS.get(name),
+        batch_size=size.batch_size,
         val_data=val_file,
         max_steps=size.steps,
         eval_steps=max(1, size.steps // 4),
@@ -216,7 +219,7 @@ def _settings(source, data, train_file, val_file, output, name, tau, size: Size,
     )
 
 
-def command_line(settings: TrainSettings) -> str:
+def command_line(settings: TrainConfig) -> str:
     """What a user would type for this run."""
     options = {
         "model": settings.model,
@@ -224,10 +227,10 @@ def command_line(settings: TrainSettings) -> str:
         "val-data": settings.val_data,
         "images": settings.images,
         "output": settings.output,
-        "preset": "small-llava",
-        "tau": settings.preset.tau,
-        "direction": settings.preset.direction,
-        "batch-size": settings.preset.batch_size,
+        "preset": settings.preset,
+        "tau": settings.tau,
+        "direction": settings.direction,
+        "batch-size": settings.batch_size,
         "max-steps": settings.max_steps,
         "eval-steps": settings.eval_steps,
         "eval-batch-size": settings.eval_batch_size,
@@ -247,31 +250,20 @@ def command_line(settings: TrainSettings) -> str:
 def table(before: Accuracy, arms: list[Arm]) -> list[str]:
     """The figures as lines of text."""
     heads = ["", "tau", "val. loss", *scenes.KINDS, "mean", "inserted", "train s", "answer s"]
-    rows = [["before fine-tuning", "1", "", *_accuracies(before), "0.0 %", "", f"{before.seconds:.1f}"]]
+    lines = [["before fine-tuning", "1", "", *_accuracies(before), "0.0 %", "", f"{before.seconds:.1f}"]]
     for arm in arms:
-        rows.append(
-            [
-                arm.name,
-                f"{arm.tau:g}",
-                f"{arm.val_loss:.4f}",
-                *_accuracies(arm.test),
-                f"{arm.test.inserted_share:.1%}".replace("%", " %"),
-                f"{arm.train_seconds:.0f}",
-                f"{arm.test.seconds:.1f}",
-            ]
+        inserted, seconds = (
+            f"{100 * arm.test.inserted_share:.1f} %",
+            [f"{arm.train_seconds:.0f}", f"{arm.test.seconds:.1f}"],
         )
-    widths = [max(len(row[column]) for row in [heads, *rows]) for column in range(len(heads))]
-    lines = [
-        "  ".join(
-            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in [heads, *rows]
-    ]
-    lines.insert(1, "  ".join("-" * width for width in widths))
+        lines.append([arm.name, f"{arm.tau:g}", f"{arm.val_loss:.4f}", *_accuracies(arm.test), inserted, *seconds])
     counts = ", ".join(f"{before.kinds.count(kind)} {kind}" for kind in scenes.KINDS)
-    lines.append(f"Accuracy in % on {len(before.kinds)} test questions ({counts}): generated answers, exact matches.")
-    lines.append("Inserted: anchors over the text tokens that take part, on the test questions.")
-    return lines
+    return [
+        *markdown_table(heads, lines),
+        "",
+        f"Accuracy in % on {len(before.kinds)} test questions ({counts}): generated answers, exact matches.",
+        "Inserted: anchors over the text tokens that take part, on the test questions.",
+    ]
 
 
 def _accuracies(test: Accuracy) -> list[str]:
@@ -279,28 +271,17 @@ def _accuracies(test: Accuracy) -> list[str]:
 
 
 def verdict(arms: list[Arm]) -> list[str]:
-    """What the table shows about anchors against plain concatenation, in words that follow from the numbers."""
+    """Each arm against plain concatenation, with the interval that the number of questions gives."""
     plain = next(arm for arm in arms if arm.name == PLAIN)
     lines = []
     for arm in arms:
         if arm is plain:
             continue
         difference, error = arm.test.minus(plain.test)
-        points, margin = 100 * difference, 196 * error
-        by_kind = {kind: 100 * (arm.test.of(kind) - plain.test.of(kind)) for kind in scenes.KINDS}
-        if abs(points) <= margin:
-            says = f"no difference from {PLAIN} that these questions can show"
-        elif points > 0:
-            says = f"better than {PLAIN}"
-        else:
-            says = f"anchors did not beat {PLAIN}: they cost accuracy"
-        furthest = max(by_kind, key=lambda kind: abs(by_kind[kind]))
-        lines.append(
-            f"{arm.name}: {says} ({points:+.1f} points in the mean, 95 % interval {points - margin:+.1f} to "
-            f"{points + margin:+.1f}; most on {furthest} questions, {by_kind[furthest]:+.1f})."
-        )
-    lines.append("One seed, 0.4 M parameters: this shows that the method runs, not what it is worth in a large model.")
-    return lines
+        low, high = 100 * difference - 196 * error, 100 * difference + 196 * error
+        said = "better" if low > 0 else "worse" if high < 0 else "no difference shown"
+        lines.append(f"{arm.name} − {PLAIN}: {100 * difference:+.1f} points, 95 % {low:+.1f} to {high:+.1f}: {said}")
+    return [*lines, "One seed, 0.4 M parameters: the method runs; what it is worth in a large model is not shown here."]
 
 
 def _results(before, arms: list[Arm], words, photographs, size: Size, seed: int, seconds: float) -> dict[str, object]:

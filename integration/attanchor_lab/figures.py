@@ -1,48 +1,157 @@
-"""Pictures of experiments: a radar over metrics, and metrics along a setting."""
+"""The laboratory's pictures: differences with their intervals, curves, a scene; and metrics of experiments."""
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Mapping, Sequence
+import base64
+import io
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from attanchor_vlm.figures import PALETTE, plt, save
+from PIL import Image
 
-from attanchor_lab.paper.tables import means, metric_names
-from attanchor_lab.paper.values import SHOWN, metric
+from attanchor_lab.table import BETTER, WORSE, Metric
 
 _COLOURS = ("#555555", *PALETTE)  # the baseline is grey
+_VERDICTS = {BETTER: "#2ca02c", WORSE: "#d62728"}
 _LEAST = 3  # axes of a radar
 _INNER = 0.15  # where the worst arm of an axis stands, so that its polygon does not collapse
 
 
-def radar(path: Path, rows: Sequence[Mapping[str, Any]], title: str) -> bool:
+def forest(path: Path, lines: Mapping[str, pd.Series]) -> None:
+    """Differences as `table.compare` gives them, from top to bottom: mean, 95 % interval alone (thick) and corrected
+    (thin), coloured by the verdict."""
+    figure, axes = plt.subplots(figsize=(10.5, 1 + 0.26 * len(lines)), layout="constrained")
+    shown = [0.0]
+    for y, line in enumerate(lines.values()):
+        colour = _VERDICTS.get(line["verdict"], "#777777")
+        axes.plot((line["low"], line["high"]), (y, y), color=colour, linewidth=1.1)
+        axes.plot((line["low_alone"], line["high_alone"]), (y, y), color=colour, linewidth=4, alpha=0.45)
+        axes.plot([line["mean"]], [y], "o", color=colour, markersize=5)
+        shown += [value for value in (line["low_alone"], line["high_alone"], line["mean"]) if np.isfinite(value)]
+    # Corrected intervals of three seeds may reach far beyond everything else: they end at the frame.
+    room = 0.05 * (max(shown) - min(shown)) or 1.0
+    axes.set_xlim(min(shown) - room, max(shown) + room)
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.set_yticks(range(len(lines)), list(lines), fontsize=7.5)
+    axes.set_ylim(len(lines) - 0.4, -0.6)
+    axes.set_xlabel("points of mean accuracy; thick: 95 % alone, thin: corrected", fontsize=9)
+    axes.grid(axis="x", alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    save(figure, path)
+
+
+def curves(path: Path, panels: Mapping[str, Mapping[str, pd.DataFrame]]) -> None:
+    """A panel for each setting, in it a line for each arm from (steps, seeds): the mean over seeds, and where there are
+    three, the 95 % interval of each point alone."""
+    from scipy import stats
+
+    arms = list(dict.fromkeys(arm for series in panels.values() for arm in series))
+    reach = max((series[arm].mean(axis=1).abs().max() for series in panels.values() for arm in series), default=0) or 1
+    figure, places = _grid(len(panels) or 1, 4, 3.9, 2.9)
+    named: dict[str, Any] = {}
+    for axes, (name, series) in zip(places, panels.items(), strict=False):
+        for arm, values in series.items():
+            colour = _COLOURS[1 + arms.index(arm) % len(PALETTE)]
+            (named[arm],) = axes.plot(values.index, values.mean(axis=1), color=colour, linewidth=1.6)
+            if values.shape[1] > 2:
+                half = stats.t.isf(0.025, values.shape[1] - 1) * values.sem(axis=1)
+                low, high = values.mean(axis=1) - half, values.mean(axis=1) + half
+                axes.fill_between(values.index, low, high, color=colour, alpha=0.12)
+        axes.axhline(0, color="black", linewidth=0.8)
+        axes.set_ylim(-1.1 * reach, 1.1 * reach)
+        axes.set_title(name, fontsize=10)
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.supxlabel("step of stage 2", fontsize=9)
+    figure.supylabel("answer loss, arm minus plain", fontsize=9)
+    figure.legend(named.values(), named.keys(), loc="outside upper center", ncols=3, fontsize=8.5)
+    save(figure, path)
+
+
+def scene(path: Path, kept: Mapping[str, Mapping[str, Any]]) -> None:
+    """One scene as it is, then in every arm the attention of the answer's place, with the words at their patches.
+
+    Args:
+        kept: For each arm the entry that `measure` made of the scene.
+    """
+    figure, panels = plt.subplots(1, 1 + len(kept), figsize=(3.1 * (1 + len(kept)), 4.0), layout="constrained")
+    for number, (axes, (arm, entry)) in enumerate(zip(panels, [("", next(iter(kept.values()))), *kept.items()],
+                                                      strict=True)):  # fmt: skip
+        rows, columns = entry["grid"]
+        extent, colour = (0, columns, rows, 0), _COLOURS[max(0, number - 1) % len(_COLOURS)]
+        if not arm:
+            image = Image.open(io.BytesIO(base64.b64decode(entry["png"])))
+            axes.imshow(np.asarray(image), extent=extent, interpolation="nearest")
+            axes.set_title(f"{entry['question']}\nit is {entry['truth']} (framed)", fontsize=9)
+        else:
+            attention = 100 * np.array(entry["attention"]).reshape(rows, columns)
+            axes.imshow(attention, extent=extent, cmap="Greys", interpolation="nearest", vmin=0)
+            right = "right" if entry["answer"] == entry["truth"] else "wrong"
+            name = textwrap.fill(arm, 34)
+            axes.set_title(f"{name}\n{entry['answer']} ({right}); most {attention.max():.1f} %", fontsize=8.5)
+            behind: dict[int, list[str]] = {}
+            for match in entry["matches"]:
+                if match["patch"] is not None:
+                    behind.setdefault(match["patch"], []).append(match["text"])
+            for patch, words in behind.items():
+                box = {"facecolor": colour, "edgecolor": "none", "pad": 1.0}
+                y, x = divmod(patch, columns)
+                axes.text(x + 0.5, y + 0.5, "\n".join(words), ha="center", va="center", fontsize=6.5, color="white",
+                          bbox=box)  # fmt: skip
+        y, x = divmod(entry["target"], columns)
+        axes.add_patch(plt.Rectangle((x, y), 1, 1, fill=False, edgecolor="black", linewidth=2))
+        axes.set_xticks([])
+        axes.set_yticks([])
+    save(figure, path)
+
+
+def _grid(count: int, most: int, width: float, height: float) -> tuple[plt.Figure, Iterator[Any]]:
+    """A figure and `count` of its places, at most `most` side by side."""
+    columns = min(most, count)
+    lines = -(-count // columns)
+    figure, axes = plt.subplots(
+        lines, columns, figsize=(width * columns, height * lines + 0.4), layout="constrained", squeeze=False
+    )
+    for place in list(axes.flat)[count:]:
+        place.set_axis_off()
+    return figure, iter(list(axes.flat)[:count])
+
+
+# --- Experiments of the paper. ---------------------------------------------------------------------------------------
+
+
+def radar(path: Path, table: pd.DataFrame, metrics: Mapping[str, Metric], title: str) -> bool:
     """A polygon for each arm over the metrics that all of them have; False, and no file, with fewer than three.
 
     Every axis runs from its worst arm to its best, whose values stand at its end: the picture compares arms within an
-    axis, not axes. Metrics that are not in `SHOWN` have none: lower may be better, as with AMBER's CHAIR.
+    axis, not axes.
+
+    Args:
+        table: As `table.by_seed` gives it.
+        metrics: Those that are drawn: of others it is not known whether lower is better, as with AMBER's CHAIR.
     """
-    found = means(rows)
-    names = [name for name in metric_names(rows) if name in SHOWN and all(name in of_arm for of_arm in found.values())]
-    if len(names) < _LEAST or len(found) < 2:
+    means = table.groupby("arm", sort=False).mean(numeric_only=True)
+    names = [name for name in metrics if name in means and means[name].notna().all()]
+    if len(names) < _LEAST or len(means) < 2:
         return False
-    values = np.array(
-        [[metric(name).sign * statistics.fmean(arm[name]) for name in names] for arm in found.values()], dtype=float
-    )
+    values = means[names].to_numpy() * [metrics[name].sign for name in names]
     radii = scaled(values)
     angles = np.linspace(0, 2 * np.pi, len(names), endpoint=False)
     layout = {"projection": "polar", "theta_offset": np.pi / 2, "theta_direction": -1}  # clockwise from the top
     figure, axes = plt.subplots(figsize=(9.5, 8), subplot_kw=layout, layout="constrained")
-    for arm, radius, colour in zip(found, radii, _cycled(len(found)), strict=True):
-        style = "--" if arm == next(iter(found)) else "-"
+    for number, (arm, radius) in enumerate(zip(means.index, radii, strict=True)):
+        colour = _COLOURS[number % len(_COLOURS)]
+        style = "-" if number else "--"
         axes.plot(np.append(angles, angles[0]), np.append(radius, radius[0]), style, color=colour, label=arm)
         axes.fill(angles, radius, alpha=0.06, color=colour)
     labels = []
-    for column, name in enumerate(names):
-        how = metric(name)
-        low, high = values[:, column].min(), values[:, column].max()
+    for name, low, high in zip(names, values.min(axis=0), values.max(axis=0), strict=True):
+        how = metrics[name]
         labels.append(f"{how.title}\n{low:.{how.decimals}f} to {high:.{how.decimals}f}")
     axes.set_xticks(angles, labels, fontsize=8.5)
     axes.set_yticks([])
@@ -74,21 +183,15 @@ def along(
     """
     if not panels:
         return
-    columns = min(3, len(panels))
-    lines = -(-len(panels) // columns)
-    figure, axes = plt.subplots(
-        lines, columns, figsize=(4.6 * columns, 3.6 * lines), layout="constrained", squeeze=False
-    )
+    figure, places = _grid(len(panels), 3, 4.6, 3.6)
     figure.suptitle(title, fontsize=12, fontweight="bold")
-    for place, (name, series) in zip(axes.flat, panels.items(), strict=False):
-        for (label, points), colour in zip(series.items(), _cycled(len(series)), strict=True):
-            grouped: dict[float, list[float]] = {}
-            for x, y in points:
-                grouped.setdefault(x, []).append(y)
-            xs = sorted(grouped)
-            place.plot(xs, [statistics.fmean(grouped[x]) for x in xs], "o-", color=colour, markersize=4, label=label)
-            if any(len(ys) > 1 for ys in grouped.values()):
-                place.scatter(*zip(*points, strict=True), s=9, color=colour, alpha=0.5)
+    for place, (name, series) in zip(places, panels.items(), strict=True):
+        for number, (label, points) in enumerate(series.items()):
+            colour, found = _COLOURS[number % len(_COLOURS)], pd.DataFrame(points, columns=["x", "y"])
+            means = found.groupby("x")["y"].mean()
+            place.plot(means.index, means, "o-", color=colour, markersize=4, label=label)
+            if len(found) > len(means):
+                place.scatter(found["x"], found["y"], s=9, color=colour, alpha=0.5)
         if logarithmic:
             place.set_xscale("log")
         place.set_title(name, fontsize=10)
@@ -97,44 +200,33 @@ def along(
         place.spines[["top", "right"]].set_visible(False)
         if len(series) > 1:
             place.legend(fontsize=8)
-    for place in list(axes.flat)[len(panels) :]:
-        place.set_axis_off()
     save(figure, path)
 
 
-def dots(path: Path, rows: Sequence[Mapping[str, Any]], title: str) -> None:
+def dots(path: Path, table: pd.DataFrame, metrics: Mapping[str, Metric], title: str) -> None:
     """A panel for each metric, a dot for each arm at the mean over its seeds, small ones for the seeds; the line is the
     first arm. Axes do not start at zero: differences are small. No file without a metric."""
-    found, names = means(rows), metric_names(rows)
+    names = [name for name in metrics if name in table]
     if not names:
         return
-    columns = min(4, len(names))
-    lines = -(-len(names) // columns)
-    width = max(2.8, 0.55 * len(found) + 1)
-    figure, axes = plt.subplots(
-        lines, columns, figsize=(width * columns, 3.4 * lines + 0.4), layout="constrained", squeeze=False
-    )
+    arms = list(table["arm"].unique())
+    figure, places = _grid(len(names), 4, max(2.8, 0.55 * len(arms) + 1), 3.4)
     figure.suptitle(title, fontsize=12, fontweight="bold")
-    for place, name in zip(axes.flat, names, strict=False):
-        for x, (values, colour) in enumerate(zip(found.values(), _cycled(len(found)), strict=True)):
-            seeds = [metric(name).sign * value for value in values.get(name, ())]
-            if not seeds:
+    for place, name in zip(places, names, strict=True):
+        for x, arm in enumerate(arms):
+            colour = _COLOURS[x % len(_COLOURS)]
+            seeds = metrics[name].sign * table.loc[table["arm"] == arm, name].dropna()
+            if seeds.empty:
                 continue
             if x == 0:
-                place.axhline(statistics.fmean(seeds), color=colour, linewidth=0.9, linestyle="--")
-            place.plot([x], [statistics.fmean(seeds)], "o", color=colour, markersize=8)
+                place.axhline(seeds.mean(), color=colour, linewidth=0.9, linestyle="--")
+            place.plot([x], [seeds.mean()], "o", color=colour, markersize=8)
             if len(seeds) > 1:
                 place.plot([x] * len(seeds), seeds, "o", color=colour, markersize=3, alpha=0.6)
-        place.set_xlim(-0.6, len(found) - 0.4)
+        place.set_xlim(-0.6, len(arms) - 0.4)
         place.margins(y=0.2)
-        place.set_xticks(range(len(found)), list(found), rotation=35, ha="right", fontsize=8)
-        place.set_title(metric(name).title, fontsize=10)
+        place.set_xticks(range(len(arms)), arms, rotation=35, ha="right", fontsize=8)
+        place.set_title(metrics[name].title, fontsize=10)
         place.grid(axis="y", alpha=0.25)
         place.spines[["top", "right"]].set_visible(False)
-    for place in list(axes.flat)[len(names) :]:
-        place.set_axis_off()
     save(figure, path)
-
-
-def _cycled(count: int) -> list[str]:
-    return [_COLOURS[index % len(_COLOURS)] for index in range(count)]

@@ -1,123 +1,74 @@
-"""Run a plan: write it down, do what is missing on several processes, keep every row, go on after a kill."""
+"""Run jobs and keep a row of each: in this process or in several, going on after a kill, one runner to a folder.
+
+Laboratory and paper studies run through here. A job leaves one row in rows.jsonl; what has its row is not run again.
+"""
 
 from __future__ import annotations
 
 import concurrent.futures
-import json
+import contextlib
+import datetime
 import multiprocessing
-import shutil
+import os
+import threading
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from attanchor_vlm.records import append_row, read_rows, write_json
+from attanchor_vlm.errors import SetupError
+from attanchor_vlm.records import Row, append_row, read_rows
 
-from attanchor_lab import jobs
-from attanchor_lab import lab_rows as rows
-from attanchor_lab.jobs import Job
-from attanchor_lab.synthetic.plan import Plan
+ROWS = "rows.jsonl"
 
-PLAN, ROWS, CHECKPOINTS = "plan.json", "rows.jsonl", "checkpoints"
+
+@dataclass(frozen=True)
+class Job:
+    """What leaves one row.
+
+    Attributes:
+        key: No two jobs have the same.
+        name: In messages.
+        work: Returns the row; can be pickled where it is to run in another process.
+        failed: The row of a job that could not be done, from the reason.
+        after: The key of the job that has to be done before this one.
+    """
+
+    key: Hashable
+    name: str
+    work: Callable[[], Row]
+    failed: Callable[[str], Row] | None = None
+    after: Hashable = None
 
 
 def run(
-    plan: Plan, folder: Path, device: str, say: Callable[[str], None] = print, progress: bool = True
-) -> list[rows.Row]:
-    """Do what of `plan` is not yet in `folder`.
+    jobs: Sequence[Job],
+    keep: Callable[[Job, Row], object],
+    workers: int = 0,
+    end: float = float("inf"),
+    say: Callable[[str], None] = print,
+    progress: bool = True,
+) -> None:
+    """Do `jobs` in their order, each behind the one that it comes after; a job that is not among them is done already.
 
-    Leaves plan.json (before the first run), rows.jsonl and, after a kill, checkpoints.
-
-    Returns:
-        The folder's rows.
-
-    Raises:
-        ValueError: `folder` holds another plan, or something that is no laboratory's.
+    Args:
+        keep: Gets every row as soon as it is there.
+        workers: Processes side by side; 0 for this one, where an error of a job ends the run.
+        end: No job is started after this time of `time.monotonic`.
     """
-    _open(plan, folder, device)
-    file = folder / ROWS
-    known = rows.latest(rows.read(file)) if file.exists() else {}
-    wanted = all_jobs(plan, folder, device)
-    done = {job.key for job in wanted if known.get(job.key, {}).get("status") == "done"}
-    missing = [job for job in wanted if job.arm is not None and job.key not in done]
-    needed = {(job.setting.start_key(), job.seed) for job in missing}
-    # A start is done when its weights are there; its row alone is no use to the arms.
-    todo = [
-        job
-        for job in wanted
-        if (job.arm is None and (job.key[1], job.seed) in needed and not (job.key in done and job.checkpoint.exists()))
-        or job in missing
-    ]
-    runs = sum(job.arm is not None for job in wanted)
-    if len(missing) < runs:
-        say(f"{runs - len(missing)} of {runs} runs are there already")
-    begun = time.monotonic()
-    if todo:
-        _work(plan, todo, file, begun, say, progress)
-    found = rows.read(file) if file.exists() else []
-    latest = rows.latest(found)
-    left = [job for job in wanted if job.arm is not None and latest.get(job.key, {}).get("status") != "done"]
-    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)  # large, and made again where a run still needs them
-    failed = sum(job.key in latest for job in left)
-    say(
-        f"{runs - len(left)} of {runs} runs done"
-        + (f", {failed} failed" if failed else "")
-        + (f", {len(left) - failed} not started" if len(left) > failed else "")
-        + f", {time.monotonic() - begun:.0f} s"
-    )
-    return found
-
-
-def all_jobs(plan: Plan, folder: Path, device: str) -> list[Job]:
-    """In the order in which they should be done: a seed's weights before its arms."""
-    found: dict[tuple[str, str, str, int], Job] = {}
-    for setting in plan.settings:
-        for arm, seed in setting.runs():
-            for job in (Job(setting, seed, None, folder, device), Job(setting, seed, arm, folder, device)):
-                found.setdefault(job.key, job)
-    return list(found.values())
-
-
-def _open(plan: Plan, folder: Path, device: str) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"output {folder} is a file; it should be a folder, or not exist")
-    known = {PLAN, ROWS, CHECKPOINTS}
-    there = {path.name for path in folder.iterdir()} if folder.exists() else set()
-    if PLAN not in there and there & known:
-        raise ValueError(f"output {folder} holds {sorted(there & known)[0]} but no {PLAN}; take another folder")
-    if PLAN in there:
-        before = json.loads((folder / PLAN).read_text(encoding="utf-8"))
-        # How many processes do the work, and for how long, is no part of what is found out.
-        same = all(before.get(name) == plan.to_dict()[name] for name in ("size", "settings", "contrasts"))
-        if not same or before.get("device") != device:
-            raise ValueError(
-                f"output {folder} holds the plan of another laboratory (size {before.get('size')!r} on "
-                f"{before.get('device')!r}); take another folder, or go on with the code that began it"
-            )
-    else:
-        folder.mkdir(parents=True, exist_ok=True)
-        before = {"kind": "plan", "written": rows.now(), **plan.to_dict(), **rows.environment(device)}
-        write_json(folder / PLAN, before)
-    if not read_rows(folder / ROWS):
-        append_row(folder / ROWS, before)
-
-
-def _work(plan: Plan, todo: list[Job], file: Path, begun: float, say: Callable[[str], None], progress: bool) -> None:
     from tqdm import tqdm
 
-    waiting = list(todo)
-    finished: set[tuple[str, str, str, int]] = {job.key for job in _starts_not_in(todo)}
-    broken: set[tuple[str, str, str, int]] = set()
-    running: dict[Future[dict[str, Any]], Job] = {}
-    end = begun + 60 * plan.minutes if plan.minutes is not None else float("inf")
-    bar = tqdm(total=len(todo), disable=not progress, unit="job", smoothing=0.1, dynamic_ncols=True)
-    pool = _pool(plan)
+    waiting, running = list(jobs), dict[Future[Row], Job]()
+    finished, broken = {job.after for job in jobs} - {job.key for job in jobs}, set[Hashable]()
+    bar = tqdm(total=len(jobs), disable=not (progress and workers), unit="job", smoothing=0.1, dynamic_ncols=True)
+    pool = executor(workers)
 
-    def keep(job: Job, row: rows.Row) -> None:
-        append_row(file, row)
-        if row["status"] == "failed":
+    def store(job: Job, row: Row) -> None:
+        keep(job, row)
+        if row.get("status") == "failed":
             broken.add(job.key)
             say(f"failed: {job.name}: {row['error']}")
         finished.add(job.key)
@@ -126,66 +77,122 @@ def _work(plan: Plan, todo: list[Job], file: Path, begun: float, say: Callable[[
 
     try:
         while waiting or running:
-            for job in list(_ready(waiting, finished)):
-                if len(running) >= plan.workers:
+            for job in [job for job in waiting if job.after in finished]:
+                if len(running) >= max(1, workers):
                     break
                 waiting.remove(job)
-                start = ("start", job.setting.start_key(), "", job.seed)
-                if job.arm is not None and start in broken:
-                    keep(job, _failed(job, "the weights that it starts from could not be made"))
+                if job.after in broken and job.failed:
+                    store(job, job.failed("what it starts from could not be made"))
                 elif time.monotonic() < end:
-                    running[pool.submit(jobs.run, job)] = job
+                    running[pool.submit(job.work)] = job
                 else:
                     bar.update()
             if not running:
-                if not any(_ready(waiting, finished)):
-                    break  # what is left waits for weights that no time was left for
+                if not any(job.after in finished for job in waiting):
+                    break  # what is left waits for a job that no time was left for
                 continue
-            ended, _ = concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED)
-            for future in ended:
+            for future in concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED)[0]:
                 job = running.pop(future)
                 try:
-                    keep(job, future.result())
+                    store(job, future.result())
                 except BrokenProcessPool:
                     # The process was killed, with it the pool. What else was running is done again.
-                    keep(job, _failed(job, "its process was killed (out of memory?)"))
+                    if job.failed is None:
+                        raise
+                    store(job, job.failed("its process was killed (out of memory?)"))
                     waiting[:0] = running.values()
                     running.clear()
                     pool.shutdown(wait=False, cancel_futures=True)
-                    pool = _pool(plan)
+                    pool = executor(workers)
                     break
     finally:
         bar.close()
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _pool(plan: Plan) -> ProcessPoolExecutor:
+class _Here(Executor):
+    """Runs what it is given right away, in this process."""
+
+    def submit(self, fn: Callable[..., Any], /, *arguments: Any, **options: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        future.set_result(fn(*arguments, **options))
+        return future
+
+
+def executor(workers: int) -> Executor:
+    if not workers:
+        return _Here()
     # Spawned: a forked process has no use of a GPU, and of half-held locks.
-    context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(plan.workers, mp_context=context, initializer=jobs.set_up)
+    return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_end_with_parent)
 
 
-def _starts_not_in(todo: list[Job]) -> Iterator[Job]:
-    """The starts of runs whose weights are there already."""
-    ours = {job.key for job in todo}
-    for job in todo:
-        start = Job(job.setting, job.seed, None, job.folder, job.device)
-        if start.key not in ours:
-            yield start
+def _end_with_parent() -> threading.Thread | None:
+    """A worker waits for its next job for ever, with all its memory, when what started it is killed."""
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    return watcher
 
 
-def _ready(waiting: list[Job], finished: set[tuple[str, str, str, int]]) -> Iterator[Job]:
-    """Jobs that could be started: starts, and runs whose start is there."""
-    for job in waiting:
-        if job.arm is None or ("start", job.setting.start_key(), "", job.seed) in finished:
-            yield job
+@contextlib.contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Hold a folder for this process while the block runs; a kill lets it go.
+
+    Raises:
+        SetupError: `folder` is a file, or another process holds it.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise SetupError(f"output {folder} is a file; it should be a folder, or not exist")
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        import fcntl
+    except ImportError:  # Windows has no lock on a folder
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise SetupError(f"output {folder} is in use by another run; wait for it, or take another folder") from None
+        yield
+    finally:
+        os.close(handle)
 
 
-def _failed(job: Job, error: str) -> rows.Row:
-    row: rows.Row = {"kind": job.key[0], "setting": job.key[1], "seed": job.seed}
-    if job.arm is not None:
-        row["arm"] = job.arm
-    return {
-        **row, "status": "failed", "started": rows.now(), "error": error,
-        "settings": job.setting.to_dict(), **rows.environment(job.device),
-    }  # fmt: skip
+class Rows:
+    """The rows.jsonl of a folder.
+
+    Args:
+        needed: What every row has.
+        name: Of what writes them, for errors.
+
+    Raises:
+        SetupError: the file holds something else.
+    """
+
+    def __init__(self, folder: Path, needed: Iterable[str], name: str) -> None:
+        self.path = Path(folder) / ROWS
+        try:
+            self.rows = read_rows(self.path)
+        except ValueError as error:
+            raise SetupError(str(error)) from error
+        for number, row in enumerate(self.rows, start=1):
+            if not set(row) >= set(needed):
+                raise SetupError(f"{self.path}, row {number} is no row of {name}; take another folder")
+
+    def add(self, row: Row) -> None:
+        """Append a row; when this returns, it is on disk."""
+        append_row(self.path, row)
+        self.rows.append(row)
+
+
+def now() -> str:
+    return datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")

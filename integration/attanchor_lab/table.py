@@ -1,243 +1,188 @@
-"""Rows as the report needs them: a laboratory's runs by setting, arm and seed, and paired differences between them."""
+"""Paired comparisons with a verdict, and tables as Markdown.
+
+A seed changes weights, scenes and order, for all arms alike: the difference of two arms of one seed is one observation.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from attanchor_lab import lab_rows as rows
-from attanchor_lab.lab_rows import Row
-from attanchor_lab.scenes.questions import NEGATIVES
-from attanchor_lab.statistics import Difference, family
-from attanchor_lab.synthetic.arms import ARMS
+import numpy as np
+from attanchor_vlm.errors import SetupError
+from attanchor_vlm.records import markdown_table
+
+try:
+    import pandas as pd
+    from scipy import stats
+    from statsmodels.stats.multitest import multipletests
+except ImportError as missing:
+    raise SetupError(f'{missing}: tables and intervals need `pip install ".[lab]"`') from missing
+
+LEVEL = 0.05  # chance of any wrong verdict in a family of comparisons
+LEAST = 3  # seeds without which there is no test
+BETTER, WORSE, OPEN, TOO_FEW = "better", "worse", "not shown", "too few seeds"
+
+
+def compare(differences: Mapping[Hashable, Sequence[float]], higher_is_better: bool = True) -> pd.DataFrame:
+    """Test paired differences that are looked at together: Student's t over seeds, corrected by Holm.
+
+    Interval and verdict come from one test: `low` to `high` is the interval at the level that Holm's procedure tests
+    this comparison at, so it leaves out 0 exactly where `p` is below `LEVEL`. Where `p` is 1, that level is the
+    strictest, Bonferroni's. `low_alone` to `high_alone` is the 95 % interval of the comparison by itself.
+
+    Args:
+        differences: For every comparison its differences, one a seed.
+
+    Returns:
+        A line for each comparison, in the order given: seeds, mean, low_alone, high_alone, p_alone, low, high, p,
+        verdict. Fewer than `LEAST` seeds get no test, and do not count in the correction.
+    """
+    index = pd.MultiIndex.from_tuples(differences) if _are_tuples(differences) else pd.Index(list(differences))
+    table = pd.DataFrame(index=index)
+    table["seeds"] = [len(values) for values in differences.values()]
+    table["mean"] = [np.mean(values) if len(values) else np.nan for values in differences.values()]
+    table["error"] = [
+        np.std(values, ddof=1) / len(values) ** 0.5 if len(values) >= LEAST else np.nan
+        for values in differences.values()
+    ]
+    tested = table["error"].notna()
+    with np.errstate(divide="ignore", invalid="ignore"):
+        t = (table["mean"] / table["error"]).abs().where(table["mean"] != 0, 0.0).where(tested)
+    free = (table["seeds"] - 1).clip(lower=1)
+    table["p_alone"] = 2 * stats.t.sf(t, free)
+    table["p"] = np.nan
+    if tested.any():
+        table.loc[tested, "p"] = multipletests(table.loc[tested, "p_alone"], method="holm")[1]
+    holm = (table["p_alone"] / table["p"]).where((table["p"] > 0) & (table["p"] < 1), 1 / max(1, tested.sum()))
+    for name, level in (("_alone", LEVEL), ("", LEVEL * holm)):
+        half = stats.t.isf(level / 2, free) * table["error"]
+        table[f"low{name}"], table[f"high{name}"] = table["mean"] - half, table["mean"] + half
+    gain = table["mean"] if higher_is_better else -table["mean"]
+    established = table["p"] < LEVEL
+    choices = [(~tested, TOO_FEW), (established & (gain > 0), BETTER), (established, WORSE)]
+    table["verdict"] = np.select([where for where, _ in choices], [word for _, word in choices], OPEN)
+    return table.drop(columns="error")
+
+
+def _are_tuples(differences: Mapping[Hashable, Sequence[float]]) -> bool:
+    return bool(differences) and all(isinstance(key, tuple) for key in differences)
+
+
+def number(value: float, digits: int = 1, sign: bool = False) -> str:
+    """A figure as a person reads it; a dash for what is not there."""
+    if not np.isfinite(value):
+        return "–"
+    return (f"{value:+.{digits}f}" if sign else f"{value:.{digits}f}").replace("-", "−")
+
+
+def interval(low: float, high: float, digits: int = 1) -> str:
+    return f"{number(low, digits, True)} to {number(high, digits, True)}" if np.isfinite(low) else "–"
+
+
+def probability(p: float) -> str:
+    if not np.isfinite(p):
+        return "–"
+    return "< .001" if p < 0.001 else f"{p:.3f}".removeprefix("0")
+
+
+# --- Metrics by arm, of experiments. ---------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A figure of a run. `scale` brings it to the unit that is printed; `digits` behind the point."""
+    """How a metric is shown. `sign` -1 shows the negative, so that higher is better everywhere."""
 
     title: str
-    unit: str
-    of: Callable[[Row], float | None]
-    scale: float = 100.0
-    digits: int = 1
-    higher_is_better: bool | None = True
+    decimals: int
+    sign: int = 1
 
-    def values(self, row: Row) -> float | None:
-        value = self.of(row)
-        return None if value is None else value * self.scale
+    def mean(self, values: pd.Series) -> str:
+        """The mean over the seeds, with the standard deviation where there are several; empty where there is none."""
+        values = self.sign * values.dropna()
+        spread = f" ± {values.std():.{self.decimals}f}" if len(values) > 1 else ""
+        return f"{values.mean():.{self.decimals}f}{spread}" if len(values) else ""
 
-
-def sharp(row: Row) -> dict[str, Any]:
-    """The test under the plan's first blur, which is none in the plans of the three sizes."""
-    return next(iter(row["test"].values()))
-
-
-def _tested(name: str) -> Callable[[Row], float | None]:
-    return lambda row: sharp(row)[name]
+    def change(self, values: pd.Series, base: pd.Series) -> str:
+        """From one mean to another; empty where one is missing."""
+        change = self.sign * (values.mean() - base.mean()) + 0.0  # -0.0 becomes 0.0
+        return f"{change:+.{self.decimals}f}" if np.isfinite(change) else ""
 
 
-def _denied(name: str) -> Callable[[Row], float | None]:
-    return lambda row: sharp(row)["negatives"][name]
+def by_seed(rows: Sequence[Mapping[str, Any]], *figures: str) -> pd.DataFrame:
+    """A line for each row: arm, seed, label_…, its values and those of its `figures` that are named."""
+    return pd.DataFrame(
+        [
+            {"arm": row["arm"], "seed": row["seed"], **{f"label_{k}": v for k, v in row.get("labels", {}).items()},
+             **row["values"], **{name: row["figures"][name] for name in figures if name in row["figures"]}}
+            for row in rows
+        ]
+    )  # fmt: skip
 
 
-def _attention(name: str, copies: str = "with_copies") -> Callable[[Row], float | None]:
-    return lambda row: row["attention"].get(copies, {}).get(name)
+def by_arm(table: pd.DataFrame, metrics: Mapping[str, Metric]) -> list[str]:
+    """Metrics down, arms across; what was not computed stays empty."""
+    arms = list(table["arm"].unique())
+    of_arm = {arm: table[table["arm"] == arm] for arm in arms}
+    lines = [
+        [how.title, *(how.mean(of_arm[arm][name]) for arm in arms)] for name, how in metrics.items() if name in table
+    ]
+    return markdown_table(["", *arms], lines)
 
 
-def _to_copies(row: Row) -> float:
-    # The copies of "end" stand behind the last patch and mean none; older rows count them where that is the true one.
-    return 0.0 if row["arm"] == "end" else row["attention"]["with_copies"]["copies"]
-
-
-def _to_both(row: Row) -> float:
-    return row["attention"]["with_copies"]["patch"] + _to_copies(row)
-
-
-MEAN = Metric("mean accuracy", "points", _tested("mean"))
-
-
-def under_blur(blur: str) -> Metric:
-    """Mean accuracy on images with this blur, one of the row's keys."""
-    return Metric(f"blur {blur}", "points", lambda row: row["test"][blur]["mean"])
-
-
-ACCURACIES: dict[str, Metric] = {
-    "mean": MEAN,
-    "existence": Metric("existence", "points", _tested("existence")),
-    "colour": Metric("colour", "points", _tested("colour")),
-    "place": Metric("place", "points", _tested("place")),
-    "answer_loss": Metric("answer loss", "nats", _tested("answer_loss"), 1.0, 3, False),
-}
-HALLUCINATION: dict[str, Metric] = {
-    "present": Metric("object is there", "points", _tested("present")),
-    **{name: Metric(f"absent, {name}", "points", _denied(name)) for name in NEGATIVES},
-    "yes_share": Metric("yes-share", "points", _tested("yes_share"), higher_is_better=None),
-}
-PLACED: dict[str, Metric] = {  # what the place of a copy may change
-    **{name: ACCURACIES[name] for name in ("mean", "existence", "colour", "place")},
-    **{name: HALLUCINATION[name] for name in ("present", *NEGATIVES)},
-}
-ATTENTION: dict[str, Metric] = {
-    name: Metric(said, "points", of, digits=digits, higher_is_better=None)
-    for name, said, of, digits in (
-        ("patch", "to the true patch", _attention("patch"), 2),
-        ("copies", "to copies there", _to_copies, 2),
-        ("both", "to patch and copies", _to_both, 2),
-        ("patch_best_head", "to the true patch, best head", _attention("patch_best_head"), 1),
-        ("patch_from_question", "to the true patch, from all words", _attention("patch_from_question"), 2),
-        ("without", "the same weights, copies left out", _attention("patch", "without_copies"), 2),
-    )
-}
-
-RANDOM = {"t2i": "random", "t2i-inherit": "random-inherit"}  # arms and their control of placement
-
-
-class Comparison(NamedTuple):
-    """`arm` minus `against` in one setting."""
-
-    setting: str
-    arm: str
-    against: str = "plain"
-    metric: Metric = MEAN
-
-
-class Laboratory:
-    """The rows of one plan.
+def beside(
+    table: pd.DataFrame,
+    metrics: Mapping[str, Metric],
+    others: Mapping[str, Mapping[str, float] | None],
+    baseline: str,
+    source: str,
+) -> list[str]:
+    """Metric by metric each arm's value and another source's, then the change against the baseline in both.
 
     Args:
-        found: As `rows.read` gives them, the plan's row among them.
-
-    Raises:
-        ValueError: the rows lack their plan.
+        others: The source's values for each arm, with their sign as shown; None for arms that it does not have.
+        baseline: The arm that changes are against.
     """
-
-    def __init__(self, found: Sequence[Row]) -> None:
-        plans = [row for row in found if row["kind"] == "plan"]
-        if not plans:
-            raise ValueError("the rows lack that of their plan; they should be the rows.jsonl of `attanchor lab`")
-        self.plan = plans[-1]
-        self.rows = [row for row in found if row["kind"] != "plan"]
-        self.latest = rows.latest(self.rows)
-        self.settings: list[dict[str, Any]] = self.plan["settings"]
-
-    @property
-    def size(self) -> str:
-        return self.plan["size"]
-
-    def setting(self, name: str) -> dict[str, Any]:
-        return next(setting for setting in self.settings if setting["name"] == name)
-
-    def wanted(self, setting: dict[str, Any]) -> list[tuple[str, int]]:
-        """(arm, seed) of the plan's runs."""
-        few = setting["seeds"][: setting["more_seeds"]]
-        return [
-            (arm, seed)
-            for seed in setting["seeds"]
-            for arm in (*setting["arms"], *(setting["more"] if seed in few else ()))
-        ]
-
-    def arms(self, setting: str) -> list[str]:
-        """The arms with at least one finished run, in the order of the plan."""
-        entry = self.setting(setting)
-        return [arm for arm in (*entry["arms"], *entry["more"]) if self.done(setting, arm)]
-
-    def done(self, setting: str, arm: str) -> dict[int, Row]:
-        """Finished runs by seed."""
-        return {
-            key[3]: row
-            for key, row in self.latest.items()
-            if key[0] == "run" and key[1] == setting and key[2] == arm and row["status"] == "done"
-        }
-
-    def encoders(self) -> list[dict[str, float]]:
-        """How often each seed's frozen encoder named the colour and the shape of a patch right."""
-        return [row["encoder"] for row in self.rows if row["kind"] == "start" and row["status"] == "done"]
-
-    def values(self, setting: str, arm: str, metric: Metric) -> dict[int, float]:
-        found = {seed: metric.values(row) for seed, row in self.done(setting, arm).items()}
-        return {seed: value for seed, value in sorted(found.items()) if value is not None}
-
-    def differences(self, comparison: Comparison) -> list[float]:
-        """One for every seed that has both arms."""
-        setting, arm, against, metric = comparison
-        ours, theirs = self.values(setting, arm, metric), self.values(setting, against, metric)
-        return [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
-
-    def primary(self) -> dict[Comparison, Difference | None]:
-        """The plan's comparisons with their statistics, one family."""
-        planned = [Comparison(c["setting"], c["arm"], c["against"]) for c in self.plan["contrasts"]]
-        return dict(zip(planned, family([self.differences(one) for one in planned]), strict=True))
-
-    def compared(
-        self, comparisons: Sequence[Comparison], further: Sequence[Sequence[float]] = ()
-    ) -> list[Difference | None]:
-        """Statistics of what one list or table shows: of `comparisons`, and behind them of `further` differences.
-
-        One comparison has one answer on a page: those that the plan names keep theirs, and so do all differences from
-        plain in mean accuracy; the others are a family.
-        """
-        known = self.primary() | self.all_against_plain()
-        others = iter(family([*(self.differences(one) for one in comparisons if one not in known), *further]))
-        found = [known[one] if one in known else next(others) for one in comparisons]
-        return [*found, *others]
-
-    def all_against_plain(self) -> dict[Comparison, Difference | None]:
-        """Every arm of every setting, in mean accuracy: what the plan does not name is one family."""
-        every = [
-            Comparison(setting["name"], arm)
-            for setting in self.settings
-            for arm in self.arms(setting["name"])
-            if arm != "plain"
-        ]
-        planned = self.primary()
-        others = iter(family([self.differences(one) for one in every if one not in planned]))
-        return {one: planned[one] if one in planned else next(others) for one in every}
-
-    def against_plain(self, setting: str, metrics: dict[str, Metric]) -> dict[tuple[str, str], Difference | None]:
-        """(arm, metric) to the difference from plain, as one table shows them."""
-        keys = [(arm, name) for arm in self.arms(setting) if arm != "plain" for name in metrics]
-        found = self.compared([Comparison(setting, arm, "plain", metrics[name]) for arm, name in keys])
-        return dict(zip(keys, found, strict=True))
-
-    def against_random(self, setting: str) -> dict[tuple[str, str], Difference | None]:
-        """(arm, metric) to anchors minus the same tokens at random patches, as one table shows them."""
-        arms = [arm for arm in RANDOM if {arm, RANDOM[arm]} <= set(self.arms(setting))]
-        keys = [(arm, name) for arm in arms for name in PLACED]
-        found = self.compared([Comparison(setting, arm, RANDOM[arm], PLACED[name]) for arm, name in keys])
-        return dict(zip(keys, found, strict=True))
-
-    def counts(self) -> dict[str, int]:
-        """Runs planned, done, failed, not started."""
-        states = [
-            self.latest.get(("run", setting["name"], arm, seed), {}).get("status", "not started")
-            for setting in self.settings
-            for arm, seed in self.wanted(setting)
-        ]
-        return {"planned": len(states), **{s: states.count(s) for s in ("done", "failed", "not started")}}
-
-    def mended(self) -> int:
-        """Failures that a later run of the same arm and seed made good."""
-        runs = [row for row in self.rows if row["kind"] == "run" and row["status"] == "failed"]
-        return sum(self.latest[rows.key(row)]["status"] == "done" for row in runs)
+    arms = list(table["arm"].unique())
+    of_arm = {arm: table[table["arm"] == arm] for arm in arms}
+    heads, lines, changes = [""], [], []
+    for arm in arms:
+        heads += [arm, source] if others.get(arm) else [arm]
+    base, other_base = table[table["arm"] == baseline], others.get(baseline) or {}
+    for name, how in metrics.items():
+        if name not in table:
+            continue
+        line, change = [how.title], [how.title]
+        for arm in arms:
+            line.append(how.mean(of_arm[arm][name]))
+            change.append(how.change(of_arm[arm][name], base[name]))
+            if other := others.get(arm):
+                shown = {key: pd.Series(float(values[name])) for key, values in (("", other), ("base", other_base))
+                         if name in values}  # fmt: skip
+                plain = Metric(how.title, how.decimals)
+                line.append(plain.mean(shown[""]) if "" in shown else "")
+                change.append(plain.change(shown[""], shown["base"]) if len(shown) == 2 else "")
+        lines.append(line)
+        changes.append(change)
+    return [*markdown_table(heads, lines), "", f"Change against {baseline}:", "", *markdown_table(heads, changes)]
 
 
-def title(arm: str) -> str:
-    return ARMS[arm].title if arm in ARMS else arm
+def improved(table: pd.DataFrame, metrics: Mapping[str, Metric], arm: str, baseline: str) -> tuple[int, int]:
+    """In how many of `metrics` an arm is better than the baseline, and of how many both were measured."""
+    means = table.groupby("arm").mean(numeric_only=True)
+    if not {arm, baseline} <= set(means.index):
+        return 0, 0
+    shared = [name for name in metrics if name in means and means.loc[[arm, baseline], name].notna().all()]
+    better = [name for name in shared if metrics[name].sign * (means.loc[arm, name] - means.loc[baseline, name]) > 0]
+    return len(better), len(shared)
 
 
-def load(paths: Sequence[Path]) -> list[Laboratory]:
-    """One laboratory for each path.
-
-    Raises:
-        ValueError: a file is no rows.jsonl, or nothing in it was finished.
-    """
-    found = []
-    for path in paths:
-        laboratory = Laboratory(rows.read(path))
-        if not laboratory.counts()["done"]:
-            raise ValueError(f"{path} holds no finished run; let `attanchor lab` finish some")
-        found.append(laboratory)
-    return found
+def pivot(table: pd.DataFrame, name: str, how: Metric, across: str, down: str, corner: str = "") -> list[str]:
+    """One metric in a table of two columns of `table`, in the order of the rows."""
+    columns, rows = table[across].unique(), table[down].unique()
+    cells = [
+        [how.mean(table.loc[(table[down] == row) & (table[across] == column), name]) for column in columns]
+        for row in rows
+    ]
+    return markdown_table([corner, *columns], [[row, *line] for row, line in zip(rows, cells, strict=True)])

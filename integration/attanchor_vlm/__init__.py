@@ -8,54 +8,62 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from attanchor_vlm.chat.encode import encode_chat, split_turns
-    from attanchor_vlm.model.adapter_files import load_adapter, load_settings, save_settings
-    from attanchor_vlm.model.attach import attach, detach, is_attached, prepare_inputs
-    from attanchor_vlm.model.candidates import with_tokens_of
-    from attanchor_vlm.model.config import AttAnchorConfig
-    from attanchor_vlm.model.guard import expect_anchors
-    from attanchor_vlm.model.plan import AnchorPlan, AnchorStats
+if TYPE_CHECKING:  # the table below, for type checkers and editors
+    from attanchor_vlm.analysis.calibrate import threshold_for_share  # noqa: F401
+    from attanchor_vlm.chat.encode import encode_chat, split_turns  # noqa: F401
+    from attanchor_vlm.data.batches import Collator  # noqa: F401
+    from attanchor_vlm.data.dataset import some_samples  # noqa: F401
+    from attanchor_vlm.data.rows import read_rows, samples  # noqa: F401
+    from attanchor_vlm.evaluation.config import EvalConfig  # noqa: F401
+    from attanchor_vlm.evaluation.run import evaluate  # noqa: F401
+    from attanchor_vlm.inference.ask import answer, answers  # noqa: F401
+    from attanchor_vlm.inference.explain import explain  # noqa: F401
+    from attanchor_vlm.inference.export import prompt_embeds  # noqa: F401
+    from attanchor_vlm.inference.picture import anchor_picture, describe  # noqa: F401
+    from attanchor_vlm.model.adapter_files import load_adapter, load_settings, save_settings  # noqa: F401
+    from attanchor_vlm.model.attach import attach, detach, is_attached, prepare_inputs  # noqa: F401
+    from attanchor_vlm.model.candidates import with_tokens_of  # noqa: F401
+    from attanchor_vlm.model.config import AttAnchorConfig  # noqa: F401
+    from attanchor_vlm.model.guard import expect_anchors  # noqa: F401
+    from attanchor_vlm.model.load import load, load_pretrained  # noqa: F401
+    from attanchor_vlm.model.plan import AnchorPlan, AnchorStats  # noqa: F401
+    from attanchor_vlm.training.config import TrainConfig  # noqa: F401
+    from attanchor_vlm.training.lora import LORA_TARGETS, add_lora  # noqa: F401
+    from attanchor_vlm.training.run import run as train  # noqa: F401
 
-_HOMES = {
-    "attach": "model.attach",
-    "detach": "model.attach",
-    "is_attached": "model.attach",
-    "AttAnchorConfig": "model.config",
-    "with_tokens_of": "model.candidates",
-    "expect_anchors": "model.guard",
-    "encode_chat": "chat.encode",
-    "split_turns": "chat.encode",
-    "AnchorPlan": "model.plan",
-    "AnchorStats": "model.plan",
-    "prepare_inputs": "model.attach",
-    "load_adapter": "model.adapter_files",
-    "load_settings": "model.adapter_files",
-    "save_settings": "model.adapter_files",
+_PUBLIC = {
+    "analysis.calibrate": ("threshold_for_share",),
+    "chat.encode": ("encode_chat", "split_turns"),
+    "data.batches": ("Collator",),
+    "data.dataset": ("some_samples",),
+    "data.rows": ("read_rows", "samples"),
+    "evaluation.config": ("EvalConfig",),
+    "evaluation.run": ("evaluate",),
+    "inference.ask": ("answer", "answers"),
+    "inference.explain": ("explain",),
+    "inference.export": ("prompt_embeds",),
+    "inference.picture": ("anchor_picture", "describe"),
+    "model.adapter_files": ("load_adapter", "load_settings", "save_settings"),
+    "model.attach": ("attach", "detach", "is_attached", "prepare_inputs"),
+    "model.candidates": ("with_tokens_of",),
+    "model.config": ("AttAnchorConfig",),
+    "model.guard": ("expect_anchors",),
+    "model.load": ("load", "load_pretrained"),
+    "model.plan": ("AnchorPlan", "AnchorStats"),
+    "training.config": ("TrainConfig",),
+    "training.lora": ("LORA_TARGETS", "add_lora"),
+    "training.run": ("train",),
 }
+_THERE = {"train": "run"}  # what a public name is called at home, where that differs
+_HOMES = {name: home for home, names in _PUBLIC.items() for name in names}
 
-__all__ = [
-    "AnchorPlan",
-    "AnchorStats",
-    "AttAnchorConfig",
-    "attach",
-    "detach",
-    "encode_chat",
-    "expect_anchors",
-    "is_attached",
-    "load_adapter",
-    "load_settings",
-    "prepare_inputs",
-    "save_settings",
-    "split_turns",
-    "with_tokens_of",
-]
+__all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str) -> object:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), _THERE.get(name, name))
     globals()[name] = value
     return value
 

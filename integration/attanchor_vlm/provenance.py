@@ -1,4 +1,4 @@
-"""What a result came from: version, commit, packages, machine. No host or user name, and no path, is among them."""
+"""What a result came from: versions, commit, machine. No host or user name, and no path, is among them."""
 
 from __future__ import annotations
 
@@ -11,21 +11,45 @@ from importlib import metadata
 from pathlib import Path
 
 
-def provenance() -> dict[str, str | None]:
-    """`version`, `commit`, `torch`, `transformers`, `peft`, `python`, `device`, `processor` and `date` (UTC)."""
+def environment(device: str | None = None, *left_out: str) -> dict[str, str | int]:
+    """What every row of the library, the laboratory and the benchmarks says of where it comes from.
+
+    `version`, `commit`, `date` (UTC), `torch`, `triton`, `transformers`, `peft`, `python`, `device` ("cpu" or "cuda"),
+    `gpu`, `driver`, `cuda`, `processor`, `cores`, `threads`. What is not there is "none", "unknown" or "not installed".
+
+    Args:
+        device: What was computed on; None for the GPU if there is one.
+        left_out: As for `commit`.
+    """
     import torch
 
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    has_gpu = device != "cpu" and torch.cuda.is_available()
     return {
-        "version": version_of("attanchor-kernels"),
-        "commit": commit(),
-        "torch": torch.__version__,
-        "transformers": version_of("transformers"),
-        "peft": version_of("peft"),
-        "python": platform.python_version(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "processor": processor(),
+        "version": version_of("attanchor-kernels") or "not installed",
+        "commit": commit(*left_out) or "unknown",
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "torch": torch.__version__,
+        **{name: version_of(name) or "not installed" for name in ("triton", "transformers", "peft")},
+        "python": platform.python_version(),
+        "device": device,
+        "gpu": torch.cuda.get_device_name() if has_gpu else "none",
+        "driver": _driver() if has_gpu else "none",
+        "cuda": torch.version.cuda or torch.version.hip or "none",
+        "processor": processor(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1),
+        "threads": torch.get_num_threads(),
     }
+
+
+@functools.cache
+def _driver() -> str:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.split()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return found[0] if found else "unknown"
 
 
 def version_of(package: str) -> str | None:

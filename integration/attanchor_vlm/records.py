@@ -1,11 +1,11 @@
-"""Files written whole or not at all, and results as JSON lines, none lost or doubled by a kill."""
+"""Files written whole or not at all, results as JSON lines, none lost or doubled by a kill, and tables of them."""
 
 from __future__ import annotations
 
 import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -46,6 +46,12 @@ def check_parent(path: Path) -> None:
 def write_json(path: Path, value: object) -> None:
     text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def markdown_table(heads: Sequence[str], lines: Sequence[Sequence[str]], words: int = 1) -> list[str]:
+    """A table as lines of Markdown; the first `words` columns to the left, numbers to the right."""
+    rule = [*["---"] * words, *["---:"] * (len(heads) - words)]
+    return ["| " + " | ".join(line) + " |" for line in (heads, rule, *lines)]
 
 
 def append_row(path: Path, row: Row) -> None:

@@ -1,7 +1,7 @@
 """Ask a model about an image, with anchors: python ask.py MODEL IMAGE QUESTION [TAU]
 
 MODEL is a folder or a Hugging Face Hub id, such as llava-hf/llava-1.5-7b-hf. `attanchor generate`, and in Python
-attanchor_vlm.inference.ask, do this and more: adapters, several images, files of questions. This shows the parts.
+attanchor_vlm.load and answer, do this and more: adapters, several images, files of questions. This shows the parts.
 """
 
 import sys

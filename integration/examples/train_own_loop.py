@@ -1,6 +1,7 @@
 """The same training with a loop of your own: python train_own_loop.py MODEL DATA.json IMAGES OUTPUT [STEPS]
 
-`attanchor train` does this and more (validation, checkpoints, resuming). This shows the parts.
+`attanchor train`, and in Python `attanchor_vlm.train`, do this and more (validation, checkpoints, resuming). This shows
+the parts.
 """
 
 import random
@@ -8,12 +9,16 @@ import sys
 from pathlib import Path
 
 import torch
-from attanchor_vlm import AttAnchorConfig, attach, save_settings
-from attanchor_vlm.data.batches import Collator
-from attanchor_vlm.data.rows import read_rows, samples
-from attanchor_vlm.model.load import load_pretrained
-from attanchor_vlm.training.config import preset
-from attanchor_vlm.training.lora import add_lora
+from attanchor_vlm import (
+    AttAnchorConfig,
+    Collator,
+    add_lora,
+    attach,
+    load_pretrained,
+    read_rows,
+    samples,
+    save_settings,
+)
 
 name, data, images, output, *steps = sys.argv[1:]
 device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -22,7 +27,8 @@ rows, _ = read_rows(Path(data), Path(images))  # every bad row is an error, here
 training = list(samples(rows, "each"))
 model, processor = load_pretrained(name)
 attach(model, AttAnchorConfig(tau=0.12))
-model = add_lora(model, preset("tinyllava-1b")).to(device).train()  # language model and projector, never the tower
+model = add_lora(model, rank=32, alpha=64, dropout=0.05)  # language model and projector, never the tower
+model.to(device).train()
 collate = Collator(processor, "each")
 optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-4)
 

@@ -201,6 +201,7 @@ T shuffle_xor(T value, int mask) {
   return emulator::message(emulator::meet(value, 3), lane() ^ mask);
 }
 inline int count_bits(uint32_t word) { return __builtin_popcount(word); }
+inline int highest_bit(uint32_t word) { return 31 - __builtin_clz(word); }
 inline void add_shared(int* counter, int amount) {
   emulator::maybe_switch();
   *counter += amount;
@@ -221,7 +222,8 @@ inline void fence() {
   emulator::maybe_switch();
 }
 inline unsigned load_now(const unsigned* word) { return *word; }
-inline word64 load_fresh(const word64* word) {
+template <class T>
+T load_fresh(const T* word) {
   emulator::maybe_switch();
   return *word;
 }

@@ -40,6 +40,7 @@ class Tuning(NamedTuple):
 
 
 BY_SHAPE = Tuning()
+MOST_INT = 2**31 - 1
 
 
 class Launched(NamedTuple):
@@ -56,8 +57,14 @@ class Launched(NamedTuple):
     shared_bytes: int  # of a block
 
 
-def variants(dtype: torch.dtype) -> list[Tuning]:
-    """Every compiled way of construct, for tests and tuning. Clusters need a GPU of compute capability 9.0 or more."""
+def variants(dtype: torch.dtype, drops: bool = False) -> list[Tuning]:
+    """Every compiled way of construct, for tests and tuning; with `drops`, those that leave image tokens out.
+
+    Clusters need a GPU of compute capability 9.0 or more.
+    """
+    if drops:
+        tiles = [(32, 1), (32, 8)] if dtype == torch.float32 else [(64, 1), (32, 8), (64, 8)]
+        return [Tuning(rows, cluster, hold=0) for rows, cluster in tiles]
     if dtype == torch.float32:
         return [
             Tuning(32, 1, hold=0),
@@ -101,16 +108,18 @@ def _run(problem: Problem, copy: bool, tuning: Tuning | None) -> tuple[Tensor | 
     image, text = rows_contiguous(problem.image), rows_contiguous(problem.text)
     embeds = empty_embeds(problem) if copy else None
     made = Plan.empty(problem)
-    if batch == 0 or problem.capacity == 0:
+    slots, drops = problem.slots, problem.drops
+    if batch == 0 or problem.capacity == slots == 0:
         return embeds, made, None
 
-    if problem.drops or problem.tau_tensor is not None:
-        raise NotImplementedError("the CUDA kernels take neither keep nor a tensor tau")
-    chosen = selection(problem)
+    chosen = selection(problem if problem.tau_tensor is None else problem._replace(tau=0.0))
     stream = current_stream(device)
+    # Keys (B, movers), cuts (B,), then 1 + 2 B counters of 32 bits.
+    words = batch * movers + batch + batch + 1
+    if drops:  # Ranks (B, S), survivors (B, S // 32 + 1), the best of each cell (B, images).
+        words += batch * (slots + slots // 32 + 1 + (0 if problem.cells is None else problem.images))
     with on_device(device):
-        # Keys (B, movers), cuts (B,), then 1 + 2 B counters of 32 bits.
-        state = zeroed(device, batch * movers + batch + batch + 1)
+        state = zeroed(device, words)
     way = _construct(
         image,
         text,
@@ -120,12 +129,18 @@ def _run(problem: Problem, copy: bool, tuning: Tuning | None) -> tuple[Tensor | 
         contiguous(problem.text_mask),
         contiguous(problem.anchor_mask),
         contiguous(problem.position_ids),
+        contiguous(problem.keep_each),
+        contiguous(problem.salience),
+        contiguous(problem.cells),
+        problem.tau_tensor if chosen.tau < 1 else None,
         embeds,
         *made[:-2],
+        made.relevance if drops else None,
         made.places,
         state,
         chosen.tau,
         chosen.budget,
+        0 if problem.keep is None else min(problem.keep, MOST_INT),
         problem.image_into_text,
         problem.inherit,
         problem.pad_left,
@@ -158,7 +173,6 @@ def assemble_backward(
         return image_grad, text_grad
     _assemble_backward(
         rows_contiguous(grad),
-        grad.new_empty(grad.shape[:2], dtype=torch.int64),  # in the place of `source`: its shape alone is read
         places.contiguous(),
         # The shape of a gradient that nobody needs still says how the slots are made up; it has one element.
         image_grad if need_image else grad.new_empty(1).expand(image_shape),

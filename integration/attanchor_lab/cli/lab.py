@@ -32,19 +32,18 @@ def lab(
     progress: Annotated[bool, typer.Option(help="Show a progress bar.")] = True,
 ) -> None:
     """Train and test the arms of a plan: plain concatenation, anchors, and controls that differ in one thing."""
-    from attanchor_lab.synthetic import plan_file, plans
+    from attanchor_lab.synthetic import plans
 
     if (size is None) == (own is None):
         raise typer.BadParameter("give --size or --plan, and not both")
     if own is not None:
-        plan, device = plan_file.from_file(own, rehearse, workers, minutes)
+        plan, device = plans.from_file(own, rehearse, workers, minutes)
     else:
         assert size is not None
         plan = plans.plan(size.value, rehearse, workers, minutes)
         device = plans.device_for(size is Size.gpu, rehearse)
     quiet()
-    from attanchor_lab import runner as laboratory
-    from attanchor_lab.synthetic import checks
+    from attanchor_lab.synthetic import checks, laboratory
 
     rows = laboratory.run(plan, output, device, typer.echo, progress)
     if size is Size.smoke and not rehearse:
@@ -57,7 +56,7 @@ def report(
     rows: Annotated[list[Path], typer.Argument(help="Folders of `attanchor lab`, or their rows.jsonl.")],
     output: Annotated[Path, typer.Option(help="The page, a .md file; its pictures go beside it.")],
 ) -> None:
-    """Turn rows of the laboratory into one page: tables, plots, pictures, and what was found, in words."""
+    """Turn rows of the laboratory into one page: a table with verdicts, three pictures, what was measured."""
     from attanchor_lab.synthetic.report import write
 
     for path in write(rows, output):

@@ -3,25 +3,42 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gc
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from attanchor_vlm.errors import SetupError
 from attanchor_vlm.evaluation import run as evaluation
+from attanchor_vlm.evaluation.config import EvalConfig
 from attanchor_vlm.model import load as loading
-from attanchor_vlm.provenance import provenance
-from attanchor_vlm.training.config import TrainSettings
+from attanchor_vlm.provenance import environment
+from attanchor_vlm.records import Row, append_row, read_rows
+from attanchor_vlm.training.config import TrainConfig
 
-from attanchor_lab.paper import checks, parts
-from attanchor_lab.paper.rows import Row, Rows
-from attanchor_lab.paper.study import Arm, Study, TrainRows, plan_of, preset_of, run_name, settings_of, train_settings
+from attanchor_lab import runner
+from attanchor_lab.paper.study import (
+    Arm,
+    Study,
+    TrainRows,
+    check_arms,
+    check_pending,
+    plan_of,
+    preset_of,
+    run_name,
+    settings_of,
+    train_settings,
+)
 from attanchor_lab.placements import mark_adapter, placed
+from attanchor_lab.runner import Job, Rows, alone_in
 
 Say = Callable[[str], None]
+_NEEDED = ("experiment", "arm", "seed", "settings", "values", "figures")
+_TOGETHER = ("amber", "amber_g")  # whose figures make a score of both
 
 
 class InterruptedStudyError(Exception):
@@ -46,32 +63,63 @@ def run_arms(
         ValueError: something cannot be trained or measured; rows that are finished stay.
     """
     study.check()
-    checks.check_arms(study, arms)
-    rows = Rows(study.output, experiment)
-    jobs = [(arm, seed) for seed in study.seeds for arm in arms]
-    found = {(arm.name, seed): rows.find(arm.name, seed, settings_of(study, arm)) for arm, seed in jobs}
+    check_arms(study, arms)
+    pairs = [(arm, seed) for seed in study.seeds for arm in arms]
+    rows = Rows(study.output, _NEEDED, "an experiment")
+    if strangers := {row["experiment"] for row in rows.rows} - {experiment}:
+        raise SetupError(f"output {study.output} holds rows of the experiment {min(strangers)!r}; take another folder")
+    found = {(arm.name, seed): find(rows, arm.name, seed, settings_of(study, arm)) for arm, seed in pairs}
+    check_pending(study, [(arm, seed) for arm, seed in pairs if found[arm.name, seed] is None], progress)
 
-    checks.check_pending(study, [job for job in jobs if found[job[0].name, job[1]] is None], progress)
+    def keep(job: Job, row: Row) -> None:
+        rows.add({"experiment": experiment, **row})
+        found[row["arm"], row["seed"]] = rows.rows[-1]
+        _parts_file(study, row["arm"], row["seed"]).unlink(missing_ok=True)
+        after_each(ordered())
 
     def ordered() -> list[Row]:
-        return [row for job in jobs if (row := found[job[0].name, job[1]]) is not None]
+        return [row for row in found.values() if row is not None]
 
-    for number, (arm, seed) in enumerate(jobs, start=1):
-        title = f"[{number}/{len(jobs)}] {arm.name}" + (f", seed {seed}" if len(study.seeds) > 1 else "")
+    jobs = []
+    for number, (arm, seed) in enumerate(pairs, start=1):
+        title = f"[{number}/{len(pairs)}] {arm.name}" + (f", seed {seed}" if len(study.seeds) > 1 else "")
         if found[arm.name, seed] is not None:
             say(f"{title}: done before")
-            continue
-        say(title)
-        row = _run(study, arm, seed, lambda line: say(f"    {line}"), progress)
-        rows.add(row)
-        _parts_file(study, arm, seed).unlink(missing_ok=True)
-        found[arm.name, seed] = rows.rows[-1]
+        else:
+            jobs.append(Job((arm.name, seed), title, functools.partial(_run, study, arm, seed, title, say, progress)))
+    with alone_in(study.output):
+        runner.run(jobs, keep, say=say, progress=progress)
         after_each(ordered())
-    after_each(ordered())
     return ordered()
 
 
-def _run(study: Study, arm: Arm, seed: int, say: Say, progress: bool) -> Row:
+def find(rows: Rows, arm: str, seed: int, settings: Mapping[str, Any]) -> Row | None:
+    """The finished row of an arm, None if it is still to be run.
+
+    Raises:
+        SetupError: there is one with other settings.
+    """
+    wanted = json.loads(json.dumps(settings))
+    for row in rows.rows:
+        if (row["arm"], row["seed"]) != (arm, seed):
+            continue
+        before = row["settings"]
+        different = [name for name in sorted({*wanted, *before}) if wanted.get(name) != before.get(name)]
+        if different:
+            changes = "; ".join(f"{name} was {before.get(name)!r} and is {wanted.get(name)!r}" for name in different)
+            raise SetupError(
+                f"{rows.path} holds {arm!r} with other settings: {changes}; go on with the same ones, or take another "
+                "--output"
+            )
+        return row
+    return None
+
+
+def _run(study: Study, arm: Arm, seed: int, title: str, say_line: Say, progress: bool) -> Row:
+    def say(line: str) -> None:
+        say_line(f"    {line}")
+
+    say_line(title)
     model, settings = arm.model or study.model, settings_of(study, arm)
     with placed(arm.placement, seed):
         adapter: Path | None = None
@@ -79,9 +127,11 @@ def _run(study: Study, arm: Arm, seed: int, say: Say, progress: bool) -> Row:
         if study.train is not None:
             adapter, trained = _train(study, study.train, arm, seed, say, progress)
         dtype = loading.choose_dtype(preset_of(study, arm).dtype, lambda line: None)
-        loaded, processor = evaluation.load(model, adapter, arm.tau, arm.direction, dtype)
+        loaded, processor = loading.load(
+            model, adapter, dtype=dtype, default_tau=1.0, tau=arm.tau, direction=arm.direction
+        )
         plan, tasks = plan_of(study, arm, seed), study.output / "tasks" / run_name(arm.name, seed)
-        report = parts.measure(loaded, processor, plan, settings, _parts_file(study, arm, seed), tasks, progress)
+        report = measure(loaded, processor, plan, settings, _parts_file(study, arm.name, seed), tasks, progress)
         parameters = sum(parameter.numel() for parameter in loaded.parameters())
     del loaded, processor
     gc.collect()
@@ -99,12 +149,12 @@ def _run(study: Study, arm: Arm, seed: int, say: Say, progress: bool) -> Row:
         "figures": {**report.figures, **evaluation.finite(trained), "parameters": parameters},
         "samples": report.samples,
         "not_finite": list(report.not_finite),
-        **provenance(),
+        **environment(),
     }
 
 
-def _parts_file(study: Study, arm: Arm, seed: int) -> Path:
-    return study.output / f"{run_name(arm.name, seed)}.parts.jsonl"
+def _parts_file(study: Study, arm: str, seed: int) -> Path:
+    return study.output / f"{run_name(arm, seed)}.parts.jsonl"
 
 
 def _train(study: Study, rows: TrainRows, arm: Arm, seed: int, say: Say, progress: bool) -> tuple[Path, dict[str, Any]]:
@@ -123,7 +173,7 @@ def _train(study: Study, rows: TrainRows, arm: Arm, seed: int, say: Say, progres
     return folder, trained
 
 
-def _train_or_go_on(settings: TrainSettings, say: Say, progress: bool) -> Any:
+def _train_or_go_on(settings: TrainConfig, say: Say, progress: bool) -> Any:
     """Train from the last whole checkpoint, if there is one.
 
     A run killed between its last checkpoint and its adapter has no step left to make, which `train.run` refuses: it
@@ -148,3 +198,55 @@ def is_trained(folder: Path) -> bool:
         return "result" in json.loads((folder / "run.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
+
+
+# --- Measurement in parts, each kept when it is done: nine benchmarks take hours, and a kill costs one. --------------
+
+
+def measure(
+    model: Any,
+    processor: Any,
+    plan: EvalConfig,
+    settings: dict[str, Any],
+    kept: Path,
+    output: Path,
+    progress: bool,
+) -> evaluation.Report:
+    """What `evaluation.evaluate` reports, less its predictions; parts that are kept are not measured again.
+
+    Args:
+        settings: What the figures depend on, as JSON has it: parts of other settings do not count.
+        kept: A .jsonl file, to be deleted by the caller when the report is stored.
+        output: As for `evaluate`.
+    """
+    parts = parts_of(plan)
+    if len(parts) == 1:
+        return evaluation.evaluate(model, processor, plan, output, progress)
+    done = {row["part"]: row for row in read_rows(kept) if row["settings"] == settings}
+    whole = evaluation.Report({}, {}, 0)
+    for name, part in parts.items():
+        if name not in done:
+            report = evaluation.evaluate(model, processor, part, output, progress)
+            append_row(kept, evaluation.as_dict(report, {"part": name, "settings": settings}))
+            done[name] = evaluation.as_dict(report, {})
+        row = done[name]
+        whole = evaluation.Report(
+            {**whole.values, **row["values"]},
+            {**whole.figures, **row["figures"]},
+            whole.samples + row["samples"],
+            not_finite=(*whole.not_finite, *row["not_finite"]),
+        )
+    return whole
+
+
+def parts_of(plan: EvalConfig) -> dict[str, EvalConfig]:
+    """The text metrics in one part, which share their passes over the data, and every task in one."""
+    parts = {}
+    if plan.metrics:
+        parts["text"] = dataclasses.replace(plan, tasks=(), task_data={})
+    for task in plan.tasks:
+        name = "amber" if task in _TOGETHER else task
+        tasks = tuple(one for one in plan.tasks if one == task or {one, task} <= set(_TOGETHER))
+        data = {one: folder for one, folder in plan.task_data.items() if one in tasks}
+        parts[f"task {name}"] = dataclasses.replace(plan, metrics=(), tasks=tasks, task_data=data)
+    return parts

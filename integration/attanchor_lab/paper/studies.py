@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
-import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from attanchor_vlm.errors import SetupError
-from attanchor_vlm.records import write_atomically
-from attanchor_vlm.training.config import Preset
+from attanchor_vlm.records import Row, write_atomically
+from attanchor_vlm.training.config import Method
 
-from attanchor_lab import figures
+from attanchor_lab import figures, table
 from attanchor_lab.paper import degrade as variants
-from attanchor_lab.paper import tables
 from attanchor_lab.paper.arms import Say, run_arms
-from attanchor_lab.paper.rows import Row
 from attanchor_lab.paper.study import Arm, Study
-from attanchor_lab.paper.values import BASELINE, IMAGE_INTO_TEXT, TEXT_INTO_IMAGE, metric, paper_values
+from attanchor_lab.paper.values import (
+    BASELINE,
+    FIGURES,
+    IMAGE_INTO_TEXT,
+    METRICS,
+    SHOWN,
+    SOURCE,
+    TEXT_INTO_IMAGE,
+    metrics_of,
+    paper_values,
+)
+from attanchor_lab.runner import ROWS
 
 PAPER_TAUS = (1.0, 0.16, 0.14, 0.12, 0.10, 0.08)
 TABLE, PLOT, RADAR = "table.md", "plot.png", "radar.png"
@@ -75,7 +83,7 @@ def paper_table(
 
 def scale(
     study: Study,
-    models: Mapping[str, tuple[str, str, Preset]],
+    models: Mapping[str, tuple[str, str, Method]],
     say: Say = print,
     progress: bool = True,
 ) -> Result:
@@ -112,17 +120,16 @@ def scale(
 
 def _gains(rows: Sequence[Row]) -> dict[str, dict[str, list[tuple[float, float]]]]:
     """For each metric and arm, (parameters, change against the same model's baseline of the same seed)."""
-    base = {(row["labels"]["model"], row["seed"]): row for row in rows if row["labels"]["arm"] == BASELINE}
+    found = table.by_seed(rows, "parameters")
+    base = found[found["label_arm"] == BASELINE].set_index(["label_model", "seed"])
     panels: dict[str, dict[str, list[tuple[float, float]]]] = {}
-    for row in rows:
-        plain = base.get((row["labels"]["model"], row["seed"]))
-        if row["labels"]["arm"] == BASELINE or plain is None:
-            continue
-        for name in tables.metric_names([row]):
-            if name in plain["values"]:
-                gain = metric(name).sign * (row["values"][name] - plain["values"][name])
-                series = panels.setdefault(metric(name).title, {}).setdefault(row["labels"]["arm"], [])
-                series.append((float(row["figures"]["parameters"]), gain))
+    for name, how in metrics_of(rows).items():
+        for arm, own in found[found["label_arm"] != BASELINE].groupby("label_arm", sort=False):
+            points = own.set_index(["label_model", "seed"])
+            gains = (how.sign * (points[name] - base[name])).dropna()
+            if len(gains):
+                at = points.loc[gains.index, "parameters"].astype(float)
+                panels.setdefault(how.title, {})[str(arm)] = list(zip(at, gains, strict=True))
     return panels
 
 
@@ -160,22 +167,19 @@ def degrade(
             arms.append(Arm(f"{name}, {run}", tau, trained_as=run, test_rows=rows, labels=labels))
 
     def report(rows: list[Row]) -> list[str]:
-        lines = []
-        for name in tables.metric_names(rows):
-            table = tables.pivot(rows, name, lambda row: _name_of(row["labels"]["tau"]), _degradation, "images")
-            lines += [f"## {metric(name).title}", "", *table, ""]
-        if any("inserted_share" in row["figures"] for row in rows):
-            table = tables.pivot(
-                rows, "inserted_share", lambda row: _name_of(row["labels"]["tau"]), _degradation, "images"
-            )
-            lines += ["## inserted anchors / text tokens", "", *table, ""]
+        found, lines = table.by_seed(rows, *FIGURES), []
+        found["images"] = [_degradation(row) for row in rows]
+        found["run"] = [_name_of(row["labels"]["tau"]) for row in rows]
+        for name, how in {**metrics_of(rows), "inserted_share": FIGURES["inserted_share"]}.items():
+            if name in found:
+                lines += [f"## {how.title}", "", *table.pivot(found, name, how, "run", "images", "images"), ""]
         lines += ["Levels: " + "; ".join(f"{kind}: {variants.KINDS[kind][1]}" for kind in kinds) + "."]
         return lines
 
     def draw(rows: list[Row]) -> None:
-        for first in tables.metric_names(rows)[:1]:
-            title = f"{metric(first).title} under degradation"
-            figures.along(study.output / PLOT, _by_level(rows, first, list(kinds)), "level (0: clean)", title)
+        for first, how in list(metrics_of(rows).items())[:1]:
+            panels = _by_level(rows, first, how.sign, list(kinds))
+            figures.along(study.output / PLOT, panels, "level (0: clean)", f"{how.title} under degradation")
 
     return _run(study, "degrade", arms, "Image degradation", {}, say, progress, report, draw)
 
@@ -185,7 +189,9 @@ def _degradation(row: Mapping[str, Any]) -> str:
     return kind if kind == "clean" else f"{kind} {level:g}"
 
 
-def _by_level(rows: Sequence[Row], name: str, kinds: Sequence[str]) -> dict[str, dict[str, list[tuple[float, float]]]]:
+def _by_level(
+    rows: Sequence[Row], name: str, sign: int, kinds: Sequence[str]
+) -> dict[str, dict[str, list[tuple[float, float]]]]:
     """A panel for each kind, a line for each tau. JPEG quality counts down from 100, as images get worse."""
     panels: dict[str, dict[str, list[tuple[float, float]]]] = {}
     for kind in kinds:
@@ -197,7 +203,7 @@ def _by_level(rows: Sequence[Row], name: str, kinds: Sequence[str]) -> dict[str,
                 level = 100 - level
             title = "jpeg, 100 - quality" if kind == "jpeg" else kind
             series = panels.setdefault(title, {}).setdefault(_name_of(row["labels"]["tau"]), [])
-            series.append((level, metric(name).sign * row["values"][name]))
+            series.append((level, sign * row["values"][name]))
     return panels
 
 
@@ -235,17 +241,17 @@ def tokens(
         return _table(rows, {}, "")
 
     def draw(rows: list[Row]) -> None:
-        panels = {metric(name).title: _by_tokens(rows, name) for name in tables.metric_names(rows)}
+        panels = {how.title: _by_tokens(rows, name, how.sign) for name, how in metrics_of(rows).items()}
         figures.along(study.output / PLOT, panels, "image tokens in a prompt", "Longer image sequences")
 
     return _run(study, "tokens", arms, "Image tokens", {}, say, progress, report, draw)
 
 
-def _by_tokens(rows: Sequence[Row], name: str) -> dict[str, list[tuple[float, float]]]:
+def _by_tokens(rows: Sequence[Row], name: str, sign: int) -> dict[str, list[tuple[float, float]]]:
     series: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
         if name in row["values"] and "image_tokens" in row["figures"]:
-            point = row["figures"]["image_tokens"], metric(name).sign * row["values"][name]
+            point = row["figures"]["image_tokens"], sign * row["values"][name]
             series.setdefault(_name_of(row["labels"]["tau"]), []).append(point)
     return series
 
@@ -257,7 +263,7 @@ def _name_of(tau: float) -> str:
     return BASELINE if tau >= 1 else f"tau {tau:g}"
 
 
-def _tau_of(preset: Preset) -> float:
+def _tau_of(preset: Method) -> float:
     """The threshold that is compared with the baseline.
 
     Raises:
@@ -293,7 +299,7 @@ def _run(
     draw: Callable[[list[Row]], None] | None = None,
 ) -> Result:
     """Run the arms; the table is written after each of them, the pictures at the end."""
-    files = [study.output / "rows.jsonl", study.output / TABLE]
+    files = [study.output / ROWS, study.output / TABLE]
 
     def write(rows: list[Row]) -> None:
         if not rows:
@@ -306,16 +312,17 @@ def _run(
     if draw is not None:
         draw(rows)
     else:
-        figures.dots(study.output / PLOT, rows, title)
-        figures.radar(study.output / RADAR, rows, title)
+        found, metrics = table.by_seed(rows), metrics_of(rows)
+        figures.dots(study.output / PLOT, found, metrics, title)
+        figures.radar(study.output / RADAR, found, {name: how for name, how in metrics.items() if name in SHOWN}, title)
     files += [path for path in (study.output / PLOT, study.output / RADAR) if path.exists()]
     return Result(rows, files)
 
 
 def _better(rows: list[Row], baseline: str) -> list[str]:
     """In how many of the paper's metrics each arm beats the baseline: what the paper counts 13, 11 and 9 of 15 of."""
-    compared = [arm for arm in dict.fromkeys(row["arm"] for row in rows) if arm != baseline]
-    counts = [(arm, *tables.improved(rows, arm, baseline)) for arm in compared]
+    compared, found = [arm for arm in dict.fromkeys(row["arm"] for row in rows) if arm != baseline], table.by_seed(rows)
+    counts = [(arm, *table.improved(found, METRICS, arm, baseline)) for arm in compared]
     return [f"- {arm}: better than {baseline} in {better} of {of} metrics." for arm, better, of in counts if of]
 
 
@@ -338,9 +345,11 @@ def _apart(parts: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _table(rows: list[Row], paper: Mapping[str, Mapping[str, float] | None], baseline: str) -> list[str]:
-    lines = tables.by_arm(rows)
+    found = table.by_seed(rows, *FIGURES)
+    lines = table.by_arm(found, metrics_of(rows) | FIGURES)
     if any(paper.get(row["arm"]) for row in rows):
-        lines += ["", "Beside the paper:", "", *tables.beside_paper(rows, paper, baseline)]
+        lines += ["", "Beside the paper:", "", *table.beside(found, METRICS, paper, baseline, "paper")]
+        lines += ["", f"Paper: {SOURCE}."]
     return lines
 
 
@@ -351,9 +360,10 @@ def _origin(rows: Sequence[Row]) -> str:
         return ", ".join(dict.fromkeys(str(row[key]) for row in rows if row.get(key) is not None)) or "unknown"
 
     samples = sorted({row["samples"] for row in rows})
-    seconds = statistics.fmean([row["figures"].get("train_seconds", 0.0) for row in rows])
+    seconds = sum(row["figures"].get("train_seconds", 0.0) for row in rows) / len(rows)
     trained = f"trained for {seconds:.0f} s on average" if seconds else "not trained"
+    machine = all_of("processor" if all_of("gpu") == "none" else "gpu")
     return (
         f"{len(rows)} rows, seeds {all_of('seed')}, {' or '.join(map(str, samples))} test samples, {trained}; "
-        f"{all_of('device')}, PyTorch {all_of('torch')}, commit {all_of('commit')}, {all_of('date')}."
+        f"{machine}, PyTorch {all_of('torch')}, commit {all_of('commit')}, {all_of('date')}."
     )

@@ -7,16 +7,26 @@ import functools
 import hashlib
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from attanchor_vlm.data.batches import check_texts
+from attanchor_vlm.data.rows import read_rows
 from attanchor_vlm.errors import DataError, SetupError
+from attanchor_vlm.evaluation import harness
 from attanchor_vlm.evaluation import run as evaluation
-from attanchor_vlm.training.config import Preset, TrainSettings
+from attanchor_vlm.evaluation.config import EvalConfig
+from attanchor_vlm.model.config import AttAnchorConfig
+from attanchor_vlm.training.config import Method, TrainConfig
+from attanchor_vlm.training.run_folder import differences
+
+from attanchor_lab.placements import PLACEMENTS
 
 _RUNS = "runs"
 _FREE = ("workers", "eval_batch_size", "gradient_checkpointing", "skip_bad")  # of training, change no figure
+_FREE_OF_RUN = ("output", "resume", "preset", *_FREE)
 
 
 @dataclass(frozen=True)
@@ -39,7 +49,7 @@ class Arm:
     direction: str = "text_into_image"
     placement: str = "matched"
     model: str | None = None
-    preset: Preset | None = None
+    preset: Method | None = None
     trained_as: str | None = None
     train_rows: tuple[Path, Path] | None = None
     test_rows: tuple[Path, Path] | None = None
@@ -62,8 +72,8 @@ class Study:
 
     model: str
     output: Path
-    plan: evaluation.Plan
-    preset: Preset
+    plan: EvalConfig
+    preset: Method
     preset_name: str = ""
     train: TrainRows | None = None
     seeds: tuple[int, ...] = (0,)
@@ -100,25 +110,25 @@ class TrainRows:
     workers: int = 0
 
 
-def preset_of(study: Study, arm: Arm) -> Preset:
+def preset_of(study: Study, arm: Arm) -> Method:
     return dataclasses.replace(arm.preset or study.preset, tau=arm.tau, direction=arm.direction)
 
 
-def plan_of(study: Study, arm: Arm, seed: int) -> evaluation.Plan:
+def plan_of(study: Study, arm: Arm, seed: int) -> EvalConfig:
     """What is measured of an arm, on its own images if it has such."""
     data, images = arm.test_rows or (study.plan.data, study.plan.images)
     return dataclasses.replace(study.plan, data=data, images=images, seed=seed)
 
 
-def train_settings(study: Study, rows: TrainRows, arm: Arm, seed: int) -> TrainSettings:
+def train_settings(study: Study, rows: TrainRows, arm: Arm, seed: int) -> TrainConfig:
     """What an arm is trained with, in its own folder or in that of the arm whose training it shares."""
     data, images = arm.train_rows or (rows.data, rows.images)
-    return TrainSettings(
+    return TrainConfig(
         model=arm.model or study.model,
         data=data,
         images=images,
         output=study.output / _RUNS / run_name(arm.trained_as or arm.name, seed),
-        preset=preset_of(study, arm),
+        **vars(preset_of(study, arm)),
         val_data=rows.val_data,
         turns=rows.turns,
         skip_bad=study.plan.skip_bad,
@@ -180,3 +190,69 @@ def _digest(path: Path, changed: int, size: int) -> str:
         while part := file.read(1 << 20):
             found.update(part)
     return found.hexdigest()[:16]
+
+
+# --- What can be wrong is said before the first arm, not after days of training. --------------------------------------
+
+
+def check_arms(study: Study, arms: Sequence[Arm]) -> None:
+    """Refuse arms that cannot be told apart, or whose settings have no meaning.
+
+    Raises:
+        ValueError: naming the arm.
+    """
+    names = [arm.name for arm in arms]
+    if len(set(names)) < len(names):
+        raise ValueError(f"two arms have one name: {', '.join(sorted({n for n in names if names.count(n) > 1}))}")
+    folders: dict[str, str] = {}
+    for arm in arms:
+        if (other := folders.setdefault(slug(arm.name), arm.name)) != arm.name:
+            raise ValueError(f"{other!r} and {arm.name!r} would have one folder, {slug(arm.name)}; name one otherwise")
+        if arm.placement not in PLACEMENTS:
+            raise ValueError(f"placement is {arm.placement!r}; it should be one of {', '.join(PLACEMENTS)}")
+        AttAnchorConfig(tau=arm.tau, direction=arm.direction)
+
+
+def check_pending(study: Study, jobs: Sequence[tuple[Arm, int]], progress: bool = True) -> None:
+    """Refuse rows, tasks and earlier trainings that the arms still to be run could not be run with.
+
+    Raises:
+        DataError: a row is bad (unless `skip_bad`), does not fit a model's context, or a task's data cannot be loaded.
+        SetupError: a model's processor cannot be loaded, or a run in the output folder had other settings.
+    """
+    if not jobs:
+        return
+    if study.train is not None:
+        for arm, seed in jobs:
+            _check_earlier_run(train_settings(study, study.train, arm, seed))
+    if study.plan.metrics:
+        _check_rows(study, [arm for arm, _ in jobs], progress)
+    if study.plan.tasks:
+        harness.check_data(study.plan.tasks, study.plan.task_data, study.plan.include_path)
+
+
+def _check_rows(study: Study, arms: Sequence[Arm], progress: bool) -> None:
+    tests = {(arm.model or study.model, arm.test_rows): arm for arm in arms}
+    for (model, _), arm in tests.items():
+        processor, context = evaluation.processor_and_context(model)
+        evaluation.read(plan_of(study, arm, 0), processor, context, progress)
+    # Of the training rows, those of the first arm are checked by its training, right away.
+    for model, rows in dict.fromkeys((arm.model or study.model, arm.train_rows) for arm in arms if arm.train_rows):
+        processor, context = evaluation.processor_and_context(model)
+        found, _ = read_rows(*rows, study.plan.skip_bad, decode=False)
+        good, bad = check_texts(rows[0], found, processor, context)
+        if bad and (not study.plan.skip_bad or not good):
+            raise DataError("\n".join([*map(str, bad[:10]), f"{len(bad)} bad rows to train on"]), bad)
+
+
+def _check_earlier_run(settings: TrainConfig) -> None:
+    """A run that was trained, or begun, with other settings is not this arm's."""
+    try:
+        changes = differences(settings.output, settings, _FREE_OF_RUN)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return  # nothing there, or nothing that could be gone on from
+    if changes:
+        raise SetupError(
+            f"the run in {settings.output} had other settings: {changes}; go on with the same ones, or take another "
+            "--output"
+        )

@@ -7,8 +7,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from attanchor_lab.scenes.dataset import COLOURS, EMPTY, KINDS, SHAPES
-from attanchor_lab.scenes.world import PAIRS, POPULAR, Scenes, World, frequencies
+from attanchor_lab.scenes.world import (
+    COLOURS,
+    EMPTY,
+    KINDS,
+    PAIRS,
+    POPULAR,
+    SHAPES,
+    Scenes,
+    World,
+    frequencies,
+)
 
 NEGATIVES = ("random", "popular", "adversarial")
 PLACES = ("top-left", "top-right", "bottom-left", "bottom-right")

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from attanchor_lab.scenes.dataset import COLOURS, SHAPES
-
+COLOURS = ("red", "orange", "yellow", "green", "blue", "purple")
+SHAPES = ("circle", "square", "triangle", "cross", "diamond", "ring")
+EMPTY = "empty"  # the label word of a patch without an object
+KINDS = ("existence", "colour", "place")  # of questions
 PAIRS = len(COLOURS) * len(SHAPES)
 POPULAR = 12  # so many of the most frequent pairs are the "popular" ones
 _RGB = ((215, 40, 40), (240, 135, 30), (235, 215, 50), (50, 160, 70), (50, 95, 215), (150, 65, 180))
@@ -94,6 +96,13 @@ class Scenes:
         # Places without an object write into a column that is cut off.
         return found.scatter(1, self.where.masked_fill(~self.there, self.patches), kind)[:, : self.patches]
 
+    def labels(self) -> Tensor:
+        """(B, P, colours + shapes + 1) float32: 1 at the words that describe each patch, the last being "empty"."""
+        colour, shape = self.on_patches(self.colour), self.on_patches(self.shape)
+        of = (colour, len(COLOURS)), (shape, len(SHAPES))
+        known = [kind[..., None] == torch.arange(count, device=kind.device) for kind, count in of]
+        return torch.cat([*known, shape[..., None] < 0], -1).float()
+
     def pairs(self) -> Tensor:
         """(B, PAIRS) bool: which pairs of colour and shape the scene holds."""
         found = torch.zeros(len(self), PAIRS + 1, dtype=torch.bool, device=self.where.device)
@@ -129,11 +138,12 @@ def draw(world: World, count: int, generator: torch.Generator, least: int = 0, m
     return Scenes(where, pair // len(SHAPES), pair % len(SHAPES), there, clutter, world.patches)
 
 
-def render(world: World, scenes: Scenes, generator: torch.Generator, blur: float = 0.0) -> Tensor:
+def render(world: World, scenes: Scenes, generator: torch.Generator, blur: float = 0.0, slope: float = 0.0) -> Tensor:
     """(B, 3, height, width) float32 about 0: jittered place, size and colour on a tinted, noisy ground.
 
     Args:
         blur: Standard deviation in pixels of a Gaussian blur, before the noise; 0 for none.
+        slope: How much the ground's brightness may change from the middle to an edge, of a range of 1.
     """
     device, count, cell = generator.device, len(scenes), world.cell
 
@@ -168,6 +178,10 @@ def render(world: World, scenes: Scenes, generator: torch.Generator, blur: float
 
     image = image.unflatten(1, (world.rows, world.columns)).unflatten(-1, (cell, cell))
     image = image.permute(0, 3, 1, 4, 2, 5).reshape(count, 3, world.rows * cell, world.columns * cell)
+    if slope > 0:
+        y, x = (torch.linspace(-1, 1, image.shape[axis], device=device) for axis in (2, 3))
+        steep = uniform(-slope, slope, count, 2, 1, 1, 1)
+        image = image + steep[:, 0] * y[:, None] + steep[:, 1] * x
     if blur > 0:
         image = _blurred(image, blur)
     noise = torch.randn(image.shape, generator=generator, device=device) * world.noise

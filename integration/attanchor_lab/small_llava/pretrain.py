@@ -17,15 +17,19 @@ from typing import Any
 
 import numpy as np
 import torch
+from attanchor_vlm.constants import IGNORE_INDEX
 from attanchor_vlm.records import check_parent
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from attanchor_lab.scenes import dataset as scenes
+from attanchor_lab.scenes.alignment import alignment_loss
+from attanchor_lab.scenes.questions import quadrant
+from attanchor_lab.scenes.world import Scenes
 from attanchor_lab.small_llava import model as small_llava
+from attanchor_lab.synthetic.model import schedule
 
-IGNORED = -100
 _PHRASES = (  # together they hold every word of the prompts that names neither a colour nor a shape
     ("Is there a red an orange ring in the picture?", "yes"),
     ("What colour is the ring?", "no"),
@@ -59,11 +63,11 @@ def make(output: Path, recipe: Recipe = Recipe(), log: Callable[[str], None] = p
     check_parent(output)
     started = time.perf_counter()
     torch.manual_seed(recipe.seed)
-    rng = np.random.default_rng(recipe.seed)
+    generator = scenes.generator_for(recipe.seed)
     processor = small_llava.build_processor()
     model = small_llava.build_model(processor)
-    _pretrain_tower(model, processor, recipe, rng, log)
-    _pretrain_language(model, processor, recipe, rng, log)
+    _pretrain_tower(model, processor, recipe, generator, log)
+    _pretrain_language(model, processor, recipe, generator, log)
     result = alignment(model, processor, seed=recipe.seed + 1)
     result["seconds"] = time.perf_counter() - started
     log(
@@ -85,26 +89,22 @@ def pixel_values(processor: LlavaProcessor, images: np.ndarray) -> Tensor:
     return (pixels - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
 
 
-def _schedule(optimizer: torch.optim.Optimizer, steps: int, lr: float) -> torch.optim.lr_scheduler.LRScheduler:
-    return torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.08, final_div_factor=50)
-
-
-def _pretrain_tower(model, processor, recipe: Recipe, rng: np.random.Generator, log) -> None:
+def _pretrain_tower(model, processor, recipe: Recipe, generator: torch.Generator, log) -> None:
     """Name colour, shape, row, column and quadrant of every patch by linear heads, thrown away after; then freeze."""
     tower = model.model.vision_tower
     sizes = (len(scenes.COLOURS) + 1, len(scenes.SHAPES) + 1, scenes.GRID, scenes.GRID, len(scenes.PLACES))
     heads = nn.ModuleList([nn.Linear(tower.config.hidden_size, size) for size in sizes])
     optimizer = torch.optim.AdamW([*tower.parameters(), *heads.parameters()], recipe.tower_lr, weight_decay=0.01)
-    schedule = _schedule(optimizer, recipe.tower_steps, recipe.tower_lr)
+    rate = schedule(optimizer, recipe.tower_steps, recipe.tower_lr)
     cells = torch.arange(scenes.GRID**2)
-    quadrants = torch.tensor([scenes.PLACES.index(scenes.place(cell)) for cell in cells.tolist()])
+    quadrants = quadrant(scenes.WORLD, cells)
     for step in range(recipe.tower_steps):
         # Crowded scenes: more named patches in every step.
-        batch = scenes.draw_scenes(recipe.tower_batch, rng, least=12, most=32)
-        hidden = _tower_features(model, pixel_values(processor, scenes.render(batch, rng)))
+        batch = scenes.draw_scenes(recipe.tower_batch, generator, least=12, most=32)
+        hidden = _tower_features(model, pixel_values(processor, scenes.render(batch, generator)))
         targets = (
-            torch.from_numpy(batch.colour) % sizes[0],  # -1, the empty patch, becomes the last class
-            torch.from_numpy(batch.shape) % sizes[1],
+            batch.on_patches(batch.colour) % sizes[0],  # -1, the empty patch, becomes the last class
+            batch.on_patches(batch.shape) % sizes[1],
             (cells // scenes.GRID).expand(recipe.tower_batch, -1),
             (cells % scenes.GRID).expand(recipe.tower_batch, -1),
             quadrants.expand(recipe.tower_batch, -1),
@@ -114,7 +114,7 @@ def _pretrain_tower(model, processor, recipe: Recipe, rng: np.random.Generator, 
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        schedule.step()
+        rate.step()
         if step % 100 == 99 or step + 1 == recipe.tower_steps:
             there = targets[0] != len(scenes.COLOURS)
             right = [(head(hidden).argmax(-1) == t)[there].float().mean().item() for head, t in pairs]
@@ -135,21 +135,22 @@ def _tower_features(model, pixels: Tensor) -> Tensor:
 class _Pool:
     """Scenes with the frozen tower's features, so that each image is rendered and encoded once."""
 
-    drawn: scenes.Scenes
+    drawn: Scenes
     features: Tensor
 
     @classmethod
-    def draw(cls, model, processor, count: int, least: int, most: int, rng: np.random.Generator) -> _Pool:
-        drawn = scenes.draw_scenes(count, rng, least, most)
+    def draw(cls, model, processor, count: int, least: int, most: int, generator: torch.Generator) -> _Pool:
+        drawn = scenes.draw_scenes(count, generator, least, most)
         parts = []
         with torch.no_grad():
             for start in range(0, count, 128):
-                part = scenes.Scenes(drawn.colour[start : start + 128], drawn.shape[start : start + 128])
-                parts.append(_tower_features(model, pixel_values(processor, scenes.render(part, rng))))
+                part = scenes.render(drawn[start : start + 128], generator)
+                parts.append(_tower_features(model, pixel_values(processor, part)))
         return cls(drawn, torch.cat(parts))
 
-    def pick(self, index: np.ndarray) -> tuple[scenes.Scenes, Tensor]:
-        return scenes.Scenes(self.drawn.colour[index], self.drawn.shape[index]), self.features[index]
+    def pick(self, count: int, generator: torch.Generator) -> tuple[Scenes, Tensor]:
+        index = torch.randint(len(self.drawn), (count,), generator=generator)
+        return self.drawn[index], self.features[index]
 
 
 class _Packer:
@@ -191,7 +192,7 @@ class _Packer:
         start = len(self.prefix)
         longest = max(sum(len(ids) for ids, _ in row) for row in rows)
         ids_ = torch.full((count, start + longest), self.pad)
-        labels = torch.full_like(ids_, IGNORED)
+        labels = torch.full_like(ids_, IGNORE_INDEX)
         positions = torch.zeros_like(ids_)
         block = torch.full_like(ids_, -1)  # 0 = prefix, 1.. = questions, -1 = padding
         ids_[:, :start], positions[:, :start], block[:, :start] = self.prefix, torch.arange(start), 0
@@ -210,21 +211,21 @@ class _Packer:
         return ids_, labels, positions, mask[:, None]
 
 
-def _pretrain_language(model, processor, recipe: Recipe, rng: np.random.Generator, log) -> None:
+def _pretrain_language(model, processor, recipe: Recipe, generator: torch.Generator, log) -> None:
     packer = _Packer(processor)
     words = torch.cat([_label_words(processor), _other_words(processor)])
     model.train()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, recipe.lr, weight_decay=0.01, betas=(0.9, 0.98))
-    schedule = _schedule(optimizer, recipe.steps, recipe.lr)
+    rate = schedule(optimizer, recipe.steps, recipe.lr)
     # First scenes with few objects, where a question can be answered before attention has learnt to select.
-    easy = _Pool.draw(model, processor, recipe.scenes // 4, 1, 4, rng)
-    full = _Pool.draw(model, processor, recipe.scenes, 5, 9, rng)
+    easy = _Pool.draw(model, processor, recipe.scenes // 4, 1, 4, generator)
+    full = _Pool.draw(model, processor, recipe.scenes, 5, 9, generator)
     log(f"{len(easy.drawn) + len(full.drawn)} scenes rendered and encoded")
     for step in range(recipe.steps):
         pool = easy if step < recipe.steps // 5 else full
-        batch, features = pool.pick(rng.integers(len(pool.drawn), size=recipe.batch))
-        ids, labels, positions, mask = packer.pack(scenes.ask(batch, rng), len(batch))
+        batch, features = pool.pick(recipe.batch, generator)
+        ids, labels, positions, mask = packer.pack(scenes.ask(batch, generator), len(batch))
         projected = model.model.multi_modal_projector(features)
         embedding = model.get_input_embeddings()
         rows = embedding(ids)
@@ -232,15 +233,15 @@ def _pretrain_language(model, processor, recipe: Recipe, rng: np.random.Generato
         hidden = model.model.language_model(
             inputs_embeds=rows, attention_mask=mask, position_ids=positions
         ).last_hidden_state
-        asked = labels[:, 1:] != IGNORED
+        asked = labels[:, 1:] != IGNORE_INDEX
         answer = F.cross_entropy(model.lm_head(hidden[:, :-1][asked]), labels[:, 1:][asked])
-        aligned = alignment_loss(projected, embedding.weight[words].detach(), batch, recipe.temperature)
+        aligned = alignment_loss(projected, embedding.weight[words], batch, recipe.temperature)
         loss = answer + recipe.alignment_weight * aligned
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
-        schedule.step()
+        rate.step()
         if step % 100 == 99 or step + 1 == recipe.steps:
             log(f"language {step + 1}: answer loss {answer.item():.3f}, alignment loss {aligned.item():.3f}")
 
@@ -259,50 +260,19 @@ def _other_words(processor: LlavaProcessor) -> Tensor:
     return torch.tensor(sorted(every - special - set(_label_words(processor).tolist())))
 
 
-def alignment_loss(projected: Tensor, words: Tensor, batch: scenes.Scenes, temperature: float) -> Tensor:
-    """InfoNCE between patches (n, cells, d) and words (w, d): colours, shapes, "empty", then words that fit no patch.
-
-    Both ways: a patch should know its words among all words, and a word its patches among all patches of the image,
-    which is the question that AttAnchor's matching asks. What has several right partners (a patch its colour and its
-    shape, a word several objects) sets each against the wrong ones, not against the others.
-    """
-    logits = F.normalize(projected, dim=-1) @ F.normalize(words, dim=-1).T / temperature
-    colour, shape = torch.from_numpy(batch.colour), torch.from_numpy(batch.shape)
-    there = shape >= 0
-    labels = len(scenes.COLOURS) + len(scenes.SHAPES)
-    right = torch.zeros_like(logits, dtype=torch.bool)
-    right[..., : len(scenes.COLOURS)] = _one_hot(colour, len(scenes.COLOURS))
-    right[..., len(scenes.COLOURS) : labels] = _one_hot(shape, len(scenes.SHAPES))
-    right[..., labels] = ~there
-    wrong = logits.masked_fill(right, -torch.inf)
-    to_word = F.softplus(
-        wrong.logsumexp(-1, keepdim=True) - logits
-    )  # -log of exp(right) / (exp(right) + sum exp(wrong))
-    to_patch = F.softplus(wrong.logsumexp(-2, keepdim=True) - logits)[..., :labels]
-    # Objects and empty cells count the same, though most cells are empty.
-    words_of_patches = (to_word[right & there[..., None]].mean() + to_word[right & ~there[..., None]].mean()) / 2
-    return (words_of_patches + to_patch[right[..., :labels]].mean()) / 2
-
-
-def _one_hot(kind: Tensor, count: int) -> Tensor:
-    """(…, count) bool; a kind of -1 is no kind."""
-    return kind[..., None] == torch.arange(count)
-
-
 @torch.no_grad()
 def alignment(
     model: LlavaForConditionalGeneration, processor: LlavaProcessor, count: int = 200, seed: int = 1
 ) -> dict[str, float]:
     """On fresh scenes: how often the patch that a present word matches best holds it, and what chance would give."""
-    rng = np.random.default_rng(seed)
-    batch = scenes.draw_scenes(count, rng)
-    pixels = pixel_values(processor, scenes.render(batch, rng))
+    generator = scenes.generator_for(seed)
+    batch = scenes.draw_scenes(count, generator)
+    pixels = pixel_values(processor, scenes.render(batch, generator))
     patches = torch.cat([torch.stack(list(model.get_image_features(part).pooler_output)) for part in pixels.split(128)])
     table: Any = model.get_input_embeddings().weight
     words = table[_label_words(processor)[:-1]]
     best = (F.normalize(patches, dim=-1) @ F.normalize(words, dim=-1).T).argmax(1)  # (n, words)
-    colour, shape = torch.from_numpy(batch.colour), torch.from_numpy(batch.shape)
-    holds = torch.cat([_one_hot(colour, len(scenes.COLOURS)), _one_hot(shape, len(scenes.SHAPES))], -1)
+    holds = batch.labels()[..., :-1].bool()
     present = holds.any(1)
     hit = holds.gather(1, best[:, None])[:, 0]
     chance = holds.float().mean(1)

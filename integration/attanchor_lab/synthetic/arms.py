@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import torch
 from attanchor_vlm.model.attach import attach
 from attanchor_vlm.model.config import AttAnchorConfig
-from attanchor_vlm.model.rewrite import accepts_encoded_images
 from torch import Tensor
 
 from attanchor_lab import lab_placement as placement
@@ -85,12 +84,10 @@ class Batch:
     def patches(self) -> int:
         return self.features.shape[1]
 
-    def images(self, model: Any) -> dict[str, Any]:
-        """The images as `model`'s forward takes them: encoded already, or before transformers 5.18 as pixels. It would
-        overlook there what it does not know, and answer without an image."""
-        if accepts_encoded_images(model):
-            return {"mm_encoder_outputs": {"image": self.encoded}}
-        return {"pixel_values": self.pixels}
+    @property
+    def images(self) -> dict[str, Any]:
+        """The images as a forward takes them, encoded already."""
+        return {"mm_encoder_outputs": {"image": self.encoded}}
 
 
 def encode(model: Any, scenes: Scenes, questions: Questions, pixels: Tensor) -> Batch:
@@ -189,7 +186,7 @@ class Asker:
                 attention_mask=torch.ones_like(batch.ids),
                 anchor_mask=self.takes_part(batch),
                 use_cache=False,
-                **batch.images(self.model),
+                **batch.images,
                 **more,
             )
         finally:

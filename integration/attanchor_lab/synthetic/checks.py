@@ -7,32 +7,32 @@ from typing import Any
 
 import torch
 from attanchor_vlm.model.attach import detach
+from attanchor_vlm.records import Row
 
 from attanchor_lab import lab_placement as placement
-from attanchor_lab.lab_rows import Row
 from attanchor_lab.scenes import questions
 from attanchor_lab.scenes import world as scenes
 from attanchor_lab.scenes.questions import LENGTH
 from attanchor_lab.synthetic import arms, training
 from attanchor_lab.synthetic.arms import ARMS, Asker, Batch
-from attanchor_lab.synthetic.plan import Plan, Setting
+from attanchor_lab.synthetic.plan import Condition, LabPlan
 
 
 class CheckError(ValueError):
     """The laboratory does not do what it says."""
 
 
-def run(plan: Plan, rows: list[Row], device: str, say: Callable[[str], None] = print) -> None:
-    """Check the plan's runs, and every arm's wiring on an untrained model of the first setting.
+def run(plan: LabPlan, rows: list[Row], device: str, say: Callable[[str], None] = print) -> None:
+    """Check the plan's runs, and every arm's wiring on an untrained model of the first condition.
 
     Raises:
         CheckError: naming the first check that fails.
     """
-    setting = plan.settings[0]
+    condition = plan.settings[0]
     _runs(plan, rows)
     say(f"runs: {sum(row['kind'] == 'run' for row in rows)} done, all losses finite")
     say(f"matching: {_matching(rows)}")
-    model, batch = _untrained(setting, device)
+    model, batch = _untrained(condition, device)
     identity(model, batch)
     say("identity: at tau 1 the attached model gives the untouched model's logits, bit for bit")
     same_as_attach(model, batch)
@@ -47,9 +47,9 @@ def _fail_unless(holds: bool, message: str) -> None:
         raise CheckError(f"the laboratory's check failed: {message}")
 
 
-def _runs(plan: Plan, rows: list[Row]) -> None:
+def _runs(plan: LabPlan, rows: list[Row]) -> None:
     done = {(row["setting"], row["arm"], row["seed"]) for row in rows if row["kind"] == "run" and _is_done(row)}
-    wanted = {(setting.name, arm, seed) for setting in plan.settings for arm, seed in setting.runs()}
+    wanted = {(condition.name, arm, seed) for condition in plan.settings for arm, seed in condition.runs()}
     failed = [row for row in rows if row["kind"] in ("run", "start") and not _is_done(row)]
     _fail_unless(not failed, f"{failed[0].get('error') if failed else ''}")
     _fail_unless(done >= wanted, f"{sorted(wanted - done)[:1]} was not run")
@@ -68,24 +68,24 @@ def _matching(rows: list[Row]) -> str:
     return f"{found['hit']:.2f} of the words find a patch that holds them (chance {found['chance']:.2f})"
 
 
-def _untrained(setting: Setting, device: str) -> tuple[Any, Batch]:
+def _untrained(condition: Condition, device: str) -> tuple[Any, Batch]:
     from attanchor_lab.synthetic.model import build
 
     torch.manual_seed(0)
-    model: Any = build(setting.world, setting.shape)
+    model: Any = build(condition.world, condition.shape)
     model = model.to(device).eval()
     generator = training.generator_for(device, 0, 99)
     with torch.no_grad():
-        drawn = scenes.draw(setting.world, 8, generator)
-        asked = questions.ask(setting.world, drawn, 1, setting.mixture, generator).flat()
-        batch = arms.encode(model, drawn, asked, scenes.render(setting.world, drawn, generator))
+        drawn = scenes.draw(condition.world, 8, generator)
+        asked = questions.ask(condition.world, drawn, 1, condition.mixture, generator).flat()
+        batch = arms.encode(model, drawn, asked, scenes.render(condition.world, drawn, generator))
     return model, batch
 
 
 @torch.no_grad()
 def identity(model: Any, batch: Batch) -> None:
     """tau >= 1 is the untouched model, for every arm that `attach` serves; and that one sees its images."""
-    inputs = {"input_ids": batch.ids, "attention_mask": torch.ones_like(batch.ids), **batch.images(model)}
+    inputs = {"input_ids": batch.ids, "attention_mask": torch.ones_like(batch.ids), **batch.images}
     untouched = detach(model)(use_cache=False, **inputs).logits[:, -1]
     _, rows = placement.plain_rows(model, batch.ids, batch.features, batch.is_image)
     merged = model(inputs_embeds=rows, attention_mask=inputs["attention_mask"], use_cache=False).logits[:, -1]

@@ -13,12 +13,12 @@ from torch.nn import functional as F
 from attanchor_lab import lab_placement as placement
 from attanchor_lab.scenes import questions
 from attanchor_lab.scenes import world as scenes
-from attanchor_lab.scenes.dataset import KINDS
+from attanchor_lab.scenes.alignment import match_counts, match_quality
 from attanchor_lab.scenes.questions import EXISTENCE, LENGTH, NEGATIVES, WORDS, YES, Mixture
-from attanchor_lab.small_llava.alignment import match_counts, match_quality
+from attanchor_lab.scenes.world import KINDS
 from attanchor_lab.synthetic import arms
 from attanchor_lab.synthetic.arms import Asker, Batch, Built
-from attanchor_lab.synthetic.plan import Setting
+from attanchor_lab.synthetic.plan import Condition
 from attanchor_lab.synthetic.training import generator_for, hosts_as_patches
 
 TEST = Mixture(kinds=(0.5, 0.25, 0.25))  # POPE's balance: half the existence questions are to be denied
@@ -27,7 +27,7 @@ _ATTENTION_SAMPLES = 96
 
 
 @torch.no_grad()
-def measure(setting: Setting, asker: Asker, seed: int, device: str, pictures: bool = False) -> dict[str, Any]:
+def measure(condition: Condition, asker: Asker, seed: int, device: str, pictures: bool = False) -> dict[str, Any]:
     """Everything that a row says about a trained arm. All arms of a seed are asked the same questions.
 
     Args:
@@ -35,40 +35,40 @@ def measure(setting: Setting, asker: Asker, seed: int, device: str, pictures: bo
     """
     asker.model.eval()
     measures: dict[str, Any] = {"test": {}}
-    for blur in setting.blur_test:
-        measures["test"][f"{blur:g}"] = _test(setting, asker, seed, device, blur, setting.test_scenes)
+    for blur in condition.blur_test:
+        measures["test"][f"{blur:g}"] = _test(condition, asker, seed, device, blur, condition.test_scenes)
     if asker.arm.copies != "none":
         measures["without_copies"] = _test(
-            setting, asker, seed, device, setting.blur_test[0], max(1, setting.test_scenes // 3), copies=False
+            condition, asker, seed, device, condition.blur_test[0], max(1, condition.test_scenes // 3), copies=False
         )
-    measures["attention"] = _attention(setting, asker, seed, device)
+    measures["attention"] = _attention(condition, asker, seed, device)
     if pictures:
-        measures["pictures"] = _pictures(setting, asker, seed, device)
+        measures["pictures"] = _pictures(condition, asker, seed, device)
     return measures
 
 
-def test_batches(setting: Setting, asker: Asker, seed: int, device: str, blur: float, count: int):
-    """Batches of `count` held-out scenes; which ones they are depends on nothing but setting, seed and device."""
+def test_batches(condition: Condition, asker: Asker, seed: int, device: str, blur: float, count: int):
+    """Batches of `count` held-out scenes; which ones they are depends on nothing but condition, seed and device."""
     generator = generator_for(device, seed, 5)
     left = count
-    per_batch = max(1, setting.test_batch // setting.test_each)
+    per_batch = max(1, condition.test_batch // condition.test_each)
     while left > 0:
-        drawn = scenes.draw(setting.world, min(per_batch, left), generator)
-        asked = questions.ask(setting.world, drawn, setting.test_each, TEST, generator).flat()
-        pixels = scenes.render(setting.world, drawn, generator, blur)
-        index = torch.arange(len(drawn), device=generator.device).repeat_interleave(setting.test_each)
+        drawn = scenes.draw(condition.world, min(per_batch, left), generator)
+        asked = questions.ask(condition.world, drawn, condition.test_each, TEST, generator).flat()
+        pixels = scenes.render(condition.world, drawn, generator, blur)
+        index = torch.arange(len(drawn), device=generator.device).repeat_interleave(condition.test_each)
         left -= len(drawn)
         yield arms.encode(asker.model, drawn[index], asked, pixels[index])
 
 
 def _test(
-    setting: Setting, asker: Asker, seed: int, device: str, blur: float, count: int, copies: bool = True
+    condition: Condition, asker: Asker, seed: int, device: str, blur: float, count: int, copies: bool = True
 ) -> dict[str, Any]:
     kinds, negatives, right, said_yes, losses = [], [], [], [], []
     counts: Tensor | None = None
     candidates = copied = 0
     asker.generator.manual_seed(seed + 77)
-    for batch in test_batches(setting, asker, seed, device, blur, count):
+    for batch in test_batches(condition, asker, seed, device, blur, count):
         answered = asker(batch, copies=copies)
         logits = answered.logits.float()
         answer = logits.argmax(-1)
@@ -126,14 +126,14 @@ def _best(asker: Asker, batch: Batch) -> tuple[Tensor, Tensor]:
 # --- Attention to the true patch, the mechanism that the paper names. -----------------------------------------------
 
 
-def _attention(setting: Setting, asker: Asker, seed: int, device: str) -> dict[str, Any]:
+def _attention(condition: Condition, asker: Asker, seed: int, device: str) -> dict[str, Any]:
     """Attention from the question to the patch of the object asked for, with the arm's copies and without them."""
     generator = generator_for(device, seed, 6)
     mixture = Mixture(kinds=(0.4, 0.3, 0.3), yes=1.0)  # every question has a true patch
-    count = max(4, min(_ATTENTION_SAMPLES, 30_000_000 // setting.world.patches**2))  # the weights are kept whole
-    drawn = scenes.draw(setting.world, count, generator)
-    asked = questions.ask(setting.world, drawn, 1, mixture, generator).flat()
-    batch = arms.encode(asker.model, drawn, asked, scenes.render(setting.world, drawn, generator))
+    count = max(4, min(_ATTENTION_SAMPLES, 30_000_000 // condition.world.patches**2))  # the weights are kept whole
+    drawn = scenes.draw(condition.world, count, generator)
+    asked = questions.ask(condition.world, drawn, 1, mixture, generator).flat()
+    batch = arms.encode(asker.model, drawn, asked, scenes.render(condition.world, drawn, generator))
     result: dict[str, Any] = {"with_copies": _attended(asker, batch, True)}
     if asker.arm.copies != "none":
         result["without_copies"] = _attended(asker, batch, False)
@@ -200,12 +200,12 @@ def _rows(batch: Batch, built: Built) -> tuple[Tensor, Tensor, Tensor]:
     return built.source, built.is_anchor, built.attention_mask
 
 
-def _pictures(setting: Setting, asker: Asker, seed: int, device: str, count: int = 2) -> list[dict[str, Any]]:
+def _pictures(condition: Condition, asker: Asker, seed: int, device: str, count: int = 2) -> list[dict[str, Any]]:
     """Scenes as PNG with question, answer, matches and the attention of the answer's place to every patch."""
     generator = generator_for(device, seed, 7)
-    drawn = scenes.draw(setting.world, count, generator)
-    asked = questions.ask(setting.world, drawn, 1, _PICTURED, generator).flat()
-    pixels = scenes.render(setting.world, drawn, generator)
+    drawn = scenes.draw(condition.world, count, generator)
+    asked = questions.ask(condition.world, drawn, 1, _PICTURED, generator).flat()
+    pixels = scenes.render(condition.world, drawn, generator)
     batch = arms.encode(asker.model, drawn, asked, pixels)
     attentions, built = _attentions(asker, batch, True)
     answer = asker(batch).logits.argmax(-1)
@@ -223,7 +223,7 @@ def _pictures(setting: Setting, asker: Asker, seed: int, device: str, count: int
         found.append(
             {
                 "png": _png(pixels[row]),
-                "grid": [setting.world.rows, setting.world.columns],
+                "grid": [condition.world.rows, condition.world.columns],
                 "question": questions.text_of(asked.words[row]),
                 "answer": WORDS[int(answer[row])],
                 "truth": WORDS[int(asked.answer[row])],

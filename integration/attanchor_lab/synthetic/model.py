@@ -20,8 +20,8 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutput
 
 from attanchor_lab.scenes import world as scenes
-from attanchor_lab.scenes.dataset import COLOURS, SHAPES
 from attanchor_lab.scenes.questions import IMAGE, PAD, START, WORDS
+from attanchor_lab.scenes.world import COLOURS, SHAPES
 
 _FREQUENCIES = 3  # waves per axis of the position features
 

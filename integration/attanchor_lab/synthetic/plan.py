@@ -1,4 +1,4 @@
-"""What a run depends on: settings, the plan that holds them, and what is compared. Written down before the runs."""
+"""What a run depends on: conditions, the plan that holds them, and what is compared. Written down before the runs."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ class Stage2:
 
 
 @dataclass(frozen=True)
-class Setting:
+class Condition:
     """One world, one model, one way to train; `arms` start from the same weights and see the same data in each seed.
 
     Attributes:
@@ -159,7 +159,7 @@ class Contrast:
 
 
 @dataclass(frozen=True)
-class Plan:
+class LabPlan:
     """Everything that one command runs, in this order, and the questions that it is to answer.
 
     Attributes:
@@ -171,7 +171,7 @@ class Plan:
     """
 
     size: str
-    settings: tuple[Setting, ...]
+    settings: tuple[Condition, ...]
     contrasts: tuple[Contrast, ...]
     minutes: float | None = None
     workers: int = 2
@@ -180,12 +180,12 @@ class Plan:
         if not self.settings:
             raise ValueError("the plan has no settings; it should have at least one")
         _at_least(self, workers=1)
-        by_name = {setting.name: setting for setting in self.settings}
+        by_name = {condition.name: condition for condition in self.settings}
         if len(by_name) < len(self.settings):
             raise ValueError("two settings of the plan have the same name")
         for contrast in self.contrasts:
-            setting = by_name.get(contrast.setting)
-            arms = (*setting.arms, *setting.more) if setting else ()
+            condition = by_name.get(contrast.setting)
+            arms = (*condition.arms, *condition.more) if condition else ()
             if contrast.arm not in arms or contrast.against not in arms:
                 raise ValueError(f"{contrast} compares what the plan does not run")
 
@@ -194,6 +194,6 @@ class Plan:
             "size": self.size,
             "minutes": self.minutes,
             "workers": self.workers,
-            "settings": [setting.to_dict() for setting in self.settings],
+            "settings": [condition.to_dict() for condition in self.settings],
             "contrasts": [dataclasses.asdict(contrast) for contrast in self.contrasts],
         }

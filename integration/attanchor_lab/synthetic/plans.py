@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from attanchor_lab.scenes.questions import Mixture
 from attanchor_lab.scenes.world import World
 from attanchor_lab.synthetic.model import Shape
-from attanchor_lab.synthetic.plan import Contrast, Plan, Setting, Stage1, Stage2
+from attanchor_lab.synthetic.plan import Condition, Contrast, LabPlan, Stage1, Stage2
 
 SIZES = ("smoke", "cpu", "gpu")
 
@@ -18,8 +21,8 @@ SIZES = ("smoke", "cpu", "gpu")
 _PRIOR = Mixture(yes=0.65, negatives=("random",))
 
 
-def _smoke() -> Plan:
-    setting = Setting(
+def _smoke() -> LabPlan:
+    condition = Condition(
         "smoke",
         "36 patches, alignment loss, a few steps",
         arms=("plain", "t2i", "t2i-inherit", "i2t", "random", "front"),
@@ -34,10 +37,10 @@ def _smoke() -> Plan:
         test_scenes=24,
     )
     lora = dataclasses.replace(
-        setting, name="lora", title="the same with LoRA", arms=("plain", "t2i"), more=(),
+        condition, name="lora", title="the same with LoRA", arms=("plain", "t2i"), more=(),
         stage2=Stage2(steps=4, batch=24, method="lora", hold_share=False),
     )  # fmt: skip
-    return Plan("smoke", (setting, lora), (Contrast("smoke", "t2i", asks="Does text into image help?"),))
+    return LabPlan("smoke", (condition, lora), (Contrast("smoke", "t2i", asks="Does text into image help?"),))
 
 
 _QUESTIONS = {
@@ -53,8 +56,8 @@ def _contrasts(setting: str, *pairs: tuple[str, str]) -> tuple[Contrast, ...]:
     return tuple(Contrast(setting, arm, against, _QUESTIONS[arm, against]) for arm, against in pairs)
 
 
-def _cpu() -> Plan:
-    main = Setting(
+def _cpu() -> LabPlan:
+    main = Condition(
         "main",
         "36 patches, 3 layers of width 64, alignment loss, training that induces a yes-prior",
         arms=("plain", "t2i", "t2i-inherit", "random-inherit", "front"),
@@ -66,13 +69,13 @@ def _cpu() -> Plan:
         blur_test=(0.0, 0.8),
         test_scenes=400,
     )
-    return Plan("cpu", (main,), _contrasts("main", *_QUESTIONS))
+    return LabPlan("cpu", (main,), _contrasts("main", *_QUESTIONS))
 
 
-def _gpu() -> Plan:
+def _gpu() -> LabPlan:
     """d = 256, 8 layers; the most valuable first, so that a slower machine leaves out the least."""
     large = Shape(width=256, layers=8, heads=8)
-    main = Setting(
+    main = Condition(
         "main-144",
         "144 patches, 8 layers of width 256, alignment loss, training that induces a yes-prior",
         arms=("plain", "t2i", "t2i-inherit", "random-inherit", "front"),
@@ -86,7 +89,7 @@ def _gpu() -> Plan:
         test_batch=600,
     )
 
-    def varied(name: str, title: str, *arms: str, **changed: Any) -> Setting:
+    def varied(name: str, title: str, *arms: str, **changed: Any) -> Condition:
         changed = {"blur_test": (0.0,), **changed}
         return dataclasses.replace(main, name=name, title=title, arms=arms, **changed)
 
@@ -138,32 +141,32 @@ def _gpu() -> Plan:
         *_contrasts("first-step-144", ("t2i-inherit", "plain"), ("front", "plain")),
         *_contrasts("main-576", ("t2i-inherit", "plain"), ("front", "plain")),
     )
-    return Plan("gpu", (main, first, wide, more, *others), contrasts, minutes=8.0, workers=3)
+    return LabPlan("gpu", (main, first, wide, more, *others), contrasts, minutes=8.0, workers=3)
 
 
-def _toy(setting: Setting) -> Setting:
+def _toy(condition: Condition) -> Condition:
     """The same arms and settings, too small and too short to learn anything."""
-    lines = setting.world.rows != setting.world.columns
+    lines = condition.world.rows != condition.world.columns
     return dataclasses.replace(
-        setting,
-        seeds=setting.seeds[:1],
-        world=World(4, 6 if lines else 4, setting.world.cell, 2, 4, 3, setting.world.noise),
+        condition,
+        seeds=condition.seeds[:1],
+        world=World(4, 6 if lines else 4, condition.world.cell, 2, 4, 3, condition.world.noise),
         shape=Shape(width=32, layers=2, heads=2, content=20),
         stage1=dataclasses.replace(
-            setting.stage1, steps=min(setting.stage1.steps, 3), batch=4, each=3, encoder_steps=4
+            condition.stage1, steps=min(condition.stage1.steps, 3), batch=4, each=3, encoder_steps=4
         ),
-        stage2=dataclasses.replace(setting.stage2, steps=3, batch=4),
+        stage2=dataclasses.replace(condition.stage2, steps=3, batch=4),
         test_scenes=6,
     )
 
 
-def rehearsal(plan: Plan) -> Plan:
+def rehearsal(plan: LabPlan) -> LabPlan:
     """The same arms and settings at toy size, one seed."""
-    settings = tuple(_toy(setting) for setting in plan.settings)
+    settings = tuple(_toy(condition) for condition in plan.settings)
     return dataclasses.replace(plan, size=f"{plan.size} (rehearsal)", settings=settings)
 
 
-def plan(size: str, rehearse: bool = False, workers: int | None = None, minutes: float | None = None) -> Plan:
+def plan(size: str, rehearse: bool = False, workers: int | None = None, minutes: float | None = None) -> LabPlan:
     """The plan of a size.
 
     Args:
@@ -182,6 +185,58 @@ def plan(size: str, rehearse: bool = False, workers: int | None = None, minutes:
     if workers is None:
         workers = made.workers if size == "gpu" and not rehearse else _cores()
     return dataclasses.replace(made, workers=workers, minutes=made.minutes if minutes is None else minutes)
+
+
+def from_file(
+    path: Path, rehearse: bool = False, workers: int | None = None, minutes: float | None = None
+) -> tuple[LabPlan, str]:
+    """A plan of the user's own, and the device that it asks for: its key "device", "cpu" by default.
+
+    Args:
+        rehearse: At toy size, on the CPU.
+        workers, minutes: Others than the file's own.
+
+    Raises:
+        ValueError: the file is missing or no plan, or it asks for a GPU that is not here.
+    """
+    if not path.is_file():
+        raise ValueError(f"plan {path} is no file; begin with the plan.json that `attanchor lab` writes")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"plan {path} is no JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"plan {path} is {type(values).__name__}; it should be a JSON object")
+    device = values.get("device", "cpu")
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f"device of the plan is {device!r}; it should be 'cpu' or 'cuda'")
+    made = from_dict(values)
+    if rehearse:
+        made = rehearsal(made)
+    changed: dict[str, Any] = {
+        name: value for name, value in (("workers", workers), ("minutes", minutes)) if value is not None
+    }
+    return dataclasses.replace(made, **changed), device_for(device == "cuda", rehearse, "device of the plan is 'cuda'")
+
+
+def from_dict(values: Mapping[str, Any]) -> LabPlan:
+    """The plan of a plan.json, which also says when and where it was written.
+
+    Raises:
+        ValueError: a key is unknown or missing, or a value is wrong.
+    """
+    import pydantic
+
+    names = {field.name for field in dataclasses.fields(LabPlan)}
+    text = json.dumps({name: value for name, value in values.items() if name in names})
+    try:
+        return pydantic.TypeAdapter(LabPlan).validate_json(text, strict=True, extra="forbid")
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "it"
+        if first["type"] == "value_error":  # of our own, which names the value
+            raise ValueError(f"plan, {where}: {first['ctx']['error']}") from None
+        raise ValueError(f"plan: {where} is {first['input']!r}: {first['msg']}") from None
 
 
 def _cores() -> int:

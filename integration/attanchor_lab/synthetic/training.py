@@ -13,15 +13,21 @@ from torch.nn import functional as F
 
 from attanchor_lab.scenes import questions
 from attanchor_lab.scenes import world as scenes
-from attanchor_lab.scenes.questions import IMAGE, LENGTH, START
-from attanchor_lab.small_llava.alignment import alignment_loss, match_counts, match_quality
+from attanchor_lab.scenes.alignment import alignment_loss, match_counts, match_quality
+from attanchor_lab.scenes.questions import COLOUR, ID, IMAGE, LABELS, LENGTH, START
+from attanchor_lab.scenes.world import EMPTY
 from attanchor_lab.synthetic import arms, model
 from attanchor_lab.synthetic.arms import Arm, Asker, Batch, Built
-from attanchor_lab.synthetic.plan import Setting
+from attanchor_lab.synthetic.plan import Condition
 
 _EVERY = 10  # steps between two choices of tau
 _MEMORY = 8  # batches whose scores they rest on
 _LOGS = 20  # points of a training curve
+# Colours, shapes, "empty", then the words that describe no patch.
+_ALIGNED = [
+    *range(COLOUR, COLOUR + LABELS),
+    *(ID[word] for word in (EMPTY, *["is", "there", "a", "what", "colour", "where", "the", "?"])),
+]
 _EASY = (1, 4)  # objects in the scenes that a model begins with
 
 State = dict[str, Tensor]
@@ -35,28 +41,28 @@ def generator_for(device: str, *numbers: int) -> torch.Generator:
     return torch.Generator(device).manual_seed(seed)
 
 
-def stage1(setting: Setting, seed: int, device: str) -> tuple[State, dict[str, Any]]:
+def stage1(condition: Condition, seed: int, device: str) -> tuple[State, dict[str, Any]]:
     """The weights that every arm of a seed starts from, and what was measured on the way.
 
     Without stage-1 steps: random weights with a trained, frozen encoder.
     """
     begun = time.perf_counter()
     torch.manual_seed(seed)
-    made: Any = model.build(setting.world, setting.shape)
+    made: Any = model.build(condition.world, condition.shape)
     made = made.to(device)
-    recipe = setting.stage1
+    recipe = condition.stage1
     generator = generator_for(device, seed, 1)
     encoder = model.pretrain_encoder(
-        made.model.vision_tower, setting.world, recipe.encoder_steps, generator, setting.blur_train
+        made.model.vision_tower, condition.world, recipe.encoder_steps, generator, condition.blur_train
     )
     measured: dict[str, Any] = {"encoder": encoder, "encoder_seconds": time.perf_counter() - begun}
     if recipe.steps:
-        measured |= _language(made, setting, generator)
+        measured |= _language(made, condition, generator)
     return {name: value.detach().cpu().clone() for name, value in made.state_dict().items()}, measured
 
 
-def _language(made: Any, setting: Setting, generator: torch.Generator) -> dict[str, Any]:
-    recipe, world = setting.stage1, setting.world
+def _language(made: Any, condition: Condition, generator: torch.Generator) -> dict[str, Any]:
+    recipe, world = condition.stage1, condition.world
     trained = [parameter for parameter in made.parameters() if parameter.requires_grad]
     optimizer, rate = _optimizer(trained, recipe.steps, recipe.lr)
     log = []
@@ -64,15 +70,15 @@ def _language(made: Any, setting: Setting, generator: torch.Generator) -> dict[s
     for step in range(recipe.steps):
         bounds = _EASY if step < recipe.steps // 5 else (0, 0)
         drawn = scenes.draw(world, recipe.batch, generator, *bounds)
-        asked = questions.ask(world, drawn, recipe.each, setting.mixture, generator)
-        pixels = scenes.render(world, drawn, generator, setting.blur_train)
+        asked = questions.ask(world, drawn, recipe.each, condition.mixture, generator)
+        pixels = scenes.render(world, drawn, generator, condition.blur_train)
         features = torch.stack(list(made.get_image_features(pixels, return_dict=True).pooler_output))
         logits = packed_answers(made, features, asked.words)
         answer = F.cross_entropy(logits.flatten(0, 1).float(), asked.answer.flatten())
         loss = answer
-        if setting.alignment:
-            table = made.get_input_embeddings().weight
-            loss = loss + setting.alignment * alignment_loss(features, table, drawn, setting.temperature)
+        if condition.alignment:
+            words = made.get_input_embeddings().weight[_ALIGNED]
+            loss = loss + condition.alignment * alignment_loss(features, words, drawn, condition.temperature)
         _step(optimizer, rate, loss, trained)
         if _is_logged(step, recipe.steps):
             log.append({"step": step + 1, "answer_loss": _finite(answer)})
@@ -104,15 +110,15 @@ def packed_answers(made: Any, features: Tensor, words: Tensor) -> Tensor:
     return made.lm_head(hidden[:, prefix + LENGTH - 1 :: LENGTH])
 
 
-def stage2(setting: Setting, arm: Arm, seed: int, state: State, device: str) -> tuple[Asker, dict[str, Any]]:
-    """Fine-tune one arm. Data, order and adapters depend on setting and seed alone, not on the arm.
+def stage2(condition: Condition, arm: Arm, seed: int, state: State, device: str) -> tuple[Asker, dict[str, Any]]:
+    """Fine-tune one arm. Data, order and adapters depend on condition and seed alone, not on the arm.
 
     Returns:
         The arm's asker around the trained model, in evaluation mode, and its log.
     """
-    recipe = setting.stage2
+    recipe = condition.stage2
     torch.manual_seed(1000 + seed)
-    made: Any = model.build(setting.world, setting.shape)
+    made: Any = model.build(condition.world, condition.shape)
     made = made.to(device)
     made.load_state_dict(state)
     base = made
@@ -122,51 +128,52 @@ def stage2(setting: Setting, arm: Arm, seed: int, state: State, device: str) -> 
     asker = Asker(base, arm, 1.0, generator_for(device, seed, 2))
     data = generator_for(device, seed, 3)
     scores: deque[Tensor] = deque(maxlen=_MEMORY)
-    asker.tau = starting_tau(setting, asker, generator_for(device, seed, 4))
+    asker.tau = starting_tau(condition, asker, generator_for(device, seed, 4))
     optimizer, rate = _optimizer(trained, recipe.steps, recipe.lr)
     log: list[dict[str, float | None]] = []
     made.train()
     for step in range(recipe.steps):
         easy = step < recipe.curriculum * recipe.steps
-        batch = new_batch(setting, base, recipe.batch, 1, data, setting.blur_train, easy)
+        batch = new_batch(condition, base, recipe.batch, 1, data, condition.blur_train, easy)
         answered = asker(batch)
         answer = F.cross_entropy(answered.logits.float(), batch.questions.answer)
         loss = answer
-        if setting.alignment:
-            table = base.get_input_embeddings().weight
-            loss = loss + setting.alignment * alignment_loss(batch.features, table, batch.scenes, setting.temperature)
+        if condition.alignment:
+            words = base.get_input_embeddings().weight[_ALIGNED]
+            aligned = alignment_loss(batch.features, words, batch.scenes, condition.temperature)
+            loss = loss + condition.alignment * aligned
         _step(optimizer, rate, loss, trained)
         if answered.built.score is not None and arm.has_tau:
             scores.append(candidate_scores(answered.built.score))
         if recipe.hold_share and scores and step % _EVERY == _EVERY - 1:
-            asker.tau = tau_for(torch.cat(list(scores)), wanted_share(setting, arm))
+            asker.tau = tau_for(torch.cat(list(scores)), wanted_share(condition, arm))
         if _is_logged(step, recipe.steps):
             log.append({"step": step + 1, "answer_loss": _finite(answer), **inserted(asker, batch, answered.built)})
     made.eval()
     if recipe.hold_share:  # for the test, with the model as it ended
-        asker.tau = starting_tau(setting, asker, generator_for(device, seed, 8))
+        asker.tau = starting_tau(condition, asker, generator_for(device, seed, 8))
     return asker, {"log": log, "tau": asker.tau, "trained_parameters": sum(p.numel() for p in trained)}
 
 
 def new_batch(
-    setting: Setting, base: Any, count: int, each: int, generator: torch.Generator, blur: float, easy: bool = False
+    condition: Condition, base: Any, count: int, each: int, generator: torch.Generator, blur: float, easy: bool = False
 ) -> Batch:
     """Fresh scenes with `each` questions; with more than one, a scene is repeated for each of its questions."""
     bounds = _EASY if easy else (0, 0)
-    drawn = scenes.draw(setting.world, count, generator, *bounds)
-    asked = questions.ask(setting.world, drawn, each, setting.mixture, generator).flat()
-    pixels = scenes.render(setting.world, drawn, generator, blur)
+    drawn = scenes.draw(condition.world, count, generator, *bounds)
+    asked = questions.ask(condition.world, drawn, each, condition.mixture, generator).flat()
+    pixels = scenes.render(condition.world, drawn, generator, blur)
     if each > 1:
         index = torch.arange(count, device=generator.device).repeat_interleave(each)
         drawn, pixels = drawn[index], pixels[index]
     return arms.encode(base, drawn, asked, pixels)
 
 
-def wanted_share(setting: Setting, arm: Arm) -> float:
+def wanted_share(condition: Condition, arm: Arm) -> float:
     """Copies over candidates; arms without function words copy every candidate."""
     if arm.content_only:
         return 1.0
-    return setting.stage2.image_share if arm.copies == "image" else setting.stage2.share
+    return condition.stage2.image_share if arm.copies == "image" else condition.stage2.share
 
 
 def candidate_scores(score: Tensor) -> Tensor:
@@ -185,18 +192,18 @@ def tau_for(scores: Tensor, share: float) -> float:
 
 
 @torch.no_grad()
-def starting_tau(setting: Setting, asker: Asker, generator: torch.Generator, batches: int = 4) -> float:
+def starting_tau(condition: Condition, asker: Asker, generator: torch.Generator, batches: int = 4) -> float:
     """The threshold for the wanted share with the model as it is; 1 for arms that have none."""
     if not asker.arm.has_tau:
         return 1.0
     asker.tau = 0.999
     scores = []
     for _ in range(batches):
-        batch = new_batch(setting, asker.model, setting.stage2.batch, 1, generator, setting.blur_train)
+        batch = new_batch(condition, asker.model, condition.stage2.batch, 1, generator, condition.blur_train)
         score = asker(batch).built.score
         assert score is not None
         scores.append(candidate_scores(score))
-    return tau_for(torch.cat(scores), wanted_share(setting, asker.arm))
+    return tau_for(torch.cat(scores), wanted_share(condition, asker.arm))
 
 
 @torch.no_grad()
@@ -223,10 +230,11 @@ def hosts_as_patches(host: Tensor, patches: int) -> Tensor:
 
 def _add_lora(made: Any) -> None:
     """Adapters of rank 16 in place, on language model and projector; everything else is frozen."""
-    from attanchor_vlm.training.config import preset
+    from attanchor_vlm.training.config import Method
     from attanchor_vlm.training.lora import add_lora
 
-    add_lora(made, preset("small-llava"))  # puts the adapters into `made` itself
+    method = Method.from_preset("small-llava")
+    add_lora(made, method.lora_rank, method.lora_alpha, method.lora_dropout)  # puts the adapters into `made` itself
 
 
 def _optimizer(trained: list[Tensor], steps: int, lr: float) -> tuple[torch.optim.Optimizer, Any]:

@@ -21,10 +21,14 @@ from attanchor_vlm.model.adapter_files import FILE_NAME, load_settings
 from attanchor_vlm.model.attach import attach, base_of, set_tau
 from attanchor_vlm.model.config import AttAnchorConfig
 from attanchor_vlm.model.plan import taking_part
+from attanchor_vlm.settings import check_fraction
 
 HIGHEST_TAU = 0.999  # 1 would insert nothing, and would not measure either
 # What a threshold does not depend on, or what the processor says anew.
-_FREE_TO_STORE = ("tau", "max_anchors", "special_token_ids", "generation_prompt_ids", "function_token_ids")
+_FREE_TO_STORE = (
+    *("tau", "max_anchors", "keep", "keep_by"),
+    *("special_token_ids", "generation_prompt_ids", "function_token_ids"),
+)
 
 
 @dataclass(frozen=True)
@@ -144,15 +148,6 @@ def threshold_for_share(
     return tau, scores.ranked
 
 
-def settings_of(
-    model: nn.Module, direction: str | None, content_words: Any, max_anchors: int | None
-) -> AttAnchorConfig:
-    """The settings of an attached model, with those that are not None put in their place."""
-    target: Any = base_of(model)
-    changes = {"direction": direction, "content_words": content_words, "max_anchors": max_anchors}
-    return dataclasses.replace(target.attanchor_config, **{k: v for k, v in changes.items() if v is not None})
-
-
 def check_storable(directory: Path, config: AttAnchorConfig) -> None:
     """Refuse to replace settings that differ in what a threshold depends on: it would not fit them.
 
@@ -239,18 +234,3 @@ def score_plot(path: Path, scores: Scores, tau: float, max_anchors: int | None =
     if title:
         figure.suptitle(title, fontsize=12, fontweight="bold")
     save(figure, path)
-
-
-def check_fraction(fraction: float, direction: str | None, name: str = "fraction") -> None:
-    """Refuse a fraction that no threshold can give: text has no more anchors than tokens.
-
-    Args:
-        direction: None where it is not known yet.
-
-    Raises:
-        ValueError: naming it.
-    """
-    if not fraction > 0:
-        raise ValueError(f"{name} is {fraction}; it should be greater than 0")
-    if fraction > 1 and direction == "text_into_image":
-        raise ValueError(f"{name} is {fraction}; it should be at most 1, which is every text token (0.1 is a tenth)")

@@ -12,19 +12,24 @@ import typer
 from attanchor_vlm.cli.entry import app
 from attanchor_vlm.cli.options import (
     ADAPTER,
-    CONTENT_WORDS,
+    DTYPE,
     FUNCTION_WORDS,
+    IN_USE,
     MODEL,
     SKIP_BAD,
-    Dtype,
+    Options,
     check_picture,
-    content_words,
     quiet,
+    takes,
 )
+from attanchor_vlm.model.config import AnchorOptions
 
 
 @app.command()
+@takes(Options(AnchorOptions, IN_USE, unsaid="as stored"))
 def generate(
+    changes: dict[str, Any],
+    *,
     model: MODEL,
     prompt: Annotated[
         str | None, typer.Option(help="The question; images go in front, or where it says <image>.")
@@ -51,15 +56,9 @@ def generate(
     ] = False,
     skip_bad: SKIP_BAD = False,
     adapter: ADAPTER = None,
-    tau: Annotated[
-        float | None, typer.Option(help="Cosine threshold, instead of the stored one; 1 for no anchors.")
-    ] = None,
-    english_content_words: CONTENT_WORDS = False,
     function_words: FUNCTION_WORDS = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Bound of an answer's length.")] = 64,
-    dtype: Annotated[
-        Dtype | None, typer.Option(help="Of the weights; by default bfloat16 on a GPU, else float32.")
-    ] = None,
+    dtype: DTYPE = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print what came out as a JSON object.")] = False,
 ) -> None:
     """Ask about images, and draw where the anchors went.
@@ -89,11 +88,10 @@ def generate(
     if input is not None and output is not None and input.resolve() == output.resolve():
         raise typer.BadParameter("is the --input; give another name", param_hint="--output")
 
-    words = content_words(english_content_words, function_words)
     quiet()
     from attanchor_vlm.model import load as loading
 
-    settings = loading.settings_for(model, adapter, tau, words)
+    settings = loading.settings_for(model, adapter, **changes)
     if explain is not None and settings is not None:
         if settings.inserts_nothing:
             raise typer.BadParameter(
@@ -108,7 +106,7 @@ def generate(
 
     def load() -> tuple[Any, Any]:
         chosen = None if dtype is None else loading.choose_dtype(dtype.value, _note)
-        return loading.load(model, adapter, tau=tau, content_words=words, dtype=chosen)
+        return loading.load(model, adapter, dtype=chosen, **changes)
 
     if prompt is not None:
         said = _answer(load, prompt, image or [], explain, max_new_tokens)

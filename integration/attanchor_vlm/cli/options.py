@@ -1,31 +1,36 @@
-"""Options that several commands share, and what commands do before their heavy imports."""
+"""Options of commands: those made of a dataclass's fields, those that several commands share, and what is done before
+heavy imports."""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import inspect
 import os
+import types
+import typing
 import warnings
+from collections.abc import Callable, Iterable, Mapping
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from attanchor_vlm.records import check_parent
+from attanchor_vlm.settings import REQUIRED, settings_of
 
+# Of `AnchorOptions`: what a trained model can be used with other than as stored.
+IN_USE = ("tau", "keep", "keep_by", "content_words")
 
-class Direction(str, Enum):
-    text_into_image = "text_into_image"
-    image_into_text = "image_into_text"
-
-
-class Positions(str, Enum):
-    sequential = "sequential"
-    inherit = "inherit"
-
-
-class Route(str, Enum):
-    embeds = "embeds"
-    ids = "ids"
+MODEL = Annotated[str, typer.Option(help="Folder of a saved model, or a Hugging Face Hub id.")]
+ADAPTER = Annotated[Path | None, typer.Option(help="Folder of a trained adapter; brings its own tau.")]
+DATA = Annotated[Path, typer.Option(help="LLaVA-Instruct rows: a .json list, or .jsonl.")]
+IMAGES = Annotated[Path, typer.Option(help="Folder that the rows' images are in.")]
+FUNCTION_WORDS = Annotated[
+    Path | None, typer.Option(help="A file of words, one a line, to leave out with punctuation: for other languages.")
+]
+SKIP_BAD = Annotated[bool, typer.Option("--skip-bad", help="Leave bad rows out and list them, instead of stopping.")]
 
 
 class Dtype(str, Enum):
@@ -34,28 +39,152 @@ class Dtype(str, Enum):
     float32 = "float32"
 
 
-class Turns(str, Enum):
-    each = "each"
-    all = "all"
+DTYPE = Annotated[Dtype | None, typer.Option(help="Of the weights; by default bfloat16 on a GPU, else float32.")]
 
 
-MODEL = Annotated[str, typer.Option(help="Folder of a saved model, or a Hugging Face Hub id.")]
-ADAPTER = Annotated[Path | None, typer.Option(help="Folder of a trained adapter; brings its own tau.")]
-DATA = Annotated[Path, typer.Option(help="LLaVA-Instruct rows: a .json list, or .jsonl.")]
-IMAGES = Annotated[Path, typer.Option(help="Folder that the rows' images are in.")]
-SKIP_BAD = Annotated[bool, typer.Option("--skip-bad", help="Leave bad rows out and list them, instead of stopping.")]
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The options that the settings of a dataclass make.
+
+    Attributes:
+        config: The dataclass.
+        only: Names of its settings; empty for all.
+        leave_out: Names of those that make no option.
+        renamed: Options by another name than their setting.
+        unsaid: What the help gives for all their defaults; by default each says its own.
+        presets: Named defaults, which the help lists too.
+    """
+
+    config: type
+    only: tuple[str, ...] = ()
+    leave_out: tuple[str, ...] = ()
+    renamed: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    unsaid: str | None = None
+    presets: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+
+    def fields(self) -> Iterable[dataclasses.Field[Any]]:
+        every = {field.name: field for field in settings_of(self.config)}
+        return [every[name] for name in self.only or every if name not in self.leave_out]
+
+    def parameters(self) -> list[inspect.Parameter]:
+        hints = typing.get_type_hints(self.config)
+        made = []
+        for field in self.fields():
+            name, about = self.renamed.get(field.name, field.name), field.metadata
+            help = about["help"] + self._default(field)
+            required = field.default is REQUIRED and field.default_factory is REQUIRED and self.unsaid is None
+            kind, default = _kind(field.name, hints[field.name], about["choices"])
+            if kind is bool:
+                option = typer.Option(f"--{name.replace('_', '-')}", help=help)
+            else:
+                parser, metavar = None, about["metavar"]
+                if kind == int | float:  # typer takes no union; the parser says which
+                    kind, parser, metavar = str, _number, "NUMBER"
+                option = typer.Option(help=help, metavar=metavar, parser=parser, show_default=False)
+                kind = kind if required else kind | None
+            made.append(_parameter(name, Annotated[kind, option], REQUIRED if required else default))
+            if field.name == "content_words":
+                made.append(_parameter("function_words", FUNCTION_WORDS, None))
+        return made
+
+    def given(self, values: dict[str, Any]) -> dict[str, Any]:
+        """The settings that a command line's `values` give."""
+        found = {}
+        for field in self.fields():
+            name = self.renamed.get(field.name, field.name)
+            value = values[name]
+            if field.name == "content_words":
+                value = _content_words(value, values["function_words"])
+            elif isinstance(value, Enum):
+                value = value.value
+            elif field.metadata["all_of"] and value is not None:
+                value = _names(value, field.metadata["all_of"])
+            elif isinstance(value, list):
+                value = _folders(value, f"--{name.replace('_', '-')}")
+            if value is not None and value is not False:
+                found[field.name] = value
+        return found
+
+    def _default(self, field: dataclasses.Field[Any]) -> str:
+        if self.unsaid is not None:
+            return f" [default: {self.unsaid}]"
+        said = [] if field.default in (REQUIRED, None, ()) or field.default is False else [_said(field.default)]
+        said += [f"{name} {_said(other[field.name])}" for name, other in self.presets.items() if field.name in other]
+        return f" [default: {'; '.join(said)}]" if said else ""
 
 
-CONTENT_WORDS = Annotated[
-    bool, typer.Option("--content-words", help="Leave English function words and punctuation out of the anchors.")
-]
-FUNCTION_WORDS = Annotated[
-    Path | None, typer.Option(help="A file of words, one a line, to leave out with punctuation: for other languages.")
-]
+def takes(*groups: Options) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command the options of `groups`: one dict each, in front of its own arguments, of what was given."""
+
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        own = dict(list(inspect.signature(function, eval_str=True).parameters.items())[len(groups) :])
+
+        @functools.wraps(function)
+        def run(**values: Any) -> None:
+            function(*[group.given(values) for group in groups], **{name: values[name] for name in own})
+
+        named = {parameter.name: parameter for group in groups for parameter in group.parameters()} | own
+        every = sorted(named.values(), key=lambda one: (one.default is not one.empty, one.name != "model"))
+        run.__signature__ = inspect.Signature(every)  # type: ignore[attr-defined]
+        run.__annotations__ = {parameter.name: parameter.annotation for parameter in every}
+        del run.__wrapped__  # type: ignore[attr-defined]
+        return run
+
+    return decorate
 
 
-def content_words(english: bool, words: Path | None) -> bool | tuple[str, ...] | None:
-    """What `AttAnchorConfig.content_words` should be; None where neither option is given."""
+def _parameter(name: str, annotation: Any, default: Any) -> inspect.Parameter:
+    default = inspect.Parameter.empty if default is REQUIRED else default
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def _kind(name: str, hint: Any, choices: tuple[str, ...]) -> tuple[Any, Any]:
+    """What an option of a setting's type takes, and its default."""
+    kinds = [kind for kind in typing.get_args(hint) if kind is not type(None)] if _is_union(hint) else [hint]
+    if choices:
+        return Enum("Choice", {choice: choice for choice in choices}, type=str), None
+    if bool in kinds:
+        return bool, False
+    origin = typing.get_origin(kinds[0])
+    if origin is tuple:
+        return str, None
+    if {int, float} <= set(kinds):
+        return int | float, None
+    return (list[str] if origin is not None else kinds[0]), None
+
+
+def _is_union(hint: Any) -> bool:
+    return typing.get_origin(hint) in (typing.Union, types.UnionType)
+
+
+def _number(text: str) -> int | float:
+    return int(text) if text.strip().isdigit() else float(text)
+
+
+def _said(value: Any) -> str:
+    if isinstance(value, tuple):
+        return ",".join(value)
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _names(given: str, whole: tuple[str, ...]) -> tuple[str, ...]:
+    """Names with commas between, each once; `whole` for "all", nothing for "none"."""
+    if given.strip() in ("all", "none"):
+        return whole if given.strip() == "all" else ()
+    return tuple(dict.fromkeys(name.strip() for name in given.split(",") if name.strip()))
+
+
+def _folders(given: list[str], option: str) -> dict[str, Path]:
+    found = {}
+    for one in given:
+        name, _, folder = one.partition("=")
+        if not name or not folder:
+            raise typer.BadParameter(f"{one!r} should be NAME=DIR, such as pope=data/POPE", param_hint=option)
+        found[name] = Path(folder)
+    return found
+
+
+def _content_words(english: bool, words: Path | None) -> bool | tuple[str, ...] | None:
     if english and words is not None:
         raise typer.BadParameter("give one of --content-words and --function-words", param_hint="--function-words")
     if words is None:

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from attanchor_vlm.cli.entry import app
-from attanchor_vlm.cli.options import ADAPTER, MODEL, Dtype, quiet
+from attanchor_vlm.cli.options import ADAPTER, MODEL, Dtype, Options, quiet, takes
+from attanchor_vlm.model.config import AnchorOptions
 
 
 @app.command("export-lm")
+@takes(Options(AnchorOptions, ("tau",), unsaid="as stored"))
 def export_lm(
+    changes: dict[str, Any],
+    *,
     model: MODEL,
     output: Annotated[Path, typer.Option(help="Folder for the checkpoint; should not exist.")],
     adapter: ADAPTER = None,
-    tau: Annotated[
-        float | None, typer.Option(help="Cosine threshold to keep beside it, instead of the stored one.")
-    ] = None,
     dtype: Annotated[Dtype | None, typer.Option(help="Of the weights; by default as saved.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print what was written as a JSON object.")] = False,
 ) -> None:
@@ -34,11 +35,10 @@ def export_lm(
     from attanchor_vlm.model.load import load, settings_for
 
     serve.check_output(output)
-    settings_for(model, adapter, tau)
+    settings_for(model, adapter, **changes)
     serve.check_family(model)
-    loaded, processor = load(
-        model, adapter, tau=tau, dtype="auto" if dtype is None else dtype.value, device="cpu", need_settings=False
-    )
+    weights = "auto" if dtype is None else dtype.value
+    loaded, processor = load(model, adapter, dtype=weights, device="cpu", need_settings=False, **changes)
     serve.export_language_model(loaded, processor, output)
     config = json.loads((output / "config.json").read_text(encoding="utf-8"))
     said = {

@@ -12,13 +12,13 @@ from typing import Any
 
 from attanchor_vlm import distributed
 from attanchor_vlm.data.batches import SampleDataset, check_texts, sample_lengths
+from attanchor_vlm.data.config import DataConfig
 from attanchor_vlm.data.rows import Row, Sample, check_folder, load_image, read_rows, samples, split_rows
 from attanchor_vlm.data.stream import SampleStream, check_first_rows, read_listed, shards_of
 from attanchor_vlm.errors import BadRow, DataError
 from attanchor_vlm.records import write_json
-from attanchor_vlm.training.config import TrainSettings
-from attanchor_vlm.training.run_folder import SKIPPED_FILE, STREAM_SKIPPED_FILE
 
+SKIPPED_FILE, STREAM_SKIPPED_FILE = "skipped.json", "skipped.jsonl"
 _NO_IMAGE = "it has no image, and with fsdp every batch needs one on every GPU"
 
 
@@ -57,69 +57,81 @@ class TrainData:
         return isinstance(self.train, SampleStream) or not all(sample.images for sample in self.train.samples)
 
 
-def read(settings: TrainSettings, progress: bool) -> Read:
+def read(config: DataConfig, progress: bool) -> Read:
     """Everything about the data that can be wrong without a model. The first process reads and checks for all.
 
     Raises:
         DataError: the data has bad rows (unless `skip_bad`), or no good ones.
     """
-    return distributed.on_main(lambda: _read(settings, progress))
+    return distributed.on_main(lambda: _read(config, progress))
 
 
-def _read(settings: TrainSettings, progress: bool) -> Read:
+def _read(config: DataConfig, progress: bool) -> Read:
     rows: list[Row] = []
     val: list[Row] = []
     bad: list[BadRow] = []
     val_bad: list[BadRow] = []
     files: list[Path] = []
-    if settings.stream:
-        files = shards_of(settings.data)
-        check_folder(settings.images, settings.data)
-        check_first_rows(files, settings.images, settings.skip_bad)
+    if config.stream:
+        files = shards_of(config.data)
+        check_folder(config.images, config.data)
+        check_first_rows(files, config.images, config.skip_bad)
     else:
-        rows, bad = read_rows(settings.data, settings.images, settings.skip_bad, progress)
-    if settings.val_data is not None:
-        val, val_bad = read_rows(settings.val_data, settings.images, settings.skip_bad, progress)
+        rows, bad = read_rows(config.data, config.images, config.skip_bad, progress)
+    if config.val_data is not None:
+        val, val_bad = read_rows(config.val_data, config.images, config.skip_bad, progress)
     elif rows:
-        rows, val = split_rows(rows, settings.held_out, settings.seed)
+        rows, val = split_rows(rows, config.held_out, config.seed)
     return Read(rows, val, bad + val_bad, files)
 
 
-def make(found: Read, settings: TrainSettings, processor: Any, model: Any, say: Callable[[str], None]) -> TrainData:
+def make(
+    found: Read,
+    config: DataConfig,
+    processor: Any,
+    model: Any,
+    say: Callable[[str], None],
+    batch_size: int,
+    needs_images: bool = False,
+) -> TrainData:
     """Samples of what was read, less the rows that this model cannot be given.
+
+    Args:
+        batch_size: Of the loader, by which a stream counts what was taken of it.
+        needs_images: Whether every row needs an image.
 
     Raises:
         DataError: there are such rows (unless `skip_bad`), or nothing is left.
     """
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    refuse = Refusal(processor, context, settings.fsdp)
-    train, train_bad = refuse.split(settings.data, found.train)
-    val, val_bad = refuse.split(settings.val_data or settings.data, found.val)
+    refuse = RowFilter(processor, context, needs_images)
+    train, train_bad = refuse.split(config.data, found.train)
+    val, val_bad = refuse.split(config.val_data or config.data, found.val)
     bad = found.bad + train_bad + val_bad
-    distributed.on_main(lambda: _refuse_or_list(bad, train, settings, say))
-    val_set = SampleDataset(samples(val, settings.turns))
-    if settings.stream:
+    distributed.on_main(lambda: _refuse_or_list(bad, train, config, say))
+    val_set = SampleDataset(samples(val, config.turns))
+    if config.stream:
         stream = SampleStream(
             found.files,
-            settings.images,
-            settings.turns,
+            config.images,
+            config.turns,
             refuse,
-            settings.skip_bad,
-            settings.output / STREAM_SKIPPED_FILE,
-            settings.seed,
-            settings.shuffle_buffer,
-            settings.preset.batch_size,
+            config.skip_bad,
+            config.output / STREAM_SKIPPED_FILE,
+            config.seed,
+            config.shuffle_buffer,
+            batch_size,
         )
         return TrainData(stream, val_set, bad)
-    train_set = SampleDataset(samples(train, settings.turns))
+    train_set = SampleDataset(samples(train, config.turns))
     lengths = None
-    if settings.group_by_length:
+    if config.group_by_length:
         lengths = distributed.on_main(lambda: sample_lengths(train_set.samples, processor))
     return TrainData(train_set, val_set, bad, lengths)
 
 
 @dataclass
-class Refusal:
+class RowFilter:
     """Why a model cannot be given a row: its text, or that it has no image where every row needs one."""
 
     processor: Any
@@ -139,16 +151,16 @@ class Refusal:
         return bad[0].reason if bad else None
 
 
-def _refuse_or_list(bad: list[BadRow], rows: list[Row], settings: TrainSettings, say: Callable[[str], None]) -> None:
+def _refuse_or_list(bad: list[BadRow], rows: list[Row], config: DataConfig, say: Callable[[str], None]) -> None:
     if not bad:
         return
-    if not settings.skip_bad:
+    if not config.skip_bad:
         raise DataError(
             "\n".join([*map(str, bad[:10]), f"{len(bad)} bad rows: mend them, or leave them out with --skip-bad"]), bad
         )
-    if not rows and not settings.stream:
-        raise DataError(f"{settings.data} has no usable row; {bad[0]}", bad)
-    path = settings.output / SKIPPED_FILE
+    if not rows and not config.stream:
+        raise DataError(f"{config.data} has no usable row; {bad[0]}", bad)
+    path = config.output / SKIPPED_FILE
     write_json(path, [{"file": str(one.file), "row": one.number, "reason": one.reason} for one in bad])
     say(f"{len(bad)} bad rows left out, listed in {path}:")
     for one in bad[:10]:
@@ -157,19 +169,18 @@ def _refuse_or_list(bad: list[BadRow], rows: list[Row], settings: TrainSettings,
         say(f"  … and {len(bad) - 10} more")
 
 
-def skipped(data: TrainData, settings: TrainSettings) -> int:
+def skipped(data: TrainData, config: DataConfig) -> int:
     """Bad rows left out so far; of a stream, in the passes and parts of passes that were read."""
-    listed = read_listed(settings.output / STREAM_SKIPPED_FILE) if settings.stream else []
+    listed = read_listed(config.output / STREAM_SKIPPED_FILE) if config.stream else []
     return len(data.bad) + len(listed)
 
 
-def calibration_samples(data: TrainData, settings: TrainSettings) -> tuple[Iterable[Sample], bool]:
+def calibration_samples(data: TrainData, count: int, seed: int) -> tuple[Iterable[Sample], bool]:
     """Training samples with images to measure tau on, the same ones every time; and whether they are this process's
     own part."""
-    count = settings.calibration_samples
     if isinstance(data.train, SampleDataset):
         with_image = [sample for sample in data.train.samples if sample.images]
-        return random.Random(settings.seed).sample(with_image, min(count, len(with_image))), False
+        return random.Random(seed).sample(with_image, min(count, len(with_image))), False
     count = -(-count // distributed.world_size())
     stream = data.train.from_start()
     # Rows of text alone go by, but not without end.
@@ -180,7 +191,7 @@ def some_samples(data: Path, images: Path | None, count: int, seed: int = 0, ski
     """`count` samples with images, or all if there are fewer: to measure on. Only their images are decoded.
 
     Args:
-        data: As `TrainSettings.data`; shards are read from their beginning.
+        data: As `DataConfig.data`; shards are read from their beginning.
 
     Raises:
         DataError: the data cannot be read, or (unless `skip_bad`) one of its rows is bad.
@@ -189,7 +200,7 @@ def some_samples(data: Path, images: Path | None, count: int, seed: int = 0, ski
         check_folder(images, data)
         with tempfile.TemporaryDirectory() as folder:
             listed = Path(folder) / STREAM_SKIPPED_FILE
-            stream = SampleStream(shards_of(data), images, "each", Anything(), skip_bad, listed, seed, 10 * count, 1)
+            stream = SampleStream(shards_of(data), images, "each", accept_all, skip_bad, listed, seed, 10 * count, 1)
             return list(islice((sample for sample in stream.from_start(passes=1) if sample.images), count))
     rows, _ = read_rows(data, images, skip_bad, decode=False)
     found = [sample for sample in samples(rows, "each") if sample.images]
@@ -206,8 +217,5 @@ def _can_be_read(sample: Sample) -> bool:
     return True
 
 
-class Anything:
-    """A `Refusal` that refuses nothing."""
-
-    def __call__(self, file: Path, row: Row) -> None:
-        return None
+def accept_all(file: Path, row: Row) -> None:
+    """A `RowFilter` that refuses nothing."""

@@ -20,8 +20,6 @@ from attanchor_vlm.model.attach import anchor_counts, base_of
 from attanchor_vlm.model.config import AttAnchorConfig
 from attanchor_vlm.model.families import adapter_for
 
-HOW = ("generate", "teacher-forced")
-
 
 @dataclass(frozen=True)
 class Answers:

@@ -5,15 +5,12 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-import os
-import socket
 import sys
 import tempfile
 from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from attanchor_vlm.errors import DataError
 from attanchor_vlm.evaluation import amber, benchmarks
@@ -47,6 +44,8 @@ def check_tasks(
             raise DataError("task amber needs its data: give --task-data amber=DIR with AMBER's folder")
         amber.questions(data["amber"])
     remote = [name for name in names if name in benchmarks.BENCHMARKS and name not in data]
+    from attanchor_vlm.model.load import hub_unreachable
+
     if remote and (reason := hub_unreachable()):
         raise DataError(
             f"the data of task {remote[0]} come from the Hugging Face Hub, which cannot be reached ({reason}); give "
@@ -152,22 +151,6 @@ def _figures(results: Mapping[str, Any]) -> dict[str, float]:
         if rule and number and "_stderr" not in metric:
             figures[metric if rule == "none" else f"{metric}/{rule}"] = float(value)
     return figures
-
-
-def hub_unreachable() -> str | None:
-    """Why the Hub cannot be reached; None if it can, or need not, be: its client would go on trying for minutes."""
-    from huggingface_hub import constants
-
-    proxied = any(os.environ.get(key) for key in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"))
-    if constants.HF_HUB_OFFLINE or proxied:
-        return None
-    address = urlsplit(constants.ENDPOINT)
-    port = address.port or (443 if address.scheme == "https" else 80)
-    try:
-        socket.create_connection((address.hostname, port), timeout=10).close()
-    except OSError as error:
-        return str(error)
-    return None
 
 
 def _task(name: str, config: dict[str, Any], include: Path | None) -> Any:

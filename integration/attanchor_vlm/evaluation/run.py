@@ -2,79 +2,28 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import os
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from attanchor_vlm.data.batches import check_texts
 from attanchor_vlm.data.rows import Sample, read_rows, samples
 from attanchor_vlm.errors import DataError, SetupError
 from attanchor_vlm.evaluation import answers, harness, text_metrics
-from attanchor_vlm.evaluation.text_metrics import BertScoreModel
+from attanchor_vlm.evaluation.config import LOSS, EvalConfig
 from attanchor_vlm.model import load as loading
-from attanchor_vlm.model.attach import attach, base_of
+from attanchor_vlm.model.attach import base_of
 from attanchor_vlm.records import write_atomically, write_json
 
-LOSS = "loss"
 # What a report says beside the metrics, for those who want to compare runs.
 FIGURES = ("inserted_share", "anchor_score", "image_tokens", "seconds")
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What is measured, on what.
-
-    Attributes:
-        data, images: LLaVA-Instruct rows and their folder, which text metrics and the loss need.
-        metrics: "loss" and keys of `text_metrics.TEXT_METRICS`.
-        predictions: "generate", or "teacher-forced" (see `answers.score_answers`).
-        tasks: Benchmarks and other tasks of lmms-eval; `task_data`: their local folders; `include`: more task files.
-        limit: At most so many samples, and so many documents of each task.
-        max_new_tokens: Bound of generated answers to `data`.
-    """
-
-    data: Path | None = None
-    images: Path | None = None
-    metrics: tuple[str, ...] = ()
-    tasks: tuple[str, ...] = ()
-    task_data: Mapping[str, Path] = field(default_factory=dict)
-    include: Path | None = None
-    predictions: str = "generate"
-    bertscore: BertScoreModel | None = None
-    batch_size: int = 4
-    limit: int | None = None
-    max_new_tokens: int = 256
-    skip_bad: bool = False
-    seed: int = 0
-
-    def check(self) -> None:
-        """Refuse what cannot be measured here, before a model is loaded.
-
-        Raises:
-            ValueError: naming what is wrong; a `MissingExtraError` for packages that are not installed.
-        """
-        if not self.metrics and not self.tasks:
-            raise ValueError("nothing is asked for; give --metrics with --data and --images, or --tasks")
-        if self.metrics and (self.data is None or self.images is None):
-            raise ValueError("metrics of text need --data and --images")
-        if self.predictions not in answers.HOW:
-            raise ValueError(f"predictions is {self.predictions!r}; it should be one of {', '.join(answers.HOW)}")
-        for name in ("batch_size", "limit", "max_new_tokens"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}; it should be 1 or more")
-        text_metrics.check([name for name in self.metrics if name != LOSS], self.bertscore)
-        if self.tasks or self.task_data:
-            harness.check_tasks(self.tasks, self.task_data, self.include, self.limit)
 
 
 @dataclass(frozen=True)
@@ -88,43 +37,24 @@ class Report:
     not_finite: tuple[str, ...] = ()  # metrics that came out as NaN or infinite, and are not in `values`
 
 
-def load(
-    model: str,
-    adapter: Path | None = None,
-    tau: float | None = None,
-    direction: str | None = None,
-    dtype: torch.dtype | None = None,
-) -> tuple[Any, Any]:
-    """As `model.load.load`, but a model that has no settings is taken without anchors.
-
-    Args:
-        direction: Instead of the stored one.
-    """
-    loaded, processor = loading.load(model, adapter, tau=tau, dtype=dtype, default_tau=1.0)
-    if direction is not None:
-        target: Any = base_of(loaded)
-        attach(loaded, dataclasses.replace(target.attanchor_config, direction=direction))
-    return loaded, processor
-
-
-def read(plan: Plan, processor: Any, context: int | None, progress: bool = True) -> list[Sample]:
+def read(config: EvalConfig, processor: Any, context: int | None, progress: bool = True) -> list[Sample]:
     """The samples that text metrics are of: one for every answer of the rows.
 
     Raises:
         DataError: a row is bad (unless `skip_bad`), or none is left.
     """
-    assert plan.data is not None
-    assert plan.images is not None
-    rows, unreadable = read_rows(plan.data, plan.images, plan.skip_bad, progress)
-    rows, bad = check_texts(plan.data, rows, processor, context)
+    assert config.data is not None
+    assert config.images is not None
+    rows, unreadable = read_rows(config.data, config.images, config.skip_bad, progress)
+    rows, bad = check_texts(config.data, rows, processor, context)
     bad = unreadable + bad
-    if bad and not plan.skip_bad:
+    if bad and not config.skip_bad:
         raise DataError("\n".join([*map(str, bad[:10]), f"{len(bad)} bad rows: mend them, or leave them out"]), bad)
     if not rows:
-        raise DataError(f"{plan.data} has no usable row; {bad[0]}", bad)
+        raise DataError(f"{config.data} has no usable row; {bad[0]}", bad)
     if bad:
-        tqdm.write(f"{len(bad)} bad rows of {plan.data} left out, the first: {bad[0]}", file=sys.stderr)
-    return list(samples(rows, "each"))[: plan.limit]
+        tqdm.write(f"{len(bad)} bad rows of {config.data} left out, the first: {bad[0]}", file=sys.stderr)
+    return list(samples(rows, "each"))[: config.limit]
 
 
 def processor_and_context(model: str) -> tuple[Any, int | None]:
@@ -158,58 +88,66 @@ def left_out(report: Report) -> str:
     )
 
 
-def evaluate(model: Any, processor: Any, plan: Plan, output: Path | None = None, progress: bool = True) -> Report:
-    """Measure what `plan` asks for.
+def evaluate(
+    model: Any, processor: Any, config: EvalConfig, output: Path | None = None, progress: bool = True
+) -> Report:
+    """Measure what `config` asks for.
 
     Args:
         model: Attached, or a PeftModel around an attached model.
         output: A folder for what benchmark tasks write themselves.
 
     Raises:
-        ValueError: as `Plan.check`; and for data that cannot be used.
+        ValueError: as `EvalConfig.check`; and for data that cannot be used.
     """
-    plan.check()
+    config.check()
     values: dict[str, float] = {}
     figures: dict[str, float] = {}
     count = 0
     pairs: tuple[tuple[str, str], ...] = ()
-    if plan.metrics:
+    if config.metrics:
         context = getattr(base_of(model).config.get_text_config(), "max_position_embeddings", None)
-        chosen = read(plan, processor, context, progress)
+        chosen = read(config, processor, context, progress)
         count = len(chosen)
-        found = _answers(model, processor, chosen, plan, progress)
-        text = [name for name in plan.metrics if name != LOSS]
+        found = _answers(model, processor, chosen, config, progress)
+        text = [name for name in config.metrics if name != LOSS]
         for part in found:
-            if part.loss is not None and LOSS in plan.metrics:
+            if part.loss is not None and LOSS in config.metrics:
                 values[LOSS] = part.loss
             if part.predictions and text:
                 references = [[one] for one in part.references]
-                values |= text_metrics.compute(text, part.predictions, references, plan.bertscore)
+                values |= text_metrics.compute(text, part.predictions, references, config.bertscore)
                 pairs = tuple(zip(part.predictions, part.references, strict=True))
         last = found[-1]
         figures = {name: getattr(last, name) for name in FIGURES if getattr(last, name) is not None}
         figures["seconds"] = sum(part.seconds for part in found)
-    if plan.tasks:
+    if config.tasks:
         from attanchor_vlm.evaluation.lmms_model import AttAnchorLmms
 
-        wrapped = AttAnchorLmms.around(model, processor, plan.batch_size)
-        values |= harness.run_tasks(wrapped, plan.tasks, plan.task_data, plan.include, plan.limit, output, plan.seed)
+        wrapped = AttAnchorLmms.around(model, processor, config.batch_size)
+        values |= harness.run_tasks(
+            wrapped, config.tasks, config.task_data, config.include_path, config.limit, output, config.seed
+        )
     good = finite(values)
     return Report(good, finite(figures), count, pairs, tuple(name for name in values if name not in good))
 
 
-def _answers(model: Any, processor: Any, chosen: list[Sample], plan: Plan, progress: bool) -> list[answers.Answers]:
+def _answers(
+    model: Any, processor: Any, chosen: list[Sample], config: EvalConfig, progress: bool
+) -> list[answers.Answers]:
     """The passes over the data that the metrics need."""
-    text = any(name != LOSS for name in plan.metrics)
-    forced = plan.predictions == "teacher-forced"
+    text = any(name != LOSS for name in config.metrics)
+    forced = config.predictions == "teacher-forced"
     passes: list[Callable[[], answers.Answers]] = []
-    if LOSS in plan.metrics or (text and forced):
+    if LOSS in config.metrics or (text and forced):
         passes.append(
-            lambda: answers.score_answers(model, processor, chosen, plan.batch_size, text and forced, progress)
+            lambda: answers.score_answers(model, processor, chosen, config.batch_size, text and forced, progress)
         )
     if text and not forced:
         passes.append(
-            lambda: answers.generate_answers(model, processor, chosen, plan.batch_size, plan.max_new_tokens, progress)
+            lambda: answers.generate_answers(
+                model, processor, chosen, config.batch_size, config.max_new_tokens, progress
+            )
         )
     return [run() for run in passes]
 

@@ -78,7 +78,7 @@ def prompt_embeds(
     check_servable(target)
     target.eval()
     settings = dataclasses.replace(target.attanchor_config, route="embeds")
-    if settings.inserts_nothing:  # generate hands such calls through, without pauses
+    if settings.changes_nothing:  # generate hands such calls through, without pauses
         settings = dataclasses.replace(settings, pause_tokens=0)
     encoded = encode_chat(
         processor,

@@ -17,13 +17,14 @@ from transformers import PreTrainedModel
 
 from attanchor_vlm.model import generate as generation
 from attanchor_vlm.model import guard
+from attanchor_vlm.model.calls import Calls
 from attanchor_vlm.model.config import AttAnchorConfig
 from attanchor_vlm.model.families import FamilyAdapter, adapter_for
 from attanchor_vlm.model.plan import AnchorPlan, AnchorStats, taking_part
 from attanchor_vlm.model.rewrite import (
-    accepts_encoded_images,
     by_name,
     check_call,
+    given_cache,
     is_prepared,
     needs_rewriting,
     rewrite,
@@ -44,13 +45,15 @@ def attach(model: nn.Module, config: AttAnchorConfig | None = None) -> nn.Module
 
     Both then take an `anchor_mask`: (B, S) bool over `input_ids`, the text tokens that take part (`encode_chat` makes
     it); without one, everything after the first image does, less special tokens. Logits are those of the new sequence;
-    ``model.attanchor_plan`` says where its tokens come from, ``model.attanchor_stats`` how many were inserted.
-    `generate` returns the caller's own prompt followed by the new tokens.
+    ``model.attanchor_plan`` says where its tokens come from, ``model.attanchor_stats`` how many were inserted: those of
+    the calling thread's last call, so that threads may share a model. `generate` returns the caller's own prompt
+    followed by the new tokens.
 
     Args:
         model: A model of transformers, or a PeftModel around one, whose base model is attached. Attach before wrapping
             it for distributed training; one on several devices (`device_map`) as any other. Attached again, the
-            settings are replaced.
+            settings are replaced, once the calls under way in other threads have returned. The first time, no call
+            should be under way.
         config: None takes the settings that the model was saved with, in ``model.config.attanchor``.
 
     Returns:
@@ -59,6 +62,7 @@ def attach(model: nn.Module, config: AttAnchorConfig | None = None) -> nn.Module
     Raises:
         TypeError: `model` or `config` is something else.
         ValueError: a family without an adapter, or settings that the family does not allow.
+        RuntimeError: inside a call of the model.
     """
     target: Any = base_of(model)
     if config is None:
@@ -76,24 +80,30 @@ def attach(model: nn.Module, config: AttAnchorConfig | None = None) -> nn.Module
         )
     _check_settings(target, adapter, config)
 
-    target.config.attanchor = config.to_dict()
-    target.attanchor_plan, target.attanchor_stats = None, AnchorStats()
-    target.attanchor_calls, target._attanchor_warned = 0, False
-    if not is_attached(target):
+    if is_attached(target):
+        with target._attanchor_calls.none_running():
+            target.config.attanchor = config.to_dict()
+    else:
+        target.config.attanchor, target._attanchor_calls = config.to_dict(), Calls()
         _change_class(target, _attached_class(type(target)))  # type: ignore[arg-type]
         guard.install(target)
     return model
 
 
 def detach(model: nn.Module) -> nn.Module:
-    """Undo `attach`: class, hooks, attributes and ``model.config.attanchor``. Does nothing to a model not attached."""
+    """Undo `attach`: class, hooks, attributes and ``model.config.attanchor``. Does nothing to a model not attached.
+
+    Waits for the calls under way in other threads; those that begin meanwhile are the plain model's.
+
+    Raises:
+        RuntimeError: inside a call of the model.
+    """
     target: Any = base_of(model)
     if is_attached(target):
-        guard.remove(target)
-        _change_class(target, type(target).attanchor_original)
-        for name in ("attanchor_plan", "attanchor_stats", "attanchor_calls", "_attanchor_warned"):
-            target.__dict__.pop(name, None)
-        del target.config.attanchor
+        with target._attanchor_calls.none_running(close=True):
+            guard.remove(target)
+            _change_class(target, type(target).attanchor_original)
+            del target._attanchor_calls, target.config.attanchor
     return model
 
 
@@ -134,8 +144,7 @@ def prepare_inputs(model: nn.Module, *, padding_side: str | None = None, **argum
         The arguments themselves, less `anchor_mask`, if tau >= 1 or there is no image; otherwise the rewritten ones.
 
     Raises:
-        ValueError: the model is not attached, or takes pixels alone (route "ids" before transformers 5.18), which would
-            be taken for a prompt without anchors; and as `model` itself.
+        ValueError: the model is not attached; and as `model` itself.
     """
     target: Any = base_of(model)
     if not is_attached(target):
@@ -145,8 +154,6 @@ def prepare_inputs(model: nn.Module, *, padding_side: str | None = None, **argum
     check_call(adapter, settings, arguments, anchor_mask)
     if not needs_rewriting(adapter, settings, arguments):
         return arguments
-    if (settings.route or adapter.routes[0]) == "ids" and not accepts_encoded_images(target):
-        raise ValueError("prepare_inputs with route 'ids' needs transformers >= 5.18; update it, or use route 'embeds'")
     prepared = rewrite(target, adapter, settings, arguments, anchor_mask, padding_side)
     target.record_plan(prepared.plan)
     return prepared.for_forward()
@@ -156,25 +163,56 @@ class AttAnchorMixin(_Model):
     """What an attached model has besides its own class. `forward` is made per class, with the original's signature."""
 
     attanchor_original: type[_Model]
-    attanchor_plan: AnchorPlan | None  # of the last call; None if it was handed through
-    attanchor_stats: AnchorStats
-    attanchor_calls: int  # calls rewritten since `attach`
-    _attanchor_warned: bool
+    _attanchor_calls: Calls
 
     @property
     def attanchor_config(self) -> AttAnchorConfig:
         return AttAnchorConfig.from_dict(self.config.attanchor)
 
+    @property
+    def attanchor_plan(self) -> AnchorPlan | None:
+        """Of this thread's last call; None if it was handed through."""
+        return self._attanchor_calls.plan
+
+    @property
+    def attanchor_stats(self) -> AnchorStats:
+        """Of this thread's last call."""
+        return AnchorStats(self.attanchor_plan)
+
+    @property
+    def attanchor_calls(self) -> int:
+        """Calls rewritten since `attach`, in all threads."""
+        return self._attanchor_calls.rewritten
+
+    @attanchor_calls.setter
+    def attanchor_calls(self, count: int) -> None:
+        self._attanchor_calls.rewritten = count
+
     def record_plan(self, plan: AnchorPlan | None) -> None:
-        self.attanchor_plan, self.attanchor_stats = plan, AnchorStats(plan)
-        self.attanchor_calls += plan is not None
+        self._attanchor_calls.record(plan)
 
     @torch.no_grad()
     def generate(  # type: ignore[override]
         self, inputs: Tensor | None = None, *positional: Any, anchor_mask: Tensor | None = None, **kwargs: Any
     ) -> Any:
         """As the model's own, with `anchor_mask`. Sequences are the caller's prompt followed by the new tokens."""
-        original: Callable[..., Any] = super().generate  # type: ignore[misc]
+        calls = vars(self).get("_attanchor_calls")
+        if calls is None or not calls.begin():  # detached since this method was looked up
+            masked = {} if anchor_mask is None else {"anchor_mask": anchor_mask}
+            return self.generate(inputs, *positional, **kwargs, **masked)
+        try:
+            return self._generate_anchored(super().generate, inputs, positional, kwargs, anchor_mask)  # type: ignore
+        finally:
+            calls.end()
+
+    def _generate_anchored(
+        self,
+        original: Callable[..., Any],
+        inputs: Tensor | None,
+        positional: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        anchor_mask: Tensor | None,
+    ) -> Any:
         arguments = by_name(self.attanchor_original.generate, (inputs, *positional), kwargs)
         del arguments["inputs"]
         if inputs is not None and arguments.get("input_ids") is None:
@@ -186,8 +224,7 @@ class AttAnchorMixin(_Model):
             with guard.through_us(self):
                 return original(inputs, *positional, **kwargs)
 
-        encoded_images = "ids" in adapter.routes and accepts_encoded_images(self)
-        route = generation.route_for(self, settings.route or adapter.routes[0], arguments, encoded_images)
+        route = generation.route_for(self, adapter, settings.route or adapter.routes[0], arguments)
         settings = dataclasses.replace(settings, route=route)
         input_ids = arguments["input_ids"]
         if arguments.get("attention_mask") is None:
@@ -211,11 +248,21 @@ class AttAnchorMixin(_Model):
 
 def _run_forward(model: Any, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The body of every attached forward."""
-    if not is_attached(model):  # detached, but a wrapper on the instance kept this forward (accelerate's for autocast)
+    calls = vars(model).get("_attanchor_calls")
+    if calls is not None and guard.inside(model):  # generate has rewritten the prompt, or had nothing to rewrite
+        kwargs.pop("anchor_mask", None)
         return original(model, *args, **kwargs)
+    # Detached since the forward was looked up; or a wrapper on the instance kept it (accelerate's for autocast).
+    if calls is None or not calls.begin():
+        return original(model, *args, **kwargs)
+    try:
+        return _forward_anchored(model, original, args, kwargs)
+    finally:
+        calls.end()
+
+
+def _forward_anchored(model: Any, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     anchor_mask = kwargs.pop("anchor_mask", None)
-    if guard.inside(model):  # generate has rewritten the prompt, or had nothing to rewrite
-        return original(model, *args, **kwargs)
     settings, adapter = model.attanchor_config, adapter_for(model)
     if model.training:
         release_frozen_tower(model, adapter.vision_tower(model))
@@ -224,7 +271,7 @@ def _run_forward(model: Any, original: Callable[..., Any], args: tuple[Any, ...]
     with guard.through_us(model):
         if not needs_rewriting(adapter, settings, arguments):
             # A step of a caller's own decoding loop, and what `prepare_inputs` made, keep the plan.
-            if arguments.get("past_key_values") is None and not is_prepared(arguments):
+            if given_cache(arguments) is None and not is_prepared(arguments):
                 model.record_plan(None)
             return original(model, *args, **kwargs)
         prepared = rewrite(model, adapter, settings, arguments, anchor_mask, None)
@@ -282,16 +329,13 @@ def _check_settings(model: PreTrainedModel, adapter: FamilyAdapter, config: AttA
     route = config.route or adapter.routes[0]
     if route not in adapter.routes:
         raise ValueError(f"route is {route!r}; for {family} it should be one of {', '.join(map(repr, adapter.routes))}")
-    if route == "ids" and config.direction == "image_into_text" and not accepts_encoded_images(model):
-        raise ValueError(
-            "route is 'ids' with direction 'image_into_text', which needs mm_encoder_outputs (transformers >= 5.18): "
-            "image tokens are repeated, and pixels cannot be"
-        )
     if config.pause_tokens:
         _check_pause_token(model, config.pause_token_id)
     if (config.positions or adapter.positions) != "inherit" or adapter.positions_per_token > 1:
         return
     attention = getattr(model.config.get_text_config(), "_attn_implementation", None) or ""
+    if config.keep is not None and ("flash" not in attention or config.force_inherit):
+        return  # gaps and repeats are taken as they are where a mask is passed, as it always is
     if not config.force_inherit or "flash" in attention:
         raise ValueError(
             f"positions is 'inherit', but {family} has one position per token: repeated positions are then taken for "

@@ -8,58 +8,74 @@ import numbers
 from collections.abc import Iterable, Mapping
 
 from attanchor_vlm.chat.words import words_to_leave_out
+from attanchor_vlm.settings import REQUIRED, setting
 
 DIRECTIONS = ("text_into_image", "image_into_text")
 POSITIONS = ("sequential", "inherit")
 ROUTES = ("embeds", "ids")
 BACKENDS = ("auto", "reference", "triton", "cuda")
+KEEP_BY = {"cells", "salience", "relevance"}  # and what `dropping.register_rule` adds
 
 
 @dataclasses.dataclass(frozen=True)
-class AttAnchorConfig:
-    """What `attach` inserts, and how. Kept in ``model.config.attanchor`` and beside adapters in ``attanchor.json``.
+class AnchorOptions:
+    """What to insert, and how: what a user chooses of an `AttAnchorConfig`, and a training run of its own.
 
-    Attributes:
-        tau: Cosine threshold: a token is inserted if its best cosine is at least tau. ``tau >= 1`` inserts nothing and
-            leaves every call to the untouched model.
-        direction: "text_into_image" (copies of the question's tokens behind the image tokens that they match) or
-            "image_into_text" (the reverse).
-        positions: "sequential" (0, 1, 2, … over the new sequence), "inherit" (an anchor takes its host's position, all
-            others keep theirs), or None for the family's default.
-        max_anchors: At most so many copies a sample, the best-scoring ones; None for no bound.
-        route: "embeds" (the model gets `inputs_embeds`), "ids" (it gets lengthened `input_ids` and the image features),
-            or None for the family's default.
-        backend: Backend of `attanchor_kernels`: "auto", "reference", "triton" or "cuda".
-        force_inherit: Allow "inherit" in a family with one position per token, where it is refused otherwise.
-        pause_tokens: Think mode of "image_into_text": so many pause tokens at the end of every prompt with an image, in
-            front of the answer; attended to, never learned, never copied.
-        pause_token_id: The token that pauses, which `pause_tokens` needs; one that means nothing else, such as a
-            reserved token of the vocabulary.
-        special_token_ids: Tokens that never take part when a call has no `anchor_mask`, besides the BOS, EOS, padding
-            and image tokens that the model's config names. `with_tokens_of(config, processor)` fills this and the next.
-        generation_prompt_ids: The tokens that the chat template adds for the answer to begin, likewise left out.
-        content_words: True leaves English function words and punctuation out of the tokens that take part
-            (`attanchor_vlm.chat.words`); a list of words leaves those out instead. Tell `encode_chat` the same.
-        function_token_ids: Their tokens, for calls without an `anchor_mask`, as far as single tokens tell;
-            `with_tokens_of` fills this too.
+    What `keep` leaves depends on the question: a cached prefix or image serves no other one, and tokens dropped for a
+    first question are not there for a second.
 
     Raises:
         TypeError, ValueError: a setting has the wrong type or value.
     """
 
-    tau: float
-    direction: str = "text_into_image"
-    positions: str | None = None
-    max_anchors: int | None = None
-    route: str | None = None
-    backend: str = "auto"
-    force_inherit: bool = False
-    pause_tokens: int = 0
-    pause_token_id: int | None = None
-    special_token_ids: tuple[int, ...] = ()
-    generation_prompt_ids: tuple[int, ...] = ()
-    content_words: bool | tuple[str, ...] = False
-    function_token_ids: tuple[int, ...] = ()
+    tau: float = setting(
+        REQUIRED,
+        "Cosine threshold: a token is inserted if its best cosine is at least tau; 1 inserts nothing and, without "
+        "keep, leaves every call to the untouched model.",
+    )
+    direction: str = setting(
+        "text_into_image",
+        "Copies of the question's tokens behind the image tokens that they match, or the reverse.",
+        choices=DIRECTIONS,
+    )
+    positions: str | None = setting(
+        None,
+        "0, 1, 2, … over the new sequence, or an anchor's host's and all others as before; by default the family's.",
+        choices=POSITIONS,
+    )
+    max_anchors: int | None = setting(None, "At most so many copies a sample, the best-scoring ones.")
+    keep: int | float | None = setting(
+        None,
+        "How much of each image stays, a fraction (0.33) or a number of tokens (192); the others are dropped in the "
+        "same pass, and prompts get shorter. Tiles that are encoded as images of their own are meant one by one. With "
+        "a tau of 1 this is plain token dropping.",
+    )
+    keep_by: str = setting(
+        "cells",
+        "Who stays, besides the hosts of anchors. cells: the question's best match in each of as many rectangles of "
+        "the image as may stay; salience: what the image encoder's class token attends to most, where it has one; "
+        "relevance: the question's best matches.",
+        choices=("cells", "salience", "relevance"),
+    )
+    route: str | None = setting(
+        None,
+        "The model gets `inputs_embeds`, or lengthened `input_ids` and the image features; by default the family's.",
+        choices=ROUTES,
+    )
+    backend: str = setting("auto", "Backend of attanchor_kernels.", choices=BACKENDS)
+    force_inherit: bool = setting(
+        False,
+        "Allow positions `inherit` in a family with one position a token, where they are refused otherwise (with keep: "
+        "under flash-attention alone).",
+    )
+    pause_tokens: int = setting(
+        0,
+        "Think mode of image_into_text: so many pause tokens at the end of every prompt with an image, in front of the "
+        "answer; attended to, never learned, never copied.",
+    )
+    content_words: bool | tuple[str, ...] = setting(
+        False, "Leave English function words and punctuation out of the tokens that take part, or these words instead."
+    )
 
     def __post_init__(self) -> None:
         if isinstance(self.tau, bool) or not isinstance(self.tau, numbers.Real):
@@ -74,45 +90,67 @@ class AttAnchorConfig:
         _one_of("route", self.route, (None, *ROUTES))
         _one_of("backend", self.backend, BACKENDS)
         if self.max_anchors is not None:
-            if isinstance(self.max_anchors, bool) or not isinstance(self.max_anchors, numbers.Integral):
-                raise TypeError(f"max_anchors is {type(self.max_anchors).__name__}; it should be an int or None")
-            if self.max_anchors < 0:
-                raise ValueError(f"max_anchors is {self.max_anchors}; it should be at least 0")
-            object.__setattr__(self, "max_anchors", int(self.max_anchors))
+            object.__setattr__(self, "max_anchors", _natural("max_anchors", self.max_anchors))
+        if self.keep is not None:
+            object.__setattr__(self, "keep", _share(self.keep))
+        _one_of("keep_by", self.keep_by, sorted(KEEP_BY))
         if not isinstance(self.force_inherit, bool):
             raise TypeError(f"force_inherit is {type(self.force_inherit).__name__}; it should be a bool")
-        self._check_pauses()
-        object.__setattr__(self, "tau", float(self.tau))
-        words = words_to_leave_out(self.content_words)
-        if not isinstance(self.content_words, bool):
-            object.__setattr__(self, "content_words", tuple(sorted(words or ())))
-        for name in ("special_token_ids", "generation_prompt_ids", "function_token_ids"):
-            object.__setattr__(self, name, _token_ids(name, getattr(self, name)))
-
-    def _check_pauses(self) -> None:
-        for name in ("pause_tokens", "pause_token_id"):
-            value = getattr(self, name)
-            if value is None and name == "pause_token_id":
-                continue
-            if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-                raise TypeError(f"{name} is {type(value).__name__}; it should be an int")
-            if value < 0:
-                raise ValueError(f"{name} is {value}; it should be at least 0")
-            object.__setattr__(self, name, int(value))
-        if not self.pause_tokens:
-            return
-        if self.pause_token_id is None:
-            raise ValueError(f"pause_tokens is {self.pause_tokens}, but pause_token_id is not set; name the token")
-        if self.direction != "image_into_text":
+        object.__setattr__(self, "pause_tokens", _natural("pause_tokens", self.pause_tokens))
+        if self.pause_tokens and self.direction != "image_into_text":
             raise ValueError(
                 f"pause_tokens is {self.pause_tokens} with direction {self.direction!r}; think mode belongs to "
                 "'image_into_text'"
             )
+        object.__setattr__(self, "tau", float(self.tau))
+        words = words_to_leave_out(self.content_words)
+        if not isinstance(self.content_words, bool):
+            object.__setattr__(self, "content_words", tuple(sorted(words or ())))
+
+
+@dataclasses.dataclass(frozen=True)
+class AttAnchorConfig(AnchorOptions):
+    """What `attach` inserts, and how. Kept in ``model.config.attanchor`` and beside adapters in ``attanchor.json``.
+
+    To the `AnchorOptions` it adds the tokens that only a model's tokenizer knows. Tell `encode_chat` the same
+    `content_words`.
+
+    Attributes:
+        pause_token_id: The token that pauses, which `pause_tokens` needs; one that means nothing else, such as a
+            reserved token of the vocabulary.
+        special_token_ids: Tokens that never take part when a call has no `anchor_mask`, besides the BOS, EOS, padding
+            and image tokens that the model's config names. `with_tokens_of(config, processor)` fills this and the next.
+        generation_prompt_ids: The tokens that the chat template adds for the answer to begin, likewise left out.
+        function_token_ids: Those of the words that `content_words` leaves out, for calls without an `anchor_mask`, as
+            far as single tokens tell; `with_tokens_of` fills this too.
+
+    Raises:
+        TypeError, ValueError: a setting has the wrong type or value.
+    """
+
+    pause_token_id: int | None = None
+    special_token_ids: tuple[int, ...] = ()
+    generation_prompt_ids: tuple[int, ...] = ()
+    function_token_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.pause_token_id is not None:
+            object.__setattr__(self, "pause_token_id", _natural("pause_token_id", self.pause_token_id))
+        elif self.pause_tokens:
+            raise ValueError(f"pause_tokens is {self.pause_tokens}, but pause_token_id is not set; name the token")
+        for name in ("special_token_ids", "generation_prompt_ids", "function_token_ids"):
+            object.__setattr__(self, name, _token_ids(name, getattr(self, name)))
 
     @property
     def inserts_nothing(self) -> bool:
-        """tau >= 1: calls are handed through as they are."""
+        """tau >= 1: there are no anchors."""
         return self.tau >= 1
+
+    @property
+    def changes_nothing(self) -> bool:
+        """Calls are handed through as they are."""
+        return self.inserts_nothing and self.keep is None
 
     def to_dict(self) -> dict[str, object]:
         """The settings as JSON has them."""
@@ -138,9 +176,30 @@ class AttAnchorConfig:
         return cls(**settings)  # type: ignore[arg-type]
 
 
-def _one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:
+def _one_of(name: str, value: object, allowed: Iterable[object]) -> None:
     if value not in allowed:
         raise ValueError(f"{name} is {value!r}; it should be one of {', '.join(map(repr, allowed))}")
+
+
+def _natural(name: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name} is {type(value).__name__}; it should be an int")
+    if value < 0:
+        raise ValueError(f"{name} is {value}; it should be at least 0")
+    return int(value)
+
+
+def _share(keep: object) -> float:
+    """`keep` as an int or a float, which mean a number and a fraction."""
+    if isinstance(keep, bool) or not isinstance(keep, numbers.Real):
+        raise TypeError(f"keep is {type(keep).__name__}; it should be a fraction, a number of tokens, or None")
+    if isinstance(keep, numbers.Integral):
+        if keep < 1:
+            raise ValueError(f"keep is {keep}; it should be a fraction, or at least 1 token of an image")
+        return int(keep)
+    if not 0 < keep <= 1:
+        raise ValueError(f"keep is {keep}; a fraction should be above 0 and at most 1 (a number of tokens is an int)")
+    return float(keep)
 
 
 def _token_ids(name: str, ids: object) -> tuple[int, ...]:

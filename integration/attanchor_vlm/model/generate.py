@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
+from attanchor_vlm.model.families import FamilyAdapter
+
 
 def infer_mask(model: PreTrainedModel, input_ids: Tensor, arguments: dict[str, Any]) -> Tensor | None:
     """The mask that transformers' `generate` infers from padding tokens when it gets none; None if it infers none."""
@@ -36,11 +38,8 @@ def lengthen_limits(model: PreTrainedModel, arguments: dict[str, Any], growth: i
             arguments[limit] = value + growth
 
 
-def route_for(model: PreTrainedModel, route: str, arguments: dict[str, Any], encoded_images: bool) -> str:
+def route_for(model: PreTrainedModel, adapter: FamilyAdapter, route: str, arguments: dict[str, Any]) -> str:
     """The route that a generate call can take, preferably `route`.
-
-    Args:
-        encoded_images: Whether the model takes ids with `mm_encoder_outputs` (transformers >= 5.18).
 
     Raises:
         ValueError: neither can carry the call.
@@ -51,20 +50,11 @@ def route_for(model: PreTrainedModel, route: str, arguments: dict[str, Any], enc
             # transformers then answers wrongly without saying so.
             raise ValueError(f"{name} is given, but assisted decoding cannot be combined with anchors; leave it out")
     if _option(model, arguments, "prefill_chunk_size") is not None:
-        if not encoded_images:
+        if "ids" not in adapter.routes:
             raise ValueError(
-                "prefill_chunk_size is given, which with anchors needs route 'ids' and transformers >= 5.18"
+                "prefill_chunk_size is given, which with anchors needs route 'ids', and the family has none"
             )
         return "ids"  # inputs_embeds are not cut into chunks
-    if route == "ids" and not encoded_images:
-        # The pixels are passed, and those of samples with several images get mixed up when samples are repeated.
-        for name in ("num_beams", "num_return_sequences"):
-            value = _option(model, arguments, name)
-            if value is not None and value > 1:
-                raise ValueError(
-                    f"{name} is {value} with route 'ids', which before transformers 5.18 gives "
-                    "wrong images to samples with several of them; use a later version, or route 'embeds'"
-                )
     return route
 
 

@@ -67,7 +67,7 @@ def refuse_bypass(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 
 @contextmanager
 def expect_anchors(model: nn.Module) -> Iterator[None]:
-    """A block in which at least one call must be rewritten, if the model is attached with tau < 1.
+    """A block in which at least one call must be rewritten, if the model is attached with tau < 1 or `keep`.
 
     Args:
         model: An attached model, or a PeftModel around one.
@@ -81,7 +81,7 @@ def expect_anchors(model: nn.Module) -> Iterator[None]:
     before = attached.attanchor_calls
     yield
     settings = attached.attanchor_config
-    if not settings.inserts_nothing and attached.attanchor_calls == before:
+    if not settings.changes_nothing and attached.attanchor_calls == before:
         raise RuntimeError(
             f"AttAnchor is attached with tau={settings.tau}, but no call was rewritten: either no call had images, or "
             "something replaced the model's forward"

@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
 from attanchor_lab.placements import check_adapter
@@ -40,11 +41,12 @@ def load_pretrained(name: str, dtype: torch.dtype = torch.float32) -> tuple[Any,
     try:
         # Processor first: it is small, so that a wrong name costs no download.
         processor = load_processor(source)
-        model, found = AutoModelForImageTextToText.from_pretrained(
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(
             source, dtype=dtype, output_loading_info=True, trust_remote_code=False
         )
     except Exception as error:  # of damaged files, nearly any kind
         raise cannot_be_loaded(name, error) from error
+    model, found = loaded
     _check_weights(name, model, found)
     if getattr(processor, "image_processor", None) is None or getattr(processor, "tokenizer", None) is None:
         raise SetupError(f"model {name} has no processor for images and text; AttAnchor trains image-text models")
@@ -119,31 +121,40 @@ def refuse_adapter(model: str) -> None:
 
 def check_hub(name: str) -> None:
     """Refuse a Hub id at once where the Hub cannot be reached: its client would go on trying for minutes."""
-    from urllib.parse import urlsplit
-
     from huggingface_hub import constants, try_to_load_from_cache
 
     try:
         cached = isinstance(try_to_load_from_cache(name, "config.json"), str)
     except ValueError as error:
         raise SetupError(f"model {name} is no folder here, and cannot be a Hub id: {error}") from error
-    proxied = any(os.environ.get(key) for key in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"))
-    if cached or proxied:
+    if cached:
         return
     hint = "download it elsewhere and give its folder"
     if constants.HF_HUB_OFFLINE:
         raise SetupError(
             f"model {name} is no folder here and not in the Hub's cache, and HF_HUB_OFFLINE is set; {hint}"
         )
+    if reason := hub_unreachable():
+        raise SetupError(
+            f"model {name} is no folder here, and the Hugging Face Hub ({constants.ENDPOINT}) cannot be reached "
+            f"({reason}); check name and network, or {hint}"
+        )
+
+
+def hub_unreachable() -> str | None:
+    """Why the Hub cannot be reached; None if it can, or need not, be: its client would go on trying for minutes."""
+    from huggingface_hub import constants
+
+    proxied = any(os.environ.get(key) for key in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"))
+    if constants.HF_HUB_OFFLINE or proxied:
+        return None
     address = urlsplit(constants.ENDPOINT)
     port = address.port or (443 if address.scheme == "https" else 80)
     try:
         socket.create_connection((address.hostname, port), timeout=10).close()
     except OSError as error:
-        raise SetupError(
-            f"model {name} is no folder here, and the Hugging Face Hub ({address.hostname}) cannot be reached "
-            f"({error}); check name and network, or {hint}"
-        ) from error
+        return str(error)
+    return None
 
 
 def choose_dtype(wanted: str, say: Callable[[str], None]) -> torch.dtype:
@@ -162,17 +173,16 @@ def choose_dtype(wanted: str, say: Callable[[str], None]) -> torch.dtype:
 def settings_for(
     model: str,
     adapter: str | PathLike[str] | None = None,
-    tau: float | None = None,
-    content_words: bool | tuple[str, ...] | None = None,
+    **changes: Any,
 ) -> AttAnchorConfig | None:
     """The settings that `load` will attach with, as far as files tell without loading the model: those of the adapter,
-    or of the model's folder (attanchor.json, or config.json if it was saved attached), with `tau` and `content_words`
-    in place of theirs. None if there are none.
+    or of the model's folder (attanchor.json, or config.json if it was saved attached), with every one of
+    `changes` that is not None in the place of theirs. None if there are none, and no tau.
 
     Raises:
-        SetupError: `adapter` is no folder of an adapter, was trained without anchors and there is no `tau`, or is that
+        SetupError: `adapter` is no folder of an adapter, was trained without anchors and there is no tau, or is that
             of an experiment's control; or `model` is an adapter.
-        ValueError: the settings are damaged, or `tau` is no threshold.
+        ValueError: the settings are damaged, or one of `changes` has no meaning.
     """
     refuse_adapter(model)
     found = None
@@ -183,14 +193,14 @@ def settings_for(
         check_adapter(folder)
         if (folder / FILE_NAME).is_file():
             found = load_settings(folder)
-        elif tau is None:
+        elif changes.get("tau") is None:
             raise SetupError(
                 f"adapter {folder} has no {FILE_NAME}, so it was trained without anchors; give --tau (1 for none)"
             )
     else:
         folder = Path(model).expanduser()
         found = load_settings(folder) if (folder / FILE_NAME).is_file() else _saved_attached(folder)
-    return _changed(found, tau, content_words)
+    return _changed(found, changes)
 
 
 def _saved_attached(folder: Path) -> AttAnchorConfig | None:
@@ -201,39 +211,37 @@ def _saved_attached(folder: Path) -> AttAnchorConfig | None:
     return None if stored is None else AttAnchorConfig.from_dict(stored)
 
 
-def _changed(
-    settings: AttAnchorConfig | None, tau: float | None, content_words: bool | tuple[str, ...] | None
-) -> AttAnchorConfig | None:
-    if tau is not None:
-        settings = AttAnchorConfig(tau=tau) if settings is None else dataclasses.replace(settings, tau=tau)
-    if settings is not None and content_words is not None:
-        settings = dataclasses.replace(settings, content_words=content_words, function_token_ids=())
-    return settings
+def _changed(settings: AttAnchorConfig | None, changes: Mapping[str, Any]) -> AttAnchorConfig | None:
+    given = {name: value for name, value in changes.items() if value is not None}
+    if settings is None:
+        return AttAnchorConfig(**given) if "tau" in given else None
+    if "content_words" in given:
+        given["function_token_ids"] = ()
+    return dataclasses.replace(settings, **given)
 
 
 def load(
     model: str,
     adapter: str | PathLike[str] | None = None,
     *,
-    tau: float | None = None,
-    content_words: bool | tuple[str, ...] | None = None,
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
     need_settings: bool = True,
     default_tau: float | None = None,
+    **changes: Any,
 ) -> tuple[Any, Any]:
     """A model with its processor, its adapter and its anchors, ready for `answer`.
 
     Args:
         model: Folder of a saved model, or a Hub id.
         adapter: Folder of an adapter that `attanchor train` or `save_settings` wrote, with its ``attanchor.json``.
-        tau: Instead of the stored threshold; 1 for no anchors.
-        content_words: As in `AttAnchorConfig`, instead of what is stored.
         dtype: Of the weights, "auto" for the one that they are saved in; None for bfloat16 on a GPU that computes in
             it, else float32.
         device: None for the GPU, if there is one.
         need_settings: False leaves a model that nothing says a tau for as it is, plain.
         default_tau: The threshold of a model that nothing else says one for.
+        changes: Settings of `AttAnchorConfig` in the place of what is stored, such as `tau` (1 for no anchors); None
+            leaves one as it is.
 
     Returns:
         The attached model (with an adapter: a PeftModel around it) in evaluation mode, and the processor.
@@ -241,7 +249,7 @@ def load(
     Raises:
         SetupError: model or adapter cannot be loaded, or nothing says which tau to use.
     """
-    settings = settings_for(model, adapter, tau, content_words)
+    settings = settings_for(model, adapter, **changes)
     missing = SetupError(
         f"model {model} has no AttAnchor settings; give --tau (1 for no anchors), or an --adapter with its own"
     )
@@ -255,10 +263,10 @@ def load(
     loaded, processor = load_pretrained(model, weights)
     stored = getattr(loaded.config, "attanchor", None)
     if stored is not None and adapter is None and not (Path(model).expanduser() / FILE_NAME).is_file():
-        settings = _changed(AttAnchorConfig.from_dict(stored), tau, content_words)
+        settings = _changed(AttAnchorConfig.from_dict(stored), changes)
     if settings is None and need_settings:
         raise missing
-    settings = settings or _changed(None, default_tau, content_words)
+    settings = settings or _changed(None, {**changes, "tau": default_tau})
     if settings is not None:
         # Adapters know the tokens of the processor that they were trained with.
         known = settings.special_token_ids and (settings.function_token_ids or not settings.content_words)

@@ -12,15 +12,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from attanchor_kernels import AnchoredSequence, merge_sequence, plan_sequence
+from attanchor_kernels import AnchoredSequence, Role, merge_sequence, plan_sequence
 from attanchor_vlm.constants import IGNORE_INDEX
 from attanchor_vlm.model.candidates import mask_from_ids
 from attanchor_vlm.model.config import AttAnchorConfig
+from attanchor_vlm.model.dropping import survivors
 from attanchor_vlm.model.families import FamilyAdapter
 from attanchor_vlm.model.pauses import add_pauses
 from attanchor_vlm.model.plan import AnchorPlan
-
-PADDING, TEXT, IMAGE, ANCHOR_TEXT, SILENT_IMAGE = range(5)  # roles of merge_sequence
 
 
 class PreparedImages(dict):
@@ -62,6 +61,12 @@ def _names(function: Callable[..., Any]) -> tuple[str, ...]:
     return tuple(inspect.signature(function).parameters)[1:]
 
 
+def given_cache(arguments: Mapping[str, Any]) -> Any:
+    """A call's KV cache, which transformers names `past_key_values` up to 5.23 and `cache` from 5.24 on; or None."""
+    given = (arguments.get(name) for name in ("cache", "past_key_values"))
+    return next((cache for cache in given if cache is not None), None)
+
+
 def is_prepared(arguments: Mapping[str, Any]) -> bool:
     """Whether a call's arguments may be those of `prepare_inputs`."""
     encoded = arguments.get("mm_encoder_outputs")
@@ -71,7 +76,7 @@ def is_prepared(arguments: Mapping[str, Any]) -> bool:
 def needs_rewriting(adapter: FamilyAdapter, settings: AttAnchorConfig, arguments: Mapping[str, Any]) -> bool:
     """Whether anchors are to be inserted in a call."""
     prepared = isinstance(arguments.get("mm_encoder_outputs"), PreparedImages)
-    return not settings.inserts_nothing and adapter.has_images(arguments) and not prepared
+    return not settings.changes_nothing and adapter.has_images(arguments) and not prepared
 
 
 def check_call(
@@ -92,7 +97,7 @@ def check_call(
                 f"anchor_mask is given without {adapter.image_arguments[0]}; text tokens are matched with image "
                 "tokens, so leave it out of a call without images"
             )
-    if not settings.inserts_nothing and (video := adapter.video_argument(arguments)) is not None:
+    if not settings.changes_nothing and (video := adapter.video_argument(arguments)) is not None:
         raise ValueError(
             f"{video} is given, but anchors are inserted in images only; leave videos out, or detach the model"
         )
@@ -103,11 +108,11 @@ def check_call(
             f"{adapter.image_arguments[0]} is given with inputs_embeds; anchors are inserted by token, so pass "
             "input_ids, or detach the model"
         )
-    cache = arguments.get("past_key_values")
+    cache = given_cache(arguments)
     if cache is not None and int(cache.get_seq_length()) > 0:
         raise ValueError(
-            "images are given together with a past_key_values that is not empty; which tokens are inserted depends on "
-            "the whole prompt, so pass the whole conversation and no cache"
+            "images are given together with a KV cache that is not empty; which tokens are inserted depends on the "
+            "whole prompt, so pass the whole conversation and no cache"
         )
 
 
@@ -168,13 +173,16 @@ def rewrite(
     route = settings.route or adapter.routes[0]
 
     device = text_embeds.device
+    roles, turn = roles.to(device), _to(turn, device)
+    kept = survivors(settings, adapter, model, arguments, encoded, rows, silent, text_embeds, roles, turn)
     try:
         built = (merge_sequence if route == "embeds" else plan_sequence)(
             text_embeds,
             rows,
-            roles.to(device),
+            roles,
             settings.tau,
-            turn=_to(turn, device),
+            turn=turn,
+            **kept,
             max_anchors=settings.max_anchors,
             direction=settings.direction,
             positions="inherit" if inherit else "sequential",
@@ -209,30 +217,14 @@ def rewrite(
     if route == "embeds":
         prompt = {"inputs_embeds": built.embeds}
     else:
-        prompt = _ids_prompt(model, adapter, settings, arguments, plan, encoded, rows, (is_image & is_real).to(device))
+        prompt = _ids_prompt(adapter, plan, encoded, rows, (is_image & is_real).to(device))
     return Prepared(plan if pauses is None else pauses.in_callers_slots(plan), prompt, others)
 
 
-def accepts_encoded_images(model: PreTrainedModel) -> bool:
-    """Whether forward takes `mm_encoder_outputs` (transformers >= 5.18)."""
-    return "mm_encoder_outputs" in inspect.signature(type(model).forward).parameters
-
-
 def _ids_prompt(
-    model: PreTrainedModel,
-    adapter: FamilyAdapter,
-    settings: AttAnchorConfig,
-    arguments: Mapping[str, Any],
-    plan: AnchorPlan,
-    encoded: Any,
-    rows: Tensor,
-    holds_image: Tensor,
+    adapter: FamilyAdapter, plan: AnchorPlan, encoded: Any, rows: Tensor, holds_image: Tensor
 ) -> dict[str, Any]:
     """The lengthened ids, with the image features in the order of their placeholders."""
-    if not accepts_encoded_images(model):
-        # Text copies leave the order of the images alone, so the pixels serve, at the cost of a second encoding;
-        # `attach` has refused image copies.
-        return {"input_ids": plan.input_ids, **{k: arguments[k] for k in adapter.image_arguments if k in arguments}}
     row_of_slot = holds_image.flatten().cumsum(0).view_as(holds_image) - 1
     source = plan.source.clamp(min=0)
     is_image = holds_image.gather(1, source) & (plan.source >= 0)
@@ -282,14 +274,14 @@ def _leak_rule(labels: Tensor, is_image: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _roles(is_real: Tensor, is_image: Tensor, anchor_mask: Tensor, takes_part: Tensor, silent: Tensor | None) -> Tensor:
-    roles = torch.full(is_real.shape, TEXT, dtype=torch.uint8, device=is_real.device)
-    roles.masked_fill_(anchor_mask & takes_part, ANCHOR_TEXT)
-    roles.masked_fill_(is_image, IMAGE).masked_fill_(~is_real, PADDING)
-    holds_image = roles == IMAGE
+    roles = torch.full(is_real.shape, Role.TEXT, dtype=torch.uint8, device=is_real.device)
+    roles.masked_fill_(anchor_mask & takes_part, Role.ANCHOR_TEXT)
+    roles.masked_fill_(is_image, Role.IMAGE).masked_fill_(~is_real, Role.PADDING)
+    holds_image = roles == Role.IMAGE
     # masked_scatter reads past the end of a short source; the operator reports the wrong number of features.
     if silent is not None and len(silent) == int(holds_image.sum()):
-        roles = roles.masked_scatter(holds_image, torch.where(silent, SILENT_IMAGE, IMAGE).to(roles))
-    return roles.masked_fill_(holds_image & ~takes_part, SILENT_IMAGE)
+        roles = roles.masked_scatter(holds_image, torch.where(silent, Role.SILENT_IMAGE, Role.IMAGE).to(roles))
+    return roles.masked_fill_(holds_image & ~takes_part, Role.SILENT_IMAGE)
 
 
 def _plain_positions(model: PreTrainedModel, adapter: FamilyAdapter, arguments: Mapping[str, Any]) -> Tensor | None:
@@ -349,10 +341,11 @@ def _check_length(model: PreTrainedModel, length: int) -> None:
 
 def _warn_of_answers(model: Any, anchor_mask: Tensor, labels: Tensor) -> None:
     """Once: an answer token in the mask is taken out, as it would leak the label. Off the CPU looked for once only."""
-    if model._attanchor_warned or (labels.device.type != "cpu" and model.attanchor_calls):
+    calls = model._attanchor_calls
+    if calls.warned or (labels.device.type != "cpu" and calls.rewritten):
         return
     if bool((anchor_mask & (labels != IGNORE_INDEX)).any()):
-        model._attanchor_warned = True
+        calls.warned = True
         warnings.warn(
             "anchor_mask selects tokens that labels supervises; they are left out, since a copy in front of the answer "
             "would leak it and does not exist at inference",

@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from attanchor_vlm.errors import SetupError
-from attanchor_vlm.training.config import Preset
 
 # Language model and projector, never the vision tower: "all-linear" and plain names hit the tower as well. Gemma 3's
 # projector is a bare parameter, which LoRA cannot adapt.
@@ -62,17 +61,18 @@ def _is_of_bitsandbytes(optimizer: str) -> bool:
     return optimizer.endswith(("8bit", "32bit")) or optimizer in ("ademamix", "rmsprop_bnb")
 
 
-def add_lora(model: Any, preset: Preset) -> nn.Module:
+def add_lora(model: Any, rank: int, alpha: int, dropout: float) -> nn.Module:
     """A PeftModel with fresh adapters on language model and projector; everything else is frozen.
+
+    Args:
+        rank, alpha, dropout: Of LoRA.
 
     Raises:
         SetupError: the model has no module that the adapters could go on, or one of its vision tower would be hit.
     """
     from peft import LoraConfig, get_peft_model
 
-    config = LoraConfig(
-        r=preset.lora_rank, lora_alpha=preset.lora_alpha, lora_dropout=preset.lora_dropout, target_modules=LORA_TARGETS
-    )
+    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=LORA_TARGETS)
     try:
         model = get_peft_model(model, config)
     except ValueError as error:

@@ -10,11 +10,11 @@ import torch
 
 from attanchor_vlm.errors import CheckpointError, DataError, SetupError
 from attanchor_vlm.training.checkpoints import complete_checkpoints
-from attanchor_vlm.training.config import TrainSettings
+from attanchor_vlm.training.config import TrainConfig
 
 
 @contextmanager
-def told_in_one_line(settings: TrainSettings) -> Iterator[None]:
+def told_in_one_line(config: TrainConfig) -> Iterator[None]:
     """A block that trains.
 
     Raises:
@@ -25,21 +25,21 @@ def told_in_one_line(settings: TrainSettings) -> Iterator[None]:
     try:
         yield
     except DataError as error:  # raised anew, as from a loader's worker it comes out of torch
-        raise DataError(f"{error}{_left(settings.output)}", error.bad) from error
+        raise DataError(f"{error}{_left(config.output)}", error.bad) from error
     except torch.OutOfMemoryError as error:
-        raise SetupError(_too_large(settings)) from error
+        raise SetupError(_too_large(config)) from error
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
         raise CheckpointError(
             "training stopped: one of the --workers was killed, as for want of memory or of shared memory (/dev/shm); "
-            f"give fewer{_left(settings.output)}"
+            f"give fewer{_left(config.output)}"
         ) from error
     except OSError as error:
         # A loader's worker's error has its traceback for a message.
         reason = error.strerror or str(error).strip().rpartition("\n")[2]
         reason += f" ({error.filename})" if error.filename else ""
-        raise CheckpointError(f"training stopped: {reason}{_left(settings.output)}") from error
+        raise CheckpointError(f"training stopped: {reason}{_left(config.output)}") from error
 
 
 def _left(output: Path) -> str:
@@ -47,14 +47,14 @@ def _left(output: Path) -> str:
     return f"; {whole[-1].name} is whole: mend that, and go on from it with --resume" if whole else ""
 
 
-def _too_large(settings: TrainSettings) -> str:
-    whole = complete_checkpoints(settings.output)
+def _too_large(config: TrainConfig) -> str:
+    whole = complete_checkpoints(config.output)
     left = f"; {whole[-1].name} is whole" if whole else ""
     spare = ""
-    if not settings.gradient_checkpointing:
+    if not config.gradient_checkpointing:
         spare = "--gradient-checkpointing, or "
         left += ", and --resume goes on from it with --gradient-checkpointing" if whole else ""
     return (
-        f"the GPU's memory does not hold a batch of {settings.preset.batch_size} samples; give {spare}a smaller "
+        f"the GPU's memory does not hold a batch of {config.batch_size} samples; give {spare}a smaller "
         f"--batch-size and as much more --accumulation{left}"
     )

@@ -25,19 +25,35 @@ from attanchor_vlm.model import load as loading
 from attanchor_vlm.model.adapter_files import save_settings
 from attanchor_vlm.model.attach import attach, base_of, tau_of
 from attanchor_vlm.model.candidates import with_tokens_of
-from attanchor_vlm.model.config import AttAnchorConfig
 from attanchor_vlm.model.guard import expect_anchors
 from attanchor_vlm.model.pauses import with_pauses
 from attanchor_vlm.records import write_json
 from attanchor_vlm.training import checkpoints
 from attanchor_vlm.training.alignment import AlignedCollator, aligner_for
 from attanchor_vlm.training.checkpoints import complete_checkpoints
-from attanchor_vlm.training.config import Preset, TrainSettings
+from attanchor_vlm.training.config import TrainConfig
 from attanchor_vlm.training.lora import add_lora, choose_optimizer, layer_classes
 from attanchor_vlm.training.mishaps import told_in_one_line
 from attanchor_vlm.training.run_folder import RUN_FILE, STREAM_SKIPPED_FILE, as_json, check_steps_left, prepare_output
 
-__all__ = ["TrainResult", "anchor_config", "complete_checkpoints", "planned_steps", "run"]
+__all__ = ["TrainResult", "complete_checkpoints", "planned_steps", "run"]
+
+_CARD = """---
+base_model: {model}
+library_name: peft
+tags: [lora, attanchor]
+---
+# LoRA adapter of {model}, trained with AttAnchor
+
+{anchors}. `run.json` holds all settings, `attanchor.json` those of the anchors, which belong to the adapter.
+
+```python
+from attanchor_vlm import answer, load
+
+model, processor = load("{model}", "{output}")
+print(answer(model, processor, "What is in the picture?", ["picture.png"]).text)
+```
+"""
 
 
 @dataclass
@@ -58,15 +74,15 @@ class TrainResult:
     processor: Any = field(repr=False)
 
 
-def run(settings: TrainSettings, say: Callable[[str], None] = print, progress: bool = True) -> TrainResult:
-    """Train LoRA adapters and save them with their AttAnchor settings to `settings.output`.
+def run(config: TrainConfig, say: Callable[[str], None] = print, progress: bool = True) -> TrainResult:
+    """Train LoRA adapters and save them with their AttAnchor settings to `config.output`.
 
     Everything that can be wrong with the data, the model's name or the settings is found before training starts.
     Checkpoints go to ``output/checkpoint-N``, log lines to ``output/log.jsonl``; the adapter with the lowest validation
     loss (without validation: the last one) to `output` itself. In every process that torchrun started, the same call.
 
     Args:
-        settings: What to train, on what, and how.
+        config: What to train, on what, and how.
         say: Takes the lines for the user, in the first process.
         progress: Show progress bars.
 
@@ -80,65 +96,62 @@ def run(settings: TrainSettings, say: Callable[[str], None] = print, progress: b
     with distributed.session():
         if not distributed.is_main():
             say, progress = _say_nothing, False
-        return _run(settings, say, progress)
+        return _run(config, say, progress)
 
 
 def _say_nothing(line: str) -> None:
     pass
 
 
-def _run(settings: TrainSettings, say: Callable[[str], None], progress: bool) -> TrainResult:
+def _run(config: TrainConfig, say: Callable[[str], None], progress: bool) -> TrainResult:
     from transformers import set_seed
 
-    preset = settings.preset
-    anchors = anchor_config(preset)
-    _check_sharding(settings)
-    loading.source_of(settings.model)  # that there is no such model is said before images are checked
-    checkpoint = prepare_output(settings)
-    found = train_data.read(settings, progress)
-    dtype = loading.choose_dtype(preset.dtype, say)
-    optimizer = choose_optimizer(preset.optimizer, say, settings.fsdp)
-    model, processor = loading.load_pretrained(settings.model, dtype)
-    data = train_data.make(found, settings, processor, model, say)
+    anchors = config.anchors()
+    if config.fraction is not None:
+        anchors = dataclasses.replace(anchors, tau=HIGHEST_TAU)  # until it is measured
+    _check_sharding(config)
+    loading.source_of(config.model)  # that there is no such model is said before images are checked
+    checkpoint = prepare_output(config)
+    found = train_data.read(config, progress)
+    dtype = loading.choose_dtype(config.dtype, say)
+    optimizer = choose_optimizer(config.optimizer, say, config.fsdp)
+    model, processor = loading.load_pretrained(config.model, dtype)
+    data = train_data.make(found, config, processor, model, say, config.batch_size, needs_images=config.fsdp)
 
     # What to leave out in calls without a mask, as of an evaluation harness.
     anchors = with_tokens_of(anchors, processor)
     if not anchors.inserts_nothing and not data.may_have_images:
-        raise DataError(f"{settings.data} has no row with an image, so nothing can be inserted; train it with --tau 1")
-    anchors = with_pauses(anchors, processor, preset.pause_tokens, preset.pause_token)
+        raise DataError(f"{config.data} has no row with an image, so nothing can be inserted; train it with --tau 1")
+    anchors = with_pauses(anchors, processor, config.pause_tokens, config.pause_token)
     try:
         attach(model, anchors)
     except (ValueError, TypeError) as error:
-        raise SetupError(f"AttAnchor cannot be attached to {settings.model}: {error}") from error
-    set_seed(settings.seed)  # before the adapters are drawn: runs that differ in anchors alone start alike
-    model = add_lora(model, preset)
+        raise SetupError(f"AttAnchor cannot be attached to {config.model}: {error}") from error
+    set_seed(config.seed)  # before the adapters are drawn: runs that differ in anchors alone start alike
+    model = add_lora(model, config.lora_rank, config.lora_alpha, config.lora_dropout)
 
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
     validation = f"{len(data.val)} to validate" if len(data.val) else "no validation, so no early stopping"
     samples = f"{data.count} samples" if data.count else "A stream of samples"
     say(f"{samples} to train, {validation}; {trained:,} of {total:,} parameters are trained")
-    return _train(settings, model, processor, data, dtype, optimizer, checkpoint, say, progress)
+    say(_described(config, dtype))
+    return _train(config, model, processor, data, dtype, optimizer, checkpoint, say, progress)
 
 
-def anchor_config(preset: Preset) -> AttAnchorConfig:
-    """The AttAnchor settings of a preset, less its pause tokens, which only the model's tokenizer knows.
-
-    Raises:
-        ValueError, TypeError: one of them has no meaning.
-    """
-    return AttAnchorConfig(
-        tau=preset.tau if preset.fraction is None else HIGHEST_TAU,  # until it is measured
-        direction=preset.direction or "text_into_image",
-        positions=preset.positions,
-        max_anchors=preset.max_anchors,
-        route=preset.route,
-        content_words=preset.content_words,
+def _described(config: TrainConfig, dtype: torch.dtype) -> str:
+    """What a reader wants to know first of a run's settings."""
+    tau = f"tau {config.tau:g}" if config.fraction is None else f"tau for a fraction of {config.fraction:g}"
+    length = f"{config.epochs:g} epochs" if config.max_steps is None else f"{config.max_steps} steps"
+    preset = "" if config.preset is None else f"; preset {config.preset}"
+    return (
+        f"{tau}, {config.direction}; learning rate {config.lr:g}, batch {config.batch_size} x {config.accumulation}, "
+        f"{length}, LoRA rank {config.lora_rank}, {str(dtype).removeprefix('torch.')}{preset}"
     )
 
 
-def _check_sharding(settings: TrainSettings) -> None:
-    if not settings.fsdp:
+def _check_sharding(config: TrainConfig) -> None:
+    if not config.fsdp:
         return
     if distributed.world_size() == 1:
         raise SetupError("fsdp shards a model over several processes, and this is one; start them with torchrun")
@@ -147,7 +160,7 @@ def _check_sharding(settings: TrainSettings) -> None:
 
 
 def _train(
-    settings: TrainSettings,
+    config: TrainConfig,
     model: Any,
     processor: Any,
     data: TrainData,
@@ -164,18 +177,18 @@ def _train(
     from attanchor_vlm.training.trainer import AnchorTrainer
 
     if checkpoint is not None:
-        check_steps_left(checkpoint, planned_steps(settings, data.count))
-    collate = Collator(processor, settings.turns, settings.preset.content_words)
-    aligner = aligner_for(settings, model, processor, getattr(data.train, "samples", ()), progress)
+        check_steps_left(checkpoint, planned_steps(config, data.count))
+    collate = Collator(processor, config.turns, config.content_words)
+    aligner = aligner_for(config, model, processor, getattr(data.train, "samples", ()), progress)
     interrupt, plateau = calls.KeepOnInterrupt(), None
-    listeners = [calls.LogFile(settings.output), calls.SameOrderOnResume(), interrupt]
-    if settings.save_steps is not None:
-        listeners.append(calls.SaveEvery(settings.save_steps))
-    if len(data.val) and settings.preset.patience is not None:
-        plateau = calls.StopOnPlateau(settings.preset.patience)
+    listeners = [calls.LogFile(config.output), calls.SameOrderOnResume(), interrupt]
+    if config.save_steps is not None:
+        listeners.append(calls.SaveEvery(config.save_steps))
+    if len(data.val) and config.patience:
+        plateau = calls.StopOnPlateau(config.patience)
         listeners.append(plateau)
     listeners.append(calls.EvaluateLastStep(validate=bool(len(data.val))))
-    arguments = _arguments(settings, model, data, dtype, optimizer, progress)
+    arguments = _arguments(config, model, data, dtype, optimizer, progress)
     _check_optimizer(arguments, model)
     trainer = AnchorTrainer(
         model=model,
@@ -184,12 +197,12 @@ def _train(
         train_dataset=data.train,
         eval_dataset=data.val if len(data.val) else None,
         callbacks=listeners,
-        keeper=_keeper(settings, data, collate, checkpoint, say, progress),
+        keeper=_keeper(config, data, collate, checkpoint, say, progress),
         lengths=data.lengths,
         extra_losses={} if aligner is None else {"align_loss": aligner},
     )
     if isinstance(data.train, SampleStream) and checkpoint is not None:
-        data.train.taken = checkpoints.step_of(checkpoint) * settings.preset.accumulation
+        data.train.taken = checkpoints.step_of(checkpoint) * config.accumulation
     trainer.remove_callback(ProgressCallback if progress else PrinterCallback)
     if progress:
         trainer.add_callback(calls.Progress())
@@ -199,7 +212,7 @@ def _train(
     guard = nullcontext() if data.may_lack_images else expect_anchors(base_of(model))
     watch = nullcontext() if aligner is None else aligner.watching(model)
     try:
-        with told_in_one_line(settings), guard, watch:
+        with told_in_one_line(config), guard, watch:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     finally:
         interrupt.restore()
@@ -207,19 +220,19 @@ def _train(
     log = trainer.state.log_history
     losses = [line["eval_loss"] for line in log if math.isfinite(line.get("eval_loss", math.nan))]
     result = TrainResult(
-        output=settings.output,
+        output=config.output,
         steps=trainer.state.global_step,
         seconds=seconds,
         log=log,
         val_loss=min(losses, default=None),
         interrupted=interrupt.interrupted,
         stopped_early=plateau is not None and plateau.stopped_at is not None,
-        skipped=train_data.skipped(data, settings),
+        skipped=train_data.skipped(data, config),
         tau=tau_of(trainer.accelerator.unwrap_model(trainer.model)),
         model=model,
         processor=processor,
     )
-    _finish(settings, result, trainer, say)
+    _finish(config, result, trainer, say)
     return result
 
 
@@ -235,7 +248,7 @@ def _check_optimizer(arguments: Any, model: Any) -> None:
 
 
 def _keeper(
-    settings: TrainSettings,
+    config: TrainConfig,
     data: TrainData,
     collate: Collator,
     checkpoint: Path | None,
@@ -244,55 +257,50 @@ def _keeper(
 ):
     from attanchor_vlm.training.tau import TauKeeper
 
-    if settings.preset.fraction is None:
+    if config.fraction is None:
         return None
 
     def measure(model):
-        samples, own_part = train_data.calibration_samples(data, settings)
-        return measure_scores(model, collate, samples, settings.preset.batch_size, progress, own_part)
+        samples, own_part = train_data.calibration_samples(data, config.calibration_samples, config.seed)
+        return measure_scores(model, collate, samples, config.batch_size, progress, own_part)
 
-    keeper = TauKeeper(settings.preset.fraction, settings.preset.keep_fraction, measure, say)
+    keeper = TauKeeper(config.fraction, config.hold_fraction, measure, say)
     state = checkpoints.read_state(checkpoint) if checkpoint is not None else None
     if state is not None:
         keeper.restore(state["keeper"])
     return keeper
 
 
-def planned_steps(settings: TrainSettings, count: int) -> int:
+def planned_steps(config: TrainConfig, count: int) -> int:
     """Optimiser steps of a run over `count` samples."""
-    batches = math.ceil(count / (settings.preset.batch_size * distributed.world_size()))
-    per_epoch = math.ceil(batches / settings.preset.accumulation)
-    return settings.max_steps or math.ceil(per_epoch * settings.preset.epochs)
+    batches = math.ceil(count / (config.batch_size * distributed.world_size()))
+    per_epoch = math.ceil(batches / config.accumulation)
+    return config.max_steps or math.ceil(per_epoch * config.epochs)
 
 
-def _arguments(
-    settings: TrainSettings, model: Any, data: TrainData, dtype: torch.dtype, optimizer: str, progress: bool
-):
+def _arguments(config: TrainConfig, model: Any, data: TrainData, dtype: torch.dtype, optimizer: str, progress: bool):
     from transformers import TrainingArguments
 
-    preset = settings.preset
     validates = bool(len(data.val))
-    every = settings.eval_steps or max(1, min(500, planned_steps(settings, data.count) // 8))
+    every = config.eval_steps or max(1, min(500, planned_steps(config, data.count) // 8))
     streams = isinstance(data.train, SampleStream)
-    workers = (
-        min(settings.workers, data.train.shards_here) if isinstance(data.train, SampleStream) else settings.workers
-    )
+    workers = min(config.workers, data.train.shards_here) if isinstance(data.train, SampleStream) else config.workers
     return TrainingArguments(
-        output_dir=str(settings.output),
-        per_device_train_batch_size=preset.batch_size,
-        per_device_eval_batch_size=settings.eval_batch_size or preset.batch_size,
-        gradient_accumulation_steps=preset.accumulation,
-        num_train_epochs=preset.epochs,
-        max_steps=settings.max_steps or -1,
-        learning_rate=preset.lr,
-        lr_scheduler_type=preset.scheduler,
-        warmup_steps=preset.warmup,  # below 1 it is a share of all steps
-        weight_decay=preset.weight_decay,
+        output_dir=str(config.output),
+        per_device_train_batch_size=config.batch_size,
+        per_device_eval_batch_size=config.eval_batch_size or config.batch_size,
+        gradient_accumulation_steps=config.accumulation,
+        num_train_epochs=config.epochs,
+        max_steps=config.max_steps or -1,
+        learning_rate=config.lr,
+        lr_scheduler_type=config.scheduler,
+        warmup_steps=config.warmup,  # below 1 it is a share of all steps
+        weight_decay=config.weight_decay,
         optim=optimizer,
         fp16=dtype == torch.float16,
         bf16=dtype == torch.bfloat16,
         use_cpu=distributed.on_cpu(),
-        **_memory(settings, model),
+        **_memory(config, model),
         # A process whose batch has no image has no gradient for the projector, and DDP would wait for it.
         ddp_find_unused_parameters=data.may_lack_images,
         average_tokens_across_devices=True,  # the loss is a mean over all tokens, however they fall to the processes
@@ -314,22 +322,22 @@ def _arguments(
         dataloader_persistent_workers=workers > 0,
         dataloader_pin_memory=torch.cuda.is_available(),
         ignore_data_skip=streams,  # the stream itself goes on where it was
-        seed=settings.seed,
-        data_seed=settings.seed,
+        seed=config.seed,
+        data_seed=config.seed,
     )
 
 
-def _memory(settings: TrainSettings, model: torch.nn.Module) -> dict[str, Any]:
+def _memory(config: TrainConfig, model: torch.nn.Module) -> dict[str, Any]:
     """Sharding and gradient checkpointing."""
     from transformers import TrainingArguments
 
     chosen: dict[str, Any] = {}
-    if settings.fsdp:
+    if config.fsdp:
         # Adapters are saved whole, by one process; the rest of a checkpoint is what accelerate makes of it.
         layers = layer_classes(model)
         sharding = {"version": 2, "state_dict_type": "FULL_STATE_DICT", "transformer_layer_cls_to_wrap": layers}
         chosen |= {"fsdp": True, "fsdp_config": sharding}
-    if settings.gradient_checkpointing:
+    if config.gradient_checkpointing:
         # transformers' own, for FSDP too: accelerate's leaves the KV cache on, which a layer run twice fills twice, and
         # draws other dropout masks the second time.
         known = {field.name for field in dataclasses.fields(TrainingArguments)}
@@ -338,13 +346,13 @@ def _memory(settings: TrainSettings, model: torch.nn.Module) -> dict[str, Any]:
     return chosen
 
 
-def _finish(settings: TrainSettings, result: TrainResult, trainer, say: Callable[[str], None]) -> None:
+def _finish(config: TrainConfig, result: TrainResult, trainer, say: Callable[[str], None]) -> None:
     if result.interrupted:
         say(f"interrupted after step {result.steps}; continue with the same command and --resume")
         return
     is_writer = trainer.is_world_process_zero()
-    write = partial(_write_adapter, result=result, trainer=trainer, is_writer=is_writer)
-    checkpoints.replace_files(settings.output, write, is_writer)
+    write = partial(_write_adapter, config=config, result=result, trainer=trainer, is_writer=is_writer)
+    checkpoints.replace_files(config.output, write, is_writer)
     if is_writer:
         summary = {
             "steps": result.steps,
@@ -354,18 +362,22 @@ def _finish(settings: TrainSettings, result: TrainResult, trainer, say: Callable
             "stopped_early": result.stopped_early,
             "skipped_rows": result.skipped,
         }
-        write_json(settings.output / RUN_FILE, {"settings": as_json(settings), "result": summary})
+        write_json(config.output / RUN_FILE, {"settings": {**as_json(config), "tau": result.tau}, "result": summary})
     if result.stopped_early:
-        say(f"stopped at step {result.steps}: no better validation loss for {settings.preset.patience} steps")
-    if settings.stream and result.skipped:
-        say(f"{result.skipped} bad rows left out, listed in {settings.output / STREAM_SKIPPED_FILE}")
+        say(f"stopped at step {result.steps}: no better validation loss for {config.patience} steps")
+    if config.stream and result.skipped:
+        say(f"{result.skipped} bad rows left out, listed in {config.output / STREAM_SKIPPED_FILE}")
     loss = f", validation loss {result.val_loss:.4f}" if result.val_loss is not None else ""
-    say(f"{result.steps} steps in {result.seconds:.0f} s{loss}; adapter and settings in {settings.output}")
+    say(f"{result.steps} steps in {result.seconds:.0f} s{loss}; adapter and settings in {config.output}")
 
 
-def _write_adapter(folder: Path, result: TrainResult, trainer, is_writer: bool) -> None:
+def _write_adapter(folder: Path, config: TrainConfig, result: TrainResult, trainer, is_writer: bool) -> None:
     trainer.save_model(str(folder), _internal_call=True)  # of a sharded model, all processes gather it
     if is_writer:
         (folder / "training_args.bin").unlink(missing_ok=True)
         save_settings(trainer.accelerator.unwrap_model(trainer.model), folder)
         result.processor.save_pretrained(folder)
+        loss = "" if result.val_loss is None else f", validation loss {result.val_loss:.4f}"
+        anchors = f"tau {result.tau:g}, {config.direction}; {result.steps} steps{loss}"
+        card = _CARD.format(model=config.model, output=config.output, anchors=anchors)
+        (folder / "README.md").write_text(card, encoding="utf-8")  # in place of peft's empty template

@@ -17,8 +17,8 @@ from attanchor_vlm.data.rows import read_rows, samples
 from attanchor_vlm.model import load as loading
 from attanchor_vlm.model.attach import base_of
 from attanchor_vlm.training import checkpoints
-from attanchor_vlm.training import config as presets
 from attanchor_vlm.training import run as train
+from attanchor_vlm.training.config import TrainConfig
 from attanchor_vlm.training.tau import RunningQuantile
 from PIL import Image
 
@@ -32,13 +32,10 @@ def world(tmp_path_factory):
 
 
 def settings(world, output, **more):
-    names = {field.name for field in dataclasses.fields(presets.Preset)}
-    method = {name: more.pop(name) for name in list(more) if name in names}
-    method = {"batch_size": 8, "lr": 5e-3, "lora_dropout": 0.1, **method}
     defaults = {"data": world / "train.json", "val_data": world / "val.json", "images": world / "images"}
     defaults |= {"max_steps": 6, "eval_steps": 3, "calibration_samples": 32}
-    preset = presets.preset("small-llava", **method)
-    return presets.TrainSettings(model=str(small_llava.SHIPPED), output=output, preset=preset, **{**defaults, **more})
+    defaults |= {"batch_size": 8, "lr": 5e-3, "lora_dropout": 0.1}
+    return TrainConfig.from_preset("small-llava", model=str(small_llava.SHIPPED), output=output, **{**defaults, **more})
 
 
 def run(*args, **kwargs):
@@ -197,7 +194,7 @@ def test_a_running_quantile_keeps_the_share_that_a_fixed_tau_loses(world, tmp_pa
     options = {"lr": 1e-2, "scheduler": "constant", "lora_dropout": 0.0, "max_steps": 26, "eval_steps": 26}
     late = {}
     for keep in (None, "quantile"):
-        shares = steps(run(world, tmp_path / str(keep), fraction=0.2, keep_fraction=keep, **options), "inserted_share")
+        shares = steps(run(world, tmp_path / str(keep), fraction=0.2, hold_fraction=keep, **options), "inserted_share")
         late[keep] = sum(shares[-8:]) / 8
     assert late["quantile"] == pytest.approx(0.2, abs=0.03)
     assert late[None] < 0.13
@@ -208,7 +205,7 @@ def test_tau_is_measured_anew_before_every_epoch(world, tmp_path):
     few.write_text(json.dumps(json.loads((world / "train.json").read_text())[:24]))
     assert len(list(samples(read_rows(few, world / "images")[0], "each"))) == 24
     options = {"data": few, "lr": 3e-2, "scheduler": "constant", "eval_steps": 2, "max_steps": 9}
-    whole = run(world, tmp_path / "whole", fraction=0.2, keep_fraction="epoch", **options)
+    whole = run(world, tmp_path / "whole", fraction=0.2, hold_fraction="epoch", **options)
     taus = steps(whole, "tau")
     by_epoch = [taus[start : start + per_epoch] for start in range(0, len(taus), per_epoch)]
     assert [len(set(epoch)) for epoch in by_epoch] == [1, 1, 1]
@@ -218,16 +215,16 @@ def test_tau_is_measured_anew_before_every_epoch(world, tmp_path):
     assert whole.tau == taus[best - 1] == load_settings(tmp_path / "whole").tau
 
     # In the middle of the second epoch, nothing is measured when the run goes on.
-    run(world, tmp_path / "parts", fraction=0.2, keep_fraction="epoch", **{**options, "max_steps": 4})
+    run(world, tmp_path / "parts", fraction=0.2, hold_fraction="epoch", **{**options, "max_steps": 4})
     said: list[str] = []
-    again = settings(world, tmp_path / "parts", fraction=0.2, keep_fraction="epoch", resume=True, **options)
+    again = settings(world, tmp_path / "parts", fraction=0.2, hold_fraction="epoch", resume=True, **options)
     rest = train.run(again, said.append, progress=False)
     assert steps(rest, "tau") == taus
     assert [line.partition(":")[0] for line in said if " inserts " in line] == ["epoch 3"]
 
 
 def test_a_resumed_run_goes_on_with_the_same_tau(world, tmp_path):
-    options = {"fraction": 0.2, "keep_fraction": "quantile", "scheduler": "constant"}
+    options = {"fraction": 0.2, "hold_fraction": "quantile", "scheduler": "constant"}
     whole = run(world, tmp_path / "whole", **options)
     run(world, tmp_path / "parts", **options, max_steps=3)
     state = checkpoints.read_state(tmp_path / "parts" / "checkpoint-3")
@@ -241,7 +238,7 @@ def test_a_resumed_run_goes_on_with_the_same_tau(world, tmp_path):
 def test_the_adapter_keeps_the_tau_of_its_own_checkpoint(world, tmp_path):
     """The best weights may be older than the last tau."""
     options = {"lr": 0.02, "scheduler": "constant", "max_steps": 4, "eval_steps": 1}
-    result = run(world, tmp_path / "run", fraction=0.2, keep_fraction="quantile", **options)
+    result = run(world, tmp_path / "run", fraction=0.2, hold_fraction="quantile", **options)
     losses = {line["step"]: line["eval_loss"] for line in result.log if "eval_loss" in line}
     best = min(losses, key=losses.get)
     assert best < 4
@@ -255,8 +252,8 @@ def test_the_adapter_keeps_the_tau_of_its_own_checkpoint(world, tmp_path):
     [
         ({"fraction": 0.0}, "fraction is 0.0; it should be greater than 0"),
         ({"fraction": 10}, r"fraction is 10; it should be at most 1, which is every text token \(0.1 is a tenth\)"),
-        ({"keep_fraction": "epoch"}, "keep_fraction is 'epoch', but there is no fraction"),
-        ({"fraction": 0.1, "keep_fraction": "always"}, "keep_fraction is 'always'; it should be one of"),
+        ({"hold_fraction": "epoch"}, "hold_fraction is 'epoch', but there is no fraction"),
+        ({"fraction": 0.1, "hold_fraction": "always"}, "hold_fraction is 'always'; it should be one of"),
         ({"calibration_samples": 0}, "calibration_samples is 0"),
     ],
 )
@@ -314,27 +311,29 @@ def test_train_takes_what_calibrate_stored_beside_the_model(world, tmp_path, cap
     model.mkdir()
     for file in small_llava.SHIPPED.iterdir():
         (model / file.name).write_bytes(file.read_bytes())
-    save_settings(AttAnchorConfig(tau=0.44, max_anchors=3), model)
+    save_settings(AttAnchorConfig(tau=0.44, max_anchors=3, keep=0.5), model)
     seen = []
 
-    def note(settings):
-        seen.append((settings.preset.tau, settings.preset.max_anchors))
+    def note(given):
+        config = TrainConfig.from_preset("tinyllava-1b", **given)
+        seen.append((config.tau, config.max_anchors, config.keep))
         return False
 
     monkeypatch.setattr("attanchor_vlm.cli.training._train", note)
     base = ["train", "--model", str(model), "--data", "d.json", "--images", "i", "--output", "o"]
     for more in ([], ["--tau", "0.2"], ["--max-anchors", "5"], ["--direction", "image_into_text"]):
         assert cli.main([*base, *more]) == 0
-    assert seen == [(0.44, 3), (0.2, None), (0.44, 5), (0.12, None)]
-    assert "tau 0.44 and max_anchors 3, from" in capsys.readouterr().out
+    assert seen == [(0.44, 3, 0.5), (0.2, None, None), (0.44, 5, 0.5), (0.12, None, None)]
+    assert "tau 0.44 and max_anchors 3 and keep 0.5, from" in capsys.readouterr().out
 
 
 def test_a_stored_tau_of_content_words_brings_them_along(tmp_path, monkeypatch):
     """A threshold is that of the tokens that it was measured on."""
     seen = []
 
-    def note(settings):
-        seen.append((settings.preset.tau, settings.preset.content_words))
+    def note(given):
+        config = TrainConfig.from_preset("tinyllava-1b", **given)
+        seen.append((config.tau, config.content_words))
         return False
 
     monkeypatch.setattr("attanchor_vlm.cli.training._train", note)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shutil
@@ -10,12 +11,17 @@ import sys
 
 import pytest
 import torch
+import typer
 from attanchor_lab.scenes import dataset as scenes
 from attanchor_lab.small_llava import model as small_llava
 from attanchor_vlm import cli, load_settings
+from attanchor_vlm.cli.options import Options, takes
 from attanchor_vlm.errors import SetupError
 from attanchor_vlm.model import load as loading
+from attanchor_vlm.settings import setting
+from attanchor_vlm.training.config import PRESETS, TrainConfig
 from PIL import Image
+from transformers import Gemma3Config, LlamaConfig, LlavaConfig, Qwen2_5_VLConfig
 
 
 @pytest.fixture(scope="module")
@@ -214,14 +220,18 @@ def test_train_with_overrides_then_look_and_calibrate(world, tmp_path, capsys):
     ]
     assert cli.main(["train", *command(world, "--output", output, *options)]) == 0
     said = capsys.readouterr().out
+    assert "tau -1, text_into_image; learning rate 0.002, batch 4 x 1, 2 steps, LoRA rank 2, float32; preset" in said
     assert "2 steps in" in said
     assert "validation loss" in said
     settings = load_settings(output)
     assert (settings.tau, settings.max_anchors) == (-1, 3)
     run = json.loads((output / "run.json").read_text())
     assert run["settings"]["lora_rank"] == 2
-    assert run["settings"]["patience"] is None
+    assert run["settings"]["patience"] == 0
     assert run["result"]["steps"] == 2
+    card = (output / "README.md").read_text()
+    assert f'load("{world / "model"}", "{output}")' in card
+    assert "tau -1, text_into_image; 2 steps, validation loss" in card
 
     image, picture = next((world / "images").iterdir()), tmp_path / "anchors.png"
     arguments = ["generate", "--model", world / "model", "--adapter", output, "--image", image, "--explain", picture]
@@ -239,22 +249,63 @@ def test_train_with_overrides_then_look_and_calibrate(world, tmp_path, capsys):
 
 def test_every_option_of_train_reaches_the_settings(monkeypatch):
     seen = []
-    monkeypatch.setattr("attanchor_vlm.cli.training._train", lambda settings: seen.append(settings) or False)
-    options = ["train", "--model", "m", "--data", "rows", "--output", "o", "--fraction", "0.2", "--keep-fraction"]
+    monkeypatch.setattr(
+        "attanchor_vlm.cli.training._train", lambda given: seen.append(TrainConfig.from_preset("llava-7b", **given))
+    )
+    options = ["train", "--model", "m", "--data", "rows", "--output", "o", "--fraction", "0.2", "--hold-fraction"]
     options += ["quantile", "--calibration-samples", "9", "--stream", "--shuffle-buffer", "7", "--max-steps", "3"]
     options += ["--save-steps", "2", "--fsdp", "--gradient-checkpointing"]
     assert cli.main(options) == 0
     assert cli.main([*options[:7], "--images", "i", "--group-by-length"]) == 0
     streamed, grouped = seen
-    assert (streamed.preset.fraction, streamed.preset.keep_fraction, streamed.calibration_samples) == (
-        0.2,
-        "quantile",
-        9,
-    )
+    assert (streamed.fraction, streamed.hold_fraction, streamed.calibration_samples) == (0.2, "quantile", 9)
     assert (streamed.stream, streamed.shuffle_buffer, streamed.max_steps, streamed.save_steps) == (True, 7, 3, 2)
     assert (streamed.fsdp, streamed.gradient_checkpointing, streamed.images) == (True, True, None)
     assert (grouped.group_by_length, grouped.stream, str(grouped.images)) == (True, False, "i")
     assert (streamed.held_out, grouped.held_out) == (0.0, 0.02)
+
+
+@pytest.mark.parametrize(
+    ("config", "preset", "tau", "dtype"),
+    [
+        (LlavaConfig(text_config=LlamaConfig(hidden_size=4096)), "llava-7b", 0.12, "float16"),
+        (LlavaConfig(text_config=LlamaConfig(hidden_size=2048)), "tinyllava-1b", 0.12, "float16"),
+        (Qwen2_5_VLConfig(), "qwen2.5-vl-3b", 0.08, "bfloat16"),
+        (Gemma3Config(), "qwen2.5-vl-3b", 0.08, "bfloat16"),
+        (None, "small-llava", 0.12, "float32"),
+    ],
+)
+def test_a_preset_is_that_of_the_models_family_unless_one_is_named(world, tmp_path, config, preset, tau, dtype):
+    if config is not None:
+        config.save_pretrained(tmp_path)
+    run = {"model": str(world / "model" if config is None else tmp_path), "data": "d", "output": "o"}
+    chosen = TrainConfig.from_preset(**run)
+    assert (chosen.preset, chosen.tau, chosen.dtype) == (preset, tau, dtype)
+    assert TrainConfig.from_preset("llava-7b", **run, tau=0.3, lr=None) == TrainConfig(
+        **run, **PRESETS["llava-7b"] | {"preset": "llava-7b", "tau": 0.3}
+    )
+
+
+def test_the_former_name_of_an_option_is_refused_with_its_new_one(capsys):
+    code, line = fails(capsys, ["train", "--keep-fraction", "epoch"])
+    assert code == 2
+    assert "No such option: --keep-fraction" in line
+    assert "--hold-fraction" in line
+
+
+def test_an_option_of_int_or_float_keeps_which_it_was():
+    """As of image tokens to keep: 1 is one of them, and 1.0 all."""
+
+    @dataclasses.dataclass
+    class Config:
+        keep: float | int | None = setting(None, "How many, or which part.")
+
+    seen, app = [], typer.Typer()
+    app.command()(takes(Options(Config))(seen.append))
+    for given in ("1", "1.0"):
+        app(["--keep", given], standalone_mode=False)
+    assert seen == [{"keep": 1}, {"keep": 1.0}]
+    assert [type(one["keep"]) for one in seen] == [int, float]
 
 
 def test_a_command_line_without_its_packages_says_which():
@@ -282,3 +333,6 @@ def test_help_answers_without_loading_torch():
         "--seed",
     ):
         assert option in done.stdout
+    said = " ".join(done.stdout.split())
+    for default in ("0.12; qwen2.5-vl-3b 0.08", "0.0001; llava-7b 0.0002; small-llava 0.002", "32; llava-7b 8", "each"):
+        assert f"[default: {default}" in said

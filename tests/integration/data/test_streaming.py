@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import json
 import sys
@@ -16,8 +15,8 @@ from attanchor_vlm.data import rows as data
 from attanchor_vlm.data import stream
 from attanchor_vlm.errors import DataError, SetupError
 from attanchor_vlm.training import checkpoints
-from attanchor_vlm.training import config as presets
 from attanchor_vlm.training import run as train
+from attanchor_vlm.training.config import TrainConfig
 from PIL import Image
 
 
@@ -57,7 +56,7 @@ def make(world, tmp_path, files=None, **changes):
         "files": files or sorted((world / "shards").iterdir()),
         "images": world / "images",
         "turns": "each",
-        "refuse": train_data.Anything(),
+        "refuse": train_data.accept_all,
         "skip_bad": False,
         "listed": tmp_path / "skipped.jsonl",
         "seed": 0,
@@ -223,19 +222,9 @@ def test_what_cannot_be_streamed_is_said(world, tmp_path, monkeypatch):
 
 
 def settings(world, output, **more):
-    method = {"batch_size": 4, "lr": 5e-3, "lora_dropout": 0.1, "tau": 0.3}
-    method |= {
-        name: more.pop(name)
-        for name in list(more)
-        if name in {field.name for field in dataclasses.fields(presets.Preset)}
-    }
     defaults = {"data": world / "shards", "images": world / "images", "max_steps": 6, "eval_steps": 3, "stream": True}
-    return presets.TrainSettings(
-        model=str(small_llava.SHIPPED),
-        output=output,
-        preset=presets.preset("small-llava", **method),
-        **{**defaults, **more},
-    )
+    defaults |= {"batch_size": 4, "lr": 5e-3, "lora_dropout": 0.1, "tau": 0.3}
+    return TrainConfig.from_preset("small-llava", model=str(small_llava.SHIPPED), output=output, **{**defaults, **more})
 
 
 def run(*args, **kwargs):
@@ -249,7 +238,7 @@ def losses(result):
 
 
 def test_a_run_on_a_stream_resumes_to_the_same_losses(world, tmp_path):
-    options = {"accumulation": 2, "workers": 1, "fraction": 0.2, "keep_fraction": "quantile", "scheduler": "constant"}
+    options = {"accumulation": 2, "workers": 1, "fraction": 0.2, "hold_fraction": "quantile", "scheduler": "constant"}
     whole = run(world, tmp_path / "whole", **options)
     run(world, tmp_path / "parts", **options, max_steps=3)
     parts = run(world, tmp_path / "parts", **options, resume=True)
@@ -289,7 +278,7 @@ def test_a_bad_row_ends_a_run_in_one_line_with_its_checkpoint_whole(world, tmp_p
         ({"max_steps": None}, "max_steps is not set; a stream has no end"),
         ({"val_fraction": 0.1}, "val_fraction is 0.1 with stream; give val_data"),
         ({"group_by_length": True}, "group_by_length is set with stream"),
-        ({"fraction": 0.1, "keep_fraction": "epoch"}, "keep_fraction is 'epoch' with stream"),
+        ({"fraction": 0.1, "hold_fraction": "epoch"}, "hold_fraction is 'epoch' with stream"),
         ({"shuffle_buffer": 0}, "shuffle_buffer is 0"),
     ],
 )

@@ -253,7 +253,6 @@ def test_tasks_that_cannot_run_are_refused_before_a_model_is_loaded(lmms_eval, c
 
 def test_data_that_are_not_here_are_said_in_one_line(lmms_eval, world, monkeypatch, capsys, tmp_path):
     """Offline, without the Hub's cache; a Hub that cannot be reached; rows of another split."""
-    from attanchor_vlm.evaluation import harness
     from huggingface_hub import constants
 
     command = ["eval", "--model", str(world / "model"), "--tasks", "mme"]
@@ -269,7 +268,7 @@ def test_data_that_are_not_here_are_said_in_one_line(lmms_eval, world, monkeypat
     for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(harness.socket, "create_connection", refuse)
+    monkeypatch.setattr("socket.create_connection", refuse)
     assert cli.main(command) == 1
     assert "cannot be reached (no route); give --task-data mme=DIR" in capsys.readouterr().err
 

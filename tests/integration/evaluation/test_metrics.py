@@ -13,7 +13,8 @@ from attanchor_lab.scenes import dataset as scenes
 from attanchor_lab.small_llava import model as small_llava
 from attanchor_vlm import AttAnchorConfig, attach, cli
 from attanchor_vlm.data.rows import read_rows, samples
-from attanchor_vlm.evaluation import amber, answers, extras, run, text_metrics
+from attanchor_vlm.evaluation import amber, answers, extras, text_metrics
+from attanchor_vlm.evaluation.config import EvalConfig
 from attanchor_vlm.evaluation.text_metrics import BertScoreModel
 from attanchor_vlm.model.load import load_pretrained
 from transformers import BertConfig, BertModel
@@ -278,7 +279,7 @@ def test_eval_reports_only_what_was_computed(world, tmp_path, capsys):
         (["--metrics", "loss"], "metrics of text need --data and --images"),
         (
             ["--metrics", "loss", "--data", "d.json", "--images", "i", "--limit", "0"],
-            "limit is 0; it should be 1 or more",
+            "limit is 0; it should be at least 1",
         ),
         (
             ["--metrics", "loss", "--data", "d.json", "--images", "i", "--output", __file__],
@@ -294,4 +295,4 @@ def test_eval_refuses_before_it_loads(capsys, arguments, message):
 def test_a_bertscore_folder_without_a_model_is_refused(tmp_path):
     pytest.importorskip("bert_score")
     with pytest.raises(ValueError, match=r"holds no config\.json"):
-        run.Plan(tmp_path, tmp_path, ("bertscore",), bertscore=BertScoreModel(str(tmp_path))).check()
+        EvalConfig(data=tmp_path, images=tmp_path, metrics=("bertscore",), bertscore_model=str(tmp_path)).check()

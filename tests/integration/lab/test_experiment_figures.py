@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from attanchor_lab import figures
+from attanchor_lab import figures, table
 from attanchor_lab.paper import degrade as variants
-from attanchor_lab.paper import tables
 from attanchor_lab.paper import values as metrics
 from attanchor_vlm.data.rows import read_rows
 from attanchor_vlm.errors import SetupError
@@ -33,8 +32,8 @@ def paper_rows(model):
 @pytest.mark.parametrize(("model", "better"), [("tinyllava-1b", 13), ("llava-7b", 11), ("qwen2.5-vl-3b", 9)])
 def test_the_papers_values_give_the_papers_claims(model, better):
     """ "Improves 13, 11 and 9 of 15 metrics", counted from the stored values by what counts ours."""
-    rows = paper_rows(model)
-    assert tables.improved(rows, metrics.TEXT_INTO_IMAGE, metrics.BASELINE) == (better, 15)
+    found = table.by_seed(paper_rows(model))
+    assert table.improved(found, metrics.METRICS, metrics.TEXT_INTO_IMAGE, metrics.BASELINE) == (better, 15)
 
 
 def test_the_papers_two_tables_agree_where_they_overlap():
@@ -55,14 +54,17 @@ def test_beside_the_paper_by_hand():
     paper = {
         name: metrics.paper_values("tinyllava-1b", tau=tau) for name, tau in (("baseline", 1.0), ("tau 0.12", 0.12))
     }
-    lines = tables.beside_paper(rows, paper, "baseline")
+    found = table.by_seed(rows, *metrics.FIGURES)
+    lines = table.beside(found, metrics.METRICS, paper, "baseline", "paper")
     assert lines[0] == "|  | baseline | paper | tau 0.12 | paper |"
     assert lines[2] == "| validation loss (negated) | -1.2000 ± 0.1414 | -1.0716 | -1.0000 | -1.0712 |"
     assert lines[3] == "| POPE | 72.00 ± 2.83 | 75.06 |  | 84.80 |"  # not measured: left empty
     assert lines[9] == "| validation loss (negated) | +0.0000 | +0.0000 | +0.2000 | +0.0004 |"
     assert lines[10] == "| POPE | +0.00 | +0.00 |  | +9.74 |"
-    assert "2509.23109" in lines[-1]
-    assert tables.by_arm(rows)[-1] == "| inserted anchors / text tokens |  | 0.1000 |"
+    assert (
+        table.by_arm(found, metrics.metrics_of(rows) | metrics.FIGURES)[-1]
+        == "| inserted anchors / text tokens |  | 0.1000 |"
+    )
 
 
 # --- Pictures. -------------------------------------------------------------------------------------------------------
@@ -76,7 +78,7 @@ def test_radii_run_from_the_worst_arm_to_the_best():
 def test_the_radar_of_the_papers_values(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(figures, "scaled", lambda values, scaled=figures.scaled: drawn.append(values) or scaled(values))
-    assert figures.radar(tmp_path / "radar.png", paper_rows("tinyllava-1b"), "TinyLLaVA")
+    assert figures.radar(tmp_path / "radar.png", table.by_seed(paper_rows("tinyllava-1b")), metrics.SHOWN, "TinyLLaVA")
     assert min(Image.open(tmp_path / "radar.png").size) > 600
     assert drawn[0].shape == (2, 15)
     assert drawn[0][:, 0] == pytest.approx([-1.0716, -1.0712])  # the lower loss is the better one, and further out
@@ -84,7 +86,7 @@ def test_the_radar_of_the_papers_values(tmp_path, monkeypatch):
     # Of CHAIR, hallucinated objects, less is better: nothing here knows that, so it is no axis.
     for row in few:
         row["values"]["amber_g/amber_chair"] = 7.8
-    assert not figures.radar(tmp_path / "none.png", few, "two metrics")
+    assert not figures.radar(tmp_path / "none.png", table.by_seed(few), metrics.SHOWN, "two metrics")
     assert not (tmp_path / "none.png").exists()
 
 

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 
 import pytest
-from attanchor_lab import figures
+from attanchor_lab import figures, table
 from attanchor_lab.paper import arms, studies
 from attanchor_lab.paper import degrade as variants
 from attanchor_lab.paper.study import Arm
@@ -128,7 +128,7 @@ def test_a_loss_that_is_no_number_costs_neither_the_row_nor_the_others(world, tm
     files = quietly(studies.degrade, nothing, {"blur": [9]}, [1.0]).files
     assert [path.name for path in files] == ["rows.jsonl", "table.md"]
     assert "- blur 9, baseline, seed 0: loss left out" in (tmp_path / "nothing" / "table.md").read_text()
-    figures.dots(tmp_path / "none.png", [{"arm": "a", "seed": 0, "values": {}, "figures": {}}], "")
+    figures.dots(tmp_path / "none.png", table.by_seed([{"arm": "a", "seed": 0, "values": {}, "figures": {}}]), {}, "")
     figures.along(tmp_path / "none.png", {}, "", "")
     assert not (tmp_path / "none.png").exists()
 

@@ -8,14 +8,15 @@ import shutil
 
 import pytest
 from attanchor_lab.paper import arms, studies
-from attanchor_lab.paper.rows import Rows
+from attanchor_lab.paper.arms import find
 from attanchor_lab.paper.study import Arm, Study, settings_of
+from attanchor_lab.runner import Rows
 from attanchor_vlm import cli
 from attanchor_vlm.errors import SetupError
 from attanchor_vlm.evaluation import run as evaluation
 from attanchor_vlm.model.adapter_files import load_settings
-from attanchor_vlm.training import config as presets
 from attanchor_vlm.training import run as train
+from attanchor_vlm.training.config import Method
 from experiment_toy import make_world, quietly, same, study
 
 
@@ -28,28 +29,32 @@ def world(tmp_path_factory):
 
 
 def row(arm, **settings):
-    return {"arm": arm, "seed": 0, "settings": settings, "values": {}, "figures": {}}
+    return {"experiment": "sweep", "arm": arm, "seed": 0, "settings": settings, "values": {}, "figures": {}}
+
+
+def rows_in(folder):
+    return Rows(folder, arms._NEEDED, "an experiment")
 
 
 def test_a_row_cut_short_by_a_kill_is_run_again(tmp_path):
-    rows = Rows(tmp_path, "sweep")
+    rows = rows_in(tmp_path)
     rows.add(row("a", tau=1))
     rows.add(row("b", tau=0.5))
     whole = rows.path.read_text()
     rows.path.write_text(whole[:-20])
-    again = Rows(tmp_path, "sweep")
-    assert again.find("a", 0, {"tau": 1}) is not None
-    assert again.find("b", 0, {"tau": 0.5}) is None
+    again = rows_in(tmp_path)
+    assert find(again, "a", 0, {"tau": 1}) is not None
+    assert find(again, "b", 0, {"tau": 0.5}) is None
     again.add(row("b", tau=0.5))
     assert rows.path.read_text() == whole
 
 
-def test_rows_of_other_settings_or_experiments_are_not_mixed(tmp_path):
-    Rows(tmp_path, "sweep").add(row("a", tau=1, lr=0.1))
+def test_rows_of_other_settings_or_experiments_are_not_mixed(world, tmp_path):
+    rows_in(tmp_path).add(row("a", tau=1, lr=0.1))
     with pytest.raises(SetupError, match=r"holds 'a' with other settings: lr was 0\.1 and is 0\.2"):
-        Rows(tmp_path, "sweep").find("a", 0, {"tau": 1, "lr": 0.2})
+        find(rows_in(tmp_path), "a", 0, {"tau": 1, "lr": 0.2})
     with pytest.raises(SetupError, match="rows of the experiment 'sweep'"):
-        Rows(tmp_path, "degrade")
+        quietly(arms.run_arms, study(world, tmp_path, trains=False), "degrade", [Arm("a", 0.5)])
 
 
 @pytest.mark.parametrize(
@@ -57,14 +62,14 @@ def test_rows_of_other_settings_or_experiments_are_not_mixed(tmp_path):
     [
         ("no row\n{}\n", "line 1 is not a row"),
         ("notes of mine", "line 1 is not a row"),  # not taken for a row that was cut short
-        ('{"kind": "plan"}\n', "row 1 is not one of an experiment"),
+        ('{"kind": "plan"}\n', "row 1 is no row of an experiment"),
         ("[1]\n", "line 1 is not a row"),
     ],
 )
 def test_files_that_hold_no_rows_are_left_alone(tmp_path, text, message):
     (tmp_path / "rows.jsonl").write_text(text)
     with pytest.raises(SetupError, match=message):
-        Rows(tmp_path, "sweep")
+        rows_in(tmp_path)
     assert (tmp_path / "rows.jsonl").read_text() == text
 
 
@@ -155,7 +160,7 @@ def test_a_killed_measurement_goes_on_behind_its_last_benchmark(world, tmp_path,
 
     monkeypatch.setattr(evaluation, "evaluate", evaluate)
     monkeypatch.setattr(Study, "check", lambda self: None)
-    monkeypatch.setattr("attanchor_lab.paper.checks.check_pending", lambda *_: None)
+    monkeypatch.setattr(arms, "check_pending", lambda *_: None)
     tasks, data = ("a", "amber", "b", "amber_g"), {"amber": world, "b": world}
     one = study(world, tmp_path, trains=False, metrics=("loss",), tasks=tasks, task_data=data)
     with pytest.raises(KeyboardInterrupt):
@@ -274,7 +279,7 @@ def test_longer_image_sequences_are_trained_and_tested(world, tmp_path):
 
 
 def test_model_scale_changes_are_against_the_same_models_baseline(world, tmp_path):
-    preset = presets.preset("small-llava", tau=0.5)
+    preset = Method.from_preset("small-llava", tau=0.5)
     models = {name: (str(world / "model"), "small-llava", preset) for name in ("one", "two")}
     result = quietly(studies.scale, study(world, tmp_path, trains=False, limit=4), models)
     rows = {one["arm"]: one for one in result.rows}

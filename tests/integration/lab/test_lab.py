@@ -10,8 +10,8 @@ import torch
 from attanchor_lab import lab_placement as placement
 from attanchor_lab.scenes import questions
 from attanchor_lab.scenes import world as scenes
+from attanchor_lab.scenes.alignment import alignment_loss, match_counts, match_quality
 from attanchor_lab.scenes.questions import Mixture
-from attanchor_lab.small_llava.alignment import alignment_loss, match_counts, match_quality
 from attanchor_lab.synthetic import arms, checks, measure, model, training
 from attanchor_lab.synthetic.arms import ARMS, Asker
 from lab_toy import TOY
@@ -181,7 +181,9 @@ def test_the_alignment_loss_is_least_where_patches_are_their_words():
     wrong_word = torch.where(empty, table[questions.ID["the"]], of_objects)
     half = torch.where(empty, right, table[colour + questions.COLOUR])
     swapped = torch.where(empty, of_objects.roll(1, 0), table[questions.ID["empty"]])
-    best, *others = (alignment_loss(one, table, drawn, 0.1) for one in (right, wrong_word, half, swapped))
+    best, *others = (
+        alignment_loss(one, table[training._ALIGNED], drawn, 0.05) for one in (right, wrong_word, half, swapped)
+    )
     assert best < 0.1
     assert all(other > best + 0.3 for other in others)
 
@@ -294,24 +296,5 @@ def test_copies_behind_the_last_patch_are_not_at_it(untrained):
     assert found["copies"] == 0
 
 
-def test_before_transformers_5_18_every_arm_sees_the_image(untrained, monkeypatch):
-    """Its forward would take encoded images for arguments that concern somebody else."""
-    made, batch = untrained
-    with torch.no_grad():
-        expected = {name: Asker(made, ARMS[name], 0.0, generator())(batch).logits for name in ARMS}
-        monkeypatch.setattr(arms, "accepts_encoded_images", lambda model: False)
-        monkeypatch.setattr(type(made.model), "forward", _blind_to_encoded_images(type(made.model).forward))
-        for name, logits in expected.items():
-            assert (Asker(made, ARMS[name], 0.0, generator())(batch).logits - logits).abs().max() < 1e-5, name
-    checks.identity(made, batch)
-
-
 def generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
-
-
-def _blind_to_encoded_images(forward):
-    def older(self, *args, mm_encoder_outputs=None, **kwargs):
-        return forward(self, *args, **kwargs)
-
-    return older

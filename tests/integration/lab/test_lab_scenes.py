@@ -6,8 +6,8 @@ import pytest
 import torch
 from attanchor_lab.scenes import questions
 from attanchor_lab.scenes import world as scenes
-from attanchor_lab.scenes.dataset import COLOURS, KINDS, SHAPES
 from attanchor_lab.scenes.questions import COLOUR, ID, NEGATIVES, SHAPE, WORDS, Mixture
+from attanchor_lab.scenes.world import COLOURS, KINDS, SHAPES
 
 WORLD = scenes.World(least=3, most=7)
 

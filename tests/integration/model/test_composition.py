@@ -76,15 +76,6 @@ def test_inputs_are_prepared_for_a_peft_model_as_for_its_base(route):
     assert torch.equal(model(**prepared).loss, expected.loss)
 
 
-def test_before_transformers_5_18_no_inputs_are_prepared_for_the_ids_route(monkeypatch):
-    for module in ("model.attach", "model.rewrite"):
-        monkeypatch.setattr(f"attanchor_vlm.{module}.accepts_encoded_images", lambda model: False)
-    batch = prompts([1])
-    with pytest.raises(ValueError, match=r"prepare_inputs with route 'ids' needs transformers >= 5\.18"):
-        prepare_inputs(attach(tiny_llava(), AttAnchorConfig(tau=TAU, route="ids")), **batch)
-    assert "inputs_embeds" in prepare_inputs(attach(tiny_llava(), AttAnchorConfig(tau=TAU)), **batch)
-
-
 def test_expected_anchors_that_never_came():
     model, batch = tiny_llava(), prompts([1])
     attach(model, AttAnchorConfig(tau=TAU))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from attanchor_vlm import AttAnchorConfig, attach
 from tiny import IMAGE, PAD, plain, prompts, tiny_llava
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import GenerationConfig, LlavaForConditionalGeneration, LogitsProcessor, LogitsProcessorList
 from transformers.generation.streamers import BaseStreamer
 
 TAU = 0.1
@@ -109,8 +109,17 @@ def test_assisted_decoding_is_refused(route):
     model.generate(**batch, max_new_tokens=NEW, do_sample=False, prompt_lookup_num_tokens=2)
 
 
-def test_a_callers_own_decoding_loop():
-    model, batch = attached(), prompts([1, 2], "left")
+class NamedAsIn524(LlavaForConditionalGeneration):
+    def forward(self, input_ids=None, pixel_values=None, cache=None, past_key_values=None, **others):
+        past = past_key_values if cache is None else cache
+        return super().forward(input_ids, pixel_values, past_key_values=past, **others)
+
+
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])
+def test_a_callers_own_decoding_loop(name):
+    model, batch = tiny_llava(), prompts([1, 2], "left")
+    model.__class__ = NamedAsIn524
+    attach(model, AttAnchorConfig(tau=TAU))
     expected = model.generate(**batch, max_new_tokens=NEW, do_sample=False)[:, -NEW:]
     with torch.no_grad():
         output = model(**batch, use_cache=True)
@@ -120,25 +129,10 @@ def test_a_callers_own_decoding_loop():
             token = output.logits[:, -1:].argmax(-1)
             tokens.append(token)
             mask, position = torch.cat([mask, torch.ones_like(token)], 1), position + 1
-            output = model(
-                input_ids=token, attention_mask=mask, position_ids=position, past_key_values=output.past_key_values
-            )
+            past = {name: output.past_key_values}
+            output = model(input_ids=token, attention_mask=mask, position_ids=position, **past)
     assert model.attanchor_plan is plan
     assert torch.equal(torch.cat(tokens, 1), expected)
-
-
-def test_before_transformers_5_18_the_ids_route_passes_pixels(monkeypatch):
-    batch = prompts([1, 2], "left")
-    expected = attached("embeds").generate(**batch, max_new_tokens=NEW, do_sample=False)
-    for module in ("model.attach", "model.rewrite"):
-        monkeypatch.setattr(f"attanchor_vlm.{module}.accepts_encoded_images", lambda model: False)
-    model = attached("ids")
-    assert torch.equal(model.generate(**batch, max_new_tokens=NEW, do_sample=False), expected)
-    for option in ("num_beams", "num_return_sequences"):
-        with pytest.raises(ValueError, match=f"{option} is 2 with route 'ids'"):
-            model.generate(**batch, max_new_tokens=NEW, do_sample=option != "num_beams", **{option: 2})
-    with pytest.raises(ValueError, match="which needs mm_encoder_outputs"):
-        attached("ids", direction="image_into_text")
 
 
 # --- Ways of decoding. -----------------------------------------------------------------------------------------------
@@ -340,8 +334,9 @@ def test_refused_calls():
     with pytest.raises(ValueError, match="anchor_mask is given with inputs_embeds"):
         model.generate(inputs_embeds=model.get_input_embeddings()(ids), anchor_mask=mask)
     cache = model(**batch, use_cache=True).past_key_values
-    with pytest.raises(ValueError, match="past_key_values that is not empty"):
-        model.generate(**batch, past_key_values=cache, max_new_tokens=2)
+    for name in ("past_key_values", "cache"):
+        with pytest.raises(ValueError, match="KV cache that is not empty"):
+            model.generate(**batch, **{name: cache}, max_new_tokens=2)
 
 
 def test_generation_after_an_error_still_inserts():

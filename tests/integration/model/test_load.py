@@ -12,7 +12,6 @@ from attanchor_lab.small_llava import model as small_llava
 from attanchor_vlm import AttAnchorConfig, attach, save_settings
 from attanchor_vlm.errors import SetupError
 from attanchor_vlm.model.load import load, load_pretrained
-from attanchor_vlm.training.config import PRESETS
 from attanchor_vlm.training.lora import add_lora
 from safetensors.torch import load_file, save_file
 
@@ -70,7 +69,7 @@ def test_code_of_a_checkpoint_is_never_run(tmp_path):
 def adapter(tmp_path_factory):
     folder = tmp_path_factory.mktemp("adapter")
     model, _ = load_pretrained(str(small_llava.SHIPPED))
-    add_lora(attach(model, AttAnchorConfig(tau=0.5)), PRESETS["small-llava"]).save_pretrained(folder)
+    add_lora(attach(model, AttAnchorConfig(tau=0.5)), rank=4, alpha=8, dropout=0.0).save_pretrained(folder)
     save_settings(AttAnchorConfig(tau=0.5), folder)
     return folder
 

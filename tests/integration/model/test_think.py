@@ -188,9 +188,9 @@ def test_the_pause_token_is_named_and_must_mean_nothing_else():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--pause-tokens", "3", "--pause-token", "<pad>"], "pause_tokens is 3, but direction is text_into_image"),
+        (["--pause-tokens", "3", "--pause-token", "<pad>"], "pause_tokens is 3 with direction 'text_into_image'"),
         (["--direction", "image_into_text", "--pause-tokens", "3"], "pause_tokens is 3, but there is no pause_token"),
-        (["--direction", "image_into_text", "--pause-tokens", "-3"], "pause_tokens is -3; it should be 0 or more"),
+        (["--direction", "image_into_text", "--pause-tokens", "-3"], "pause_tokens is -3; it should be at least 0"),
         (["--direction", "image_into_text", "--pause-token", "<pad>"], "pause_token is '<pad>', but pause_tokens is 0"),
     ],
 )

@@ -7,8 +7,8 @@ import shutil
 from attanchor_lab.paper.study import Study, TrainRows
 from attanchor_lab.scenes import dataset as scenes
 from attanchor_lab.small_llava import model as small_llava
-from attanchor_vlm.evaluation import run as evaluation
-from attanchor_vlm.training import config as presets
+from attanchor_vlm.evaluation.config import EvalConfig
+from attanchor_vlm.training.config import Method
 
 
 def make_world(folder):
@@ -25,9 +25,9 @@ def study(world, output, trains=True, seeds=(0,), **plan):
     return Study(
         model=str(world / "model"),
         output=output,
-        plan=evaluation.Plan(data=world / "test.json", images=world / "images", **plan),
+        plan=EvalConfig(data=world / "test.json", images=world / "images", **plan),
         # Without warm-up, whose first step has a learning rate of 0.
-        preset=presets.preset("small-llava", tau=0.5, batch_size=8, lr=1e-2, warmup=0.0),
+        preset=Method.from_preset("small-llava", tau=0.5, batch_size=8, lr=1e-2, warmup=0.0),
         train=rows if trains else None,
         seeds=seeds,
     )

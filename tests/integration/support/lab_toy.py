@@ -1,4 +1,4 @@
-"""A setting of the laboratory that is run in a second and finds out nothing."""
+"""A condition of the laboratory that is run in a second and finds out nothing."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from attanchor_lab.scenes import world as scenes
 from attanchor_lab.synthetic import model
 from attanchor_lab.synthetic import plan as settings
 
-TOY = settings.Setting(
+TOY = settings.Condition(
     "toy",
     "a toy",
     arms=("plain", "t2i"),

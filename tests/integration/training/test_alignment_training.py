@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import re
@@ -11,7 +10,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from alignment_toy import make_clip, sample
@@ -25,7 +23,6 @@ from attanchor_vlm.data.rows import read_rows, samples
 from attanchor_vlm.errors import DataError, SetupError
 from attanchor_vlm.model import load as loading
 from attanchor_vlm.model.attach import base_of
-from attanchor_vlm.training import config as presets
 from attanchor_vlm.training import run as train
 from attanchor_vlm.training.alignment import (
     KEY,
@@ -36,6 +33,7 @@ from attanchor_vlm.training.alignment import (
     image_alignment,
     read_captions,
 )
+from attanchor_vlm.training.config import TrainConfig
 from attanchor_vlm.training.lora import add_lora
 
 
@@ -46,9 +44,10 @@ def clip_folder(tmp_path_factory):
 
 def write_captions(folder, name: str, count: int, seed: int) -> None:
     """What `scenes.write_dataset` has drawn, in words."""
-    drawn = scenes.draw_scenes(count, np.random.default_rng(seed))
+    drawn = scenes.draw_scenes(count, scenes.generator_for(seed))
+    colours, shapes = (drawn.on_patches(kind).tolist() for kind in (drawn.colour, drawn.shape))
     texts = {}
-    for number, (colour, shape) in enumerate(zip(drawn.colour, drawn.shape, strict=True)):
+    for number, (colour, shape) in enumerate(zip(colours, shapes, strict=True)):
         objects = [f"a {scenes.COLOURS[c]} {scenes.SHAPES[s]}" for c, s in zip(colour, shape, strict=True) if s >= 0]
         texts[f"{name}-{number:05d}.png"] = ", ".join(objects)
     (folder / "captions.json").write_text(json.dumps(texts))
@@ -67,17 +66,17 @@ def world(tmp_path_factory):
 
 
 def settings(world, output, **more):
-    names = {field.name for field in dataclasses.fields(presets.Preset)}
-    method = {name: more.pop(name) for name in list(more) if name in names}
     defaults = {
         "model": str(world / "unaligned"),
         "data": world / "train.json",
         "images": world / "images",
         "val_fraction": 0,
         "max_steps": 2,
+        "tau": 0.2,
+        "batch_size": 4,
+        "lr": 1e-2,
     }
-    method = {"tau": 0.2, "batch_size": 4, "lr": 1e-2, **method}
-    return presets.TrainSettings(output=output, preset=presets.preset("small-llava", **method), **{**defaults, **more})
+    return TrainConfig.from_preset("small-llava", output=output, **{**defaults, **more})
 
 
 def run(*args, **kwargs):
@@ -199,7 +198,7 @@ def test_the_first_step_adds_the_alignment_to_the_loss_of_the_answers_and_to_no_
 def test_only_the_projector_gets_a_gradient_from_the_alignment(world):
     model, processor = loading.load_pretrained(str(world / "unaligned"))
     attach(model, AttAnchorConfig(tau=0.2))
-    model = add_lora(model, presets.PRESETS["small-llava"]).train()
+    model = add_lora(model, rank=16, alpha=32, dropout=0.0).train()
     rows, _ = read_rows(world / "train.json", world / "images")
     aligner = Aligner(CaptionLabels(processor.tokenizer, read_captions(world / "captions.json", world / "images")), 1.0)
     batch = AlignedCollator(Collator(processor, "each"), aligner.labels)(list(samples(rows[:8], "each")))

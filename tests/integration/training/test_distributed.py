@@ -17,8 +17,8 @@ from attanchor_lab.small_llava import model as small_llava
 from attanchor_vlm import cli, distributed, load_adapter, load_settings
 from attanchor_vlm.errors import DataError, SetupError
 from attanchor_vlm.model import load as loading
-from attanchor_vlm.training import config as presets
 from attanchor_vlm.training import run as train
+from attanchor_vlm.training.config import TrainConfig
 from attanchor_vlm.training.lora import add_lora, choose_optimizer, layer_classes
 
 PAGE = Path(__file__).parents[3] / "docs" / "several-gpus.md"
@@ -44,15 +44,14 @@ def world(tmp_path_factory):
 
 
 def settings(world, output, data, processes, **more):
-    method = {"lora_dropout": 0.0, "fraction": 0.3, "keep_fraction": "quantile"}
-    preset = presets.preset("small-llava", batch_size=4 // processes, **method)
-    defaults = {"max_steps": 5, "eval_steps": 2, "eval_batch_size": 16 // processes, "calibration_samples": 8}
-    return presets.TrainSettings(
+    defaults = {"lora_dropout": 0.0, "fraction": 0.3, "hold_fraction": "quantile", "batch_size": 4 // processes}
+    defaults |= {"max_steps": 5, "eval_steps": 2, "eval_batch_size": 16 // processes, "calibration_samples": 8}
+    return TrainConfig.from_preset(
+        "small-llava",
         model=str(small_llava.SHIPPED),
         data=world / data,
         images=world / "images",
         output=output,
-        preset=preset,
         val_data=world / "val.json",
         **{**defaults, **more},
     )
@@ -247,7 +246,7 @@ def test_layers_are_cut_where_the_model_has_them():
     """CLIP's own list names the layers of its text tower too, which a LLaVA does not have."""
     model, _ = loading.load_pretrained(str(small_llava.SHIPPED))
     assert layer_classes(model) == ["CLIPEncoderLayer", "LlamaDecoderLayer"]
-    assert layer_classes(add_lora(model, presets.Preset())) == ["CLIPEncoderLayer", "LlamaDecoderLayer"]
+    assert layer_classes(add_lora(model, rank=2, alpha=4, dropout=0.0)) == ["CLIPEncoderLayer", "LlamaDecoderLayer"]
 
 
 def fail_on_main(folder):

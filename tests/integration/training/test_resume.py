@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import errno
 import json
 import os
@@ -20,8 +19,8 @@ from attanchor_lab.small_llava import model as small_llava
 from attanchor_vlm import cli, distributed
 from attanchor_vlm.errors import CheckpointError, DataError, SetupError
 from attanchor_vlm.training import callbacks, checkpoints, run_folder, trainer
-from attanchor_vlm.training import config as presets
 from attanchor_vlm.training import run as train
+from attanchor_vlm.training.config import TrainConfig
 
 
 @pytest.fixture(scope="module")
@@ -33,16 +32,14 @@ def world(tmp_path_factory):
 
 
 def settings(world, output, **more):
-    method = {"batch_size": 4, "lr": 5e-3, "lora_dropout": 0.1, "tau": 0.3}
-    method |= {
-        name: more.pop(name) for name in list(more) if name in {f.name for f in dataclasses.fields(presets.Preset)}
-    }
-    return presets.TrainSettings(
+    defaults = {"data": world / "train.json", "val_data": world / "val.json", "max_steps": 6, "eval_steps": 3}
+    defaults |= {"batch_size": 4, "lr": 5e-3, "lora_dropout": 0.1, "tau": 0.3}
+    return TrainConfig.from_preset(
+        "small-llava",
         model=str(small_llava.SHIPPED),
         images=world / "images",
         output=output,
-        preset=presets.preset("small-llava", **method),
-        **{"data": world / "train.json", "val_data": world / "val.json", "max_steps": 6, "eval_steps": 3, **more},
+        **{**defaults, **more},
     )
 
 
@@ -73,7 +70,7 @@ def losses(result_or_folder):
     return [(line["step"], key, line[key]) for line in lines for key in ("loss", "eval_loss", "tau") if key in line]
 
 
-def die_in_step(chosen: presets.TrainSettings, step: int) -> None:
+def die_in_step(chosen: TrainConfig, step: int) -> None:
     """Train, and be killed at the end of a step, in front of anything that it would write."""
     original = callbacks.KeepOnInterrupt.on_step_end
 
@@ -87,7 +84,7 @@ def die_in_step(chosen: presets.TrainSettings, step: int) -> None:
 
 
 def test_a_killed_run_loses_the_steps_since_its_checkpoint_and_no_more(world, tmp_path):
-    options = {"save_steps": 2, "fraction": 0.2, "keep_fraction": "quantile", "calibration_samples": 16}
+    options = {"save_steps": 2, "fraction": 0.2, "hold_fraction": "quantile", "calibration_samples": 16}
     process = forked.start(die_in_step, settings(world, tmp_path / "parts", **options), 5)
     assert forked.finish(process) == -signal.SIGKILL
     assert [path.name for path in train.complete_checkpoints(tmp_path / "parts")][-1] == "checkpoint-4"
@@ -362,3 +359,21 @@ def test_an_output_that_not_all_machines_see_is_refused(world, tmp_path, monkeyp
 def test_a_worker_s_error_keeps_its_one_line():
     text = "Caught DataError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n  File …\n"
     assert str(DataError(f"{text}attanchor_vlm.data.rows.DataError: image a.png is gone\n")) == "image a.png is gone"
+
+
+def test_a_run_of_an_earlier_version_is_gone_on_with(world, tmp_path):
+    """Its run.json has other names, None for what nobody decided, and the preset's tau, not the measured one."""
+    made_with = {"fraction": 0.2, "hold_fraction": "quantile", "calibration_samples": 8, "val_data": None}
+    made_with |= {"val_fraction": 0, "lora_rank": 1, "lora_alpha": 2, "lora_dropout": 0, "lr": 2e-3}
+    made_with |= {"tau": None, "eval_steps": None, "output": tmp_path / "run"}
+    first = run(world, max_steps=1, **made_with)
+    record = tmp_path / "run" / "run.json"
+    assert json.loads(record.read_text())["settings"]["tau"] == first.tau != TrainConfig.tau  # what really ran
+
+    earlier = json.loads((Path(__file__).parent / "run-of-earlier-version.json").read_text())
+    files = {"model": str(small_llava.SHIPPED), "data": str(world / "train.json"), "images": str(world / "images")}
+    earlier["settings"] |= files
+    record.write_text(json.dumps(earlier))
+    with pytest.raises(SetupError, match=r"had other settings: lr was 0\.002 and is 0\.1; resume"):
+        run(world, max_steps=2, resume=True, **{**made_with, "lr": 0.1})
+    assert run(world, max_steps=2, resume=True, **made_with).steps == 2

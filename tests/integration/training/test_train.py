@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import signal
 
@@ -17,9 +16,9 @@ from attanchor_vlm.errors import DataError, SetupError
 from attanchor_vlm.model import load as loading
 from attanchor_vlm.model.attach import anchor_counts, base_of
 from attanchor_vlm.training import callbacks, checkpoints
-from attanchor_vlm.training import config as presets
 from attanchor_vlm.training import run as train
 from attanchor_vlm.training import trainer as trainer_module
+from attanchor_vlm.training.config import SCHEDULERS, Method, TrainConfig
 from attanchor_vlm.training.lora import add_lora, choose_optimizer
 
 
@@ -37,10 +36,10 @@ def world(tmp_path_factory):
 
 
 def settings(world, output, tau=-1.0, **more):
-    names = {field.name for field in dataclasses.fields(presets.Preset)}
-    method = {name: more.pop(name) for name in list(more) if name in names}
-    method = {"batch_size": 4, "lr": 5e-3, "lora_dropout": 0.1, **method}
     defaults = {
+        "batch_size": 4,
+        "lr": 5e-3,
+        "lora_dropout": 0.1,
         "model": str(world / "model"),
         "data": world / "data" / "train.json",
         "images": world / "data" / "images",
@@ -49,9 +48,7 @@ def settings(world, output, tau=-1.0, **more):
         "eval_steps": 3,
         "eval_batch_size": 16,
     }
-    return presets.TrainSettings(
-        output=output, preset=presets.preset("small-llava", tau=tau, **method), **{**defaults, **more}
-    )
+    return TrainConfig.from_preset("small-llava", output=output, tau=tau, **{**defaults, **more})
 
 
 def run(*args, **kwargs):
@@ -230,9 +227,9 @@ def test_gradient_checkpointing_changes_nothing_and_spares_the_tower(world, tmp_
     with pytest.MonkeyPatch.context() as patch:
         original = add_lora
 
-        def add_lora_and_watch(model, preset):
+        def add_lora_and_watch(model, *shape):
             model.model.vision_tower.encoder.register_forward_hook(lambda m, i, o: watch(m, i, o.last_hidden_state))
-            return original(model, preset)
+            return original(model, *shape)
 
         patch.setattr(train, "add_lora", add_lora_and_watch)
         spared = run(world, tmp_path / "spared", gradient_checkpointing=True, **options)
@@ -349,11 +346,11 @@ def test_a_run_that_diverges_ends_as_others_do(world, tmp_path):
 
 def test_lora_refuses_a_model_it_does_not_fit():
     with pytest.raises(SetupError, match="LoRA finds no language model or projector in Sequential"):
-        add_lora(torch.nn.Sequential(torch.nn.Linear(2, 2)), presets.Preset())
+        add_lora(torch.nn.Sequential(torch.nn.Linear(2, 2)), rank=2, alpha=4, dropout=0.0)
 
 
 def test_presets_are_the_papers():
-    tiny, large, qwen = (presets.PRESETS[name] for name in ("tinyllava-1b", "llava-7b", "qwen2.5-vl-3b"))
+    tiny, large, qwen = (Method.from_preset(name) for name in ("tinyllava-1b", "llava-7b", "qwen2.5-vl-3b"))
     table = {
         "dtype": ("float16", "float16", "bfloat16"),
         "tau": (0.12, 0.12, 0.08),
@@ -409,7 +406,7 @@ def test_mixed_precision_follows_the_run_in_float32(world, tmp_path, monkeypatch
     assert half.val_loss == pytest.approx(full.val_loss, rel=2e-3)
 
 
-@pytest.mark.parametrize("name", presets.SCHEDULERS)
+@pytest.mark.parametrize("name", SCHEDULERS)
 def test_schedulers_are_those_that_need_no_further_numbers(name):
     from transformers import get_scheduler
 
@@ -430,5 +427,5 @@ def test_runs_that_differ_in_anchors_alone_start_alike(world, tmp_path):
 def test_the_attached_model_is_left_as_its_own_class(world):
     model, _ = loading.load_pretrained(str(world / "model"))
     attach(model, AttAnchorConfig(tau=0.5))
-    peft = add_lora(model, presets.PRESETS["small-llava"])
+    peft = add_lora(model, rank=2, alpha=4, dropout=0.0)
     assert type(base_of(peft)).__name__ == "LlavaForConditionalGeneration"

@@ -101,6 +101,30 @@ class FamilyAdapter:
         parts = [part for part in rows[order].split(per_sample) if len(part)]
         return BaseModelOutputWithPooling(pooler_output=parts)  # type: ignore[arg-type]  # a list, as models return
 
+    def token_shapes(self, model: Any, arguments: Mapping[str, Any], count: int) -> list[list[tuple[int, int]]]:
+        """(rows, columns) of the grids of tokens of each image of a call, in the order of the features.
+
+        Where the encoder takes tiles as images of their own, each of them is an image here.
+
+        Args:
+            arguments: The call's.
+            count: Number of features, those that are no image content left out.
+        """
+        rows, columns = self.tile_shape(model, arguments)
+        return [[(rows, columns)]] * (count // (rows * columns))
+
+    def class_token_attention(self, model: Any, arguments: Mapping[str, Any], encoded: Any) -> Tensor | None:
+        """(T,) float32, how much the class token of the image encoder attends to each feature; None if it has none.
+
+        Args:
+            arguments: The call's.
+            encoded: From `encode_images`.
+
+        Raises:
+            ValueError: `encoded` was given without what the encoder's layers were given.
+        """
+        return None
+
     def grids(
         self, model: Any, processor: Any, batch: Mapping[str, Tensor], index: int, size: tuple[int, int]
     ) -> list[Grid]:
@@ -114,9 +138,11 @@ class FamilyAdapter:
         """
         return [Grid(*self.tile_shape(model, batch), kept(processor.image_processor, size))]
 
-    def tile_shape(self, model: Any, batch: Mapping[str, Tensor]) -> tuple[int, int]:
+    def tile_shape(self, model: Any, batch: Mapping[str, Any]) -> tuple[int, int]:
         """(rows, columns) of the tokens of one tile, or of one image where images have no tiles."""
-        height, width = batch["pixel_values"].shape[-2:]
+        pixels, size = batch.get("pixel_values"), model.config.vision_config.image_size
+        sides = (size if isinstance(size, (list, tuple)) else (size, size)) if pixels is None else pixels.shape[-2:]
+        height, width = sides
         patch, pooled = model.config.vision_config.patch_size, self.pooling(model)
         patch_height, patch_width = patch if isinstance(patch, (list, tuple)) else (patch, patch)
         return int(height // patch_height / pooled), int(width // patch_width / pooled)

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from attanchor_vlm.model.families.base import FamilyAdapter
+from attanchor_vlm.model.families.clip import clip_attention
 from attanchor_vlm.model.families.grid import Grid, whole
 
 
@@ -16,6 +17,16 @@ class LlavaAdapter(FamilyAdapter):
 
     model_types = ("llava",)
     image_arguments = ("pixel_values", "vision_feature_layer", "vision_feature_select_strategy", "image_sizes")
+
+    def token_shapes(self, model: Any, arguments: Mapping[str, Any], count: int) -> list[list[tuple[int, int]]]:
+        if arguments.get("image_sizes") is None:
+            return super().token_shapes(model, arguments, count)
+        patch = model.config.vision_config.patch_size
+        return [[(height // patch, width // patch)] for height, width in arguments["image_sizes"].tolist()]
+
+    def class_token_attention(self, model: Any, arguments: Mapping[str, Any], encoded: Any) -> Tensor | None:
+        attention = clip_attention(model, arguments, encoded)
+        return None if attention is None else attention.flatten()
 
     def grids(
         self, model: Any, processor: Any, batch: Mapping[str, Tensor], index: int, size: tuple[int, int]

@@ -6,10 +6,12 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.image_processing_utils import select_best_resolution
 
 from attanchor_vlm.model.families.base import FamilyAdapter
+from attanchor_vlm.model.families.clip import clip_attention
 from attanchor_vlm.model.families.grid import Grid, whole
 
 
@@ -28,6 +30,30 @@ class LlavaNextAdapter(FamilyAdapter):
         newline = getattr(model.base_model, "image_newline", None)
         # As the model wrote it into the features, which under autocast have another dtype than the parameter.
         return None if newline is None else (rows == newline.detach().to(rows)).all(-1)
+
+    def token_shapes(self, model: Any, arguments: Mapping[str, Any], count: int) -> list[list[tuple[int, int]]]:
+        if arguments.get("image_sizes") is None:
+            return []
+        images = enumerate(arguments["image_sizes"].tolist())
+        found = [self.grids(model, None, arguments, index, tuple(size)) for index, size in images]
+        return [[(grid.rows, grid.columns) for grid in own if grid.rows and grid.columns] for own in found]
+
+    def class_token_attention(self, model: Any, arguments: Mapping[str, Any], encoded: Any) -> Tensor | None:
+        from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+
+        attention = clip_attention(model, arguments, encoded)
+        if attention is None:
+            return None
+        sizes = arguments["image_sizes"]
+        tiles = [
+            image_size_to_num_patches(size, model.config.image_grid_pinpoints, model.config.vision_config.image_size)
+            for size in sizes
+        ]
+        # As the model lays out the features themselves, with a number in place of each.
+        packed, _ = model.base_model.pack_image_features(
+            attention[..., None].split(tiles), sizes, "default", image_newline=attention.new_zeros(1)
+        )
+        return torch.cat(packed).flatten()
 
     def grids(
         self, model: Any, processor: Any, batch: Mapping[str, Tensor], index: int, size: tuple[int, int]

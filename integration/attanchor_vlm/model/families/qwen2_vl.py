@@ -43,6 +43,12 @@ class Qwen2VLAdapter(FamilyAdapter):
         highest = plan.position_ids.amax((0, 2))
         model.base_model.rope_deltas = (highest + 1 - plan.attention_mask.sum(-1))[:, None]
 
+    def token_shapes(self, model: Any, arguments: Mapping[str, Any], count: int) -> list[list[tuple[int, int]]]:
+        grids, merged = arguments.get("image_grid_thw"), model.config.vision_config.spatial_merge_size
+        if grids is None:
+            return []
+        return [[(height // merged, width // merged)] * frames for frames, height, width in grids.tolist()]
+
     def grids(
         self, model: Any, processor: Any, batch: Mapping[str, Tensor], index: int, size: tuple[int, int]
     ) -> list[Grid]:

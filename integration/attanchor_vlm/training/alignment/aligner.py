@@ -113,9 +113,9 @@ def _embedded(model: Any, words: Tensor) -> Tensor:
 
 
 def aligner_for(
-    settings: Any, model: Any, processor: Any, samples: Sequence[Sample], progress: bool = True
+    config: Any, model: Any, processor: Any, samples: Sequence[Sample], progress: bool = True
 ) -> Aligner | None:
-    """What a run's `TrainSettings` ask for; None without an `align_weight`.
+    """What a run's `TrainConfig` asks for; None without an `align_weight`.
 
     Args:
         model: As it will be trained, with its adapters on.
@@ -125,23 +125,23 @@ def aligner_for(
         SetupError: the settings cannot be met with this model or these samples.
         DataError: a file of captions is no such thing.
     """
-    if not settings.align_weight:
+    if not config.align_weight:
         return None
     _check_projector(model)
     labels: Any
-    if settings.align_clip is not None:
-        labels = _clip_labels(settings, model, processor, samples, progress)
-    elif settings.align_labels == CAPTIONS:
+    if config.align_clip is not None:
+        labels = _clip_labels(config, model, processor, samples, progress)
+    elif config.align_labels == CAPTIONS:
         labels = CaptionLabels(processor.tokenizer)
     else:
-        captions = read_captions(Path(settings.align_labels), settings.images)
+        captions = read_captions(Path(config.align_labels), config.images)
         labels = CaptionLabels(processor.tokenizer, captions)
         if samples and not labels.labelled({sample.images for sample in samples}):
-            raise DataError(f"align_labels {settings.align_labels} has no caption for any image of {settings.data}")
-    return Aligner(labels, settings.align_weight, settings.align_temperature)
+            raise DataError(f"align_labels {config.align_labels} has no caption for any image of {config.data}")
+    return Aligner(labels, config.align_weight, config.align_temperature)
 
 
-def _clip_labels(settings: Any, model: Any, processor: Any, samples: Sequence[Sample], progress: bool) -> ClipLabels:
+def _clip_labels(config: Any, model: Any, processor: Any, samples: Sequence[Sample], progress: bool) -> ClipLabels:
     from transformers import AutoModelForImageTextToText
 
     images = sorted({image for sample in samples for image in sample.images if isinstance(image, Path)})
@@ -149,11 +149,11 @@ def _clip_labels(settings: Any, model: Any, processor: Any, samples: Sequence[Sa
         raise SetupError(
             "align_clip labels files of images before training, and the rows name none (are they streamed?)"
         )
-    words = read_word_list(settings.align_words)
-    votes = clip_votes(settings.align_clip, words, images, settings.output, progress=progress)
-    config = base_of(model).config
+    words = read_word_list(config.align_words)
+    votes = clip_votes(config.align_clip, words, images, config.output, progress=progress)
+    made_of = base_of(model).config
     with torch.device("meta"):  # goes to the loader's workers: a model without weights
-        place = AutoModelForImageTextToText.from_config(config)
+        place = AutoModelForImageTextToText.from_config(made_of)
     return ClipLabels(processor, place, votes)
 
 

@@ -69,23 +69,6 @@ def test_without_a_mask_markers_and_padding_take_no_part(family):
 
 
 @every_family
-def test_before_transformers_5_18_the_ids_route_passes_pixels(family, monkeypatch):
-    model, batch = attached(family, "ids"), family.prompts([1, 2], "left")[0]
-    with torch.no_grad():
-        expected = model(**batch).logits
-    generated = model.generate(**batch, **GREEDY)
-    for module in ("model.attach", "model.rewrite"):
-        monkeypatch.setattr(f"attanchor_vlm.{module}.accepts_encoded_images", lambda model: False)
-    seen = []
-    model.base_model.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs), with_kwargs=True)
-    with torch.no_grad():
-        assert difference(model(**batch).logits, expected) < 1e-5
-    assert seen[0]["pixel_values"] is batch["pixel_values"]
-    assert model.attanchor_plan.is_anchor.any()
-    assert torch.equal(model.generate(**batch, **GREEDY), generated)
-
-
-@every_family
 def test_attention_implementations_agree(family):
     model, batch = attached(family), family.prompts(MIXED, "left")[0]
     with torch.no_grad():

@@ -1,0 +1,188 @@
+"""Every way of every kernel once, held to the reference, before anything is measured: `python -m benchmarks smoke`.
+
+A process works through the ways and says when it begins one and how it ended. One that hangs, crashes or leaves the
+device in error costs its process, not the others their turn: the next process goes on behind it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from attanchor_kernels import reference
+from attanchor_kernels.testing.inputs import Shape
+from benchmarks import cases, options
+from benchmarks.rows import ROOT, Row, Run
+
+# The first has aligned rows, that tiles can be kept on chip, of several chunks for most blocks of a cluster.
+SHAPES = ((Shape("aligned", 75, 21, 1120), 3), (Shape("llava-7b", 576, 50, 4096), 8))
+NOT_BUILT = "no construct kernel that was asked for runs on this device"
+START, EACH = 60.0, 20.0  # seconds to import and reach the device, and for one way
+
+
+class Way(NamedTuple):
+    """One backend at one dtype, on CUDA by one of its compiled ways."""
+
+    backend: str
+    dtype: torch.dtype
+    tuning: Any = None
+
+    def describe(self) -> Row:
+        tuning = {} if self.tuning is None else self.tuning._asdict()
+        return {"backend": self.backend, "dtype": str(self.dtype).removeprefix("torch."), "tuning": tuning}
+
+
+def ways(device: torch.device) -> list[Way]:
+    """All that are here; on a CPU the reference, to rehearse."""
+    found = []
+    for backend in cases.kernel_backends(device):
+        for dtype in (torch.bfloat16, torch.float32):
+            tunings: Sequence[Any] = (None,)
+            if backend == "cuda":
+                from attanchor_kernels.backends.cuda import launch
+
+                tunings = launch.variants(dtype)
+            found += [Way(backend, dtype, tuning) for tuning in tunings]
+    return found
+
+
+def check(way: Way, device: torch.device, shapes: Sequence[tuple[Shape, int]] = SHAPES) -> Row:
+    """Run a way and hold it to the reference.
+
+    Returns:
+        status "right", "wrong", "failed" or "left out", why in `detail`, and how CUDA launched it.
+    """
+    how: Row = {}
+    for (shape, batch), operation in itertools.product(shapes, ("forward", "drop")):
+        case = cases.Case(operation, shape, batch, way.dtype)
+        inputs = cases.make_inputs(case, device, seed=0)
+        try:
+            if way.tuning is None:
+                cases.verify(case, cases.run(case, inputs, "reference"), cases.run(case, inputs, way.backend))
+                continue
+            from attanchor_kernels.backends.cuda import launch
+
+            problem = cases.problem_of(case, inputs)
+            embeds, made = launch.run(problem, copy=True, tuning=way.tuning)
+            rows, plan = reference.construct(problem)
+            if embeds is None or not torch.equal(embeds, rows) or not torch.equal(made.places, plan.places):
+                return {"status": "wrong", "detail": case.label}
+            how = cases.launched(way.backend, case, inputs, way.tuning)
+        except cases.WrongResult as error:
+            return {"status": "wrong", "detail": str(error)}
+        except RuntimeError as error:
+            return {"status": "left out" if NOT_BUILT in str(error) else "failed", "detail": str(error)[:300]}
+    return {"status": "right", **how}
+
+
+def work(device: torch.device, first: int) -> None:
+    """The ways from `first` on: a line of JSON when one begins, and one when it has ended."""
+    small = SHAPES if device.type == "cuda" else SHAPES[:1]
+    for way in ways(device)[first:]:
+        print(json.dumps(way.describe()), flush=True)
+        ended = check(way, device, small)
+        print(json.dumps(ended), flush=True)
+        if ended["status"] == "failed":
+            return  # what comes behind an error of the device fails with it
+    print("end", flush=True)
+
+
+def supervised(command: Sequence[str], start: float = START, each: float = EACH) -> Iterator[Row]:
+    """What processes of `command` say of the ways, one after the other; `command` gets the number of the first."""
+    done = 0
+    while True:
+        with _process([*command, str(done)]) as lines:
+            limit = start
+            begun: Row | None = None
+            while True:
+                try:
+                    line = lines.get(timeout=limit)
+                except queue.Empty:
+                    line, ended = None, {"status": "hung", "detail": f"no end within {limit:.0f} s"}
+                else:
+                    ended = {"status": "crashed", "detail": ""}
+                if line == "end":
+                    return
+                said = _json(line)
+                if line is not None and said is None:  # what a library prints, or the traceback of a crash
+                    continue
+                if said is not None and begun is None:
+                    begun, limit = said, each
+                    continue
+                if begun is None:
+                    yield {"backend": "none", "dtype": "none", **ended}  # not even the first one began
+                    return
+                yield {**begun, **(said or ended)}
+                begun, done = None, done + 1
+                if said is None or said["status"] == "failed":
+                    break
+
+
+@contextlib.contextmanager
+def _process(command: Sequence[str]) -> Iterator[queue.Queue]:
+    """The lines that a process prints, then None; it is ended with all that it started."""
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    lines: queue.Queue = queue.Queue()
+
+    def listen() -> None:
+        assert process.stdout is not None
+        for line in process.stdout:
+            lines.put(line.rstrip("\n"))
+        lines.put(None)
+
+    threading.Thread(target=listen, daemon=True).start()
+    try:
+        yield lines
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        with contextlib.suppress(subprocess.TimeoutExpired):  # one that hangs in the driver may not even die
+            process.wait(10.0)
+
+
+def _json(line: str | None) -> Row | None:
+    try:
+        said = json.loads(line or "")
+    except json.JSONDecodeError:
+        return None
+    return said if isinstance(said, dict) else None
+
+
+def safe_choice(rows: list[Row]) -> dict[str, int]:
+    """What to change of the CUDA backend's choice after these rows: if tiles kept on chip fail, they are not kept."""
+    bad = [row for row in rows if row["backend"] == "cuda" and row["status"] not in ("right", "left out")]
+    return {"hold": 0} if any(row["tuning"].get("hold") for row in bad) else {}
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    options.device(parser)
+    options.output(parser, "smoke")
+    parser.add_argument("--from", type=int, dest="first", help=argparse.SUPPRESS)
+
+
+def main(given: argparse.Namespace) -> int:
+    """A row for each way. Returns 1 if one is not right."""
+    if given.first is not None:
+        work(torch.device(given.device), given.first)
+        return 0
+    on = Run(given.output, given.device, "smoke")
+    for row in supervised([sys.executable, "-m", "benchmarks", "smoke", "--device", given.device, "--from"]):
+        row = on.add(row)
+        print(row["status"], row["backend"], row["dtype"], row.get("tuning"), row.get("detail", ""), flush=True)
+    bad = [row for row in on.rows if row["status"] not in ("right", "left out")]
+    print(f"{len(on.rows)} ways, {len(bad)} of them not right")
+    return int(bool(bad) or not on.rows)
