@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from functools import partial
 from typing import Any, NamedTuple
@@ -82,63 +82,58 @@ def measure(
     sets = [make_inputs(case, on.device, seed) for seed in range(timing.rotation(case.least_bytes, on.device))]
     verify(case, run(case, sets[0], "reference"), run(case, sets[0], "auto"))  # counts the anchors too
     plain = Prompt(plain_merge(sets[0]), sets[0].position_ids)
-    prompts = {"plain": plain, **{side.name: merged(case, side, sets[0]) for side in chosen}}
-
-    for side in chosen:
-        # Rows may differ: rounding changes which of two equally relevant image tokens stays.
-        if prompts[side.name].embeds.shape != merged(case, side, sets[0], "reference").embeds.shape:
-            raise WrongResult(f"{side.name} is not as long as the reference's at {case.label}")
-
-    parts = {"construction": _construction(on, case, chosen, sets)}
-    if on.device.type == "cuda":  # eager above, as `attach` runs it; here device time alone, and at capacity
-        everything = [side for side in chosen if side.keep is None]
-        parts["device_construction"] = _construction(on, case, everything, sets, at_capacity=True)
-    decoder.filled_cache(*plain, ROOM)  # what is made once is no side's memory
-    peaks, caches = {}, {}
-    for name, prompt in prompts.items():
-        peaks[name], caches[name] = timing.peak_of(partial(decoder.filled_cache, *prompt, ROOM), on.device)
-    prefills = {name: partial(decoder.prefill, *one) for name, one in prompts.items()}
-    parts["prefill"] = _beside_plain(on, prefills, count, warm=True)  # each length has been run
-    if decode:
-        steps = {name: _step(decoder, one, caches[name]) for name, one in prompts.items()}
-        parts["step"] = _beside_plain(on, steps, count)
-
-    flops = spec.language.prefill_flops
     length = plain.embeds.shape[1]
     described = {key: value for key, value in case.describe().items() if key not in ("shape", "bytes", "inserted")}
-    for name, prompt in prompts.items():
-        row = {"model": spec.name, **described, **more, "side": name, "length": prompt.embeds.shape[1]}
-        if name != "plain":
-            row |= {"inserted": case.anchored, "keep": next(side.keep for side in chosen if side.name == name)}
-            row |= {"pairs": count, "method": parts["prefill"][name].method}
-            for part, found in parts.items():
-                row |= found[name].describe(part) if name in found else {}
-            row["flops_ratio"] = round(flops(row["length"]) / flops(length), 4)
-        row["kv_bytes"] = case.batch * spec.language.cache_bytes(row["length"], case.dtype)
-        row["peak_bytes"] = peaks[name]
-        _say(on.add(row))
+
+    def store(side: str, prompt: Prompt, peak: int | None, row: Row) -> None:
+        tokens = prompt.embeds.shape[1]
+        flops = spec.language.prefill_flops(tokens) / spec.language.prefill_flops(length)
+        row = {"model": spec.name, **described, **more, "side": side, "length": tokens, **row}
+        row |= {"flops_ratio": round(flops, 4), "kv_bytes": case.batch * spec.language.cache_bytes(tokens, case.dtype)}
+        _say(on.add({**row, "peak_bytes": peak}))
+
+    decoder.filled_cache(*plain, ROOM)  # what is made once is no side's memory
+    peak, plain_cache = timing.peak_of(partial(decoder.filled_cache, *plain, ROOM), on.device)
+    store("plain", plain, peak, {})
+    for side in chosen:  # one after the other, since two graphs with their caches fit where all do not
+        prompt = merged(case, side, sets[0])
+        # Rows may differ: rounding changes which of two equally relevant image tokens stays.
+        if prompt.embeds.shape != merged(case, side, sets[0], "reference").embeds.shape:
+            raise WrongResult(f"{side.name} is not as long as the reference's at {case.label}")
+        peak, cache = timing.peak_of(partial(decoder.filled_cache, *prompt, ROOM), on.device)
+        prefills = [partial(decoder.prefill, *one) for one in (plain, prompt)]
+        steps = [_step(decoder, plain, plain_cache), _step(decoder, prompt, cache)]
+        parts = {
+            "construction": _construction(on, case, side, sets),
+            **({} if on.device.type == "cpu" else {"device_construction": _construction(on, case, None, sets)}),
+            "prefill": _pairs(on, prefills, count, warm=True),
+            **({"step": _pairs(on, steps, count)} if decode else {}),
+        }
+        row = {"inserted": case.anchored, "keep": side.keep, "pairs": count, "method": parts["prefill"].method}
+        for part, found in parts.items():
+            row |= found.describe(part)
+        store(side.name, prompt, peak, row)
+        del cache, steps
+        on.release()
 
 
-def _construction(
-    on: Run, case: Case, chosen: list[Side], sets: list[Inputs], at_capacity: bool = False
-) -> dict[str, timing.Pairs]:
-    """`merge_sequence` beside the merge that it replaces, over rotated inputs."""
+def _construction(on: Run, case: Case, side: Side | None, sets: list[Inputs]) -> timing.Pairs:
+    """`merge_sequence` beside the merge that it replaces, over rotated inputs: eagerly, as `attach` runs it.
 
-    def take(make: Callable[[Inputs], Any]) -> timing.Take:
-        return timing.prepare([partial(make, inputs) for inputs in sets], on.device, eager=not at_capacity)
-
-    def by(side: Side) -> Callable[[Inputs], Any]:
-        return partial(run, case, backend="auto") if at_capacity else partial(merged, case, side)
-
+    Without a side, of anchors alone: at capacity and, on a GPU, in a graph, which is device time.
+    """
+    make: Callable[[Inputs], Any] = partial(run, case, backend="auto") if side is None else partial(merged, case, side)
     timing.forget_captures(on.device)
-    return timing.pairs(take(plain_merge), {side.name: take(by(side)) for side in chosen}, CONSTRUCTIONS)
+    takes = [
+        timing.prepare([partial(call, inputs) for inputs in sets], on.device, eager=side is not None)
+        for call in (plain_merge, make)
+    ]
+    return timing.pairs(takes[0], takes[1], CONSTRUCTIONS)
 
 
-def _beside_plain(
-    on: Run, calls: Mapping[str, Callable[[], Any]], count: int, warm: bool = False
-) -> dict[str, timing.Pairs]:
-    takes = {name: timing.prepare_long(call, on.device, warm=warm) for name, call in calls.items()}
-    return timing.pairs(takes.pop("plain"), takes, count)
+def _pairs(on: Run, calls: Sequence[Callable[[], Any]], count: int, warm: bool = False) -> timing.Pairs:
+    takes = [timing.prepare_long(call, on.device, warm=warm) for call in calls]
+    return timing.pairs(takes[0], takes[1], count)
 
 
 def _step(decoder: Decoder, prompt: Prompt, cache: Any) -> Callable[[], Tensor]:
@@ -161,14 +156,13 @@ def _say(row: Row) -> None:
     print("; ".join([where, *parts]), flush=True)
 
 
-def measure_whole(on: Run, spec: Spec, model: Any, case: Case, count: int) -> None:
+def measure_whole(on: Run, spec: Spec, model: Any, case: Case, chosen: list[Side], count: int) -> None:
     """The whole model, vision tower and all, eagerly through `attach`: a forward, and a short generation.
 
     Random weights have no meaning to match: the best-scoring tokens are inserted, as many as usual.
     """
     arguments = whole_prompt(on.device, on.dtype, spec, model, case.batch)
     generated = min(GENERATED, spec.shape.text // 2)
-    config = attanchor_vlm.AttAnchorConfig(tau=-1.0, max_anchors=case.anchored)
 
     @torch.no_grad()
     def forward() -> Any:
@@ -179,12 +173,14 @@ def measure_whole(on: Run, spec: Spec, model: Any, case: Case, count: int) -> No
 
     for name, call in {"forward": forward, "generate": generate}.items():
         plain = timing.prepare_long(call, on.device, eager=True)
-        take = timing.Take(partial(attached, model, config, plain), plain.method)
-        found = timing.pairs(plain, {"attached": take}, count)["attached"]
-        row = {"model": spec.name, **case.describe(), "measure": f"attached {name}", "pairs": count}
-        row |= {"method": plain.method, "new_tokens": 1 if name == "forward" else generated}
-        row = on.add({**row, **found.describe(name)})
-        print(f"{spec.name:<18}B={case.batch:<3}whole {name}: {ratio(row, name)}", flush=True)
+        for side in chosen:
+            config = attanchor_vlm.AttAnchorConfig(tau=-1.0, max_anchors=case.anchored, keep=side.keep)
+            found = timing.pairs(plain, plain._replace(seconds=partial(attached, model, config, plain)), count)
+            row = {"model": spec.name, **case.describe(), "measure": f"attached {name}"}
+            row |= {"side": side.name, "keep": side.keep, "pairs": count}
+            row |= {"method": plain.method, "new_tokens": 1 if name == "forward" else generated}
+            row = on.add({**row, **found.describe(name)})
+            print(f"{spec.name:<18}B={case.batch:<3}{side.name:<10}whole {name}: {ratio(row, name)}", flush=True)
 
 
 def attached(model: Any, config: attanchor_vlm.AttAnchorConfig, take: timing.Take) -> float:
@@ -261,4 +257,4 @@ def _measure_model(on: Run, spec: Spec, toy: bool, given: argparse.Namespace) ->
             measure(on, spec, decoder, case, sides(spec.shape, given.keep), given.pairs)
         if given.whole and spec.attachable:
             with on.guarded(f"{spec.name}, whole, B={batch}"):
-                measure_whole(on, spec, model, case, given.pairs)
+                measure_whole(on, spec, model, case, sides(spec.shape, given.keep), given.pairs)

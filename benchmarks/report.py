@@ -74,7 +74,7 @@ Peak memory is that of a prefill beside the weights, its cache included.
 
 def overhead_block(rows: list[Row], image: str) -> str:
     """Each side of each model: length, construction, prefill, a generated token, cache, memory."""
-    rows = plots.overhead_rows(rows)
+    everything, rows = rows, plots.overhead_rows(rows)
     if not rows:
         return ""
     lines = []
@@ -100,7 +100,26 @@ def overhead_block(rows: list[Row], image: str) -> str:
             )
     head = ["model", "prompt", "length", "construction", "prefill", "a generated token", "KV cache", "peak memory"]
     plot = f"\n![Prefill, a generated token and cache, of those of the plain prompt]({image}/overhead.png)\n"
-    return table(head, lines) + OVERHEAD + plot + _made_by(rows, "python -m benchmarks overhead --real-size")
+    made = _made_by(rows, "python -m benchmarks overhead --real-size")
+    return table(head, lines) + OVERHEAD + _whole(everything) + plot + made
+
+
+def _whole(rows: list[Row]) -> str:
+    """Whole models through `attach`, where they were measured."""
+    found: dict[tuple[str, str, int, str], dict[str, Row]] = {}
+    for row in of_newest_gpu(rows) or rows:
+        if row.get("measure") in ("attached forward", "attached generate"):
+            key = (row["model"], row["dtype"], row["batch"], row["side"])
+            found.setdefault(key, {})[row["measure"].removeprefix("attached ")] = row
+    if not found:
+        return ""
+    lines = [
+        [f"{model}, {dtype}, B={batch}", side, *(ratio(parts[part], part) for part in ("forward", "generate"))]
+        for (model, dtype, batch, side), parts in found.items()
+    ]
+    return "\nWhole models through `attach`, eagerly and with their vision towers:\n\n" + table(
+        ["model", "prompt", "forward", "generation"], lines
+    )
 
 
 def sweep_block(rows: list[Row], image: str) -> str:

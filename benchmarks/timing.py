@@ -106,21 +106,17 @@ def measure(
     return Timing(statistics.median(ordered), tenth[0], tenth[-1], ordered[0], take.method, take.calls, len(ordered))
 
 
-def pairs(plain: Take, others: dict[str, Take], count: int) -> dict[str, Pairs]:
-    """Time each of `others` beside `plain`, `count` times, now the one first and now the other."""
-    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in others}
+def pairs(plain: Take, other: Take, count: int) -> Pairs:
+    """Time the one beside the other `count` times, now the one first and now the other."""
+    taken = []
     for turn in range(count):
-        for name, other in others.items():
-            if turn % 2:
-                last = other.seconds()
-                taken[name].append((plain.seconds(), last))
-            else:
-                taken[name].append((plain.seconds(), other.seconds()))
-    found = {}
-    for name, seconds in taken.items():
-        method = "+".join(sorted({plain.method, others[name].method}))
-        found[name] = Pairs(tuple(pair[0] for pair in seconds), tuple(pair[1] for pair in seconds), method)
-    return found
+        if turn % 2:
+            last = other.seconds()
+            taken.append((plain.seconds(), last))
+        else:
+            taken.append((plain.seconds(), other.seconds()))
+    firsts, seconds = zip(*taken, strict=True)
+    return Pairs(firsts, seconds, "+".join(sorted({plain.method, other.method})))
 
 
 def prepare(calls: Sequence[Call], device: torch.device, *, eager: bool = False, warm: bool = False) -> Take:

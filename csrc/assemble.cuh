@@ -71,11 +71,13 @@ struct AssembleTile {
       s.host_real[row] = real;
     }
     arch::sync_block();
-    int kept = counts.real, original = own.real ? own.real_before : -1;
+    int kept = counts.real, kept_before = own.real_before;
+    bool stays = own.real;
     if constexpr (DROPS) {
       const Survivors survivors(p, plan.sample);
       kept = survivors.before(p.rows.slots);
-      original = own.real && survivors.has(own.slot) ? survivors.before(own.slot) : -1;
+      if (own.exists) kept_before = survivors.before(own.slot);
+      stays = own.exists && survivors.has(own.slot);
       arch::sync_block();  // read before the last reader clears them
     }
     plan.template leave<DROPS>(movers, 1, p.assemble_tiles, &s.arrived);
@@ -83,7 +85,7 @@ struct AssembleTile {
     const int length = kept + sums[0], first = p.pad_left ? p.capacity - length : 0;
     if (arch::warp() == 0) {
       const int hosted_before = sums[1] + warp_sum_before(s.hosted[at]);
-      write_slot(own, original >= 0 ? original + hosted_before : -1, first);
+      write_slot(own, stays ? kept_before + hosted_before : -1, first);
       write_padding(first_slot + at, length);
     }
     if (p.embeds == nullptr) return;

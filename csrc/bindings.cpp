@@ -174,7 +174,8 @@ std::vector<int64_t> construct(Tensor image, Tensor text, Optional roles, Option
   p.drop.keep = static_cast<int>(keep);
   p.drop.priority = words + batch * movers + batch + (batch + 1);
   p.drop.survivors = p.drop.priority + batch * p.rows.slots;
-  p.drop.best = p.drop.survivors + batch * attanchor::survivor_words(p.rows.slots);
+  p.drop.words = p.rows.slots / 32 + 1;
+  p.drop.best = p.drop.survivors + batch * p.drop.words;
   Tuning tuning;
   tuning.tile_images = static_cast<int>(tile_images);
   tuning.cluster = static_cast<int>(cluster);

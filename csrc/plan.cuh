@@ -114,8 +114,8 @@ struct Plan {
     if (*shared != readers - count) return;
     for (int mover = arch::thread(); mover < movers; mover += THREADS) keys()[mover] = 0;
     if constexpr (DROPS) {
-      const int words = survivor_words(p.rows.slots);
-      for (int at = arch::thread(); at < words; at += THREADS) p.drop.survivors[sample * int64_t(words) + at] = 0;
+      word64* const words = p.drop.survivors + static_cast<int64_t>(sample) * p.drop.words;
+      for (int at = arch::thread(); at < p.drop.words; at += THREADS) words[at] = 0;
     }
     if (arch::thread() == 0) p.state.cuts[sample] = p.state.matched[sample] = p.state.left[sample] = 0;
   }

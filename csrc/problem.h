@@ -44,13 +44,11 @@ struct Drop {
   const int32_t* keep_each;  // (B,), or null: `keep`
   unsigned long long* priority;   // (B, S)
   unsigned long long* best;       // (B, M), in the merge form (B, S): of each cell; only with `cells`
-  unsigned long long* survivors;  // (B, survivor_words(S))
+  unsigned long long* survivors;  // (B, words)
+  int words;                      // S / 32 + 1: one more than slots fill, so that there is one behind the last slot
   int keep;
   bool drops;
 };
-
-// One more than slots fill, so that there is a word behind the last slot.
-constexpr int survivor_words(int slots) { return slots / 32 + 1; }
 
 struct Problem {
   Rows rows;

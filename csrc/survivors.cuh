@@ -27,7 +27,7 @@ struct Survivors {
   const word64* words;
 
   ATTANCHOR_DEVICE Survivors(const Problem& p, int sample)
-      : words(p.drop.survivors + static_cast<int64_t>(sample) * survivor_words(p.rows.slots)) {}
+      : words(p.drop.survivors + static_cast<int64_t>(sample) * p.drop.words) {}
 
   ATTANCHOR_DEVICE bool has(int slot) const { return arch::load_fresh(words + slot / 32) >> slot % 32 & 1; }
 
@@ -187,7 +187,7 @@ struct SurvivorSelection {
 
   // A bit for each slot and the sums before them. Clears what ranked the tokens.
   ATTANCHOR_DEVICE void publish(word64 least) const {
-    const int count = survivor_words(slots);
+    const int count = p.drop.words;
     word64* const words = p.drop.survivors + static_cast<int64_t>(plan.sample) * count;
 #pragma unroll 1
     for (int word = arch::warp(); word < count; word += WARPS) {

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 
 import torch
+from hypothesis import settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -12,6 +14,14 @@ from attanchor_kernels.testing.inputs import random_roles
 
 TAUS = [-math.inf, -1.0, -0.3, 0.0, 0.1, 0.3, 0.9, 1.0, math.inf]
 KERNEL_DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+LONGER = int(os.environ.get("ATTANCHOR_TEST_LONGER", "1"))
+
+
+def examples(count: int) -> settings:
+    """As many examples of a property in the suite, ATTANCHOR_TEST_LONGER times as many in a long run."""
+    return settings(max_examples=LONGER * count)
 
 
 def _rows(draw, generator: torch.Generator, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -82,6 +82,11 @@ def test_a_broken_file_is_named(tmp_path, capsys):
 # --- Targets and report ----------------------------------------------------------------------------------------------
 
 
+def _ratio(part, ratio):
+    quartiles = {f"{part}_ratio_q1": ratio - 0.01, f"{part}_ratio": ratio, f"{part}_ratio_q3": ratio + 0.01}
+    return {**quartiles, f"{part}_within_spread": ratio == 1}
+
+
 def gpu_rows():
     """A few rows as a GPU would leave them."""
 
@@ -91,13 +96,11 @@ def gpu_rows():
 
     overhead = {"run": "overhead", "model": "llava-7b", "batch": 8, "dtype": "bfloat16", "method": "graph", **GPU}
     anchors = {**overhead, "side": "anchors", "length": 631, "kv_bytes": 2600, "peak_bytes": 5000}
-    anchors |= {"device_construction_us": 60.0, "step_within_spread": True, "prefill_within_spread": False}
+    anchors["device_construction_us"] = 60.0
     for part, plain, ratio in (("construction", 50.0, 1.6), ("prefill", 90000.0, 1.02), ("step", 9000.0, 1.0)):
-        anchors |= {f"plain_{part}_us": plain, f"{part}_us": plain * ratio, f"{part}_ratio": ratio}
-        anchors |= {f"{part}_ratio_q1": ratio - 0.01, f"{part}_ratio_q3": ratio + 0.01}
+        anchors |= {f"plain_{part}_us": plain, f"{part}_us": plain * ratio, **_ratio(part, ratio)}
     third = {**anchors, "side": "keep 1/3", "length": 247, "prefill_ratio": 0.46, "prefill_ratio_q1": 0.45}
-    step = {"plain_train_step_us": 9e5, "train_step_ratio": 1.1, "train_step_ratio_q1": 1.0, "train_step_ratio_q3": 1.2}
-    step |= {"train_step_within_spread": True, "peak_bytes": 2**31, "plain_peak_bytes": 2**30}
+    step = {"plain_train_step_us": 9e5, "peak_bytes": 2**31, "plain_peak_bytes": 2**30, **_ratio("train_step", 1.1)}
     return [
         kernel("forward", 8, "triton", 27.0, ratio=1.35, floor_us=20.0, auto=False),
         kernel("forward", 8, "cuda", 24.0, ratio=1.2, floor_us=20.0, auto=True),
@@ -108,6 +111,7 @@ def gpu_rows():
         {**overhead, "side": "plain", "length": 626, "kv_bytes": 2580, "peak_bytes": None},
         anchors,
         third,
+        *({**third, "measure": f"attached {part}", **_ratio(part, 0.5)} for part in ("forward", "generate")),
         {"run": "training", "model": "tinyllava-1b", "batch": 4, **step, **GPU},
     ]
 
@@ -200,6 +204,7 @@ def test_report_writes_blocks_that_check_then_finds_current(tmp_path, stored):
     text = (tmp_path / "README.md").read_text()
     assert "STALE" not in text
     assert ("Test GPU" in text) == stored
+    assert ("| 0.5 x [0.49, 0.51] |" in text) == stored
     assert ("0.46 x [0.45" in text) == ("1 x [0.99, 1.01], within the spread" in text) == stored
 
     assert (tmp_path / "images" / "roofline.png").is_file() == stored
@@ -236,7 +241,7 @@ def test_check_misses_a_plot_and_sees_an_old_one(tmp_path, capsys):
     assert main(report_arguments(tmp_path)) == 0
     picture = tmp_path / "images" / "overhead.png"
     older = gpu_rows()
-    older[-2] |= {"prefill_ratio": 0.5}
+    older[-4] |= {"prefill_ratio": 0.5}
     plots.save(plots.wanted(older)["overhead.png"], picture)
     assert main(report_arguments(tmp_path, "--check")) == 1
     assert main(report_arguments(tmp_path)) == 0

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from attanchor_kernels import AnchoredSequence, checks, reference
 from attanchor_kernels.problem import Problem
-from attanchor_kernels.testing.contract import assert_keeps_contract
+from attanchor_kernels.testing.contract import assert_keeps_contract, assert_same_fields
 from attanchor_kernels.testing.inputs import TAU, Shape, matched_pair, random_roles
 
 sys.path.insert(0, str(Path(__file__).parent / "emulator"))
@@ -32,7 +32,7 @@ from benchmarks import tune
 PLAIN = ("text_into_image", "sequential", None, "right")
 
 
-@settings(max_examples=120)
+@settings(max_examples=70)
 @given(st.data())
 def test_build(poisoned_empty, data):
     """Every option of build_sequence, ragged and empty inputs, any strides, on every variant and a random device."""
@@ -41,7 +41,7 @@ def test_build(poisoned_empty, data):
     check(problem, data.draw(schedules(problem)))
 
 
-@settings(max_examples=120)
+@settings(max_examples=70)
 @given(st.data())
 def test_merge(poisoned_empty, data):
     """Every option of merge_sequence and plan_sequence, roles in any order."""
@@ -64,7 +64,8 @@ def test_more_than_a_tile(poisoned_empty, dtype, direction):
     results = []
     # float16 differs from bfloat16 in its multiplication alone.
     for tuning in launch.variants(dtype)[:: 5 if dtype == torch.float16 else 1]:
-        results.append(run(problem, (tuning._replace(tile_rows=16, lag=1), tuning.cluster * 3, 11)))
+        schedule = tuning._replace(tile_rows=16, lag=1), tuning.cluster * 3, 11
+        results.append(run(problem, schedule, plan=tuning.hold == 0))
     assert_keeps_contract(results[0][0], problem, trimmed=False)
     check_rows(problem, *results[0])
     for result, _ in results[1:]:
@@ -139,8 +140,11 @@ def test_held_tiles(poisoned_empty, direction, resident):
     arguments = None, None, None, direction, "sequential", None, "right"
     build = checks.build_call(image, text, 0.5, mask, *arguments).problem
     for problem in (merge, build):
-        for cluster, bulk in ((4, 1), (8, 0), (8, 1)):
-            check(problem, (launch.Tuning(32, cluster, hold=1, bulk=bulk), cluster * resident, resident))
+        schedule = launch.Tuning(32, 4, hold=1, bulk=1), 4 * resident, resident
+        expected = check(problem, schedule)
+        for bulk in (0, 1):  # the columns are one chunk, so clusters of any size have the same sums
+            result, _ = run(problem, (launch.Tuning(32, 8, hold=1, bulk=bulk), 8 * resident, resident), plan=False)
+            assert_same_fields(result, expected)
 
 
 @pytest.mark.parametrize("features", [0, 5, 60, 70])
@@ -254,7 +258,7 @@ def test_barrier_on_any_device(resident):
         for lag in (1, 2, 5):
             # blocks: the device's number, then a grid of one block, two and three.
             tuning = launch.Tuning(16, 1, tile_rows=4, lag=lag, blocks=seed)
-            results.append(run(problem, (tuning, resident, seed))[0])
+            results.append(run(problem, (tuning, resident, seed), plan=seed == lag)[0])
     assert_keeps_contract(results[0], problem, trimmed=False)
     for result in results[1:]:
         assert all(torch.equal(one, other) for one, other in zip(result, results[0], strict=True))

@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from strategies import KERNEL_DTYPES, build_arguments, merge_arguments
+from strategies import KERNEL_DTYPES, build_arguments, examples, merge_arguments
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import gradcheck, gradgradcheck
 
@@ -229,13 +229,13 @@ def _unchanged(operator, arguments: dict, everything) -> None:
     assert_same_fields(got._replace(relevance=None), operator(**plain))
 
 
-@settings(max_examples=100)
+@examples(100)
 @given(build_arguments(KERNEL_DTYPES))
 def test_as_many_as_there_are_changes_nothing(arguments):
     _unchanged(build_sequence, arguments, arguments["img"].shape[1])
 
 
-@settings(max_examples=100)
+@examples(100)
 @given(merge_arguments(KERNEL_DTYPES), st.sampled_from([merge_sequence, plan_sequence]))
 def test_as_many_as_there_are_changes_nothing_in_a_prompt(arguments, operator):
     _unchanged(operator, arguments, int((arguments["roles"] == 2).sum()) + 3)

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from strategies import KERNEL_DTYPES, build_arguments, merge_arguments
+from strategies import KERNEL_DTYPES, build_arguments, examples, merge_arguments
 
 from attanchor_kernels import AnchoredSequence, build_sequence, checks, merge_sequence, plan_sequence
 from attanchor_kernels.testing.contract import assert_keeps_contract, assert_same_fields
@@ -34,14 +34,14 @@ def check_merge(arguments: dict, trim: bool, backend: str) -> None:
     assert_same_fields(planned._replace(embeds=result.embeds), result)
 
 
-@settings(max_examples=400)
+@examples(300)
 @given(build_arguments(DTYPES, drops=True, tau_tensors=True), st.booleans())
 def test_reference_build(arguments, trim):
     """The reference keeps the contract of build_sequence."""
     check_build(arguments, trim, "reference")
 
 
-@settings(max_examples=400)
+@examples(300)
 @given(merge_arguments(DTYPES, drops=True, tau_tensors=True), st.booleans())
 def test_reference_merge(arguments, trim):
     """The reference keeps the contract of merge_sequence and plan_sequence."""
@@ -49,7 +49,7 @@ def test_reference_merge(arguments, trim):
 
 
 @interpreted
-@settings(max_examples=120)
+@examples(40)
 @given(build_arguments(KERNEL_DTYPES), st.booleans())
 def test_triton_build(arguments, trim):
     """The Triton kernels keep the contract of build_sequence."""
@@ -57,7 +57,7 @@ def test_triton_build(arguments, trim):
 
 
 @interpreted
-@settings(max_examples=120)
+@examples(40)
 @given(merge_arguments(KERNEL_DTYPES), st.booleans())
 def test_triton_merge(arguments, trim):
     """The Triton kernels keep the contract of merge_sequence and plan_sequence."""

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
-from strategies import KERNEL_DTYPES, merge_arguments
+from hypothesis import given
+from strategies import KERNEL_DTYPES, examples, merge_arguments
 from torch.autograd import gradcheck
 
 from attanchor_kernels import merge_sequence, place_sequence
@@ -15,7 +15,7 @@ TEXT, IMAGE = torch.arange(24.0).view(6, 4), 100 + torch.arange(12.0).view(3, 4)
 HOST = torch.tensor([-1, -1, -1, -1, 2, 1])
 
 
-@settings(max_examples=200)
+@examples(100)
 @given(merge_arguments(KERNEL_DTYPES))
 def test_at_the_hosts_that_matching_finds_it_is_merge_sequence(arguments):
     expected = merge_sequence(**arguments)

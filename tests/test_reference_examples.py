@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from attanchor_kernels import build_sequence, merge_sequence, ops, plan_sequence
+from attanchor_kernels import Role, build_sequence, merge_sequence, ops, plan_sequence
 from attanchor_kernels.testing.contract import assert_same_fields
 
 # Three orthogonal patches; words that look like patch 2, patch 0, nothing, patch 2.
@@ -89,6 +89,22 @@ def test_equal_rows_score_identically_in_any_layout(seed):
     out = build_sequence(image, words, -1.0, max_anchors=3)
     assert out.score.unique().numel() == 1
     assert (out.host >= 0).nonzero().flatten().tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize(("texts", "hidden"), [(1, 40_000), (5, 999), (50, 2048)])
+def test_a_sample_scores_the_same_bits_alone_and_in_a_batch(texts, hidden):
+    """Also where the others of its batch have more image tokens or more words."""
+    generator = torch.Generator().manual_seed(2)
+    text = torch.randn(3, texts + 40, hidden, generator=generator)
+    features = torch.randn(3 * 30, hidden, generator=generator)
+    roles = torch.full((3, texts + 40), Role.ANCHOR_TEXT, dtype=torch.uint8)
+    roles[0, :20], roles[1, 5:35], roles[2, :40] = Role.IMAGE, Role.IMAGE, Role.IMAGE
+    roles[2, 41:] = Role.TEXT
+    together = merge_sequence(text, features, roles, 0.0, keep=9, trim=False)
+    for sample, rows in enumerate((slice(0, 20), slice(20, 50), slice(50, 90))):
+        alone = merge_sequence(text[sample], features[rows], roles[sample], 0.0, keep=9, trim=False)
+        for field in ("host", "score", "relevance", "source"):
+            assert torch.equal(getattr(alone, field), getattr(together, field)[sample]), field
 
 
 def test_zero_rows_score_exactly_zero_and_take_the_first_host():

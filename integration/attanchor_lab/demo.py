@@ -229,7 +229,7 @@ def command_line(settings: TrainConfig) -> str:
         "output": settings.output,
         "preset": settings.preset,
         "tau": settings.tau,
-        "direction": settings.direction,
+        "direction": settings.direction if settings.tau < 1 else None,
         "batch-size": settings.batch_size,
         "max-steps": settings.max_steps,
         "eval-steps": settings.eval_steps,

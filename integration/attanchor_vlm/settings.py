@@ -4,6 +4,7 @@ API and the files of a run are made of the fields."""
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -68,7 +69,7 @@ def check_values(config: Any) -> None:
         if not (low and (below is None or value < below)):
             bounds = [f"greater than {above}"] if above is not None else []
             bounds += [f"at least {at_least}"] if at_least is not None else []
-            bounds += [f"less than {below}"] if below is not None else []
+            bounds += ["finite" if below == math.inf else f"less than {below}"] if below is not None else []
             raise ValueError(f"{name} is {value}; it should be {' and '.join(bounds)}")
         needed = about["needs"]
         if needed and value != field.default and not _is_given(getattr(config, needed)):

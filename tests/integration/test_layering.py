@@ -14,7 +14,6 @@ HOUSE = Path(__file__).parents[2] / "integration"
 FLOORS = [["ground"], ["chat"], ["data", "model"], ["analysis", "inference"], ["training", "evaluation"], ["cli"]]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 STILL = {  # what runs up today and has to go
-    ("attanchor_vlm.model.load", "attanchor_lab.placements"),
 }
 MODULES = sorted(path for path in HOUSE.rglob("*.py") if path.parent.name != "examples")
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from attanchor_vlm.cli.entry import app
 from attanchor_vlm.cli.options import MODEL, Options, quiet, takes
+from attanchor_vlm.errors import SetupError
 from attanchor_vlm.evaluation.config import EvalConfig
 from attanchor_vlm.settings import REQUIRED, redefined, setting
 from attanchor_vlm.training.config import PRESETS, Method, TrainConfig, preset_for
@@ -221,7 +222,12 @@ def _study(tested: Given, trained: Given, model: str) -> Study:
 def _preset(trained: Given, model: str, name: str | None = None) -> tuple[str, Method]:
     """A preset's name, by default that of the model's family, and its settings with those that are given."""
     names = {field.name for field in dataclasses.fields(Method)}
-    name = name or trained.get("preset") or preset_for(model)
+    name = name or trained.get("preset")
+    if name is None:
+        try:
+            name = preset_for(model)
+        except SetupError:  # said when the model is needed; what is wrong with the options comes first
+            name = "tinyllava-1b"
     return name, Method.from_preset(name, **{key: value for key, value in trained.items() if key in names})
 
 

@@ -33,7 +33,6 @@ from attanchor_lab.paper.study import (
     settings_of,
     train_settings,
 )
-from attanchor_lab.placements import mark_adapter, placed
 from attanchor_lab.runner import Job, Rows, alone_in
 
 Say = Callable[[str], None]
@@ -121,18 +120,24 @@ def _run(study: Study, arm: Arm, seed: int, title: str, say_line: Say, progress:
 
     say_line(title)
     model, settings = arm.model or study.model, settings_of(study, arm)
-    with placed(arm.placement, seed):
-        adapter: Path | None = None
-        trained: dict[str, Any] = {}
-        if study.train is not None:
-            adapter, trained = _train(study, study.train, arm, seed, say, progress)
-        dtype = loading.choose_dtype(preset_of(study, arm).dtype, lambda line: None)
-        loaded, processor = loading.load(
-            model, adapter, dtype=dtype, default_tau=1.0, tau=arm.tau, direction=arm.direction
-        )
-        plan, tasks = plan_of(study, arm, seed), study.output / "tasks" / run_name(arm.name, seed)
-        report = measure(loaded, processor, plan, settings, _parts_file(study, arm.name, seed), tasks, progress)
-        parameters = sum(parameter.numel() for parameter in loaded.parameters())
+    adapter: Path | None = None
+    trained: dict[str, Any] = {}
+    if study.train is not None:
+        adapter, trained = _train(study, study.train, arm, seed, say, progress)
+    dtype = loading.choose_dtype(preset_of(study, arm).dtype, lambda line: None)
+    loaded, processor = loading.load(
+        model,
+        adapter,
+        dtype=dtype,
+        default_tau=1.0,
+        tau=arm.tau,
+        direction=arm.direction,
+        placement=arm.placement,
+        placement_seed=seed,
+    )
+    plan, tasks = plan_of(study, arm, seed), study.output / "tasks" / run_name(arm.name, seed)
+    report = measure(loaded, processor, plan, settings, _parts_file(study, arm.name, seed), tasks, progress)
+    parameters = sum(parameter.numel() for parameter in loaded.parameters())
     del loaded, processor
     gc.collect()
     if torch.cuda.is_available():
@@ -165,7 +170,6 @@ def _train(study: Study, rows: TrainRows, arm: Arm, seed: int, say: Say, progres
     folder = settings.output
     if not is_trained(folder) and _train_or_go_on(settings, say, progress).interrupted:
         raise InterruptedStudyError(f"interrupted while {arm.name} was trained; the same command goes on")
-    mark_adapter(folder, arm.placement, seed)
     summary = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))["result"]
     trained = {"train_steps": summary["steps"], "train_seconds": summary["seconds"]}
     if summary["val_loss"] is not None:

@@ -22,8 +22,6 @@ from attanchor_vlm.model.config import AttAnchorConfig
 from attanchor_vlm.training.config import Method, TrainConfig
 from attanchor_vlm.training.run_folder import differences
 
-from attanchor_lab.placements import PLACEMENTS
-
 _RUNS = "runs"
 _FREE = ("workers", "eval_batch_size", "gradient_checkpointing", "skip_bad")  # of training, change no figure
 _FREE_OF_RUN = ("output", "resume", "preset", *_FREE)
@@ -37,7 +35,7 @@ class Arm:
         name: In rows, tables and folders.
         tau: 1 for the baseline.
         direction: As in `AttAnchorConfig`.
-        placement: "matched", or a control of `placement.PLACEMENTS`.
+        placement: As in `AttAnchorConfig`; its seed is that of the arm.
         model, preset: Instead of the study's.
         trained_as: Share the training of the arm of this name; by default its own.
         train_rows, test_rows: (data, images) instead of the study's.
@@ -111,7 +109,9 @@ class TrainRows:
 
 
 def preset_of(study: Study, arm: Arm) -> Method:
-    return dataclasses.replace(arm.preset or study.preset, tau=arm.tau, direction=arm.direction)
+    return dataclasses.replace(
+        arm.preset or study.preset, tau=arm.tau, direction=arm.direction, placement=arm.placement
+    )
 
 
 def plan_of(study: Study, arm: Arm, seed: int) -> EvalConfig:
@@ -128,7 +128,7 @@ def train_settings(study: Study, rows: TrainRows, arm: Arm, seed: int) -> TrainC
         data=data,
         images=images,
         output=study.output / _RUNS / run_name(arm.trained_as or arm.name, seed),
-        **vars(preset_of(study, arm)),
+        **vars(preset_of(study, arm)) | {"placement_seed": seed},
         val_data=rows.val_data,
         turns=rows.turns,
         skip_bad=study.plan.skip_bad,
@@ -208,9 +208,7 @@ def check_arms(study: Study, arms: Sequence[Arm]) -> None:
     for arm in arms:
         if (other := folders.setdefault(slug(arm.name), arm.name)) != arm.name:
             raise ValueError(f"{other!r} and {arm.name!r} would have one folder, {slug(arm.name)}; name one otherwise")
-        if arm.placement not in PLACEMENTS:
-            raise ValueError(f"placement is {arm.placement!r}; it should be one of {', '.join(PLACEMENTS)}")
-        AttAnchorConfig(tau=arm.tau, direction=arm.direction)
+        AttAnchorConfig(tau=arm.tau, direction=arm.direction, placement=arm.placement)
 
 
 def check_pending(study: Study, jobs: Sequence[tuple[Arm, int]], progress: bool = True) -> None:

@@ -16,6 +16,7 @@ from attanchor_vlm.model.config import AttAnchorConfig
 from attanchor_vlm.records import write_json
 
 FILE_NAME = "attanchor.json"
+_CONTROL_FILE = "placement.json"  # in which earlier versions kept the placement of a control
 
 
 def save_settings(settings: AttAnchorConfig | nn.Module, directory: str | PathLike[str]) -> Path:
@@ -51,8 +52,13 @@ def load_settings(directory: str | PathLike[str]) -> AttAnchorConfig:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: the adapter was trained or copied without its settings")
     try:
-        return AttAnchorConfig.from_dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        control = path.with_name(_CONTROL_FILE)
+        if control.is_file() and isinstance(found, dict):
+            told = json.loads(control.read_text(encoding="utf-8"))
+            found |= {"placement": told["placement"], "placement_seed": told["seed"]}
+        return AttAnchorConfig.from_dict(found)
+    except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path}: {error}") from error
 
 

@@ -14,7 +14,8 @@ DIRECTIONS = ("text_into_image", "image_into_text")
 POSITIONS = ("sequential", "inherit")
 ROUTES = ("embeds", "ids")
 BACKENDS = ("auto", "reference", "triton", "cuda")
-KEEP_BY = {"cells", "salience", "relevance"}  # and what `dropping.register_rule` adds
+KEEP_BY = ["cells", "salience", "relevance"]  # and what `dropping.register_rule` adds
+PLACEMENTS = ["matched", "random", "front"]  # and what `placements.register_placement` adds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,8 +56,15 @@ class AnchorOptions:
         "Who stays, besides the hosts of anchors. cells: the question's best match in each of as many rectangles of "
         "the image as may stay; salience: what the image encoder's class token attends to most, where it has one; "
         "relevance: the question's best matches.",
-        choices=("cells", "salience", "relevance"),
+        choices=KEEP_BY,
     )
+    placement: str = setting(
+        "matched",
+        "Where copies of text go. matched is the method; controls are random (behind image tokens drawn for them) and "
+        "front (the whole question in front of the first image).",
+        choices=PLACEMENTS,
+    )
+    placement_seed: int = setting(0, "Of random: the same prompt gets the same places in every call.")
     route: str | None = setting(
         None,
         "The model gets `inputs_embeds`, or lengthened `input_ids` and the image features; by default the family's.",
@@ -93,7 +101,13 @@ class AnchorOptions:
             object.__setattr__(self, "max_anchors", _natural("max_anchors", self.max_anchors))
         if self.keep is not None:
             object.__setattr__(self, "keep", _share(self.keep))
-        _one_of("keep_by", self.keep_by, sorted(KEEP_BY))
+        _one_of("keep_by", self.keep_by, KEEP_BY)
+        _one_of("placement", self.placement, PLACEMENTS)
+        object.__setattr__(self, "placement_seed", _natural("placement_seed", self.placement_seed))
+        if self.placement != "matched" and self.direction != "text_into_image":
+            raise ValueError(
+                f"placement is {self.placement!r} with direction {self.direction!r}; only copies of text can be placed"
+            )
         if not isinstance(self.force_inherit, bool):
             raise TypeError(f"force_inherit is {type(self.force_inherit).__name__}; it should be a bool")
         object.__setattr__(self, "pause_tokens", _natural("pause_tokens", self.pause_tokens))
@@ -194,12 +208,14 @@ def _share(keep: object) -> float:
     if isinstance(keep, bool) or not isinstance(keep, numbers.Real):
         raise TypeError(f"keep is {type(keep).__name__}; it should be a fraction, a number of tokens, or None")
     if isinstance(keep, numbers.Integral):
-        if keep < 1:
+        number = int(keep)
+        if number < 1:
             raise ValueError(f"keep is {keep}; it should be a fraction, or at least 1 token of an image")
-        return int(keep)
-    if not 0 < keep <= 1:
+        return number
+    fraction = float(keep)
+    if not 0 < fraction <= 1:
         raise ValueError(f"keep is {keep}; a fraction should be above 0 and at most 1 (a number of tokens is an int)")
-    return float(keep)
+    return fraction
 
 
 def _token_ids(name: str, ids: object) -> tuple[int, ...]:

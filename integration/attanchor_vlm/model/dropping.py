@@ -64,7 +64,8 @@ _RULES = {
 def register_rule(name: str, rule: Rule) -> None:
     """Make a rule known as a value of `AttAnchorConfig.keep_by`."""
     _RULES[name] = rule
-    settings.KEEP_BY.add(name)
+    if name not in settings.KEEP_BY:
+        settings.KEEP_BY.append(name)
 
 
 @torch.no_grad()
@@ -79,7 +80,7 @@ def survivors(
     text_embeds: Tensor,
     roles: Tensor,
     turn: Tensor | None,
-) -> dict[str, Tensor]:
+) -> dict[str, Any]:
     """`keep`, `salience` and `cells` of `attanchor_kernels.merge_sequence`; empty if nothing is to be dropped.
 
     Args:

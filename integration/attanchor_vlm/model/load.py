@@ -16,7 +16,6 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import torch
-from attanchor_lab.placements import check_adapter
 from safetensors import SafetensorError
 
 from attanchor_vlm.errors import SetupError
@@ -180,8 +179,8 @@ def settings_for(
     `changes` that is not None in the place of theirs. None if there are none, and no tau.
 
     Raises:
-        SetupError: `adapter` is no folder of an adapter, was trained without anchors and there is no tau, or is that
-            of an experiment's control; or `model` is an adapter.
+        SetupError: `adapter` is no folder of an adapter, or was trained without anchors and there is no tau; or `model`
+            is an adapter.
         ValueError: the settings are damaged, or one of `changes` has no meaning.
     """
     refuse_adapter(model)
@@ -190,7 +189,6 @@ def settings_for(
         folder = Path(adapter)
         if not (folder / "adapter_config.json").is_file():
             raise SetupError(f"adapter {folder} holds no adapter_config.json; give the folder that train wrote to")
-        check_adapter(folder)
         if (folder / FILE_NAME).is_file():
             found = load_settings(folder)
         elif changes.get("tau") is None:

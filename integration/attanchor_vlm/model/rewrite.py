@@ -19,6 +19,7 @@ from attanchor_vlm.model.config import AttAnchorConfig
 from attanchor_vlm.model.dropping import survivors
 from attanchor_vlm.model.families import FamilyAdapter
 from attanchor_vlm.model.pauses import add_pauses
+from attanchor_vlm.model.placements import place
 from attanchor_vlm.model.plan import AnchorPlan
 
 
@@ -176,20 +177,26 @@ def rewrite(
     roles, turn = roles.to(device), _to(turn, device)
     kept = survivors(settings, adapter, model, arguments, encoded, rows, silent, text_embeds, roles, turn)
     try:
-        built = (merge_sequence if route == "embeds" else plan_sequence)(
-            text_embeds,
-            rows,
-            roles,
-            settings.tau,
-            turn=turn,
-            **kept,
-            max_anchors=settings.max_anchors,
-            direction=settings.direction,
-            positions="inherit" if inherit else "sequential",
-            position_ids=_to(positions, device),
-            padding_side=padding_side,
-            backend=settings.backend,
-        )
+        placed: dict[str, Any] = {
+            "turn": turn,
+            "positions": "inherit" if inherit else "sequential",
+            "position_ids": _to(positions, device),
+            "padding_side": padding_side,
+        }
+        if settings.placement != "matched" and not settings.inserts_nothing:
+            built = place(settings, text_embeds, rows, roles, kept=kept, copy=route == "embeds", **placed)
+        else:
+            built = (merge_sequence if route == "embeds" else plan_sequence)(
+                text_embeds,
+                rows,
+                roles,
+                settings.tau,
+                max_anchors=settings.max_anchors,
+                direction=settings.direction,
+                backend=settings.backend,
+                **kept,
+                **placed,
+            )
     except ValueError as error:
         placeholders = int((is_image & is_real).sum())
         if placeholders != len(rows):

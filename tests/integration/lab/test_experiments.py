@@ -82,7 +82,12 @@ def test_settings_tell_whatever_figures_depend_on(world, tmp_path):
     arm = Arm("a", 0.5)
     first = settings_of(plain, arm)
     assert settings_of(plain, arm) == first
-    for change in ({"task_data": {"pope": tmp_path}}, {"images": tmp_path}, {"batch_size": 1}, {"include": tmp_path}):
+    for change in (
+        {"task_data": {"pope": tmp_path}},
+        {"images": tmp_path},
+        {"batch_size": 1},
+        {"include_path": tmp_path},
+    ):
         assert settings_of(dataclasses.replace(plain, plan=dataclasses.replace(plain.plan, **change)), arm) != first
     half = dataclasses.replace(plain, preset=dataclasses.replace(plain.preset, dtype="float16"))
     assert settings_of(half, arm) != first
@@ -220,7 +225,7 @@ def test_the_papers_table_with_its_controls(world, tmp_path, capsys):
     assert (
         len({rows[arm]["values"]["loss"] for arm in ("baseline", "tau 0.12", "random places", "prompt in front")}) == 4
     )
-    assert json.loads((output / "runs" / "random-places-seed0" / "placement.json").read_text())["placement"] == "random"
+    assert load_settings(output / "runs" / "random-places-seed0").placement == "random"
     assert [rows[arm]["settings"]["placement"] for arm in rows] == ["matched"] * 3 + ["random", "front"]
     assert cli.main(command) == 0
     assert capsys.readouterr().out.count("done before") == 5

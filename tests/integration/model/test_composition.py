@@ -86,6 +86,13 @@ def test_expected_anchors_that_never_came():
     attach(model, AttAnchorConfig(tau=1))
     with expect_anchors(model):
         model(**batch)
+    attach(model, AttAnchorConfig(tau=1, keep=0.5))
+    with expect_anchors(model):
+        model(**batch)
+    with pytest.raises(RuntimeError, match="no call was rewritten"), expect_anchors(model):
+        model(input_ids=batch["input_ids"].clamp(min=4))
+    with pytest.raises(RuntimeError, match="called with images past the attached forward"):
+        model.model(**plain(batch))
 
 
 # --- Wrappers of forward on the instance. -----------------------------------------------------------------------------
@@ -130,32 +137,32 @@ def with_lora(model):
     return get_peft_model(model, LoraConfig(r=4, target_modules=LORA, init_lora_weights=False))
 
 
+@pytest.mark.parametrize("settings", [{"tau": TAU}, {"tau": TAU, "keep": 1 / 3}, {"tau": 1, "keep": 4}], ids=str)
 @pytest.mark.parametrize("order", ["attach first", "lora first"])
-def test_lora_trains_the_projector_through_the_anchors(order):
-    model, batch = tiny_llava(), with_labels(prompts([1, 2]))
-    if order == "attach first":
-        model = with_lora(attach(model, AttAnchorConfig(tau=TAU)))
-    else:
-        model = attach(with_lora(model), AttAnchorConfig(tau=TAU))
+def test_lora_trains_the_projector_through_the_anchors(order, settings):
+    model, batch, config = tiny_llava(), with_labels(prompts([1, 2])), AttAnchorConfig(**settings)
+    model = with_lora(attach(model, config)) if order == "attach first" else attach(with_lora(model), config)
     assert is_attached(model)
     model.train()
     model(**batch).loss.backward()
-    assert model.attanchor_plan.is_anchor.any()
+    assert model.attanchor_plan.is_anchor.any() == (settings["tau"] < 1)
+    assert (model.attanchor_plan.source.shape[1] < batch["input_ids"].shape[1]) == ("keep" in settings)
     trained = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert all(gradient is not None and gradient.abs().max() > 0 for gradient in trained.values())
     assert not any("vision_tower" in name for name in trained)
 
 
-def test_an_adapter_is_saved_reloaded_and_merged(tmp_path):
+@pytest.mark.parametrize("settings", [{}, {"keep": 0.5, "keep_by": "salience"}], ids=str)
+def test_an_adapter_is_saved_reloaded_and_merged(tmp_path, settings):
     batch = prompts([1, 2])
     torch.manual_seed(1)
-    model = attach(with_lora(tiny_llava()), AttAnchorConfig(tau=TAU)).eval()
+    model = attach(with_lora(tiny_llava()), AttAnchorConfig(tau=TAU, **settings)).eval()
     expected = model(**batch).logits
     model.save_pretrained(tmp_path)
     save_settings(model, tmp_path)
 
     loaded = load_adapter(tiny_llava(), tmp_path).eval()
-    assert loaded.attanchor_config == AttAnchorConfig(tau=TAU)
+    assert loaded.attanchor_config == AttAnchorConfig(tau=TAU, **settings)
     assert torch.equal(loaded(**batch).logits, expected)
     with pytest.warns(UserWarning, match="trained with AttAnchor .tau=0.1, text_into_image., but the model"):
         bare = load_adapter(tiny_llava(), tmp_path, attach_model=False)
@@ -171,10 +178,11 @@ def test_an_adapter_is_saved_reloaded_and_merged(tmp_path):
     assert (written["architectures"], written["attanchor"]["tau"]) == (["LlavaForConditionalGeneration"], TAU)
 
 
+@pytest.mark.parametrize("keep", [None, 1 / 3])
 @pytest.mark.parametrize("when", ["before attach", "after attach"])
-def test_gradient_checkpointing_leaves_the_frozen_tower_frozen(when):
-    batch = with_labels(prompts([1, 2]))
-    plain_model = attach(with_lora(tiny_llava()), AttAnchorConfig(tau=TAU)).train()
+def test_gradient_checkpointing_leaves_the_frozen_tower_frozen(when, keep):
+    batch, config = with_labels(prompts([1, 2])), AttAnchorConfig(tau=TAU, keep=keep)
+    plain_model = attach(with_lora(tiny_llava()), config).train()
     plain_model(**batch).loss.backward()
     expected = {name: p.grad for name, p in plain_model.named_parameters() if p.grad is not None}
 
@@ -182,7 +190,7 @@ def test_gradient_checkpointing_leaves_the_frozen_tower_frozen(when):
     model.load_state_dict(plain_model.state_dict())
     if when == "before attach":
         model.gradient_checkpointing_enable()
-    attach(model, AttAnchorConfig(tau=TAU))
+    attach(model, config)
     if when == "after attach":
         model.gradient_checkpointing_enable()
     model.train()

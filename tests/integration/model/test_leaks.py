@@ -54,13 +54,17 @@ def two_turns(layout: str = "IqaQA", seed: int = 3) -> tuple[dict, dict[str, sli
     return {"input_ids": ids, "labels": labels, "anchor_mask": mask, "pixel_values": pixels}, parts
 
 
-@pytest.mark.parametrize("budget", [None, 3])
+DROPPING = [{"keep": 1 / 4}, {"keep": 1 / 4, "keep_by": "relevance"}, {"keep": 3, "keep_by": "salience", "tau": 1}]
+
+
+@pytest.mark.parametrize("settings", [{}, {"max_anchors": 3}, *DROPPING], ids=str)
 @pytest.mark.parametrize("direction", BOTH)
 @pytest.mark.parametrize("layout", ["IqaQA", "IqaJQA", "qaIQA", "qIaJQA", "IJqaQA"])
-def test_answer_1_does_not_see_what_follows_it(layout, direction, budget):
-    """Neither as a copy nor as one that went elsewhere: hosts behind an answer and a budget compete for the copies."""
+def test_answer_1_does_not_see_what_follows_it(layout, direction, settings):
+    """Neither as a copy nor as one that went elsewhere: hosts behind an answer and a budget compete for the copies.
+    Nor as what was dropped: which image tokens stay in front of an answer is not for a later question to say."""
     model = tiny_llava()
-    attach(model, AttAnchorConfig(tau=-1, direction=direction, max_anchors=budget))
+    attach(model, AttAnchorConfig(**{"tau": -1, "direction": direction, **settings}))
     for seed in range(3):
         batch, parts = two_turns(layout, seed)
 
@@ -70,7 +74,11 @@ def test_answer_1_does_not_see_what_follows_it(layout, direction, budget):
 
         before = answer_1(batch, parts["a"].stop)
         assert len(before) == 5
-        assert model.attanchor_plan.is_anchor.any()
+        assert model.attanchor_plan.is_anchor.any() == ("tau" not in settings)
+        if "keep" in settings:
+            images = batch["input_ids"] == IMAGE
+            plan = model.attanchor_plan
+            assert ((plan.input_ids == IMAGE) & ~plan.is_anchor).sum() < images.sum()
         assert not torch.isfinite(model.attanchor_plan.score[batch["labels"] != -100]).any()
         changed = {name: value.clone() for name, value in batch.items()}
         changed["input_ids"][:, parts["Q"]] = 4 + (batch["input_ids"][:, parts["Q"]] + 11) % 60

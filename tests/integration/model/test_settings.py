@@ -132,6 +132,12 @@ def test_an_adapter_states_its_routes_and_token_types(monkeypatch):
         ({"tau": 0.1, "backend": "cpu"}, ValueError, "backend is 'cpu'"),
         ({"tau": 0.1, "max_anchors": -1}, ValueError, "max_anchors is -1"),
         ({"tau": 0.1, "max_anchors": 1.5}, TypeError, "max_anchors is float"),
+        ({"tau": 0.1, "keep": "third"}, TypeError, "keep is str"),
+        ({"tau": 0.1, "keep": True}, TypeError, "keep is bool"),
+        ({"tau": 0.1, "keep": 0}, ValueError, "keep is 0"),
+        ({"tau": 0.1, "keep": 1.5}, ValueError, "keep is 1.5; a fraction should be"),
+        ({"tau": 0.1, "keep": float("nan")}, ValueError, "keep is nan"),
+        ({"tau": 0.1, "keep": 0.5, "keep_by": "luck"}, ValueError, "keep_by is 'luck'; it should be one of 'cells'"),
         ({"tau": 0.1, "force_inherit": 1}, TypeError, "force_inherit is int"),
         ({"tau": 0.1, "special_token_ids": ["a"]}, TypeError, "special_token_ids holds 'a'"),
         ({"tau": 0.1, "generation_prompt_ids": 3}, TypeError, "generation_prompt_ids is int"),
@@ -145,6 +151,10 @@ def test_wrong_settings(settings, error, message):
 def test_settings_as_json():
     settings = AttAnchorConfig(tau=0.12, max_anchors=8, special_token_ids=[3, 4], direction="image_into_text")
     assert AttAnchorConfig.from_dict(json.loads(json.dumps(settings.to_dict()))) == settings
+    for keep in (1, 1.0, 192, 1 / 3):
+        again = AttAnchorConfig.from_dict(json.loads(json.dumps(AttAnchorConfig(tau=1, keep=keep).to_dict()))).keep
+        assert (type(again), again) == (type(keep), keep)
+    assert AttAnchorConfig.from_dict({"tau": 0.1}) == AttAnchorConfig(tau=0.1)  # as older versions wrote it
     tau = AttAnchorConfig(tau=np.float32(0.5)).to_dict()["tau"]
     assert (type(tau), tau) == (float, 0.5)
     with pytest.raises(ValueError, match=r"hold \['taw'\]"):

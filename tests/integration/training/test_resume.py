@@ -211,7 +211,7 @@ def _nested(outer, inner):
 def test_a_full_disk_at_the_end_leaves_no_half_adapter(world, tmp_path, monkeypatch):
     output = tmp_path / "run"
 
-    def full(folder, result, trainer, is_writer):
+    def full(folder, **made):
         (folder / "adapter_model.safetensors").write_bytes(b"half")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 @torch.no_grad()
@@ -21,7 +21,7 @@ def clip_attention(model: Any, arguments: Mapping[str, Any], encoded: Any) -> Te
     Raises:
         ValueError: `encoded` does not hold the layer's input.
     """
-    tower = getattr(model.base_model, "vision_tower", None)
+    tower: Any = getattr(model.base_model, "vision_tower", None)
     strategy = arguments.get("vision_feature_select_strategy") or model.config.vision_feature_select_strategy
     if not hasattr(getattr(tower, "embeddings", None), "class_embedding") or strategy != "default":
         return None
@@ -39,7 +39,7 @@ def clip_attention(model: Any, arguments: Mapping[str, Any], encoded: Any) -> Te
     return _class_attention(layers[number], hidden[number])
 
 
-def _class_attention(layer: nn.Module, hidden: Tensor) -> Tensor:
+def _class_attention(layer: Any, hidden: Tensor) -> Tensor:
     attention: Any = layer.self_attn
     hidden = layer.layer_norm1(hidden)
     heads = (attention.num_heads, attention.head_dim)
