@@ -261,7 +261,7 @@ def _prompt(dtype=torch.float64):
 
 @pytest.mark.parametrize("direction", ["text_into_image", "image_into_text"])
 def test_gradcheck_first_and_second_order(direction):
-    image, text = (rows.requires_grad_() for rows in _inputs())
+    image, text = (rows[..., :2].requires_grad_() for rows in _inputs())
 
     def embeds(image, text):
         return build_sequence(image, text, 0.0, keep=3, direction=direction, padding_side="left").embeds

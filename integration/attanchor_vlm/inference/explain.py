@@ -1,4 +1,4 @@
-"""Ask an attached model: how many answers are right, which tau inserts a wanted share, where the anchors went."""
+"""Ask an attached model a question, and say where the anchors went and which image tokens stayed."""
 
 from __future__ import annotations
 
@@ -20,22 +20,23 @@ from attanchor_vlm.model.geometry import image_slots, patch_boxes
 def explain(
     model: Any, processor: Any, images: Picture | Sequence[Picture], prompt: str, max_new_tokens: int = 64
 ) -> Anchored:
-    """The answer to a question about an image, or several, and the patch that each of its tokens was copied behind.
+    """The answer to a question about an image, or several, the patch that each of its tokens was copied behind, and the
+    patches that were dropped.
 
     Args:
-        model: Attached with direction "text_into_image" and tau < 1.
+        model: Attached with direction "text_into_image", and with tau < 1 or `keep`.
         images: One PIL image or path, or a list of them.
         prompt: The question. Images go in front of it, or where it says ``<image>``.
         max_new_tokens: Bound of the answer's length.
 
     Raises:
-        ValueError: the model is not attached, inserts nothing, or images into text; or the question has places for
-            another number of images.
+        ValueError: the model is not attached, changes no prompt, or inserts images into text; or the question has
+            places for another number of images.
     """
     if not is_attached(model):
         raise ValueError("the model is not attached, so it has no anchors to explain; it should be one given to attach")
     config = _attached(model).attanchor_config
-    if config.inserts_nothing or config.direction != "text_into_image":
+    if config.changes_nothing or config.direction != "text_into_image":
         raise ValueError(
             f"the model has tau {config.tau} and direction {config.direction}; only text in images can be drawn"
         )
@@ -52,6 +53,8 @@ def explain(
     ids = batch["input_ids"][0]
     boxes = patch_boxes(model, processor, batch, 0, [opened])
     patch_of = {slot: patch for patch, slot in enumerate(image_slots(model, batch, 0))}
+    stayed = set(plan.source[0][~plan.is_anchor[0]].tolist())
+    dropped = frozenset(patch for slot, patch in patch_of.items() if slot not in stayed)
     matches = []
     for slot in batch["anchor_mask"][0].nonzero()[:, 0].tolist():
         patch = patch_of.get(int(plan.host[0, slot]))
@@ -59,7 +62,7 @@ def explain(
         matches.append(Match(word, float(plan.score[0, slot]), patch))
     answer = processor.tokenizer.decode(sequences[0, len(ids) :], skip_special_tokens=True).strip()
     shown = prompt.replace(PLACEHOLDER, "").strip()
-    return Anchored(opened, boxes, shown, matches, answer)
+    return Anchored(opened, boxes, shown, matches, answer, dropped=dropped)
 
 
 def _attached(model: Any) -> Any:

@@ -21,7 +21,7 @@ from PIL import Image
 from attanchor_vlm.figures import PALETTE, fonts, save
 from attanchor_vlm.model.geometry import Box
 
-_GREY = "#b8bec6"
+_GREY, _VEIL = "#b8bec6", 0.72
 
 _MARGIN, _GAP, _SUPTITLE, _TITLE = 0.25, 0.35, 0.5, 0.26  # inches; of a title, for each of its lines
 _IMAGE_WIDTH, _IMAGE_HEIGHT, _ONE_OF_SEVERAL, _MOST_HEIGHT = 8.0, 3.9, 3.1, 6.0
@@ -51,6 +51,7 @@ class Anchored:
         boxes: Of every image token of the prompt, as `geometry.patch_boxes` gives them.
         matches: In the order of the prompt.
         truth: Shown where `answer` differs from it.
+        dropped: The image tokens that the model was not given, counted as `boxes` are.
     """
 
     images: Sequence[Image.Image]
@@ -59,10 +60,11 @@ class Anchored:
     matches: Sequence[Match]
     answer: str | None = None
     truth: str | None = None
+    dropped: frozenset[int] = frozenset()
 
 
 def describe(shown: Anchored) -> dict[str, Any]:
-    """What an anchor picture shows, as JSON has it: `answer`, counts, and `anchors`.
+    """What an anchor picture shows, as JSON has it: `answer`, counts (of image tokens, those `kept`), and `anchors`.
 
     These are the text tokens that took part, each with its `text`, `score` (null where it had no candidate) and whether
     it was `inserted`; if so, with the patch's place: in words (`where`), and `image`, `tile` (null in a view of the
@@ -78,7 +80,14 @@ def describe(shown: Anchored) -> dict[str, Any]:
             one["pixels"] = None if box.pixels is None else [round(value, 2) for value in box.pixels]
         anchors.append(one)
     inserted = sum(one["inserted"] for one in anchors)
-    return {"answer": shown.answer, "inserted": inserted, "candidates": len(anchors), "anchors": anchors}
+    return {
+        "answer": shown.answer,
+        "inserted": inserted,
+        "candidates": len(anchors),
+        "image_tokens": len(shown.boxes),
+        "kept": len(shown.boxes) - len(shown.dropped),
+        "anchors": anchors,
+    }
 
 
 def _where(shown: Anchored, box: Box) -> str:
@@ -111,8 +120,8 @@ class _Panel:
 def anchor_picture(path: Path, examples: Sequence[Anchored], tau: float, title: str) -> None:
     """A row for each example: its images with patches and anchors, and every token's best cosine beside tau.
 
-    What the model does not see of an image (cropped away) is dimmed. In images of several tiles, tiles have a dotted
-    border, and an anchor in the view of the whole image has a dashed one.
+    What the model does not see of an image (cropped away, or dropped) is dimmed. In images of several tiles, tiles have
+    a dotted border, and an anchor in the view of the whole image has a dashed one.
 
     Args:
         path: A .png, .pdf or .svg; written whole or not at all.
@@ -200,6 +209,7 @@ def _draw_image(axes: Axes, example: Anchored, panel: _Panel, colours: Mapping[i
     pixels = np.asarray(image.convert("RGB"))
     axes.imshow(pixels, extent=(0, image.width, image.height, 0), interpolation=interpolation, aspect="auto")
     _dim_unseen(axes, image, boxes)
+    _dim_dropped(axes, example, panel.index)
     _draw_grid(axes, boxes, panel.scale)
     # Labels stand beside the image, spread so that none covers another, in the order of their patches' heights.
     span = panel.height / panel.scale
@@ -299,7 +309,16 @@ def _dim_unseen(axes: Axes, image: Image.Image, boxes: Sequence[Box]) -> None:
         (x0, y1, x1 - x0, image.height - y1),
     ):
         if w > 0.5 and h > 0.5:
-            axes.add_patch(Rectangle((x, y), w, h, facecolor="white", alpha=0.72, edgecolor="none", zorder=1))
+            axes.add_patch(Rectangle((x, y), w, h, facecolor="white", alpha=_VEIL, edgecolor="none", zorder=1))
+
+
+def _dim_dropped(axes: Axes, example: Anchored, index: int) -> None:
+    """Grey over the patches that were dropped; of an image with tiles, over those of the tiles."""
+    tiled = _has_tiles(example, index)
+    boxes = [example.boxes[patch] for patch in sorted(example.dropped)]
+    places = [box.pixels for box in boxes if box.image == index and box.pixels and (box.tile is not None or not tiled)]
+    covers = [Rectangle((x0, y0), x1 - x0, y1 - y0) for x0, y0, x1, y1 in places]
+    axes.add_collection(PatchCollection(covers, facecolor="white", edgecolor="none", alpha=_VEIL, zorder=1))
 
 
 def _around(boxes: Sequence[Box]) -> tuple[float, float, float, float] | None:

@@ -168,6 +168,33 @@ def test_a_long_prompt_shows_its_best_words(figure):
     assert drawn.axes[1].get_xlabel() == "best cosine with a patch (116 low ones not shown)"
 
 
+def test_dropped_patches_are_dimmed_and_counted(tiled, figure):
+    """Of an image with tiles, those of the tiles: the view of the whole image shows the same places once more."""
+    fewer = dataclasses.replace(tiled, dropped=frozenset((0, 5, 7, 14)))
+    first, second, _ = figure("p.png", [fewer], TAU, "title").axes
+    for axes, patches in ((first, (5, 7)), (second, (14,))):
+        dim = next(one for one in axes.collections if one.get_alpha() == plots._VEIL)
+        found = {tuple(path.get_extents().bounds) for path in dim.get_paths()}
+        boxes = [
+            tiled.boxes[patch].pixels for patch in patches if tiled.boxes[patch].tile is not None or axes is second
+        ]
+        assert found == {(x0, y0, x1 - x0, y1 - y0) for x0, y0, x1, y1 in boxes}
+    said = describe(fewer)
+    assert (said["image_tokens"], said["kept"]) == (len(tiled.boxes), len(tiled.boxes) - 4)
+
+
+def test_explain_says_which_patches_stayed(sample):
+    image = sample / "images" / "test-00000.png"
+    for settings in ({"tau": 0.3, "keep": 0.25}, {"tau": 1.0, "keep": 4}):
+        model, processor = load(str(sample / "model"), **settings)
+        shown = evaluate.explain(model, processor, image, "Where is the red triangle?")
+        expected = settings["keep"] if settings["keep"] == 4 else len(shown.boxes) // 4
+        assert len(shown.boxes) - len(shown.dropped) == expected
+        hosts = {match.patch for match in shown.matches if match.patch is not None}
+        assert bool(hosts) == (settings["tau"] < 1)
+        assert not hosts & shown.dropped
+
+
 def test_no_anchors_is_said(tiled, figure):
     nothing = dataclasses.replace(tiled, matches=[Match("a", 0.1, None)])
     drawn = figure("p.png", [nothing], TAU, "title")
@@ -198,15 +225,15 @@ def test_the_description_is_json(tiled):
 @pytest.mark.parametrize("suffix", ["png", "pdf", "svg"])
 def test_a_question_is_explained_by_the_command_line(sample, tmp_path, capsys, suffix):
     image, picture = sample / "images" / "test-00000.png", tmp_path / f"anchors.{suffix}"
-    arguments = ["generate", "--model", sample / "model", "--tau", 0.6, "--image", image, "--explain", picture]
-    assert cli.main([str(word) for word in arguments] + ["--prompt", "Where is the orange ring?"]) == 0
+    arguments = ["generate", "--model", sample / "model", "--tau", 0.53, "--image", image, "--explain", picture]
+    assert cli.main([str(word) for word in arguments] + ["--prompt", "Where is the red triangle?"]) == 0
     answer, *lines, last = capsys.readouterr().out.splitlines()
-    model, processor = load(str(sample / "model"), tau=0.6)
-    expected = infer.answer(model, processor, "Where is the orange ring?", [image])
+    model, processor = load(str(sample / "model"), tau=0.53)
+    expected = infer.answer(model, processor, "Where is the red triangle?", [image])
     assert answer == expected.text
     assert last == f"picture: {picture}"
-    assert [line.split()[0] for line in lines] == ["Where", "is", "the", "orange", "ring", "?"]
-    assert sum("row 4, column 3" in line for line in lines) == expected.inserted == 2  # the ring's cell
+    assert [line.split()[0] for line in lines] == ["Where", "is", "the", "red", "triangle", "?"]
+    assert sum("row 8, column 8" in line for line in lines) == expected.inserted == 2  # the triangle's cell
     assert sum("not inserted" in line for line in lines) == 4
     assert picture.stat().st_size > 5000
     if suffix == "png":
@@ -215,11 +242,11 @@ def test_a_question_is_explained_by_the_command_line(sample, tmp_path, capsys, s
 
 
 def test_the_bars_and_tau_tell_apart_what_rounding_would_not(figure, sample):
-    model, processor = load(str(sample / "model"), tau=0.6)
+    model, processor = load(str(sample / "model"), tau=0.53)
     image = infer.open_image(sample / "images" / "test-00000.png")
-    shown = evaluate.explain(model, processor, image, "Where is the orange ring?")
-    texts = [text.get_text() for text in figure("p.png", [shown], 0.6, "t").axes[1].texts]
-    assert {"0.628", "0.604", "tau 0.600"} <= set(texts)
+    shown = evaluate.explain(model, processor, image, "Where is the red triangle?")
+    texts = [text.get_text() for text in figure("p.png", [shown], 0.534, "t").axes[1].texts]
+    assert {"0.536", "0.662", "tau 0.534"} <= set(texts)
 
 
 def test_a_score_a_hair_below_zero_is_no_minus_zero(tiled, figure):
@@ -229,12 +256,12 @@ def test_a_score_a_hair_below_zero_is_no_minus_zero(tiled, figure):
 
 
 def test_images_may_be_paths_of_any_kind_of_picture(sample, tmp_path):
-    model, processor = load(str(sample / "model"), tau=0.6)
+    model, processor = load(str(sample / "model"), tau=0.53)
     picture = sample / "images" / "test-00000.png"
     Image.open(picture).convert("RGBA").save(tmp_path / "rgba.png")
-    expected = describe(evaluate.explain(model, processor, infer.open_image(picture), "Where is the orange ring?"))
+    expected = describe(evaluate.explain(model, processor, infer.open_image(picture), "Where is the red triangle?"))
     for given in (picture, str(picture), [picture], Image.open(tmp_path / "rgba.png")):
-        assert describe(evaluate.explain(model, processor, given, "Where is the orange ring?")) == expected
+        assert describe(evaluate.explain(model, processor, given, "Where is the red triangle?")) == expected
     with pytest.raises(ValueError, match="the prompt has 2 <image> placeholders for 1 image"):
         evaluate.explain(model, processor, picture, "<image> <image> Where?")
     with pytest.raises(ValueError, match="the model is not attached, so it has no anchors"):
