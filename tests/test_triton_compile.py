@@ -182,7 +182,7 @@ AMD_EVENTS = {
     "release": r"buffer_wbl2 sc1",
     "acquire": r"buffer_inv sc1",
     "drained": r"s_waitcnt vmcnt\(0\)",
-    "arrival": r"global_atomic_add .* sc0",
+    "arrival": r"global_atomic_add ",
     "barrier": r"s_barrier",
     "access": r"(global|buffer|flat)_(load|store|atomic)",
 }
@@ -203,7 +203,9 @@ def barrier_faults(assembly: str, target: str, arrivals: int, waits: int) -> lis
     amd = target == "gfx942"
     events = _events(assembly, AMD_EVENTS if amd else PTX_EVENTS)
     order, faults = " ".join(events), []
-    arrival = r"drained (?:barrier )+release drained arrival drained acquire" if amd else r"barrier arrival"
+    arrival = (
+        r"drained (?:barrier )+(?:drained )?release drained arrival drained acquire" if amd else r"barrier arrival"
+    )
     # (AMD: the meeting may stand at the head of the loop, above.)
     waiting = r"barrier access drained acquire" if amd else r"poll (?:barrier )?acquire barrier"
     for name, pattern, least in (("arrivals", arrival, arrivals), ("waits", waiting, waits)):
