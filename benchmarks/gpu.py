@@ -149,7 +149,8 @@ def steps(python: str, gpu: Gpu | None, output: Path) -> list[Step]:
     return [
         Step("environment", ((python, "-c", ENVIRONMENT),), 40),
         built(1),
-        measuring("smoke", 60, 1, "smoke"),
+        # Of Triton every result is checked where it is measured.
+        measuring("smoke", 60, 1, "smoke", *(("--backends", "cuda") if gpu else ())),
         roofline("roofline-cuda", 75, 1, "cuda", "--operations", "forward", *main),
         measuring("tune", 70, 1, "tune", "--backends", "cuda", "--batches", "8,1,32", "--limit", "55"),
         Step("profile", _on_gpu(python, gpu if shutil.which("ncu") else None, (*profile, python, "-c", PROFILED)), 45),

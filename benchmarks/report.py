@@ -67,9 +67,19 @@ def roofline_block(rows: list[Row], image: str) -> str:
 
 OVERHEAD = """
 Length in tokens; times of the plain prompt, and beside it the median of the ratios of pairs timed by turns, with their
-quartiles: where these hold 1, the pairs show no difference. Construction in brackets: its share of the plain prefill.
-Peak memory is that of a prefill beside the weights, its cache included.
+quartiles; "within the spread" where these lie as far apart as the median is from 1, so that no difference is shown.
+Construction in brackets: its share of the plain prefill; of the plain prompt it is `masked_scatter`. Peak memory is
+that of a prefill beside the weights, its cache included.
 """
+
+
+def _time(us: float) -> str:
+    return f"{us / 1e6:.3g} s" if us >= 1e6 else f"{us / 1e3:.3g} ms"
+
+
+def _model(name: str, dtype: str, batch: int, row: Row) -> str:
+    threads = f", {row['threads']} thread{'s' * (row['threads'] > 1)}" if row["gpu"] == "none" else ""
+    return f"{name}, {dtype}, B={batch}{threads}"
 
 
 def overhead_block(rows: list[Row], image: str) -> str:
@@ -83,16 +93,16 @@ def overhead_block(rows: list[Row], image: str) -> str:
         for side, row in found.items():
             plain = side == "plain"
             times = {
-                part: f"{anchors[f'plain_{part}_us'] / 1e3:.3g} ms" if anchors and plain else ""
+                part: _time(anchors[f"plain_{part}_us"]) if anchors and plain else ""
                 for part in ("construction", "prefill", "step")
             }
             if not plain:
                 share = 100 * row["construction_us"] / row["plain_prefill_us"]
                 times = {part: ratio(row, part) for part in ("prefill", "step")}
-                times["construction"] = f"{row['construction_us'] / 1e3:.3g} ms ({share:.2g} %)"
+                times["construction"] = f"{_time(row['construction_us'])} ({share:.2g} %)"
             lines.append(
                 [
-                    *([f"{name}, {dtype}, B={batch}"] if plain else [""]),
+                    *([_model(name, dtype, batch, row)] if plain else [""]),
                     *(side, str(row["length"]), times["construction"], times["prefill"], times["step"]),
                     f"{row['kv_bytes'] / 2**20:.1f} MiB",
                     "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:.0f} MiB",

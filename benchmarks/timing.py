@@ -79,7 +79,7 @@ class Pairs(NamedTuple):
             f"plain_{what}_us": round(statistics.median(self.plain) * 1e6, 2),
             **{f"{what}_ratio": float(f"{middle:.4g}"), f"{what}_ratio_q1": float(f"{low:.4g}")},
             f"{what}_ratio_q3": float(f"{high:.4g}"),
-            f"{what}_within_spread": low <= 1 <= high,  # the spread swamps the difference
+            f"{what}_within_spread": high - low >= abs(middle - 1),  # which so swamps the difference
         }
 
 

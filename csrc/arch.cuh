@@ -214,9 +214,9 @@ ATTANCHOR_DEVICE void load_bulk(void* to, const void* from, int bytes, word64* b
       "l"(from), "r"(bytes), "r"(shared_address(barrier)), "l"(policy)
       : "memory");
 }
-ATTANCHOR_DEVICE void store_bulk(void* to, const void* from, int bytes, Policy policy) {
-  asm volatile("cp.async.bulk.global.shared::cta.bulk_group.L2::cache_hint [%0], [%1], %2, %3;" ::"l"(to),
-               "r"(shared_address(from)), "r"(bytes), "l"(policy)
+ATTANCHOR_DEVICE void store_bulk(void* to, const void* from, int bytes) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(shared_address(from)),
+               "r"(bytes)
                : "memory");
 }
 // Until all that this thread has started to store has left shared memory, which may then be written again.
@@ -224,7 +224,7 @@ ATTANCHOR_DEVICE void wait_bulk_stores() {
   asm volatile("cp.async.bulk.commit_group;\ncp.async.bulk.wait_group.read 0;" ::: "memory");
 }
 
-// --- Streaming access: rows that are used once ---------------------------------------------------------------------
+// --- Streaming access: rows that no multiprocessor uses again ---------------------------------------------------------
 
 template <class V>
 ATTANCHOR_DEVICE V load_stream(const V* from, Policy policy) {
@@ -239,14 +239,15 @@ ATTANCHOR_DEVICE V load_stream(const V* from, Policy policy) {
     return __ldcs(from);
   }
 }
+// What is made is read next: it stays in L2 as anything does.
 template <class V>
-ATTANCHOR_DEVICE void store_stream(V* to, V v, Policy policy) {
+ATTANCHOR_DEVICE void store_stream(V* to, V v) {
   if constexpr (sizeof(V) == 16) {
-    asm volatile("st.global.L1::no_allocate.L2::cache_hint.v4.u32 [%0], {%1, %2, %3, %4}, %5;" ::"l"(to), "r"(v.x),
-                 "r"(v.y), "r"(v.z), "r"(v.w), "l"(policy)
+    asm volatile("st.global.L1::no_allocate.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(v.x), "r"(v.y), "r"(v.z),
+                 "r"(v.w)
                  : "memory");
   } else {
-    __stcs(to, v);
+    __stcg(to, v);
   }
 }
 

@@ -73,7 +73,7 @@ ATTANCHOR_DEVICE void gather_row(uint8_t* to, const uint8_t* original, const uin
     ATTANCHOR_UNROLL
     for (int i = 0; i < AHEAD; i++) {
       const V sum = copy == nullptr ? one[i] : original == nullptr ? other[i] : add_elements<E>(one[i], other[i]);
-      if (start + i * 32 < count) arch::store_stream(reinterpret_cast<V*>(to) + start + i * 32, sum, once);
+      if (start + i * 32 < count) arch::store_stream(reinterpret_cast<V*>(to) + start + i * 32, sum);
     }
   }
 }

@@ -46,8 +46,8 @@ ATTANCHOR_DEVICE void run_row(const RowJob& job, int64_t row_bytes, uint32_t nan
     ATTANCHOR_UNROLL
     for (int i = 0; i < AHEAD; i++) {
       if (start + i * 32 >= count) continue;
-      if (first != nullptr) arch::store_stream(first + start + i * 32, held[i], once);
-      if (second != nullptr) arch::store_stream(second + start + i * 32, held[i], once);
+      if (first != nullptr) arch::store_stream(first + start + i * 32, held[i]);
+      if (second != nullptr) arch::store_stream(second + start + i * 32, held[i]);
     }
   }
 }

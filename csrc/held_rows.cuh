@@ -78,7 +78,7 @@ struct HeldRows {
 
   // Start a row on its way to where it begins in global memory; by one lane, which waits before the next load.
   ATTANCHOR_DEVICE void store(int nth, uint8_t* to) const {
-    if (bytes > 0) arch::store_bulk(to + first, row(nth), bytes, arch::drop_from_l2());
+    if (bytes > 0) arch::store_bulk(to + first, row(nth), bytes);
   }
 };
 

@@ -235,7 +235,7 @@ struct HeldTile {
         if (at >= count) continue;
         for (int copy = 0; copy < 2; copy++) {
           if (job.to[copy] == nullptr) continue;
-          arch::store_stream(reinterpret_cast<arch::Vector*>(job.to[copy] + begin) + at, row[i], once);
+          arch::store_stream(reinterpret_cast<arch::Vector*>(job.to[copy] + begin) + at, row[i]);
         }
       }
     }

@@ -36,6 +36,10 @@ CONSTRUCT = {
     "merge": ("bf16", 32, 4096, {"merges": True, "turn": True, "inherit": True}),
     "merge, split, left": ("bf16", 1, 4096, {"merges": True, "pad_left": True}),
     "merge, float32": ("fp32", 1, 4098, {"merges": True, "turn": True, "image_into_text": True}),
+    "build, keep": ("bf16", 32, 4096, {"keep": True}),
+    "build, split, keep by cells": ("bf16", 1, 4096, {"keep": True, "cells": True, "salience": True}),
+    "merge, keep each": ("bf16", 32, 4096, {"merges": True, "turn": True, "keep_each": True, "cells": True}),
+    "merge, float32, keep": ("fp32", 1, 4098, {"merges": True, "image_into_text": True, "keep": True}),
     "match": ("bf16", 32, 4096, {"match": True}),
     "match, merge, split": ("bf16", 1, 4096, {"match": True, "merges": True, "turn": True}),
 }
@@ -60,6 +64,9 @@ def _source(kernel, pointers: dict, config):
         value = pointers.get(name, "constexpr" if name == "config" else "i32")
         if name == "config":
             constants[(position,)] = config
+        elif value is None:
+            constants[(position,)] = None
+            value = "constexpr"
         elif name in pointers and isinstance(value, tuple):
             for field, pointer in enumerate(value):
                 if pointer is None:
@@ -86,7 +93,15 @@ def _construct(target: str, dtype: str, batch: int, hidden: int, problem: dict):
     aligned = 16 // itemsize if hidden * itemsize % 16 == 0 else 4 // itemsize
     chosen = schedule.construct(torch.device("cpu"), itemsize, batch, 576, 50, hidden, aligned)
     row, mask = f"*{dtype}", "*u8" if get("masks") else None
-    outputs = Outputs(row if get("copy", True) else None, "*i64", "*i64", "*i64", "*u8", "*i64", "*fp32", "*i32")
+    drops = get("keep", False) or get("keep_each", False)
+    outputs = Outputs(
+        embeds=row if get("copy", True) else None,
+        **dict.fromkeys(("position_ids", "attention_mask", "source", "host"), "*i64"),
+        is_anchor="*u8",
+        score="*fp32",
+        relevance="*fp32" if drops else None,
+        places="*i32",
+    )
     if get("match"):
         outputs = Outputs(*[None] * len(outputs))._replace(host=outputs.host, score=outputs.score)
     pointers = {
@@ -99,9 +114,22 @@ def _construct(target: str, dtype: str, batch: int, hidden: int, problem: dict):
             text_mask=mask,
             anchor_mask=mask,
             position_ids="*i64" if get("inherit") else None,
+            tau=None,
+            keep_each="*i32" if get("keep_each") else None,
+            salience="*fp32" if get("salience") else None,
+            cells="*i32" if get("cells") else None,
         ),
         "outputs": outputs,
-        "state": State("*u64", "*u64", "*i32", "*fp32" if chosen.split else None),
+        "state": State(
+            keys="*u64",
+            cuts="*u64",
+            counters="*i32",
+            relevance="*u32" if drops and not get("image_into_text") else None,
+            scratch="*fp32" if chosen.split else None,
+            ranks="*u64" if drops else None,
+            survivors="*i32" if drops else None,
+        ),
+        "keep": "i32" if get("keep") else None,
         "tau": "fp32",
     }
     config = Config(
@@ -110,6 +138,7 @@ def _construct(target: str, dtype: str, batch: int, hidden: int, problem: dict):
         merges=get("merges", False),
         image_into_text=get("image_into_text", False),
         budgeted=get("budgeted", not get("match")),
+        drops=drops,
         inherit=get("inherit", False),
         pad_left=get("pad_left", False),
         interpreted=False,
@@ -197,7 +226,8 @@ def _barrier(assembly: str, target: str, source) -> dict:
 
     split = any(isinstance(value, Config) and value.split for value in source.constants.values())
     plans = source.signature["outputs"].source != "constexpr"
-    wanted = {"arrivals": 1 + plans + split, "waits": int(plans)}
+    drops = source.signature["outputs"].relevance != "constexpr"
+    wanted = {"arrivals": 1 + plans + split + drops, "waits": int(plans)}
     changes = PLANTED["amdgcn" if target == "gfx942" else "ptx"]
     planted = [bool(barrier_faults(assembly.replace(*change), target, **wanted)) for change in changes[: 3 + plans]]
     return {"barrier": barrier_faults(assembly, target, **wanted), "planted": planted}

@@ -17,18 +17,25 @@ LEAST_TAU, NEVER = -2.0, 2.0
 class Selection(NamedTuple):
     """Threshold and budget as kernels take them: a finite float32, and a count that is never more than the movers."""
 
-    tau: float
+    tau: float  # NEVER, or overruled where the problem has a tensor
     budget: int
     budgeted: bool  # whether the budget can leave out a mover
 
 
 def selection(problem: Problem) -> Selection:
-    """`tau >= 1` and a budget of 0 become a threshold that no cosine reaches. (A NaN tau is an error earlier.)"""
+    """`tau >= 1` and a budget of 0 become a threshold that no cosine reaches. (A NaN tau is an error earlier.)
+
+    Where text moves and images drop, every host can stay: there are no more copies than `keep`.
+    """
     movers = problem.movers
     budget = movers if problem.max_anchors is None else min(problem.max_anchors, movers)
-    if problem.tau >= 1 or budget == 0:
+    bounded = problem.drops and not problem.image_into_text
+    if bounded and problem.keep is not None:
+        budget = min(budget, problem.keep)
+    tau = LEAST_TAU if problem.tau_tensor is not None else max(problem.tau, LEAST_TAU)
+    if tau >= 1 or budget == 0:
         return Selection(NEVER, movers, False)
-    return Selection(max(problem.tau, LEAST_TAU), budget, budget < movers)
+    return Selection(tau, budget, budget < movers)
 
 
 def empty_embeds(problem: Problem) -> Tensor:

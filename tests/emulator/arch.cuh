@@ -281,7 +281,7 @@ inline void order_bulk() { emulator::order_bulk(); }
 inline void load_bulk(void* to, const void* from, int bytes, word64* barrier, Policy) {
   emulator::load_bulk(to, from, bytes, barrier);
 }
-inline void store_bulk(void* to, const void* from, int bytes, Policy) { emulator::store_bulk(to, from, bytes); }
+inline void store_bulk(void* to, const void* from, int bytes) { emulator::store_bulk(to, from, bytes); }
 inline void wait_bulk_stores() { emulator::wait_bulk_stores(); }
 
 // --- Streaming access ---------------------------------------------------------------------------------------------------
@@ -292,7 +292,7 @@ V load_stream(const V* from, Policy) {
   return *from;
 }
 template <class V>
-void store_stream(V* to, V value, Policy) {
+void store_stream(V* to, V value) {
   if (reinterpret_cast<uintptr_t>(to) % sizeof(V)) emulator::fail("a store is not aligned");
   *to = value;
 }

@@ -55,14 +55,12 @@ def slot_rows(rows, config: tl.constexpr, sample, slot, feature):
 
 
 @triton.jit
-def copy_rows(row, exists, to, original, copy, config: tl.constexpr):
-    """Rows to `original` and, where that is not -1, to `copy`, places in the sample that starts at `to`.
-
-    An original of -1 is not copied at all; a row that does not exist becomes NaN.
-    """
+def copy_rows(row, exists, to, original, copy, DROPS: tl.constexpr, config: tl.constexpr):
+    """Rows to `original` and `copy`, places in the sample that starts at `to`; -1 = no such place. With DROPS there can
+    be a copy without an original. A row that does not exist becomes NaN."""
     HIDDEN: tl.constexpr = config.hidden
     COLUMNS: tl.constexpr = config.block_columns
-    readable = exists & (original >= 0)
+    readable = exists & ((tl.maximum(original, copy) if DROPS else original) >= 0)
     at_original = to + original.to(tl.int64) * HIDDEN
     at_copy = to + copy.to(tl.int64) * HIDDEN
     copied = tl.max(copy) >= 0
@@ -77,19 +75,10 @@ def copy_rows(row, exists, to, original, copy, config: tl.constexpr):
             other=float("nan"),
             eviction_policy="evict_first",
         )
-        tl.store(
-            at_original[:, None] + column[None, :],
-            value,
-            mask=(original >= 0)[:, None] & inside,
-            eviction_policy="evict_first",
-        )
+        # What reads the sequence next comes soon: unlike the inputs' last read, these are not the first to leave L2.
+        tl.store(at_original[:, None] + column[None, :], value, mask=(original >= 0)[:, None] & inside)
         if copied:
-            tl.store(
-                at_copy[:, None] + column[None, :],
-                value,
-                mask=(copy >= 0)[:, None] & inside,
-                eviction_policy="evict_first",
-            )
+            tl.store(at_copy[:, None] + column[None, :], value, mask=(copy >= 0)[:, None] & inside)
 
 
 @triton.jit
@@ -102,7 +91,7 @@ def zero_rows(at, chosen, config: tl.constexpr):
         for start in range(0, HIDDEN, COLUMNS):
             column = start + tl.arange(0, COLUMNS)
             mask = chosen[:, None] & (column < HIDDEN)[None, :]
-            tl.store(at[:, None] + column[None, :], zero, mask=mask, eviction_policy="evict_first")
+            tl.store(at[:, None] + column[None, :], zero, mask=mask)
 
 
 @triton.jit

@@ -7,15 +7,20 @@ matches and does not plan.
 import triton
 import triton.language as tl
 
+from attanchor_kernels.backends import common
 from attanchor_kernels.backends.triton.copy import add_copies, copy_rows, slot_rows, zero_rows
-from attanchor_kernels.backends.triton.match import match_items, match_tile, report_matches
+from attanchor_kernels.backends.triton.keep import choose_survivors
+from attanchor_kernels.backends.triton.match import match_items, match_tile, publish_cut, report_matches
 from attanchor_kernels.backends.triton.plan import assemble_tile
+from attanchor_kernels.backends.triton.state import arrive
 from attanchor_kernels.backends.triton.types import Rows, Sizes
 
+NEVER = tl.constexpr(common.NEVER)
+LEAST_TAU = tl.constexpr(common.LEAST_TAU)
 LENGTHS = [
     *("batch", "images", "texts", "slots", "features", "movers", "capacity", "axes", "budget"),
     *("image_batch_stride", "image_row_stride", "text_batch_stride", "text_row_stride"),
-    *("image_tiles", "row_tiles", "lag"),
+    *("image_tiles", "row_tiles", "lag", "keep"),
 ]
 
 
@@ -43,6 +48,7 @@ def construct_kernel(
     image_tiles,
     row_tiles,
     lag,
+    keep,
     config: tl.constexpr,
 ):
     """Match and assemble every sample in one launch, with any number of programs.
@@ -53,7 +59,10 @@ def construct_kernel(
     whatever runs at the same time.
     """
     rows = Rows(image, text, image_batch_stride, image_row_stride, text_batch_stride, text_row_stride, images, features)
-    sizes = Sizes(batch, images, texts, slots, movers, capacity, axes, budget, tau, image_tiles, row_tiles)
+    if inputs.tau is not None:
+        tau = tl.load(inputs.tau)
+        tau = tl.where(tau < 1, tl.maximum(tau, LEAST_TAU), NEVER)  # NEVER for NaN too
+    sizes = Sizes(batch, images, texts, slots, movers, capacity, axes, budget, tau, image_tiles, row_tiles, keep)
     total = batch * (match_items(sizes, config) + row_tiles)
     ticket = tl.atomic_add(state.counters, 1, sem="relaxed")
     if config.persistent:
@@ -89,7 +98,12 @@ def work(rows, inputs, outputs, state, sizes, config: tl.constexpr, lag, ticket)
         if match_tile(rows, inputs, state, sizes, config, sample, item // parts, item % parts):
             report_matches(inputs, outputs, state, sizes, config, sample)
     elif item < items:
-        match_tile(rows, inputs, state, sizes, config, sample, item // parts, item % parts)
+        if match_tile(rows, inputs, state, sizes, config, sample, item // parts, item % parts):
+            if config.drops:
+                choose_survivors(rows, inputs, outputs, state, sizes, config, sample)
+                arrive(state.counters + 1 + sample, config)
+            elif config.budgeted:
+                publish_cut(inputs, state, sizes, config, sample)
     else:
         assemble_tile(rows, inputs, outputs, state, sizes, config, sample, item - items)
 
@@ -129,7 +143,7 @@ def assemble_kernel(
     copy = tl.load(plane + slots, mask=index < slots, other=-1)
     feature = tl.load(plane + 2 * tl.cast(slots, tl.int64), mask=index < slots, other=-1)
     row, exists = slot_rows(rows, config, sample, index, feature)
-    copy_rows(row, exists, to, original, copy, config)
+    copy_rows(row, exists, to, original, copy, True, config)
     padded = tl.load(source + sample64 * length + index, mask=index < length, other=0) < 0
     zero_rows(to + index.to(tl.int64) * config.hidden, padded, config)
 

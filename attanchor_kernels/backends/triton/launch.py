@@ -9,6 +9,7 @@ import triton
 from torch import Tensor
 
 from attanchor_kernels.backends.common import (
+    NEVER,
     contiguous,
     empty_embeds,
     empty_gradients,
@@ -42,10 +43,11 @@ def run(problem: Problem, *, copy: bool, schedule: schedules.Schedule | None = N
     """Launch the construct kernel; `schedule` overrides the choice by shape."""
     embeds = empty_embeds(problem) if copy else None
     made = Plan.empty(problem)
-    if problem.batch and problem.capacity:
-        fields = made._replace(is_anchor=made.is_anchor.view(torch.uint8))._asdict()
-        del fields["relevance"]
-        _launch(problem, Outputs(embeds, **fields), schedule)
+    if problem.batch and max(problem.capacity, problem.slots):
+        outputs = Outputs(embeds, *made)._replace(
+            is_anchor=made.is_anchor.view(torch.uint8), relevance=made.relevance if problem.drops else None
+        )
+        _launch(problem, outputs, schedule)
     return embeds, made
 
 
@@ -65,8 +67,6 @@ def match(problem: Problem, *, schedule: schedules.Schedule | None = None) -> tu
 
 def _launch(problem: Problem, outputs: Outputs, schedule: schedules.Schedule | None) -> None:
     """The construct kernel, which makes what `outputs` has a tensor for."""
-    if problem.drops or problem.tau_tensor is not None:
-        raise NotImplementedError("the Triton kernels take neither keep nor a tensor tau")
     batch, slots, hidden, merges = problem.batch, problem.slots, problem.hidden, problem.merges
     image, text = rows_contiguous(problem.image), rows_contiguous(problem.text)
     aligned = alignment(image, text)
@@ -76,8 +76,10 @@ def _launch(problem: Problem, outputs: Outputs, schedule: schedules.Schedule | N
     image_tiles = max(1, triton.cdiv(images, schedule.block_images))
     items = image_tiles * (schedule.slices if schedule.split else 1)
     assembles = outputs.source is not None
-    row_tiles = triton.cdiv(problem.capacity, schedule.block_rows) if assembles else 0
+    row_tiles = triton.cdiv(max(problem.capacity, slots), schedule.block_rows) if assembles else 0
     chosen = selection(problem)
+    drops = problem.drops and assembles
+    ranks = max(1, batch * problem.images) if drops else 0
 
     with on_device(text.device):
         state = states.allocate(
@@ -86,6 +88,9 @@ def _launch(problem: Problem, outputs: Outputs, schedule: schedules.Schedule | N
             problem.movers,
             tiles=image_tiles if schedule.split else 0,
             scratch=batch * items * partial_size(schedule) if schedule.split else 0,
+            relevances=0 if problem.image_into_text else ranks,
+            ranks=ranks if problem.cells is None else 2 * ranks,
+            survivors=2 * batch * (triton.cdiv(slots, 32) + 1) if drops else 0,
         )
         construct_kernel[(schedule.programs if schedule.persistent else batch * (items + row_tiles),)](
             image,
@@ -97,6 +102,10 @@ def _launch(problem: Problem, outputs: Outputs, schedule: schedules.Schedule | N
                 text_mask=as_bytes(problem.text_mask),
                 anchor_mask=as_bytes(problem.anchor_mask),
                 position_ids=contiguous(problem.position_ids) if assembles else None,
+                tau=problem.tau_tensor if assembles and chosen.tau < NEVER else None,
+                keep_each=contiguous(problem.keep_each) if drops else None,
+                salience=contiguous(problem.salience) if drops else None,
+                cells=contiguous(problem.cells) if drops else None,
             ),
             outputs,
             state,
@@ -112,12 +121,14 @@ def _launch(problem: Problem, outputs: Outputs, schedule: schedules.Schedule | N
             image_tiles=image_tiles,
             row_tiles=row_tiles,
             lag=min(schedule.lag, batch) if assembles else batch,
+            keep=problem.keep if drops else None,
             config=Config(
                 hidden=hidden,
                 alignment=aligned,
                 merges=merges,
                 image_into_text=problem.image_into_text,
-                budgeted=chosen.budgeted and assembles,
+                budgeted=(chosen.budgeted or drops) and assembles,
+                drops=drops,
                 inherit=problem.inherit and assembles,
                 pad_left=problem.pad_left and assembles,
                 interpreted=INTERPRETED,

@@ -28,23 +28,36 @@ NORM_FLOOR = tl.constexpr(1e-12)
 NO_INDEX = tl.constexpr(2**31 - 1)
 LOW_WORD = tl.constexpr(0xFFFFFFFF)
 SIGN = tl.constexpr(-(2**31))
+EVERY_BIT = tl.constexpr(2**64 - 1)  # no key is so large
+
+
+@triton.jit
+def order_bits(score):
+    """uint32 in the order of the scores, none of which is NaN; above 0."""
+    bits = (score + 0.0).to(tl.int32, bitcast=True)  # -0.0 + 0.0 is 0.0: equal scores must have equal bits
+    return tl.where(bits < 0, ~bits, bits ^ SIGN).to(tl.uint32, bitcast=True)
 
 
 @triton.jit
 def encode(score, index):
     """Key of a finite score and an index >= 0."""
-    bits = (score + 0.0).to(tl.int32, bitcast=True)  # -0.0 + 0.0 is 0.0: equal scores must have equal bits
-    ordered = tl.where(bits < 0, ~bits, bits ^ SIGN)
+    high = order_bits(score)
     low = (~index).to(tl.uint32, bitcast=True)
-    return (ordered.to(tl.uint32, bitcast=True).to(tl.uint64) << 32) | low.to(tl.uint64)
+    return (high.to(tl.uint64) << 32) | low.to(tl.uint64)
+
+
+@triton.jit
+def decode_bits(ordered):
+    """The score of `order_bits`, -inf for 0."""
+    bits = ordered.to(tl.int32, bitcast=True)
+    bits = tl.where(bits < 0, bits ^ SIGN, ~bits)
+    return tl.where(ordered == 0, float("-inf"), bits.to(tl.float32, bitcast=True))
 
 
 @triton.jit
 def decode_score(key):
     """The score of a key, -inf for an empty one."""
-    ordered = (key >> 32).to(tl.uint32).to(tl.int32, bitcast=True)
-    bits = tl.where(ordered < 0, ordered ^ SIGN, ~ordered)
-    return tl.where(key == 0, float("-inf"), bits.to(tl.float32, bitcast=True))
+    return decode_bits((key >> 32).to(tl.uint32))
 
 
 @triton.jit
@@ -58,6 +71,16 @@ def rank_keys(key, mover, tau):
     """Keys that order the movers for the budget: larger score first, of equal ones the lower mover; 0 = below tau."""
     low = (~mover).to(tl.uint32, bitcast=True).to(tl.uint64)
     return tl.where(decode_score(key) >= tau, (key >> 32 << 32) | low, 0)
+
+
+@triton.jit
+def load_movers(keys, mover, chosen, cut, sizes, config: tl.constexpr):
+    """Keys of movers, and which of them are inserted."""
+    key = tl.load(keys + mover, mask=chosen, other=0)
+    inserted = decode_score(key) >= sizes.tau
+    if config.budgeted:
+        inserted = inserted & (rank_keys(key, mover, sizes.tau) >= cut)
+    return key, inserted & (key != 0)
 
 
 @triton.jit
@@ -80,18 +103,29 @@ def cut_by_ranking(keys, movers, budget, tau, MOVERS: tl.constexpr):
 
 
 @triton.jit
-def cut_by_search(keys, movers, budget, tau):
-    """The same for any number of movers: the largest word that at least `budget` rank keys reach, bit by bit."""
-    PART: tl.constexpr = 2048
-    held = load_rank_keys(keys, 0, movers, tau, PART)
-    cut = tl.zeros([1], tl.uint64)
-    for step in range(64):
-        trial = cut | (tl.full([1], 1, tl.uint64) << tl.cast(63 - step, tl.uint64))
-        reached = (held >= trial).to(tl.int32)
-        for start in range(PART, movers, PART):
-            reached += (load_rank_keys(keys, start, movers, tau, PART) >= trial).to(tl.int32)
-        cut = tl.where(tl.sum(reached) >= budget, trial, cut)
-    return tl.max(cut)
+def kth_largest(words, count, place, tau, RANKED: tl.constexpr):
+    """The word at a place of 1 or more among the largest of `count` different ones, 0 if there are fewer; RANKED: of
+    the rank keys of movers. Digit by digit from above, each chosen by counting."""
+    PART: tl.constexpr = 1024
+    DIGITS: tl.constexpr = 256
+    digit = tl.arange(0, DIGITS)
+    found = tl.full([], 0, tl.uint64)
+    for step in range(8):
+        shift = tl.cast(56 - 8 * step, tl.uint64)
+        counts = tl.zeros([DIGITS], tl.int32)
+        for start in range(0, count, PART):
+            if RANKED:
+                word = load_rank_keys(words, start, count, tau, PART)
+            else:
+                at = start + tl.arange(0, PART)
+                word = tl.load(words + at, mask=at < count, other=0)
+            begins = (word != 0) & (word >> shift >> 8 == found)
+            counts += tl.histogram((word >> shift & 255).to(tl.int32), DIGITS, mask=begins)
+        above = tl.sum(counts) - tl.cumsum(counts, 0)
+        here = (above < place) & (above + counts >= place)
+        found = found << 8 | tl.max(tl.where(here, digit, 0)).to(tl.uint64)
+        place -= tl.max(tl.where(here, above, 0))
+    return found
 
 
 @triton.jit
@@ -110,8 +144,8 @@ def multiply(image_row, image_kept, text_row, text_kept, first_slice, end_slice,
     text_square = tl.zeros([N], tl.float32)
     for part in range(first_slice, end_slice):
         dot = tl.zeros([M, N], tl.float32)
-        image_part = tl.zeros([M], tl.float32)
-        text_part = tl.zeros([N], tl.float32)
+        image_part = tl.zeros([M, K], tl.float32)
+        text_part = tl.zeros([N, K], tl.float32)
         first = part * config.slice_hidden
         for start in range(first, min(first + config.slice_hidden, HIDDEN), K):
             column = start + tl.arange(0, K)
@@ -128,11 +162,11 @@ def multiply(image_row, image_kept, text_row, text_kept, first_slice, end_slice,
                 image = widen(image, True)
                 text = widen(text, True)
             dot = tl.dot(image, tl.trans(text), dot, input_precision="ieee")
-            image_part += tl.sum(image.to(tl.float32) * image.to(tl.float32), axis=1)
-            text_part += tl.sum(text.to(tl.float32) * text.to(tl.float32), axis=1)
+            image_part += image.to(tl.float32) * image.to(tl.float32)
+            text_part += text.to(tl.float32) * text.to(tl.float32)
         product += dot
-        image_square += image_part
-        text_square += text_part
+        image_square += tl.sum(image_part, axis=1)
+        text_square += tl.sum(text_part, axis=1)
     return product, image_square, text_square
 
 
@@ -172,10 +206,21 @@ def partial_size(config: tl.constexpr):
 
 @triton.jit
 def publish(
-    keys, product, image_square, text_square, image_kept, text_kept, allowed, image, text, config: tl.constexpr
+    keys,
+    relevance,
+    product,
+    image_square,
+    text_square,
+    image_kept,
+    text_kept,
+    allowed,
+    image,
+    text,
+    config: tl.constexpr,
 ):
-    """Cosines of a block, and the best host of each of its movers to `keys`. `image` and `text` are the index of each
-    row: a mover's as `keys` counts them, a host's as `host` reports it."""
+    """Cosines of a block, and the best host of each of its movers to `keys`; if images drop, their best cosines to
+    `relevance`. `image` and `text` are the index of each row: a mover's as `keys` counts them, a host's as `host`
+    reports it."""
     INFINITY: tl.constexpr = float("inf")
     # Rows whose squared norm is not finite (a NaN compares false) neither move nor host.
     image_kept = image_kept & (image_square < INFINITY)
@@ -192,6 +237,9 @@ def publish(
         best = tl.max(cosine, axis=0)
         host = tl.min(tl.where(cosine == best[None, :], image[:, None], NO_INDEX), axis=0)
         tl.atomic_max(keys + text, encode(best, host), mask=best > float("-inf"), sem="relaxed")
+        if config.drops:
+            best = tl.max(cosine, axis=1)
+            tl.atomic_max(relevance + image, order_bits(best), mask=best > float("-inf"), sem="relaxed")
 
 
 @triton.jit
@@ -217,6 +265,9 @@ def match_tile(rows, inputs, state, sizes, config: tl.constexpr, sample, tile, p
         texts = sizes.texts
 
     keys = state.keys + sample64 * sizes.movers
+    relevance = state.relevance
+    if config.drops and not config.image_into_text:
+        relevance += sample64 * image_candidates(sizes, config)
     unit = sample * sizes.image_tiles + tile
     blocks = tl.where(tl.max(image_kept.to(tl.int32)) > 0, tl.cdiv(texts, N), 0)
     for block in range(0, blocks):
@@ -270,6 +321,7 @@ def match_tile(rows, inputs, state, sizes, config: tl.constexpr, sample, tile, p
                 text_index = text_rank
             publish(
                 keys,
+                relevance,
                 product,
                 image_square,
                 text_square,
@@ -281,17 +333,19 @@ def match_tile(rows, inputs, state, sizes, config: tl.constexpr, sample, tile, p
                 config,
             )
 
-    matched = state.counters + 1 + sample
-    last = arrive(matched, config) == match_items(sizes, config) - 1
-    if config.budgeted:  # noqa: SIM102
-        if last:
-            movers = count_movers(inputs, sizes, config, sample)
-            if movers > RANKED_MOVERS:
-                tl.debug_barrier()
-                tl.store(state.cuts + sample, cut_by_search(keys, movers, sizes.budget, sizes.tau))
-                tl.debug_barrier()
-                tl.atomic_add(matched, 1, sem="release")
-    return last
+    return arrive(state.counters + 1 + sample, config) == match_items(sizes, config) - 1
+
+
+@triton.jit
+def publish_cut(inputs, state, sizes, config: tl.constexpr, sample):
+    """Where movers are many, find the cut of the budget of a sample whose match work is all done, for its readers."""
+    movers = count_movers(inputs, sizes, config, sample)
+    if movers > RANKED_MOVERS:
+        tl.debug_barrier()
+        keys = state.keys + tl.cast(sample, tl.int64) * sizes.movers
+        tl.store(state.cuts + sample, kth_largest(keys, movers, sizes.budget, sizes.tau, True))
+        tl.debug_barrier()
+        tl.atomic_add(state.counters + 1 + sample, 1, sem="release")
 
 
 @triton.jit
@@ -326,6 +380,12 @@ def count_movers(inputs, sizes, config: tl.constexpr, sample):
 
 
 @triton.jit
+def image_candidates(sizes, config: tl.constexpr):
+    """Slots of a sample among which its image tokens are: the first ones."""
+    return sizes.slots if config.merges else sizes.images
+
+
+@triton.jit
 def match_items(sizes, config: tl.constexpr):
     """Match work items of a sample."""
     if config.split:
@@ -337,6 +397,8 @@ def match_items(sizes, config: tl.constexpr):
 def arrivals(sizes, config: tl.constexpr, movers):
     """What `matched` counts to before a sample may be assembled."""
     count = match_items(sizes, config)
-    if config.budgeted:
+    if config.drops:
+        count += 1
+    elif config.budgeted:
         count += (movers > RANKED_MOVERS).to(tl.int32)
     return count

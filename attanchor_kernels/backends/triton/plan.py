@@ -5,21 +5,23 @@ With `first` the row where the sequence begins,
     place of a slot             = first + real slots before it        + inserted movers with a host before it
     place of an inserted mover  = first + real slots through its host + inserted movers before it by (host, mover)
 
-so no program needs more than the movers' keys, and none needs a sum over other programs' results. Tile t writes the
-rows of its slots, wherever they go, and the t-th stretch of the padding.
+where dropped slots do not count, so no program needs more than the movers' keys (and, of what stays, `keep.py`), and
+none needs a sum over other programs' results. Tile t writes the rows of its slots, wherever they go, and the t-th
+stretch of the padding.
 """
 
 import triton
 import triton.language as tl
 
 from attanchor_kernels.backends.triton.copy import copy_rows, slot_rows, zero_rows
+from attanchor_kernels.backends.triton.keep import count_survivors, load_survivors
 from attanchor_kernels.backends.triton.match import (
     RANKED_MOVERS,
     arrivals,
     cut_by_ranking,
     decode_index,
     decode_score,
-    rank_keys,
+    load_movers,
 )
 from attanchor_kernels.backends.triton.slots import (
     count_earlier_placeholders,
@@ -41,16 +43,6 @@ def host_slot(key, sizes, config: tl.constexpr):
     if config.image_into_text and not config.merges:
         return decode_index(key) + sizes.images
     return decode_index(key)
-
-
-@triton.jit
-def load_movers(keys, mover, chosen, cut, sizes, config: tl.constexpr):
-    """Keys of movers, and which of them are inserted."""
-    key = tl.load(keys + mover, mask=chosen, other=0)
-    inserted = decode_score(key) >= sizes.tau
-    if config.budgeted:
-        inserted = inserted & (rank_keys(key, mover, sizes.tau) >= cut)
-    return key, inserted & (key != 0)
 
 
 @triton.jit
@@ -92,7 +84,9 @@ def assemble_tile(rows, inputs, outputs, state, sizes, config: tl.constexpr, sam
     wait(matched, arrivals(sizes, config, movers), config)
     keys = state.keys + sample64 * sizes.movers
     cut = tl.full([], 0, tl.uint64)
-    if config.budgeted:
+    if config.budgeted and config.drops:
+        cut = tl.load(state.cuts + sample)
+    elif config.budgeted:
         if movers <= RANKED_MOVERS:
             cut = cut_by_ranking(keys, movers, sizes.budget, sizes.tau, RANKED_MOVERS)
         else:
@@ -114,7 +108,11 @@ def assemble_tile(rows, inputs, outputs, state, sizes, config: tl.constexpr, sam
             (other_host[None, :] == host[:, None]) & (other[None, :] < mover[:, None])
         )
         ordered_before += tl.sum((other_inserted[None, :] & ordered).to(tl.int32), axis=1)
-    length = real_count + tl.sum(insertions)
+    stays, stay_before, stay_count = real, real_before, real_count
+    if config.drops:
+        stays, stay_before = load_survivors(state, sizes, sample, slot)
+        stay_count = count_survivors(state, sizes, sample)
+    length = stay_count + tl.sum(insertions)
     first = 0
     if config.pad_left:
         first = sizes.capacity - length
@@ -132,17 +130,24 @@ def assemble_tile(rows, inputs, outputs, state, sizes, config: tl.constexpr, sam
             tl.store(state.cuts + sample, tl.full([], 0, tl.uint64))
 
     host_real = tl.zeros([R], tl.int32)
+    host_stay = host_real
     if tl.max(inserted.to(tl.int32)) > 0:
-        host_real = count_real_through(inputs, sizes, config, sample, tl.where(inserted, host, -1))
-    original = tl.where(real, first + real_before + hosted_before, -1)
-    copy = tl.where(inserted, first + host_real + ordered_before, -1)
+        seat = tl.where(inserted, host, -1)
+        if not config.drops or config.inherit:
+            host_real = count_real_through(inputs, sizes, config, sample, seat)
+        host_stay = host_real
+        if config.drops:
+            host_stays, host_before = load_survivors(state, sizes, sample, seat)
+            host_stay = host_before + host_stays.to(tl.int32)
+    original = tl.where(stays, first + stay_before + hosted_before, -1)
+    copy = tl.where(inserted, first + host_stay + ordered_before, -1)
 
     position = original - first
     copy_position = copy - first
     if config.inherit:
         position = real_before
         copy_position = host_real - 1
-    write_fields(inputs, outputs, sizes, config, sample, original, real, slot, slot, position, False)
+    write_fields(inputs, outputs, sizes, config, sample, original, stays, slot, slot, position, False)
     write_fields(inputs, outputs, sizes, config, sample, copy, inserted, slot, host, copy_position, True)
 
     padding = tile * R + tl.arange(0, R)
@@ -163,7 +168,7 @@ def assemble_tile(rows, inputs, outputs, state, sizes, config: tl.constexpr, sam
     if outputs.embeds is not None:
         row, exists = slot_rows(rows, config, sample, slot, feature)
         embeds = outputs.embeds + sample64 * sizes.capacity * config.hidden
-        copy_rows(row, exists, embeds, original, copy, config)
+        copy_rows(row, exists, embeds, original, copy, config.drops, config)
         at_padding = embeds + padding.to(tl.int64) * config.hidden
         zero_rows(at_padding, padded, config)
 

@@ -8,32 +8,49 @@ from attanchor_kernels.backends.triton.types import State
 from attanchor_kernels.backends.workspace import zeroed
 
 
-def allocate(device: torch.device, batch: int, movers: int, tiles: int, scratch: int) -> State:
-    """Zeroed state for one launch on the current stream of `device`, and `scratch` float32 that need not be zero."""
+def allocate(
+    device: torch.device,
+    batch: int,
+    movers: int,
+    tiles: int,
+    scratch: int,
+    relevances: int = 0,
+    ranks: int = 0,
+    survivors: int = 0,
+) -> State:
+    """Zeroed state for one launch on the current stream of `device`, and words of scratch that need not be zero."""
     # Every part begins on 16 bytes: an unaligned pointer would be one more kernel to compile.
-    keys = _even(batch * movers)
-    cuts = _even(batch)
-    counters = _even(-(-(1 + 2 * batch + batch * tiles) // 2))
-    words = zeroed(device, keys + cuts + counters)
+    words = batch * movers, batch, -(-(1 + 2 * batch + batch * tiles) // 2), -(-relevances // 2)
+    lengths = [length + length % 2 for length in words]
+    keys, cuts, counters, relevance = zeroed(device, sum(lengths)).split(lengths)
     return State(
-        keys=words[:keys].view(torch.uint64),
-        cuts=words[keys : keys + cuts].view(torch.uint64),
-        counters=words[keys + cuts :].view(torch.int32),
-        scratch=torch.empty(scratch, dtype=torch.float32, device=device) if scratch else None,
+        keys=keys.view(torch.uint64),
+        cuts=cuts.view(torch.uint64),
+        counters=counters.view(torch.int32),
+        relevance=relevance.view(torch.uint32) if relevances else None,
+        scratch=_scratch(device, scratch, torch.float32),
+        ranks=_scratch(device, ranks, torch.uint64),
+        survivors=_scratch(device, survivors, torch.int32),
     )
 
 
-def _even(count: int) -> int:
-    return count + count % 2
+def _scratch(device: torch.device, count: int, dtype: torch.dtype) -> torch.Tensor | None:
+    return torch.empty(count, dtype=dtype, device=device) if count else None
 
 
 @triton.jit
 def arrive(counter, config: tl.constexpr):
     """Add one, after everything that the program's threads have read and written so far; returns the count before."""
+    meet(config)
+    return tl.atomic_add(counter, 1, sem="acq_rel")
+
+
+@triton.jit
+def meet(config: tl.constexpr):
+    """The program's threads see what every one of them has written so far."""
     if config.amd == "gfx9":
         drain()
     tl.debug_barrier()
-    return tl.atomic_add(counter, 1, sem="acq_rel")
 
 
 @triton.jit

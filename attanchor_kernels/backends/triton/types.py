@@ -38,6 +38,10 @@ class Inputs(NamedTuple):
     text_mask: Any
     anchor_mask: Any
     position_ids: Any
+    tau: Any  # one float32 that overrides the number of `Sizes`
+    keep_each: Any  # the same for `keep`, (B,) int32
+    salience: Any  # (B, M) float32, in the merge form (T,)
+    cells: Any  # (B, M) int32, in the merge form (T,)
 
 
 class Outputs(NamedTuple):
@@ -53,16 +57,20 @@ class Outputs(NamedTuple):
     is_anchor: Any
     host: Any
     score: Any
+    relevance: Any
     places: Any
 
 
 class State(NamedTuple):
-    """Pointers to what programs tell each other. All zero between launches."""
+    """Pointers to what programs tell each other. All zero between launches, but for the scratch."""
 
     keys: Any  # u64 (B, movers): best cosine and host of a mover, 0 = none yet
     cuts: Any  # u64 (B,): smallest rank key within the budget
     counters: Any  # i32: [ticket, then `matched`, `left` of every sample, then `parts` of every image tile]
-    scratch: Any  # f32: partial products of split tiles, or None; needs no zeros
+    relevance: Any  # u32 (B, M), merge (B, S), if text moves and images drop: orderable bits, 0 = none yet
+    scratch: Any  # f32: partial products of split tiles, or None
+    ranks: Any  # u64 (B, M), merge (B, S), if images drop; with cells twice: the best of each cell
+    survivors: Any  # i32 (B, 2, words), if images drop
 
 
 class Sizes(NamedTuple):
@@ -79,6 +87,7 @@ class Sizes(NamedTuple):
     tau: Any
     image_tiles: Any  # match tiles of a sample
     row_tiles: Any  # assemble tiles of a sample
+    keep: Any  # image tokens of a sample that stay
 
 
 class Config(NamedTuple):
@@ -89,6 +98,7 @@ class Config(NamedTuple):
     merges: bool
     image_into_text: bool
     budgeted: bool
+    drops: bool  # image tokens
     inherit: bool
     pad_left: bool
     interpreted: bool  # the interpreter multiplies bfloat16 wrongly and truncates to it

@@ -11,7 +11,8 @@ from attanchor_vlm.model.attach import attach
 from attanchor_vlm.model.config import AttAnchorConfig
 from torch import Tensor
 
-from attanchor_lab import lab_placement as placement
+from attanchor_kernels import AnchoredSequence, place_sequence
+from attanchor_lab import placements
 from attanchor_lab.scenes.questions import LENGTH, Questions, holders, is_content
 from attanchor_lab.scenes.world import Scenes
 from attanchor_lab.synthetic.model import prompts
@@ -197,30 +198,31 @@ class Asker:
         built = Built(plan.source, plan.is_anchor, plan.attention_mask, plan.score, plan.host)
         return Answered(_at_end(output.logits, plan.attention_mask), output, built)
 
-    def placed(self, batch: Batch) -> placement.Placed:
-        """The prompt of an arm that `attach` does not offer, and of "matched" as this path builds it."""
-        embedded, rows = placement.plain_rows(self.model, batch.ids, batch.features, batch.is_image)
-        host = self._hosts(batch, embedded)
-        return placement.place(rows, host, self.arm.positions)
+    def placed(self, batch: Batch) -> AnchoredSequence:
+        """The prompt of an arm that `attach` does not offer, and of "matched" as the operator builds it."""
+        embedded = self.model.get_input_embeddings()(batch.ids)
+        roles = placements.roles_of(batch.is_image, self.takes_part(batch))
+        features = batch.features.flatten(0, 1).to(embedded.dtype)
+        return place_sequence(embedded, features, roles, self._hosts(batch, embedded), positions=self.arm.positions)
 
     @torch.no_grad()
     def _hosts(self, batch: Batch, embedded: Tensor) -> Tensor:
         copies, takes_part = self.arm.copies, self.takes_part(batch)
         self._score: Tensor | None = None
         if copies in ("matched", "random"):
-            matched = placement.match(batch.ids, embedded, batch.features, batch.is_image, takes_part)
+            matched = placements.match(embedded, batch.features, batch.is_image, takes_part)
             self._score = matched.score
             inserted = (matched.score >= self.tau) & (self.tau < 1)
             if copies == "matched":
                 return matched.best.masked_fill(~inserted, -1)
-            return placement.random_patches(inserted, batch.patches, self.generator)
+            return placements.random_patches(inserted, batch.patches, self.generator)
         if copies == "front":
-            return placement.at_slot(takes_part, 0)
+            return placements.at_slot(takes_part, 0)
         if copies == "end":
-            return placement.at_slot(takes_part, batch.patches)
+            return placements.at_slot(takes_part, batch.patches)
         if copies == "true":
             holds = holders(batch.scenes, batch.questions.words)
-            patch = placement.true_patches(holds, batch.questions.target, self.generator)
+            patch = placements.true_patches(holds, batch.questions.target, self.generator)
             host = torch.full_like(batch.ids, -1)
             host[:, -LENGTH:] = torch.where(patch >= 0, patch + 1, -1)
             return host

@@ -9,7 +9,6 @@ import torch
 from attanchor_vlm.model.attach import detach
 from attanchor_vlm.records import Row
 
-from attanchor_lab import lab_placement as placement
 from attanchor_lab.scenes import questions
 from attanchor_lab.scenes import world as scenes
 from attanchor_lab.scenes.questions import LENGTH
@@ -87,7 +86,8 @@ def identity(model: Any, batch: Batch) -> None:
     """tau >= 1 is the untouched model, for every arm that `attach` serves; and that one sees its images."""
     inputs = {"input_ids": batch.ids, "attention_mask": torch.ones_like(batch.ids), **batch.images}
     untouched = detach(model)(use_cache=False, **inputs).logits[:, -1]
-    _, rows = placement.plain_rows(model, batch.ids, batch.features, batch.is_image)
+    rows = model.get_input_embeddings()(batch.ids)
+    rows = rows.masked_scatter(batch.is_image[..., None], batch.features.to(rows.dtype))
     merged = model(inputs_embeds=rows, attention_mask=inputs["attention_mask"], use_cache=False).logits[:, -1]
     _fail_unless(torch.allclose(untouched, merged, atol=1e-4), "the untouched model does not see its images")
     for name in ("plain", "t2i", "t2i-inherit", "i2t"):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from attanchor_lab import lab_placement as placement
+from attanchor_lab import placements
 from attanchor_lab.scenes import questions
 from attanchor_lab.scenes import world as scenes
 from attanchor_lab.scenes.alignment import match_counts, match_quality
@@ -119,7 +119,7 @@ def _best(asker: Asker, batch: Batch) -> tuple[Tensor, Tensor]:
     embedded = asker.model.get_input_embeddings()(batch.ids)
     takes_part = torch.zeros_like(batch.is_image)
     takes_part[:, -LENGTH:] = True
-    matched = placement.match(batch.ids, embedded, batch.features, batch.is_image, takes_part)
+    matched = placements.match(embedded, batch.features, batch.is_image, takes_part)
     return matched.score[:, -LENGTH:], matched.best[:, -LENGTH:].clamp(min=1) - 1
 
 

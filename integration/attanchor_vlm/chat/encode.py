@@ -161,6 +161,14 @@ def check_processor(processor: Any) -> None:
         )
 
 
+def placeholder_tokens(processor: Any) -> list[str]:
+    """The tokens by which a processor marks images, videos and sounds: no text may hold them."""
+    names = ("image_token", "video_token", "audio_token", "boi_token")
+    parts = (processor, getattr(processor, "tokenizer", processor))
+    found = {getattr(part, name, None) for part in parts for name in names}
+    return sorted(token for token in found if isinstance(token, str) and token)
+
+
 def _content_of(span: _Span, text: str, left_out: Collection[str]) -> list[_Span]:
     """The content words of a span of `text`."""
     words = content_spans(text[span.start : span.end], left_out)
@@ -194,7 +202,7 @@ def _batched(conversations: Any, images: Any) -> tuple[list[list[Message]], list
 
 
 def _checked(messages: list[Message], index: int, processor: Any) -> list[Message]:
-    image_token = getattr(processor, "image_token", None)
+    placeholders = placeholder_tokens(processor)
     for number, message in enumerate(messages):
         where = f"conversation {index}, message {number}"
         if not isinstance(message, Mapping) or "role" not in message or "content" not in message:
@@ -203,8 +211,8 @@ def _checked(messages: list[Message], index: int, processor: Any) -> list[Messag
         if not isinstance(content, (str, list, tuple)):
             raise TypeError(f"{where}: content is {type(content).__name__}; it should be a string or a list of parts")
         for text in _texts(content, where):
-            if image_token and image_token in text:
-                raise ValueError(f'{where}: its text holds {image_token!r}; write images as parts {{"type": "image"}}')
+            if held := [token for token in placeholders if token in text]:
+                raise ValueError(f'{where}: its text holds {held[0]!r}; write images as parts {{"type": "image"}}')
     if not messages:
         raise ValueError(f"conversation {index} has no messages")
     return messages

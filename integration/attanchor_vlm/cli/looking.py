@@ -183,9 +183,11 @@ def _answer_file(
         batch_size=batch_size,
         max_new_tokens=max_new_tokens,
         resume=resume,
+        skip_bad=skip_bad,
         progress=True,
     )
     left_out = [{"row": one.number, "reason": one.reason} for one in bad]
+    left_out += [{"row": number, "reason": reason} for number, reason in result.left_out.items()]
     counts = {"answered": result.answered, "earlier": result.earlier, "left_out": left_out}
     return {"output": str(output), **counts, **made_with}
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from attanchor_vlm.chat.encode import check_processor, encode_chat
+from attanchor_vlm.chat.encode import check_processor, encode_chat, placeholder_tokens
+from attanchor_vlm.data.images import ImageSource, size_of
 from attanchor_vlm.data.rows import PLACEHOLDER, Row, Sample, load_image, parts
 from attanchor_vlm.errors import BadRow, DataError
 
@@ -74,31 +77,61 @@ def question(
     return encode_chat(processor, chats, own, add_generation_prompt=True, content_words=content_words)
 
 
-def check_texts(file, rows: Sequence[Row], processor: Any, context: int | None) -> tuple[list[Row], list[BadRow]]:
-    """Rows that this model can be given, and those that it cannot: too long for its context, or with its image token in
-    the text. Without images being encoded, so a row at the very edge of the context may still be found too long later.
+@dataclass(frozen=True)
+class MostCopies:
+    """How many anchors a row can get at the most, whatever matches: `budget`, and no more than there are movers."""
+
+    budget: int | None = None
+    of_images: bool = False
+
+    def __call__(self, text_tokens: int, image_tokens: int) -> int:
+        if not image_tokens:
+            return 0
+        movers = image_tokens if self.of_images else text_tokens
+        return movers if self.budget is None else min(movers, self.budget)
+
+
+def check_texts(
+    file, rows: Sequence[Row], processor: Any, context: int | None, copies: MostCopies | None = None
+) -> tuple[list[Row], list[BadRow]]:
+    """Rows that this model can be given, and those that it cannot: with a placeholder of its own in the text, with an
+    image that its processor does not take, or too long for its context, with their anchors.
+
+    Without images being encoded; what a template adds is not counted, so a row at the very edge of the context may
+    still be found too long later.
     """
-    tokenizer = processor.tokenizer
-    own = getattr(processor, "image_token", None)
-    per_image = _tokens_per_image(processor)
+    tokenizer, images = processor.tokenizer, _ImageTokens(processor)
+    own = placeholder_tokens(processor)
     good, bad = [], []
     for start in range(0, len(rows), 1000):
         part = rows[start : start + 1000]
         texts = ["\n".join(text for _, text in row.messages).replace(PLACEHOLDER, " ") for row in part]
-        lengths = [len(ids) for ids in tokenizer(texts, add_special_tokens=False).input_ids]
-        for row, text, length in zip(part, texts, lengths, strict=True):
-            length += per_image * len(row.images)
-            if own and own in text:
-                bad.append(BadRow(file, row.number, f"its text holds {own}, which is this model's own image token"))
-            elif context is not None and length > context:
-                bad.append(
-                    BadRow(
-                        file, row.number, f"{length} tokens with its images, more than the model's context, {context}"
-                    )
-                )
-            else:
+        asked = ["\n".join(text for role, text in row.messages if role == "user") for row in part]
+        lengths, movers = (
+            [len(ids) for ids in tokenizer(given, add_special_tokens=False).input_ids]
+            for given in (texts, [text.replace(PLACEHOLDER, " ") for text in asked])
+        )
+        for row, text, length, words in zip(part, texts, lengths, movers, strict=True):
+            try:
+                if held := [token for token in own if token in text]:
+                    raise ValueError(f"its text holds {held[0]}, which is a placeholder of this model")
+                patches = sum(map(images, row.images))
+                anchors = 0 if copies is None else copies(words, patches)
+                if context is not None and length + patches + anchors > context:
+                    raise ValueError(_too_long(length + patches, anchors, context))
                 good.append(row)
+            except ValueError as error:
+                bad.append(BadRow(file, row.number, str(error)))
     return good, bad
+
+
+def _too_long(length: int, anchors: int, context: int) -> str:
+    if length > context or not anchors:
+        return f"{length} tokens with its images, more than the model's context, {context}"
+    return (
+        f"{length} tokens with its images and up to {anchors} anchors, more than the model's context, {context}; "
+        "max_anchors bounds them"
+    )
 
 
 def sample_lengths(samples: Sequence[Sample], processor: Any) -> list[int]:
@@ -111,11 +144,8 @@ def sample_lengths(samples: Sequence[Sample], processor: Any) -> list[int]:
         part = ordered[start : start + 1000]
         ids = processor.tokenizer(part, add_special_tokens=False).input_ids
         of_text.update((text, len(one)) for text, one in zip(part, ids, strict=True))
-    # Only where sizes matter is every file opened for its own.
-    fixed = _tokens_per_image(processor) if _tokens_per_image(processor) == _tokens_per_image(processor, 672) else None
-    of_image: dict[Any, int] = {}
-    for image in {image for sample in samples for image in sample.images}:
-        of_image[image] = fixed if fixed is not None else _tokens_per_image(processor, *load_image(image).size[::-1])
+    tokens = _ImageTokens(processor)
+    of_image = {image: tokens(image) for image in {image for sample in samples for image in sample.images}}
     return [
         sum(of_text[text.replace(PLACEHOLDER, " ")] for _, text in sample.messages)
         + sum(of_image[image] for image in sample.images)
@@ -123,15 +153,33 @@ def sample_lengths(samples: Sequence[Sample], processor: Any) -> list[int]:
     ]
 
 
-def _tokens_per_image(processor: Any, height: int = 336, width: int | None = None) -> int:
-    """Placeholders of an image of so many pixels (`width` None: a square), 0 where the processor does not tell."""
-    count = getattr(processor, "_get_num_multimodal_tokens", None)
-    if count is None:
-        return 0
-    try:
-        return int(count(image_sizes=[[height, height if width is None else width]])["num_image_tokens"][0])
-    except (AttributeError, KeyError, TypeError, ValueError):
-        return 0
+class _ImageTokens:
+    """Placeholders of an image, by its size; 0 where the processor does not tell.
+
+    Raises:
+        ValueError: the processor does not take an image of this size.
+    """
+
+    def __init__(self, processor: Any):
+        self.count = getattr(processor, "_get_num_multimodal_tokens", None)
+        # Only where sizes matter is every file opened for its own.
+        self.fixed: int | None = None
+        with contextlib.suppress(ValueError):  # a processor that does not take the narrow one has to see every size
+            small, *others = [self._of(*size) for size in ((336, 336), (672, 672), (1, 4000))]
+            self.fixed = small if others == [small, small] else None
+
+    def __call__(self, image: ImageSource) -> int:
+        return self._of(*size_of(image)) if self.fixed is None else self.fixed
+
+    def _of(self, height: int, width: int) -> int:
+        if self.count is None:
+            return 0
+        try:
+            return int(self.count(image_sizes=[[height, width]])["num_image_tokens"][0])
+        except (AttributeError, KeyError, TypeError):
+            return 0
+        except ValueError as error:  # such as Qwen's for images that are too narrow
+            raise ValueError(f"an image of {width} x {height} pixels is not taken: {error}") from error
 
 
 def to_model(batch: dict[str, Tensor], model: torch.nn.Module) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from attanchor_vlm import distributed
-from attanchor_vlm.data.batches import SampleDataset, check_texts, sample_lengths
+from attanchor_vlm.data.batches import MostCopies, SampleDataset, check_texts, sample_lengths
 from attanchor_vlm.data.config import DataConfig
 from attanchor_vlm.data.rows import Row, Sample, check_folder, load_image, read_rows, samples, split_rows
 from attanchor_vlm.data.stream import SampleStream, check_first_rows, read_listed, shards_of
@@ -93,18 +93,20 @@ def make(
     say: Callable[[str], None],
     batch_size: int,
     needs_images: bool = False,
+    copies: MostCopies | None = None,
 ) -> TrainData:
     """Samples of what was read, less the rows that this model cannot be given.
 
     Args:
         batch_size: Of the loader, by which a stream counts what was taken of it.
         needs_images: Whether every row needs an image.
+        copies: How many anchors a row can get; None for none.
 
     Raises:
         DataError: there are such rows (unless `skip_bad`), or nothing is left.
     """
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    refuse = RowFilter(processor, context, needs_images)
+    refuse = RowFilter(processor, context, needs_images, copies)
     train, train_bad = refuse.split(config.data, found.train)
     val, val_bad = refuse.split(config.val_data or config.data, found.val)
     bad = found.bad + train_bad + val_bad
@@ -137,10 +139,11 @@ class RowFilter:
     processor: Any
     context: int | None
     needs_image: bool
+    copies: MostCopies | None = None
 
     def split(self, file: Path, rows: list[Row]) -> tuple[list[Row], list[BadRow]]:
         """The rows that can be used, and those that cannot."""
-        good, bad = check_texts(file, rows, self.processor, self.context)
+        good, bad = check_texts(file, rows, self.processor, self.context, self.copies)
         if self.needs_image:
             bad += [BadRow(file, row.number, _NO_IMAGE) for row in good if not row.images]
             good = [row for row in good if row.images]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
 # A file, the bytes of one (parquet keeps images inside), or an image decoded already.
@@ -47,6 +47,23 @@ def open_file(source: Path | bytes) -> Image.Image:
     if source.exists() and not source.is_file():
         raise OSError(errno.EINVAL, "it is not a file")
     return Image.open(source, formats=FORMATS)
+
+
+def size_of(source: ImageSource) -> tuple[int, int]:
+    """(height, width) of an image as `decoded` gives it, by the head of its file alone.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    if isinstance(source, Image.Image):
+        return source.height, source.width
+    try:
+        with open_file(source) as image:
+            lies = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+            return (image.width, image.height) if lies else (image.height, image.width)
+    except Exception as error:
+        name = source if isinstance(source, Path) else "inside the row"
+        raise ValueError(f"image {name} {why_not(error)}") from error
 
 
 def unreadable(paths: Collection[Path], progress: bool) -> dict[Path, str]:

@@ -32,10 +32,15 @@ class Question(Row):
         return self.messages[0][1]
 
 
+class UnansweredError(DataError):
+    """A batch holds a question that cannot be answered."""
+
+
 @dataclass(frozen=True)
 class Result:
     answered: int  # in this run
     earlier: int  # answers that were there already
+    left_out: Mapping[int, str]  # the numbers of rows that could not be answered, and why
 
 
 def read_questions(
@@ -100,6 +105,7 @@ def answer_all(
     batch_size: int = 8,
     max_new_tokens: int = 64,
     resume: bool = False,
+    skip_bad: bool = False,
     progress: bool = False,
 ) -> Result:
     """Append an answer for each question to `output`, a line each, in the order of the questions.
@@ -112,16 +118,25 @@ def answer_all(
         settings: What the answers are made with, for the record: a run that resumes must have the same.
         batch_size: Questions per call of `generate`.
         resume: Go on with an `output` that is there; see `open_answers`.
+        skip_bad: Leave out a question that cannot be answered, such as one that does not fit into the model's context
+            with its anchors, and go on behind it.
 
     Raises:
-        DataError: see `open_answers`; `output` cannot be written; or a batch cannot be answered: it does not fit into
-            the GPU's memory, or a prompt with its anchors not into the model's context.
+        DataError: see `open_answers`; `output` cannot be written; a batch does not fit into the GPU's memory; or
+            (unless `skip_bad`) a question cannot be answered.
     """
     done = open_answers(output, [one.id for one in questions], settings, resume)
     waiting = [one for one in questions if one.id not in done]
+    left_out: dict[int, str] = {}
     with tqdm(total=len(questions), initial=len(done), desc="answers", unit="", disable=not progress) as bar:
         for part in _batches(waiting, batch_size):
-            given = _answers(model, processor, part, max_new_tokens)
+            try:
+                given = _answers(model, processor, part, max_new_tokens)
+            except UnansweredError:
+                if not skip_bad:
+                    raise
+                part, given, reasons = _one_by_one(model, processor, part, max_new_tokens)
+                left_out |= reasons
             rows = [
                 {
                     "id": one.id,
@@ -134,7 +149,23 @@ def answer_all(
             ]
             _append(output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
             bar.update(len(part))
-    return Result(len(waiting), len(done))
+    return Result(len(waiting) - len(left_out), len(done), left_out)
+
+
+def _one_by_one(
+    model: Any, processor: Any, part: Sequence[Question], max_new_tokens: int
+) -> tuple[list[Question], list[Answer], dict[int, str]]:
+    """The questions of a batch that can be answered, their answers, and why the others cannot."""
+    good: list[Question] = []
+    given: list[Answer] = []
+    reasons: dict[int, str] = {}
+    for one in part:
+        try:
+            given += _answers(model, processor, [one], max_new_tokens)
+            good.append(one)
+        except UnansweredError as error:
+            reasons[one.number] = str(error)
+    return good, given, reasons
 
 
 def _answers(model: Any, processor: Any, part: Sequence[Question], max_new_tokens: int) -> list[Answer]:
@@ -148,7 +179,7 @@ def _answers(model: Any, processor: Any, part: Sequence[Question], max_new_token
         ) from error
     except ValueError as error:
         rows = ", ".join(str(one.number) for one in part)
-        raise DataError(f"no answer to rows {rows}: {error}") from error
+        raise UnansweredError(f"no answer to rows {rows}: {error}") from error
 
 
 def _append(output: Path, lines: str) -> None:

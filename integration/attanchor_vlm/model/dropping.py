@@ -116,12 +116,12 @@ def survivors(
     image, budget, cell = (torch.where(content, values[at], -1) for values in known) if len(image) else known
 
     # Features fill the placeholders in row-major order. How many there are of each is checked by the operator.
-    holds = (roles == Role.IMAGE) | (roles == Role.SILENT_IMAGE)
+    holds = roles.eq(Role.IMAGE) | roles.eq(Role.SILENT_IMAGE)
     slot = (~holds).flatten().byte().argsort(stable=True)
     slot = slot[torch.arange(total, device=device).clamp(max=max(len(slot) - 1, 0))]
     sample = slot // slots
     # An image that takes no part (the leak rule) is not dropped from and has no budget.
-    dropped_from = (roles.flatten()[slot] == Role.IMAGE) & content
+    dropped_from = roles.flatten()[slot].eq(Role.IMAGE) & content
     entry = image % (len(shapes) + 1)  # newline rows come behind all images
     of_image = torch.zeros(len(shapes) + 1, dtype=torch.long, device=device)
     owner = of_image.scatter(0, entry, sample)

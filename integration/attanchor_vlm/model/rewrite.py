@@ -284,7 +284,7 @@ def _roles(is_real: Tensor, is_image: Tensor, anchor_mask: Tensor, takes_part: T
     roles = torch.full(is_real.shape, Role.TEXT, dtype=torch.uint8, device=is_real.device)
     roles.masked_fill_(anchor_mask & takes_part, Role.ANCHOR_TEXT)
     roles.masked_fill_(is_image, Role.IMAGE).masked_fill_(~is_real, Role.PADDING)
-    holds_image = roles == Role.IMAGE
+    holds_image = roles.eq(Role.IMAGE)
     # masked_scatter reads past the end of a short source; the operator reports the wrong number of features.
     if silent is not None and len(silent) == int(holds_image.sum()):
         roles = roles.masked_scatter(holds_image, torch.where(silent, Role.SILENT_IMAGE, Role.IMAGE).to(roles))

@@ -17,7 +17,7 @@ import torch
 from attanchor_vlm import distributed
 from attanchor_vlm.analysis.calibrate import HIGHEST_TAU, measure_scores
 from attanchor_vlm.data import dataset as train_data
-from attanchor_vlm.data.batches import Collator
+from attanchor_vlm.data.batches import Collator, MostCopies
 from attanchor_vlm.data.dataset import TrainData
 from attanchor_vlm.data.stream import SampleStream
 from attanchor_vlm.errors import DataError, SetupError
@@ -116,7 +116,10 @@ def _run(config: TrainConfig, say: Callable[[str], None], progress: bool) -> Tra
     dtype = loading.choose_dtype(config.dtype, say)
     optimizer = choose_optimizer(config.optimizer, say, config.fsdp)
     model, processor = loading.load_pretrained(config.model, dtype)
-    data = train_data.make(found, config, processor, model, say, config.batch_size, needs_images=config.fsdp)
+    copies = None
+    if not anchors.inserts_nothing and anchors.keep is None:  # with keep, prompts get shorter
+        copies = MostCopies(anchors.max_anchors, anchors.direction == "image_into_text")
+    data = train_data.make(found, config, processor, model, say, config.batch_size, config.fsdp, copies)
 
     # What to leave out in calls without a mask, as of an evaluation harness.
     anchors = with_tokens_of(anchors, processor)

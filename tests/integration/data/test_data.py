@@ -298,3 +298,9 @@ def test_rows_that_the_model_cannot_take_are_found_by_their_text(processor):
     assert bad[0].number == 2
     assert f"more than the model's context, {cells + 40}" in str(bad[0])
     assert collate.check_texts("data.json", rows, processor, context=None) == (rows, [])
+    # The short one as well, if every word of its question may be copied, but not if only two may.
+    length = cells + len(processor.tokenizer(" \nShort?\nyes", add_special_tokens=False).input_ids)
+    bad = collate.check_texts("data.json", rows[:1], processor, length, collate.MostCopies())[1]
+    assert f"{length} tokens with its images and up to " in str(bad[0])
+    assert f"anchors, more than the model's context, {length}; max_anchors bounds them" in str(bad[0])
+    assert collate.check_texts("data.json", rows[:1], processor, length + 2, collate.MostCopies(2))[1] == []

@@ -282,3 +282,11 @@ def test_a_prompt_that_grows_past_the_context_names_its_rows(sample, tmp_path):
     rows, _ = questions.check_for_model(tmp_path / "long.jsonl", rows, model, processor)
     with pytest.raises(DataError, match=r"no answer to rows 1: the prompt with its anchors has \d+ tokens"):
         questions.answer_all(model, processor, rows, tmp_path / "answers.jsonl", {})
+    # Left out, the others are answered: those of its own batch, and what comes behind.
+    several = [{**row, "prompt": "red"}, row, {**row, "prompt": "ring"}, {**row, "prompt": "blue"}]
+    rows = questions.read_questions(write(tmp_path / "several.jsonl", several))[0]
+    output = tmp_path / "several-answers.jsonl"
+    result = questions.answer_all(model, processor, rows, output, {}, batch_size=2, skip_bad=True)
+    assert (result.answered, list(result.left_out)) == (3, [2])
+    assert "the prompt with its anchors has" in result.left_out[2]
+    assert [one["id"] for one in read(output)] == [1, 3, 4]

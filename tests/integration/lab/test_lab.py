@@ -7,7 +7,7 @@ import json
 
 import pytest
 import torch
-from attanchor_lab import lab_placement as placement
+from attanchor_lab import placements
 from attanchor_lab.scenes import questions
 from attanchor_lab.scenes import world as scenes
 from attanchor_lab.scenes.alignment import alignment_loss, match_counts, match_quality
@@ -15,8 +15,6 @@ from attanchor_lab.scenes.questions import Mixture
 from attanchor_lab.synthetic import arms, checks, measure, model, training
 from attanchor_lab.synthetic.arms import ARMS, Asker
 from lab_toy import TOY
-
-from attanchor_kernels import build_sequence
 
 
 @pytest.fixture
@@ -27,41 +25,6 @@ def untrained():
 # --- Placement. ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("positions", ["sequential", "inherit"])
-def test_matched_hosts_give_what_the_operator_builds(positions):
-    generator = torch.Generator().manual_seed(0)
-    image, text = torch.randn(3, 7, 16, generator=generator), torch.randn(3, 5, 16, generator=generator)
-    built = build_sequence(image, text, 0.2, positions=positions)
-    assert 0 < built.is_anchor.sum() < 15
-    host = torch.cat([torch.full((3, 7), -1), built.host], 1)
-    placed = placement.place(torch.cat([image, text], 1), host, positions)
-    for field in ("embeds", "position_ids", "attention_mask", "source", "is_anchor"):
-        assert getattr(placed, field).equal(getattr(built, field)), field
-
-
-def test_copies_stand_right_behind_their_host_in_their_own_order():
-    rows_ = torch.arange(6.0).view(1, 6, 1)
-    placed = placement.place(rows_, torch.tensor([[-1, -1, -1, 1, 0, 1]]))
-    assert placed.source.tolist() == [[0, 4, 1, 3, 5, 2, 3, 4, 5]]
-    assert placed.is_anchor.int().tolist() == [[0, 1, 0, 1, 1, 0, 0, 0, 0]]
-    assert placed.embeds.flatten().tolist() == [0, 4, 1, 3, 5, 2, 3, 4, 5]
-
-
-def test_samples_of_different_length_are_padded_on_the_right():
-    rows_ = torch.ones(2, 3, 2)
-    placed = placement.place(rows_, torch.tensor([[-1, 0, 0], [-1, -1, -1]]), "inherit")
-    assert placed.attention_mask.tolist() == [[1] * 5, [1, 1, 1, 0, 0]]
-    assert placed.source[1].tolist() == [0, 1, 2, -1, -1]
-    assert placed.position_ids.tolist() == [[0, 0, 0, 1, 2], [0, 1, 2, 0, 0]]
-    assert not placed.embeds[1, 3:].any()
-
-
-@pytest.mark.parametrize("host", [[[3, -1, -1]], [[-2, -1, -1]]])
-def test_a_host_outside_of_the_prompt_is_refused(host):
-    with pytest.raises(ValueError, match="host holds"):
-        placement.place(torch.ones(1, 3, 2), torch.tensor(host))
-
-
 def test_the_checks_hold(untrained):
     checks.identity(*untrained)
     checks.same_as_attach(*untrained)
@@ -69,12 +32,12 @@ def test_the_checks_hold(untrained):
         checks.wiring(name, *untrained)
 
 
-def _one_patch_off(rows_, host, positions="sequential", place=placement.place):
-    return place(rows_, torch.where(host > 1, host - 1, host), positions)
+def _one_patch_off(embedded, features, roles, host, place=arms.place_sequence, **options):
+    return place(embedded, features, roles, torch.where(host > 1, host - 1, host), **options)
 
 
 def test_the_checks_see_a_misplaced_anchor(untrained, monkeypatch):
-    monkeypatch.setattr(placement, "place", _one_patch_off)
+    monkeypatch.setattr(arms, "place_sequence", _one_patch_off)
     with pytest.raises(checks.CheckError, match="differs from attach"):
         checks.same_as_attach(*untrained)
     for name in ("true", "end"):
@@ -94,7 +57,7 @@ def test_true_patches_are_those_of_the_object_asked_for():
     drawn = scenes.draw(world, 200, torch.Generator().manual_seed(0))
     asked = questions.ask(world, drawn, 1, Mixture(), torch.Generator().manual_seed(1)).flat()
     holds = questions.holders(drawn, asked.words)
-    patch = placement.true_patches(holds, asked.target, torch.Generator().manual_seed(2))
+    patch = placements.true_patches(holds, asked.target, torch.Generator().manual_seed(2))
     content = questions.is_content(asked.words)
     there = (asked.target >= 0)[:, None] & content
     assert patch[there].equal(asked.target[:, None].expand_as(patch)[there])

@@ -47,8 +47,8 @@ def test_p_values_are_holm_s_and_intervals_at_his_levels():
 def test_an_interval_leaves_out_0_exactly_where_the_verdict_is_not_open():
     rng = np.random.default_rng(0)
     said = dict.fromkeys((BETTER, WORSE, OPEN), 0)
-    for among in (1, 2, 8, 30):
-        for _ in range(6):
+    for among in (1, 2, 8, 30, 60):
+        for _ in range(2):
             effects = rng.choice([0.0, 1.5, -1.5], among)
             values = rng.normal(effects[:, None], 1, (among, 6))
             for _, line in compare({number: one.tolist() for number, one in enumerate(values)}).iterrows():
@@ -77,14 +77,6 @@ def test_differences_without_spread():
 
 def test_a_lower_loss_is_better():
     assert compare({"loss": [-1.0, -1.1, -0.9]}, higher_is_better=False).loc["loss", "verdict"] == BETTER
-
-
-def test_chance_alone_rarely_gets_a_verdict():
-    """In families of eight comparisons of nothing, at most about one in twenty makes any claim."""
-    noise = np.random.default_rng(0).normal(size=(60, 8, 5))
-    tables = [compare(dict(enumerate(one.tolist()))) for one in noise]
-    assert sum((table["verdict"] != OPEN).any() for table in tables) < 60 * 0.05 * 2
-    assert sum((table["p_alone"] < 0.05).sum() for table in tables) == pytest.approx(60 * 8 * 0.05, rel=0.4)
 
 
 # --- Rows made up, so that what should be shown is known. -------------------------------------------------------------

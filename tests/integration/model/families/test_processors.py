@@ -14,6 +14,8 @@ import torch
 import transformers
 from attanchor_lab.scenes import dataset as scenes
 from attanchor_vlm import AttAnchorConfig, attach, cli, encode_chat, load_settings, with_tokens_of
+from attanchor_vlm.data.batches import check_texts, message
+from attanchor_vlm.data.rows import Row
 from attanchor_vlm.errors import SetupError
 from attanchor_vlm.inference import ask as infer
 from attanchor_vlm.model.load import load_pretrained
@@ -103,6 +105,38 @@ def test_an_image_that_the_processor_refuses_is_one_error(tmp_path, monkeypatch,
     assert cli.main(["generate", *map(str, arguments)]) == 1
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: Qwen2_5_VLProcessor does not take these images or texts: absolute aspect ratio")
+
+
+@pytest.mark.parametrize(
+    ("name", "token"),
+    [
+        ("internvl", "<video>"),
+        ("llava_onevision", "<video>"),
+        ("smolvlm", "<video>"),
+        ("qwen2_5_vl", "<|video_pad|>"),
+        ("gemma3", "<image_soft_token>"),
+    ],
+)
+def test_rows_that_this_processor_cannot_take_are_found_before_a_run(name, token, tmp_path, monkeypatch):
+    """A placeholder of any kind in a text and, of Qwen, an image that is far too narrow."""
+    _, processor = written(name, tmp_path, monkeypatch)
+    picture(0).save(tmp_path / "a.png")
+    picture(0).resize((402, 1)).save(tmp_path / "narrow.png")
+    rows = [
+        Row(1, (("user", "<image>\nWhat?"), ("assistant", "yes")), (tmp_path / "a.png",)),
+        Row(2, (("user", f"<image>\nWhat is {token} here?"), ("assistant", "yes")), (tmp_path / "a.png",)),
+        Row(3, (("user", "<image>\nWhat?"), ("assistant", "yes")), (tmp_path / "narrow.png",)),
+    ]
+    good, bad = check_texts(tmp_path / "rows.json", rows, processor, None)
+    reasons = {2: f"its text holds {token}, which is a placeholder of this model"}
+    if name == "qwen2_5_vl":
+        reasons[3] = "an image of 402 x 1 pixels is not taken: absolute aspect ratio"
+    assert {one.number for one in good} == {1, 2, 3} - set(reasons)
+    assert [one.number for one in bad] == list(reasons)
+    for one in bad:
+        assert one.reason.startswith(reasons[one.number])
+    for row in good:  # and the others it takes
+        encode_chat(processor, [[message(role, text) for role, text in row.messages]], [[picture(0)]])
 
 
 @every_processor
