@@ -53,7 +53,7 @@ def diverse(images: Images) -> Tensor:
 
 
 def _holds_image(roles: Tensor) -> Tensor:
-    return (roles == Role.IMAGE) | (roles == Role.SILENT_IMAGE)
+    return roles.eq(Role.IMAGE) | roles.eq(Role.SILENT_IMAGE)
 
 
 def _places(image: Tensor) -> tuple[Tensor, Tensor]:

@@ -116,17 +116,7 @@ def _random(matched: Matched, seed: int) -> Tensor:
     if turn is not None:
         allowed = allowed & (turn[:, None, :] >= turn[:, :, None])
     counts = allowed.sum(-1)
-<<<<<<< HEAD
     rank = drawn(matched.text_embeds, roles, seed) % counts.clamp(min=1)
-=======
-    # From the first real slot on, whichever side the padding is on.
-    place = roles.ne(Role.PADDING).long().cumsum(1)
-    content = _bits(matched.text_embeds) * (place * _LARGE_ODD[0] + 1) * roles.eq(Role.ANCHOR_TEXT)
-    prompt = content.sum(-1, keepdim=True)  # of integers, which wrap: the order of the sum does not matter
-    salt = (seed * _LARGE_ODD[1] + 2**63) % 2**64 - 2**63
-    drawn = _mixed(_mixed(prompt + salt) + place * _LARGE_ODD[0])
-    rank = (drawn & 0x7FFFFFFF) % counts.clamp(min=1)
->>>>>>> main
     chosen = (allowed & (allowed.long().cumsum(-1) == rank[..., None] + 1)).int().argmax(-1)
     return torch.where((matched.host >= 0) & (counts > 0), chosen, -1)
 
@@ -137,8 +127,8 @@ def drawn(text_embeds: Tensor, roles: Tensor, seed: int) -> Tensor:
     Drawn by a hash of the words that take part, so that batch, padding, device and a resumed run change nothing, and
     that an answer, which is there in training alone, has no say.
     """
-    place = (roles != Role.PADDING).long().cumsum(1)  # from the first real slot on, whichever side the padding is on
-    content = _bits(text_embeds) * (place * _LARGE_ODD[0] + 1) * (roles == Role.ANCHOR_TEXT)
+    place = roles.ne(Role.PADDING).long().cumsum(1)  # from the first real slot on, whichever side the padding is on
+    content = _bits(text_embeds) * (place * _LARGE_ODD[0] + 1) * roles.eq(Role.ANCHOR_TEXT)
     prompt = content.sum(-1, keepdim=True)  # of integers, which wrap: the order of the sum does not matter
     salt = (seed * _LARGE_ODD[1] + 2**63) % 2**64 - 2**63
     return _mixed(_mixed(prompt + salt) + place * _LARGE_ODD[0]) & 0x7FFFFFFF
