@@ -19,8 +19,8 @@ EXAMPLES = {
     "train": f"attanchor train --model sample/model {_DATA} --preset small-llava --max-steps 5 --output runs/anchors",
     "eval": "attanchor eval --model sample/model --tau 0.6 --metrics loss,exact --data sample/test.json "
     "--images sample/images",
-    "generate": "attanchor generate --model sample/model --tau 0.6 --image sample/images/test-00000.png "
-    "--prompt 'Where is the orange ring?' --explain anchors.png",
+    "generate": "attanchor generate --model sample/model --tau 0.6 --image sample/images/test-00001.png "
+    "--prompt 'Where is the purple triangle?' --explain anchors.png",
     "export-lm": "attanchor export-lm --model sample/model --tau 0.6 --output sample-lm",
     **{
         f"experiment {name}": f"attanchor experiment {name} {options} {_TEST} --output {name}"

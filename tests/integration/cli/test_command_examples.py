@@ -94,7 +94,7 @@ def sample(folder):
 def test_files_that_cannot_be_written_are_one_line(sample, tmp_path, capsys):
     blocked = tmp_path / "file"
     blocked.write_text("years of work")
-    generate = ["generate", "--model", sample / "model", "--tau", "0.6", "--prompt", "Where is the orange ring?"]
+    generate = ["generate", "--model", sample / "model", "--tau", "0.6", "--prompt", "Where is the purple triangle?"]
     image = sample / "images" / "test-00000.png"
     for arguments in (
         [*generate, "--image", image, "--explain", blocked / "anchors.png"],

@@ -286,9 +286,9 @@ def test_the_python_of_a_page_runs_as_printed(page, sample, tmp_path, monkeypatc
     for block in blocks:
         exec(compile(block, page, "exec"), names)
     if page == "generate-and-explain":
-        assert "top left (2 of 6 words inserted)" in capsys.readouterr().out
-        assert names["boxes"] == [[32, 48, 48, 64]] * 2
-        assert [answer.text for answer in names["batch"]] == ["top left", "orange"]
+        assert "bottom left (2 of 6 words inserted)" in capsys.readouterr().out
+        assert names["boxes"] == [[0, 96, 16, 112]] * 2
+        assert [answer.text for answer in names["batch"]] == ["bottom left", "red"]
 
 
 def test_the_answers_of_the_page_are_those_of_the_small_model(sample, monkeypatch, capsys):

@@ -18,7 +18,7 @@ from peft import LoraConfig, get_peft_model
 from tiny import tiny_llava
 from transformers import AutoConfig, AutoModelForCausalLM
 
-QUESTION = "Where is the orange ring?"
+QUESTION = "Where is the purple triangle?"
 TAU = 0.5
 
 
@@ -31,7 +31,7 @@ def sample(tmp_path_factory):
 
 @pytest.fixture
 def image(sample):
-    return infer.open_image(sorted((sample / "images").iterdir())[0])
+    return infer.open_image(sorted((sample / "images").iterdir())[1])
 
 
 @pytest.fixture(scope="module")
