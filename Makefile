@@ -37,7 +37,7 @@ demo: $(STAMP)
 	$(VENV)/bin/attanchor demo --output $(OUT)
 
 test: $(STAMP) lint
-	$(PYTHON) -m pytest -n 2 tests
+	$(PYTHON) -m pytest -n 2 --dist loadgroup tests
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .

@@ -3,8 +3,8 @@
 The extension is built when PyTorch is a CUDA build and its nvcc is there, with or without a GPU in the machine:
 
     ATTANCHOR_BUILD_CUDA    1: build it, and fail if that is impossible; 0: leave it out; unset: where possible
-    ATTANCHOR_CUDA_ARCHS    what to compile for, such as "90a" or "80;90a;100a+PTX"; unset: all that this nvcc knows of
-                            80+PTX (Ampere, Ada; anything newer through the driver), 90a (Hopper), 100a (Blackwell)
+    ATTANCHOR_CUDA_ARCHS    what to compile for, such as "90" or "80;90;100+PTX"; unset: all that this nvcc knows of
+                            80 (Ampere, Ada), 90+PTX (Hopper; anything newer through the driver), 100 (Blackwell)
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 from setuptools import setup
 
 LEAST_TORCH = (2, 10)  # the first with the parts of the stable ABI that csrc/bindings.cpp uses
-ARCHS = (("80+PTX", (11, 0)), ("90a", (12, 0)), ("100a", (12, 8)))  # and the first CUDA that knows them
+ARCHS = (("80", (11, 0)), ("90+PTX", (11, 8)), ("100", (12, 8)))  # and the first CUDA that knows them
 
 
 class Unable(Exception):
@@ -67,14 +67,14 @@ def toolchain() -> tuple[int, int]:
 
 
 def architectures(cuda: tuple[int, int]) -> list[str]:
-    """Names such as "90a" or "80+PTX"."""
+    """Names such as "90" or "80+PTX"."""
     given = os.environ.get("ATTANCHOR_CUDA_ARCHS")
     if not given:
         return [name for name, since in ARCHS if cuda >= since]
     names = [name for name in re.split(r"[;, ]+", given) if name]
     for name in names:
         if not re.fullmatch(r"\d+[af]?(\+PTX)?", name):
-            raise SystemExit(f'ATTANCHOR_CUDA_ARCHS holds {name!r}; it should be like "90a" or "80;90a;100a+PTX"')
+            raise SystemExit(f'ATTANCHOR_CUDA_ARCHS holds {name!r}; it should be like "90" or "80;90;100+PTX"')
     return names
 
 

@@ -339,9 +339,9 @@ def _follow_dropped(image: Tensor, stays: Tensor) -> Tensor:
     A silent row belongs to the run of image tokens that ends at it: a row of the picture and its newline.
     """
     slot = torch.arange(image.shape[1], device=image.device)
-    # Slots before s that are no image token: the last of them is where the run that ends at s - 1 begins.
+    # The last slot before s that is no image token: behind it the run that ends at s - 1 begins. (What the roll brings
+    # to slot 0 makes no run there.)
     ends = torch.where(image, -1, slot).cummax(1).values.roll(1, 1)
-    ends[:, :1] = -1
     through = torch.cat([torch.zeros_like(ends[:, :1]), stays.long().cumsum(1)], 1)  # survivors in front of each slot
     return (slot - ends > 1) & (through[:, :-1] == through.gather(1, ends + 1))
 

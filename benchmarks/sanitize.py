@@ -27,6 +27,7 @@ from benchmarks.options import UNAVAILABLE
 
 TOOLS = ("memcheck", "racecheck", "synccheck")
 FOUND = 86
+NOT_BUILT = ("no construct kernel that was asked for runs on this device",)
 CANNOT_RUN = ("Device not supported", "Unable to find injection library", "Failed to initialize", "not supported on")
 # Few, since every one is compiled anew for Triton; together they take every branch of the launchers.
 CONFIGURATIONS: tuple[tuple[torch.dtype, Shape, int, dict[str, Any]], ...] = (

@@ -124,6 +124,13 @@ ATTANCHOR_DEVICE void sync_cluster() {
   }
 }
 
+// Until every block of the cluster is there, whatever has been written.
+ATTANCHOR_DEVICE void meet_cluster() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.relaxed;\nbarrier.cluster.wait;" ::: "memory");
+#endif
+}
+
 // The address, in the shared memory of a block of the cluster, of what lies at `own` in this block's.
 template <int CLUSTER, class T>
 ATTANCHOR_DEVICE T* peer(T* own, int rank) {

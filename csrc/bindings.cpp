@@ -20,7 +20,7 @@
 #define ATTANCHOR_DISPATCH_KEY CUDA
 #endif
 
-// What the kernels are built for, with underscores between, such as 80+PTX_90a: a word that no shell minds.
+// What the kernels are built for, with underscores between, such as 80_90+PTX: a word that no shell minds.
 #ifndef ATTANCHOR_ARCHS
 #define ATTANCHOR_ARCHS none
 #endif

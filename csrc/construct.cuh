@@ -60,7 +60,7 @@ ATTANCHOR_DEVICE unsigned draw_ticket(const Problem& p, unsigned* slot, int rank
 // Until every block of the cluster has begun: before that nobody may reach into its shared memory.
 template <int CLUSTER>
 ATTANCHOR_DEVICE void gather_cluster() {
-  if constexpr (CLUSTER > 1) arch::sync_cluster<CLUSTER>();
+  if constexpr (CLUSTER > 1) arch::meet_cluster();
 }
 
 // A match tile is done: the last one of a sample with a large budget also finds the cut.

@@ -87,7 +87,7 @@ struct MatchTile {
       } else {
         multiply();
       }
-      publish();
+      publish(first_text + TEXTS >= text_total);
     }
     if constexpr (DROPS) store_relevance();
     return !merges ? p.movers : p.image_into_text ? images : text_total;
@@ -157,7 +157,6 @@ struct MatchTile {
     const int begin = first_chunk(p.rows, rank, CLUSTER), end = first_chunk(p.rows, rank + 1, CLUSTER);
     const Stager<TEXTS, true> texts(s.row + IMAGES, arch::keep_in_l2());
     const bool stages = load && !p.bulk;
-    if (load && p.bulk) held->load(s.row);
     Product product;
 #pragma unroll 1
     for (int ahead = 0; ahead < STAGES - 1; ahead++) {
@@ -167,6 +166,7 @@ struct MatchTile {
     }
     if (stages) stage_images(begin, begin + STAGES - 1, end);
     arch::commit_copies();
+    if (load && p.bulk) held->load(s.row);  // behind the texts, which are on their way sooner
     for (int chunk = begin; chunk < end; chunk++) {
       // The group with the rest of the images is one more that may be under way until it is needed.
       if (chunk - begin < STAGES - 1) {
@@ -242,8 +242,9 @@ struct MatchTile {
     return 1.0f / (norm > 1e-12f ? norm : 1e-12f);
   }
 
-  // The best host of every mover among this block's rows, to `keys`.
-  ATTANCHOR_DEVICE void publish() {
+  // The best host of every mover among this block's rows, to `keys`. After the last texts the cluster draws a ticket
+  // before anyone writes to what its peers have read; the selection of survivors does not wait for that.
+  ATTANCHOR_DEVICE void publish(bool last) {
     const int base = rank * OWN;
 #pragma unroll 1
     for (int at = arch::thread(); at < OWN * TEXTS; at += THREADS) {
@@ -280,7 +281,7 @@ struct MatchTile {
     if constexpr (DROPS) {
       if (!p.image_into_text) relate_images(base);
     }
-    arch::sync_cluster<CLUSTER>();  // the shared memory that peers have read is free again
+    if (DROPS || !last) arch::sync_cluster<CLUSTER>();  // the shared memory that peers have read is free again
   }
 
   // `key`: of the best pair in this block of texts.

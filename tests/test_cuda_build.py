@@ -22,11 +22,11 @@ import torch
 ROOT = Path(__file__).parent.parent
 CSRC = ROOT / "csrc"
 CACHE = ROOT / "build" / "cuda"
-TARGETS = ("80", "90a", "100a")
+TARGETS = ("80", "90", "100")
 
 
 def targets(source: Path) -> tuple[str, ...]:
-    """What a file is compiled for here: all of sm_90a, where the kernels are tuned, and elsewhere one of each kind.
+    """What a file is compiled for here: all of sm_90, where the kernels are tuned, and elsewhere one of each kind.
 
     float16 differs from bfloat16 in one instruction: it is assembled further below. Clusters begin with sm_90.
     """
@@ -112,12 +112,12 @@ def readable(mangled: str) -> str:
 @needs_nvcc
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
 def test_compiles_without_spills_where_it_is_tuned(source, record_property):
-    """Every file compiles without a warning; the forward keeps its registers on sm_90a, and fits twice on an SM."""
+    """Every file compiles without a warning; the forward keeps its registers on sm_90, and fits twice on an SM."""
     kernels = usage(source)
     for kernel in kernels:
         usages = (f"CUDA, {kernel.kernel}", f"sm_{kernel.target}", kernel.registers, kernel.spill_bytes)
         record_property("usage", usages)
-        if kernel.target == "90a":
+        if kernel.target == "90":
             assert kernel.spill_bytes == 0, f"{kernel.kernel} spills {kernel.spill_bytes} bytes"
         if kernel.kernel.startswith("construct"):
             assert kernel.registers <= 128, f"{kernel.kernel} does not fit twice: {kernel.registers} registers"
@@ -170,7 +170,7 @@ def events(ptx: str, patterns: dict[str, str]) -> list[tuple[str, str]]:
 
 def ptx_of(source: Path, folder: Path) -> str:
     made = folder / "made.ptx"
-    command = [str(nvcc()), "-std=c++17", "-O3", f"-I{CSRC}", "-arch=compute_90a", "-ptx", str(source)]
+    command = [str(nvcc()), "-std=c++17", "-O3", f"-I{CSRC}", "-arch=compute_90", "-ptx", str(source)]
     done = subprocess.run([*command, "-o", str(made)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return made.read_text()

@@ -208,7 +208,7 @@ def test_the_launch_says_what_ran():
 
 def test_the_binary_says_what_it_was_built_for():
     """As setup.py tells it, through the preprocessor."""
-    assert emulator.binary.architectures.split("_") == ["80+PTX", "90a"]
+    assert emulator.binary.architectures.split("_") == ["80", "90+PTX"]
 
 
 def test_surplus_features_get_no_gradient(poisoned_empty):

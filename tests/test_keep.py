@@ -198,6 +198,8 @@ def test_a_count_for_each_sample():
     text, features = torch.ones(3, 3, 4), torch.ones(6, 4)
     out = merge_sequence(text, features, roles, 0.5, keep=torch.tensor([0, 1, 7], dtype=torch.int32))
     assert out.source.tolist() == [[2, -1, -1, -1], [0, 2, 2, -1], [0, 2, 1, 2]]
+    plain = merge_sequence(text, features, roles, 0.5, keep=torch.tensor([0, 1, 7], dtype=torch.int32), max_anchors=0)
+    assert plain.source.tolist() == [[2, -1, -1], [0, 2, -1], [0, 1, 2]]
     alone = merge_sequence(text[1], features[2:4], roles[1], 0.5, keep=torch.tensor(1, dtype=torch.int32))
     assert alone.source.tolist() == [0, 2, 2]
 

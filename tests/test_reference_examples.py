@@ -35,7 +35,7 @@ def test_image_into_text_follows_algorithm_2():
     assert out.host.tolist() == [1, -1, 0]
 
 
-@pytest.mark.parametrize("tau", [1.0, 1.5, math.inf])
+@pytest.mark.parametrize("tau", [1.0, 1.5, math.inf, torch.tensor(1.0), torch.tensor(math.nan)], ids=str)
 def test_tau_of_one_or_more_is_the_identity(tau):
     """Even where a word equals a patch; the scores are still reported."""
     out = build_sequence(PATCHES, WORDS, tau)

@@ -45,7 +45,7 @@ CONSTRUCT = {
 }
 COPIES = {"assemble": "bf16", "assemble, float32": "fp32", "transpose": "bf16", "transpose, float32": "fp32"}
 # Targets other than sm_90 differ in the backend alone; a selection of the cases keeps this file short.
-EVERYWHERE = ["build", "build, split", "build, float32", "merge", "match", "assemble", "transpose"]
+EVERYWHERE = ["build", "build, split", "build, float32", "merge", "build, keep", "match", "assemble", "transpose"]
 
 
 def cases(target: str) -> list[str]:
@@ -91,9 +91,11 @@ def _construct(target: str, dtype: str, batch: int, hidden: int, problem: dict):
     get = problem.get
     itemsize = 4 if dtype == "fp32" else 2
     aligned = 16 // itemsize if hidden * itemsize % 16 == 0 else 4 // itemsize
-    chosen = schedule.construct(torch.device("cpu"), itemsize, batch, 576, 50, hidden, aligned)
-    row, mask = f"*{dtype}", "*u8" if get("masks") else None
     drops = get("keep", False) or get("keep_each", False)
+    crowded = any(get(name, False) for name in ("merges", "masks", "image_into_text"))
+    shape = (batch, 576, 626, hidden, aligned)
+    chosen = schedule.construct(torch.device("cpu"), itemsize, *shape, crowded, drops)
+    row, mask = f"*{dtype}", "*u8" if get("masks") else None
     outputs = Outputs(
         embeds=row if get("copy", True) else None,
         **dict.fromkeys(("position_ids", "attention_mask", "source", "host"), "*i64"),
@@ -130,6 +132,7 @@ def _construct(target: str, dtype: str, batch: int, hidden: int, problem: dict):
             survivors="*i32" if drops else None,
         ),
         "keep": "i32" if get("keep") else None,
+        **dict.fromkeys(("slices", "slice_blocks"), "i32" if chosen.split else None),
         "tau": "fp32",
     }
     config = Config(
@@ -143,7 +146,8 @@ def _construct(target: str, dtype: str, batch: int, hidden: int, problem: dict):
         pad_left=get("pad_left", False),
         interpreted=False,
         amd="gfx9" if target == "gfx942" else "",
-        **{name: value for name, value in chosen._asdict().items() if name in Config._fields},
+        **{name: value for name, value in chosen._asdict().items() if name in Config._fields}
+        | ({"slices": 0, "slice_blocks": 0} if chosen.split else {}),
     )
     compilation = launch.compilation(chosen.num_warps, chosen.num_stages, chosen.registers)
     return _source(kernels.construct_kernel, pointers, config), compilation
@@ -178,7 +182,7 @@ AMD_EVENTS = {
     "release": r"buffer_wbl2 sc1",
     "acquire": r"buffer_inv sc1",
     "drained": r"s_waitcnt vmcnt\(0\)",
-    "arrival": r"global_atomic_add .* sc0",
+    "arrival": r"global_atomic_add ",
     "barrier": r"s_barrier",
     "access": r"(global|buffer|flat)_(load|store|atomic)",
 }
@@ -199,7 +203,9 @@ def barrier_faults(assembly: str, target: str, arrivals: int, waits: int) -> lis
     amd = target == "gfx942"
     events = _events(assembly, AMD_EVENTS if amd else PTX_EVENTS)
     order, faults = " ".join(events), []
-    arrival = r"drained (?:barrier )+release drained arrival drained acquire" if amd else r"barrier arrival"
+    arrival = (
+        r"drained (?:barrier )+(?:drained )?release drained arrival drained acquire" if amd else r"barrier arrival"
+    )
     # (AMD: the meeting may stand at the head of the loop, above.)
     waiting = r"barrier access drained acquire" if amd else r"poll (?:barrier )?acquire barrier"
     for name, pattern, least in (("arrivals", arrival, arrivals), ("waits", waiting, waits)):
@@ -338,6 +344,10 @@ def compiled(tmp_path_factory) -> dict[tuple[str, str], dict]:
     """All cases, compiled once."""
     rows = _run(tmp_path_factory.mktemp("triton"))
     return {(row["target"], row["case"]): row for row in rows}
+
+
+# With `--dist loadgroup` one worker compiles for all of them.
+pytestmark = pytest.mark.xdist_group("triton compile")
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -19,8 +19,8 @@ SCHEDULE = schedule.Schedule(
     block_images=16,
     block_texts=16,
     block_hidden=16,
-    slice_hidden=48,
     slices=1,
+    slice_blocks=3,
     split=False,
     persistent=True,
     programs=3,
@@ -106,7 +106,7 @@ def test_slices_of_the_columns(make, split):
     """Sums over slices make the same decisions, and the same bits whether slices are shared out or not."""
     problem = make()
     whole = launch.run(problem, copy=True, schedule=SCHEDULE)
-    sliced = SCHEDULE._replace(slice_hidden=16, slices=3)
+    sliced = SCHEDULE._replace(slice_blocks=1, slices=3)
     got = launch.run(problem, copy=True, schedule=sliced._replace(split=split))
     assert_same(got, launch.run(problem, copy=True, schedule=sliced))
     assert_same((got[0], got[1]._replace(score=whole[1].score)), whole)
@@ -141,7 +141,7 @@ def assert_matches(problem: Problem, score: Tensor, host: Tensor) -> None:
 
 
 @problems
-@pytest.mark.parametrize("schedule", [None, SCHEDULE, SCHEDULE._replace(slice_hidden=16, slices=3, split=True)])
+@pytest.mark.parametrize("schedule", [None, SCHEDULE, SCHEDULE._replace(slice_blocks=1, slices=3, split=True)])
 def test_match_alone(make, schedule, poisoned_empty):
     """Score and host of every mover before threshold and budget, below tau and at tau >= 1 too."""
     problem = make()
@@ -199,10 +199,10 @@ def test_more_text_blocks_than_one():
     text[:, 64] = text[:, 3]
     problem = Problem(random_rows(1, 33, 40, seed=12), text, tau=-1.0, max_anchors=9)
     for split in (False, True):
-        made = launch.run(problem, copy=False, schedule=SCHEDULE._replace(slice_hidden=16, slices=3, split=split))[1]
+        made = launch.run(problem, copy=False, schedule=SCHEDULE._replace(slice_blocks=1, slices=3, split=split))[1]
         assert made.score[0, 64] == made.score[0, 3]
         reverse = problem._replace(image_into_text=True)
-        hosts = launch.run(reverse, copy=False, schedule=SCHEDULE._replace(slice_hidden=16, slices=3, split=split))[1]
+        hosts = launch.run(reverse, copy=False, schedule=SCHEDULE._replace(slice_blocks=1, slices=3, split=split))[1]
         expected = reference.plan(reverse)
         assert torch.equal(hosts.host, expected.host)
         assert 64 not in hosts.host
@@ -261,7 +261,25 @@ def test_empty_inputs(shape, max_anchors, poisoned_empty):
 def test_large_hidden_is_accumulated_in_slices():
     """Above 8192 columns no accumulator runs over all of them."""
     for itemsize in (2, 4):
-        chosen = schedule.construct(DEVICE, itemsize, 999, 576, 50, 12288, 16 // itemsize)
+        chosen = schedule.construct(DEVICE, itemsize, 999, 576, 626, 12288, 16 // itemsize)
         assert chosen.slices >= 3
-        assert chosen.slice_hidden <= 4096
-        assert chosen.slices * chosen.slice_hidden >= 12288
+        assert chosen.slice_blocks * chosen.block_hidden <= 4096
+        assert chosen.slices * chosen.slice_blocks * chosen.block_hidden >= 12288
+
+
+def test_few_compilations(monkeypatch):
+    """One model is compiled at most 6 times, whatever its batches and the lengths of its prompts and pictures."""
+    monkeypatch.setattr(schedule, "multiprocessors", lambda device: 132)
+    schedule.construct.cache_clear()
+    compiled = ("block_images", "block_texts", "block_hidden", "block_rows", "block_columns", "num_warps", "num_stages")
+    for crowded, drops, hidden in [(False, False, 4096), (True, False, 2048), (True, True, 4096), (False, True, 896)]:
+        found = set()
+        for batch in range(1, 65):
+            for images in (1, 64, 256, 576, 729, 2880, 9216):
+                for texts in (1, 8, 9, 16, 17, 50, 64, 65, 200, 1000, 4000):
+                    shape = (batch, images, images + texts, hidden, 8)
+                    chosen = schedule.construct(DEVICE, 2, *shape, crowded, drops)
+                    slices = None if chosen.split else (chosen.slices, chosen.slice_blocks)
+                    found.add((*(getattr(chosen, name) for name in compiled), chosen.split, slices, chosen.registers))
+        assert len(found) <= 6, found
+    schedule.construct.cache_clear()

@@ -32,9 +32,7 @@ def test_limit(make, poisoned_empty):
     # Few large tiles to assemble, or the interpreter takes minutes.
     rows = 32 if problem.slots * problem.batch < 1500 else 512
     images = len(given.image) if given.merges else given.image.shape[1]
-    chosen = schedule.construct(
-        DEVICE, given.text.element_size(), given.batch, images, given.text.shape[1], given.hidden, 1
-    )
+    chosen = schedule.construct(DEVICE, given.text.element_size(), given.batch, images, given.slots, given.hidden, 1)
     embeds, made = launch.run(given, copy=True, schedule=chosen._replace(block_rows=rows))
     result = AnchoredSequence(embeds, *made[:-1])
     assert made.is_anchor.any()

@@ -19,7 +19,6 @@ class Selection(NamedTuple):
 
     tau: float  # NEVER, or overruled where the problem has a tensor
     budget: int
-    budgeted: bool  # whether the budget can leave out a mover
 
 
 def selection(problem: Problem) -> Selection:
@@ -29,13 +28,12 @@ def selection(problem: Problem) -> Selection:
     """
     movers = problem.movers
     budget = movers if problem.max_anchors is None else min(problem.max_anchors, movers)
-    bounded = problem.drops and not problem.image_into_text
-    if bounded and problem.keep is not None:
+    if problem.keep is not None and not problem.image_into_text:
         budget = min(budget, problem.keep)
     tau = LEAST_TAU if problem.tau_tensor is not None else max(problem.tau, LEAST_TAU)
     if tau >= 1 or budget == 0:
-        return Selection(NEVER, movers, False)
-    return Selection(tau, budget, budget < movers)
+        return Selection(NEVER, movers)
+    return Selection(tau, budget)
 
 
 def empty_embeds(problem: Problem) -> Tensor:

@@ -73,7 +73,7 @@ def check_values(config: Any) -> None:
             raise ValueError(f"{name} is {value}; it should be {' and '.join(bounds)}")
         needed = about["needs"]
         if needed and value != field.default and not _is_given(getattr(config, needed)):
-            raise ValueError(f"{name} is {value}, but there is no {needed}; leave it out, or say {needed}")
+            raise ValueError(f"{name} is {value!r}, but there is no {needed}; leave it out, or say {needed}")
 
 
 def _is_given(value: object) -> bool:

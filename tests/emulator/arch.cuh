@@ -243,6 +243,7 @@ template <int CLUSTER>
 void sync_cluster() {
   emulator::wait(*emulator::current->block->cluster_barrier);
 }
+inline void meet_cluster() { emulator::wait(*emulator::current->block->cluster_barrier); }
 template <int CLUSTER, class T>
 T* peer(T* own, int rank) {
   const emulator::Block& block = *emulator::current->block;

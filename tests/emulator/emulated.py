@@ -27,7 +27,7 @@ BINDING_FLAGS = [
     "-DATTANCHOR_DISPATCH_KEY=CPU",
     "-DTORCH_TARGET_VERSION=0x020a000000000000",
     "-DPy_LIMITED_API=0x030a0000",
-    "-DATTANCHOR_ARCHS=80+PTX_90a",
+    "-DATTANCHOR_ARCHS=80_90+PTX",
     f"-I{TORCH / 'include'}",
     f"-I{sysconfig.get_paths()['include']}",
 ]

@@ -19,6 +19,7 @@ from attanchor_kernels.backends.cuda import launch
 # A model's, and one that fills no tile, no block of texts and no chunk of columns.
 SHAPES = (Shape("llava-7b", 576, 50, 4096), Shape("ragged", 150, 66, 560))
 WAYS = [(dtype, tuning) for dtype in KERNEL_DTYPES for tuning in launch.variants(dtype)]
+DROPPING_WAYS = [(dtype, tuning) for dtype in KERNEL_DTYPES for tuning in launch.variants(dtype, drops=True)]
 
 
 def lacks(tuning: launch.Tuning) -> str | None:
@@ -42,11 +43,33 @@ def test_variant(dtype, tuning, shape):
     # Features of the last placeholders are missing, so that NaN rows and rows of zeros stand among the held ones.
     problems.append(Problem(image_embeds[:-20], text_embeds, TAU, roles=roles, max_anchors=8, pad_left=True))
     for problem in problems:
-        got = made(problem, tuning)
-        assert got.is_anchor.any()
-        assert_same(got, AnchoredSequence(*flat(reference.construct(problem))))
-        for one, other in zip(made(problem, tuning), got, strict=True):
-            assert torch.equal(bits(one), bits(other))
+        check(problem, tuning)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.name)
+@pytest.mark.parametrize(("dtype", "tuning"), DROPPING_WAYS, ids=str)
+def test_variant_that_drops(dtype, tuning, shape):
+    """A third of the image tokens stays, by hosts, cells and given numbers: no rounding changes who does."""
+    if reason := lacks(tuning):
+        pytest.skip(reason)
+    image, text = planted(5, shape, dtype=dtype, seed=1)
+    salience = torch.randn(5, shape.image, generator=torch.Generator(DEVICE).manual_seed(2), device=DEVICE)
+    cells = torch.arange(shape.image, dtype=torch.int32, device=DEVICE).div(4, rounding_mode="floor").expand(5, -1)
+    for into_text in (False, True):
+        problem = Problem(image, text, TAU, max_anchors=8, image_into_text=into_text, keep=shape.image // 3)
+        check(problem._replace(salience=salience, cells=cells), tuning)
+        check(problem._replace(salience=salience, pad_left=True), tuning)
+
+
+def check(problem: Problem, tuning: launch.Tuning) -> None:
+    """What was asked for runs, makes what the reference makes, and the same bits again."""
+    got = made(problem, tuning)
+    assert got.is_anchor.any()
+    assert_same(got, AnchoredSequence(*flat(reference.construct(problem))))
+    for one, other in zip(made(problem, tuning), got, strict=True):
+        assert torch.equal(bits(one), bits(other))
+    way = launch.launched(problem, tuning=tuning)
+    assert way[:3] == (tuning.tile_images, tuning.cluster, tuning.hold == 1)
 
 
 def test_many_samples_in_one_launch():

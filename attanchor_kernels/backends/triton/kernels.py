@@ -20,7 +20,7 @@ LEAST_TAU = tl.constexpr(common.LEAST_TAU)
 LENGTHS = [
     *("batch", "images", "texts", "slots", "features", "movers", "capacity", "axes", "budget"),
     *("image_batch_stride", "image_row_stride", "text_batch_stride", "text_row_stride"),
-    *("image_tiles", "row_tiles", "lag", "keep"),
+    *("image_tiles", "row_tiles", "lag", "keep", "slices", "slice_blocks"),
 ]
 
 
@@ -49,6 +49,8 @@ def construct_kernel(
     row_tiles,
     lag,
     keep,
+    slices,
+    slice_blocks,
     config: tl.constexpr,
 ):
     """Match and assemble every sample in one launch, with any number of programs.
@@ -62,7 +64,10 @@ def construct_kernel(
     if inputs.tau is not None:
         tau = tl.load(inputs.tau)
         tau = tl.where(tau < 1, tl.maximum(tau, LEAST_TAU), NEVER)  # NEVER for NaN too
-    sizes = Sizes(batch, images, texts, slots, movers, capacity, axes, budget, tau, image_tiles, row_tiles, keep)
+    sizes = Sizes(
+        *(batch, images, texts, slots, movers, capacity, axes, budget, tau, image_tiles, row_tiles),
+        *(keep, slices, slice_blocks),
+    )
     total = batch * (match_items(sizes, config) + row_tiles)
     ticket = tl.atomic_add(state.counters, 1, sem="relaxed")
     if config.persistent:
@@ -80,7 +85,7 @@ def construct_kernel(
 @triton.jit
 def work(rows, inputs, outputs, state, sizes, config: tl.constexpr, lag, ticket):
     """The work item of a ticket."""
-    parts: tl.constexpr = config.slices if config.split else 1
+    parts = sizes.slices if config.split else 1
     items = match_items(sizes, config)
     both = items + sizes.row_tiles
     head = lag * items

@@ -71,14 +71,17 @@ def _launch(problem: Problem, outputs: Outputs, schedule: schedules.Schedule | N
     image, text = rows_contiguous(problem.image), rows_contiguous(problem.text)
     aligned = alignment(image, text)
     images = min(slots, image.shape[0]) if merges else image.shape[1]
+    drops = problem.drops and outputs.source is not None
     if schedule is None:
-        schedule = schedules.construct(text.device, text.element_size(), batch, images, text.shape[1], hidden, aligned)
-    image_tiles = max(1, triton.cdiv(images, schedule.block_images))
+        shape = (batch, images, slots, hidden, aligned)
+        masked = not (problem.image_mask is problem.text_mask is problem.anchor_mask is None)
+        crowded = merges or masked or problem.image_into_text
+        schedule = schedules.construct(text.device, text.element_size(), *shape, crowded, drops)
+    image_tiles = max(1, -(-images // schedule.block_images))
     items = image_tiles * (schedule.slices if schedule.split else 1)
     assembles = outputs.source is not None
-    row_tiles = triton.cdiv(max(problem.capacity, slots), schedule.block_rows) if assembles else 0
+    row_tiles = -(-max(problem.capacity, slots) // schedule.block_rows) if assembles else 0
     chosen = selection(problem)
-    drops = problem.drops and assembles
     ranks = max(1, batch * problem.images) if drops else 0
 
     with on_device(text.device):
@@ -90,7 +93,7 @@ def _launch(problem: Problem, outputs: Outputs, schedule: schedules.Schedule | N
             scratch=batch * items * partial_size(schedule) if schedule.split else 0,
             relevances=0 if problem.image_into_text else ranks,
             ranks=ranks if problem.cells is None else 2 * ranks,
-            survivors=2 * batch * (triton.cdiv(slots, 32) + 1) if drops else 0,
+            survivors=2 * batch * (-(-slots // 32) + 1) if drops else 0,
         )
         construct_kernel[(schedule.programs if schedule.persistent else batch * (items + row_tiles),)](
             image,
@@ -122,12 +125,14 @@ def _launch(problem: Problem, outputs: Outputs, schedule: schedules.Schedule | N
             row_tiles=row_tiles,
             lag=min(schedule.lag, batch) if assembles else batch,
             keep=problem.keep if drops else None,
+            slices=schedule.slices if schedule.split else None,
+            slice_blocks=schedule.slice_blocks if schedule.split else None,
             config=Config(
                 hidden=hidden,
                 alignment=aligned,
                 merges=merges,
                 image_into_text=problem.image_into_text,
-                budgeted=(chosen.budgeted or drops) and assembles,
+                budgeted=(problem.max_anchors is not None or drops) and assembles,
                 drops=drops,
                 inherit=problem.inherit and assembles,
                 pad_left=problem.pad_left and assembles,
@@ -136,8 +141,8 @@ def _launch(problem: Problem, outputs: Outputs, schedule: schedules.Schedule | N
                 block_images=schedule.block_images,
                 block_texts=schedule.block_texts,
                 block_hidden=schedule.block_hidden,
-                slice_hidden=schedule.slice_hidden,
-                slices=schedule.slices,
+                slices=0 if schedule.split else schedule.slices,
+                slice_blocks=0 if schedule.split else schedule.slice_blocks,
                 split=schedule.split,
                 persistent=schedule.persistent,
                 block_rows=schedule.block_rows,
@@ -156,7 +161,7 @@ def assemble(image: Tensor, text: Tensor, source: Tensor, places: Tensor) -> Ten
         return embeds
     image, text = rows_contiguous(image), rows_contiguous(text)
     tiles = schedules.copying(text.element_size(), hidden)
-    row_tiles = triton.cdiv(max(slots, length), tiles.block_rows)
+    row_tiles = -(-max(slots, length) // tiles.block_rows)
     with on_device(text.device):
         assemble_kernel[(batch * row_tiles,)](
             image,
@@ -192,7 +197,7 @@ def assemble_backward(
     grad = rows_contiguous(grad)
     merges = len(image_shape) == 2
     tiles = schedules.adding(grad.element_size(), hidden)
-    row_tiles = triton.cdiv(slots, tiles.block_rows)
+    row_tiles = -(-slots // tiles.block_rows)
     tail = TAIL_PROGRAMS if merges and need_image else 0
     with on_device(grad.device):
         transpose_kernel[(batch * row_tiles + tail,)](

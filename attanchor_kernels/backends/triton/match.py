@@ -129,7 +129,7 @@ def kth_largest(words, count, place, tau, RANKED: tl.constexpr):
 
 
 @triton.jit
-def multiply(image_row, image_kept, text_row, text_kept, first_slice, end_slice, config: tl.constexpr):
+def multiply(image_row, image_kept, text_row, text_kept, first_slice, end_slice, sizes, config: tl.constexpr):
     """Products and squared norms of a block of image rows and a block of text rows over some slices of the columns.
 
     Every slice has a fresh accumulator and slices are added in order: this bounds the error of tensor cores at large D,
@@ -146,8 +146,8 @@ def multiply(image_row, image_kept, text_row, text_kept, first_slice, end_slice,
         dot = tl.zeros([M, N], tl.float32)
         image_part = tl.zeros([M, K], tl.float32)
         text_part = tl.zeros([N, K], tl.float32)
-        first = part * config.slice_hidden
-        for start in range(first, min(first + config.slice_hidden, HIDDEN), K):
+        first = part * slice_blocks(sizes, config) * K
+        for start in range(first, min(first + slice_blocks(sizes, config) * K, HIDDEN), K):
             column = start + tl.arange(0, K)
             image_mask = image_kept[:, None]
             text_mask = text_kept[:, None]
@@ -171,6 +171,18 @@ def multiply(image_row, image_kept, text_row, text_kept, first_slice, end_slice,
 
 
 @triton.jit
+def slice_count(sizes, config: tl.constexpr):
+    """Slices of the columns: how many programs share them is no reason to compile anew."""
+    return sizes.slices if config.split else config.slices
+
+
+@triton.jit
+def slice_blocks(sizes, config: tl.constexpr):
+    """Blocks of columns in a slice."""
+    return sizes.slice_blocks if config.split else config.slice_blocks
+
+
+@triton.jit
 def store_partial(at, product, image_square, text_square, config: tl.constexpr):
     M: tl.constexpr = config.block_images
     N: tl.constexpr = config.block_texts
@@ -182,7 +194,7 @@ def store_partial(at, product, image_square, text_square, config: tl.constexpr):
 
 
 @triton.jit
-def add_partials(at, config: tl.constexpr):
+def add_partials(at, sizes, config: tl.constexpr):
     """The sum over slices in their order, as `multiply` adds them."""
     M: tl.constexpr = config.block_images
     N: tl.constexpr = config.block_texts
@@ -191,7 +203,7 @@ def add_partials(at, config: tl.constexpr):
     product = tl.zeros([M, N], tl.float32)
     image_square = tl.zeros([M], tl.float32)
     text_square = tl.zeros([N], tl.float32)
-    for _ in range(config.slices):
+    for _ in range(sizes.slices):
         product += tl.load(at + i[:, None] * N + t[None, :], cache_modifier=".cg")
         image_square += tl.load(at + M * N + i, cache_modifier=".cg")
         text_square += tl.load(at + M * N + M + t, cache_modifier=".cg")
@@ -283,24 +295,24 @@ def match_tile(rows, inputs, state, sizes, config: tl.constexpr, sample, tile, p
 
         # Split tiles: block 0 is shared slice by slice, of the other blocks each program takes its own.
         first_slice = 0
-        end_slice = config.slices
+        end_slice = slice_count(sizes, config)
         complete = True
         if config.split:
-            mine = block % config.slices == part
+            mine = block % sizes.slices == part
             first_slice = tl.where(block == 0, part, 0)
-            end_slice = tl.where(block == 0, part + 1, tl.where(mine, config.slices, 0))
+            end_slice = tl.where(block == 0, part + 1, tl.where(mine, sizes.slices, 0))
             complete = tl.cast(mine & (block > 0), tl.int1)
         product, image_square, text_square = multiply(
-            image_row, image_kept, text_row, text_kept, first_slice, end_slice, config
+            image_row, image_kept, text_row, text_kept, first_slice, end_slice, sizes, config
         )
         if config.split:  # noqa: SIM102  a compile-time choice, then a run-time one
             if block == 0:
-                at = state.scratch + tl.cast(unit, tl.int64) * config.slices * partial_size(config)
+                at = state.scratch + tl.cast(unit, tl.int64) * sizes.slices * partial_size(config)
                 store_partial(at + part * partial_size(config), product, image_square, text_square, config)
                 parts = state.counters + 1 + 2 * sizes.batch + unit
-                if arrive(parts, config) == config.slices - 1:
+                if arrive(parts, config) == sizes.slices - 1:
                     tl.debug_barrier()
-                    product, image_square, text_square = add_partials(at, config)
+                    product, image_square, text_square = add_partials(at, sizes, config)
                     tl.store(parts, 0)
                     complete = tl.full([], True, tl.int1)
         if complete:
@@ -389,7 +401,7 @@ def image_candidates(sizes, config: tl.constexpr):
 def match_items(sizes, config: tl.constexpr):
     """Match work items of a sample."""
     if config.split:
-        return sizes.image_tiles * config.slices
+        return sizes.image_tiles * sizes.slices
     return sizes.image_tiles
 
 

@@ -1,10 +1,10 @@
 """Launch configurations, chosen by shape. tests/test_triton_compile.py compiles them for every target and reports their
 registers and spills. Nothing here has been timed on a GPU yet."""
 
+import functools
 from typing import NamedTuple
 
 import torch
-import triton
 
 
 class Schedule(NamedTuple):
@@ -13,8 +13,8 @@ class Schedule(NamedTuple):
     block_images: int
     block_texts: int
     block_hidden: int
-    slice_hidden: int
     slices: int
+    slice_blocks: int
     split: bool
     persistent: bool
     programs: int  # of a persistent launch
@@ -44,22 +44,33 @@ SCRATCH = 7 * 2**19
 RESIDENT = 2
 
 
+@functools.lru_cache(maxsize=256)
 def construct(
-    device: torch.device, itemsize: int, batch: int, images: int, texts: int, hidden: int, alignment: int
+    device: torch.device,
+    itemsize: int,
+    batch: int,
+    images: int,
+    slots: int,
+    hidden: int,
+    alignment: int,
+    crowded: bool = False,
+    drops: bool = False,
 ) -> Schedule:
-    """The configuration for `batch` samples of at most `images` image and `texts` text rows.
+    """The configuration for `batch` samples of `slots` rows, at most `images` of them image.
 
     64 image rows a tile read the text on chip 0.8 times as often as the image and reach the warpgroup tensor cores; 32
     rows where that would leave multiprocessors idle. Where even these are too few, slices of the columns are shared
     out. float32 has no tensor cores (TF32 is not exact enough); its smaller blocks keep it from spilling registers.
+    `crowded` are launches of more than rows alone: roles, masks, image into text; `drops` those that drop image tokens.
+    A block of texts is large enough for most questions: smaller ones would read as much and be compiled apart.
     """
-    resident = RESIDENT * multiprocessors(device)
+    units = multiprocessors(device)
+    resident = RESIDENT * units
     half = itemsize == 2
-    block_images = 64 if half and batch * triton.cdiv(images, 64) >= resident else 32
-    block_texts = min(64 if half else 32, max(16, triton.next_power_of_2(texts)))
-    block_hidden = 64 if half else 16
+    block_images = 64 if half and batch * -(-images // 64) >= resident else 32
+    block_texts, block_hidden = (64, 64) if half else (32, 16)
 
-    tiles = max(1, triton.cdiv(images, block_images))
+    tiles = max(1, -(-images // block_images))
     partial = 4 * (block_images * block_texts + block_images + block_texts)
     shares = 1
     while (
@@ -69,26 +80,28 @@ def construct(
         and 2 * shares * batch * tiles * partial <= SCRATCH
     ):
         shares *= 2
-    slices = max(shares, 1 if hidden <= EXACT_HIDDEN else triton.cdiv(hidden, EXACT_HIDDEN // 2))
-    slice_hidden = max(1, triton.cdiv(triton.cdiv(hidden, slices), block_hidden)) * block_hidden
-    slices = max(1, triton.cdiv(hidden, slice_hidden))
+    slices = max(shares, 1 if hidden <= EXACT_HIDDEN else -(-hidden // (EXACT_HIDDEN // 2)))
+    slice_blocks = max(1, -(-hidden // (slices * block_hidden)))
+    slices = max(1, -(-hidden // (slice_blocks * block_hidden)))
     split = shares > 1
+    few = batch * -(-slots // 8) <= units  # rows to copy: the fewer to a program, the more programs copy
+    lean = not (crowded and (split or drops)) and (split or slices == 1)
     return Schedule(
         block_images=block_images,
         block_texts=block_texts,
         block_hidden=block_hidden,
-        slice_hidden=slice_hidden,
         slices=slices,
+        slice_blocks=slice_blocks,
         split=split,
         persistent=False,
         programs=resident,
-        lag=min(batch, triton.cdiv(resident, tiles * (slices if split else 1))),
-        block_rows=32,
-        block_columns=columns(512, itemsize, hidden),
+        lag=min(batch, -(-resident // (tiles * (slices if split else 1)))),
+        block_rows=8 if few else 16 if half else 32,
+        block_columns=columns(2048 if few or half else 512, itemsize, hidden),
         num_warps=8,
         num_stages=5 if block_images == 64 else 4,
-        # 128 let two programs share a multiprocessor, but spill except with the widest loads and no partial sums.
-        registers=128 if block_images == 64 and alignment * itemsize == 16 and not split else 255,
+        # 128 let two programs share a multiprocessor, but spill with narrow loads, several sums, or too much beside.
+        registers=128 if half and alignment * itemsize == 16 and lean else 255,
     )
 
 
@@ -104,7 +117,7 @@ def adding(itemsize: int, hidden: int) -> Copying:
 
 def columns(most_bytes: int, itemsize: int, hidden: int) -> int:
     """Columns copied at once: no more than a row has."""
-    return min(most_bytes // itemsize, max(16, triton.next_power_of_2(hidden)))
+    return min(most_bytes // itemsize, max(16, 1 << (hidden - 1).bit_length()))
 
 
 def multiprocessors(device: torch.device) -> int:

@@ -88,6 +88,8 @@ class Sizes(NamedTuple):
     image_tiles: Any  # match tiles of a sample
     row_tiles: Any  # assemble tiles of a sample
     keep: Any  # image tokens of a sample that stay
+    slices: Any  # of the columns, if they are shared out
+    slice_blocks: Any  # blocks of columns in each
 
 
 class Config(NamedTuple):
@@ -106,9 +108,9 @@ class Config(NamedTuple):
     block_images: int
     block_texts: int
     block_hidden: int
-    slice_hidden: int  # columns summed in one accumulator
-    slices: int
-    split: bool  # the slices of a tile are work items of their own
+    slices: int  # of the columns, each summed in an accumulator of its own; 0 if they are shared out
+    slice_blocks: int  # blocks of columns in each
+    split: bool  # the slices of a tile are work items of their own, as many as `Sizes` says
     persistent: bool  # a program goes on taking tickets; otherwise it takes one, and there are as many programs
     block_rows: int
     block_columns: int

@@ -11,6 +11,7 @@ from attanchor_vlm.model.attach import attach
 from attanchor_vlm.model.config import AttAnchorConfig
 from torch import Tensor
 
+import attanchor_lab.selection  # noqa: F401  makes its rules known as values of keep_by
 from attanchor_kernels import AnchoredSequence, place_sequence
 from attanchor_lab import placements
 from attanchor_lab.scenes.questions import LENGTH, Questions, holders, is_content
@@ -30,12 +31,15 @@ class Arm:
             the image).
         positions: "sequential" or "inherit".
         content_only: Function words take no part.
+        keep, keep_by: As in `AttAnchorConfig`: how much of the image stays, and what; only where `attach` runs.
     """
 
     title: str
     copies: str
     positions: str = "sequential"
     content_only: bool = False
+    keep: float | None = None
+    keep_by: str = "cells"
 
     @property
     def by_attach(self) -> bool:
@@ -66,6 +70,31 @@ ARMS: dict[str, Arm] = {
     "true-inherit": Arm("anchors at the true patch, inherited positions", "true", "inherit", True),
     "front": Arm("whole question before the image", "front"),
     "end": Arm("whole question twice behind the image", "end"),
+    # A third of 36 patches, a ninth, and as many more as anchors would take (a quarter of the question's words).
+    **{f"keep-{count}": Arm(f"{count} patches, one a cell", "none", keep=count) for count in (12, 14, 4, 6)},
+    **{
+        f"keep-{count}-inherit": Arm(f"{count} patches, one a cell, positions kept", "none", "inherit", keep=count)
+        for count in (12, 14, 4, 6)
+    },
+    **{
+        f"keep-{count}-{rule}": Arm(f"{count} patches, {title}", "none", keep=count, keep_by=rule)
+        for count in (12, 4)
+        for rule, title in (
+            ("random", "random"),
+            ("relevance", "best cosines"),
+            ("lowest-cosine", "worst cosines"),
+        )
+    },
+    **{
+        f"t2i-keep-{count}": Arm(f"text into image, {count} patches, one a cell", "matched", keep=count)
+        for count in (12, 4)
+    },
+    **{
+        f"t2i-keep-{count}-inherit": Arm(
+            f"text into image, {count} patches, one a cell, inherited positions", "matched", "inherit", keep=count
+        )
+        for count in (12, 4)
+    },
 }
 
 
@@ -145,11 +174,17 @@ class Asker:
 
     def _config(self, tau: float) -> AttAnchorConfig:
         arm = self.arm
-        if not arm.by_attach or arm.copies == "none":
+        if not arm.by_attach:
             return AttAnchorConfig(tau=1.0)
-        direction = "image_into_text" if arm.copies == "image" else "text_into_image"
-        inherit = arm.positions == "inherit"
-        return AttAnchorConfig(tau, direction, arm.positions, route="embeds", force_inherit=inherit)
+        return AttAnchorConfig(
+            1.0 if arm.copies == "none" else tau,
+            "image_into_text" if arm.copies == "image" else "text_into_image",
+            arm.positions,
+            keep=arm.keep,
+            keep_by=arm.keep_by,
+            route="embeds",
+            force_inherit=arm.positions == "inherit",
+        )
 
     def takes_part(self, batch: Batch) -> Tensor:
         """(B, S) bool, the tokens of the question that may be copied (image into text: that may host)."""
@@ -180,7 +215,8 @@ class Asker:
     def _through_attach(self, batch: Batch, copies: bool, more: dict[str, Any]) -> Answered:
         config = self.model.config.attanchor
         if not copies:
-            self.model.config.attanchor = dataclasses.replace(self._config(self.tau), tau=1.0).to_dict()
+            plain = dataclasses.replace(self._config(self.tau), tau=1.0, keep=None)
+            self.model.config.attanchor = plain.to_dict()
         try:
             output = self.model(
                 input_ids=batch.ids,

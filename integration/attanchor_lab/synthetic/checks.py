@@ -125,7 +125,7 @@ def same_as_attach(model: Any, batch: Batch) -> None:
 
 @torch.no_grad()
 def wiring(name: str, model: Any, batch: Batch) -> None:
-    """An arm's prompt holds the plain prompt in order, and its copies where the arm says."""
+    """An arm's prompt holds the plain prompt in order, or what it keeps of it, and its copies where the arm says."""
     arm = ARMS[name]
     asker = Asker(model, arm, 1.0, _generator(batch))
     if arm.has_tau:
@@ -133,15 +133,20 @@ def wiring(name: str, model: Any, batch: Batch) -> None:
     answered = asker(batch)
     _fail_unless(bool(torch.isfinite(answered.logits).all()), f"{name}: the logits are not finite")
     source, is_anchor, host = answered.built.source, answered.built.is_anchor, answered.built.host
-    if arm.copies == "none":
+    if arm.copies == "none" and arm.keep is None:
         _fail_unless(source is None, f"{name} inserts something")
         return
     assert source is not None
     assert is_anchor is not None
     assert host is not None
     slots = batch.ids.shape[1]
-    own = source[(source >= 0) & ~is_anchor].view(len(batch.ids), slots)
-    _fail_unless(bool((own == torch.arange(slots, device=own.device)).all()), f"{name}: the prompt is not whole")
+    left = batch.patches if arm.keep is None else min(int(arm.keep), batch.patches)
+    own = [row[(row >= 0) & ~copied] for row, copied in zip(source, is_anchor, strict=True)]
+    whole = all(len(row) == slots - batch.patches + left and bool((row.diff() > 0).all()) for row in own)
+    _fail_unless(whole, f"{name}: the prompt is not whole, or its image tokens are not {left}")
+    there = torch.stack([torch.isin(torch.arange(slots, device=source.device), row) for row in own])
+    _fail_unless(bool((there | batch.is_image).all()), f"{name}: a token that is no image token is gone")
+    _fail_unless(bool(there.gather(1, host.clamp(min=0))[host >= 0].all()), f"{name}: a host is gone")
     words = batch.ids[:, -LENGTH:]
     count = is_anchor.sum(1)
     content = questions.is_content(words).sum(1)
@@ -151,9 +156,9 @@ def wiring(name: str, model: Any, batch: Batch) -> None:
         return
     patches = (host >= 1) & (host <= batch.patches)
     if arm.copies == "front":
-        first = source[:, 1 : 1 + LENGTH]
+        first, question = source[:, 1 : 1 + LENGTH], torch.stack(own)[:, -LENGTH:]
         _fail_unless(bool((host[:, -LENGTH:] == 0).all()), f"{name}: the question is not behind the first token")
-        _fail_unless(bool((first == own[:, -LENGTH:]).all()), f"{name}: the question is not in front, in order")
+        _fail_unless(bool((first == question).all()), f"{name}: the question is not in front, in order")
     elif arm.copies == "end":
         _fail_unless(bool((host[:, -LENGTH:] == batch.patches).all()), f"{name}: copies are not behind the image")
     elif arm.copies == "true":
@@ -162,8 +167,11 @@ def wiring(name: str, model: Any, batch: Batch) -> None:
         right = holds.gather(-1, patch.clamp(min=0)[..., None])[..., 0]
         _fail_unless(bool((right == (patch >= 0)).all()), f"{name}: an anchor stands at a wrong patch")
         _fail_unless(bool(((patch >= 0) == holds.any(-1)).all()), f"{name}: a word that is there has no anchor")
+    elif arm.copies == "none":
+        _fail_unless(bool((count == 0).all()), f"{name} inserts something")
     else:
         wanted = content if arm.content_only else torch.full_like(count, LENGTH)
+        wanted = wanted.clamp(max=left)  # no more anchors than there are hosts that may stay
         _fail_unless(bool((count == wanted).all()), f"{name}: not every candidate is copied")
         _fail_unless(bool((patches == (host >= 0)).all()), f"{name}: a copy is not behind a patch")
 

@@ -168,7 +168,7 @@ def _attended(asker: Asker, batch: Batch, copies: bool) -> dict[str, float]:
 
     to_patch = mass(from_end, true_patch)
     column = true_patch.int().argmax(1)[None, :, None, None, None].expand(*attentions.shape[:-1], 1)
-    of_question = attentions.gather(-1, column)[..., 0]  # (layers, B, H, L)
+    of_question = attentions.gather(-1, column)[..., 0] * true_patch.any(1)[None, :, None, None]  # (layers, B, H, L)
     weights = question[None, :, None].float()
     return {
         "patch": to_patch.mean().item(),
@@ -217,9 +217,9 @@ def _pictures(condition: Condition, asker: Asker, seed: int, device: str, count:
     found = []
     for row in range(count):
         to_all = attentions[:, row, :, mask[row].sum() - 1].mean((0, 1))
-        order = source[row][(source[row] >= 1) & (source[row] <= batch.patches) & ~is_anchor[row]]
-        assert len(order) == batch.patches
-        to_patches = to_all[(source[row] >= 1) & (source[row] <= batch.patches) & ~is_anchor[row]]
+        there = (source[row] >= 1) & (source[row] <= batch.patches) & ~is_anchor[row]
+        to_patches = to_all.new_zeros(batch.patches)  # and none to those that were dropped
+        to_patches[source[row][there] - 1] = to_all[there]
         found.append(
             {
                 "png": _png(pixels[row]),

@@ -51,6 +51,7 @@ class PatchEncoderConfig(PretrainedConfig):
 
     def __init__(self, rows: int = 6, columns: int = 6, cell: int = 8, content: int = 52, **more: Any) -> None:
         self.rows, self.columns, self.cell, self.content = rows, columns, cell, content
+        self.image_size, self.patch_size = [rows * cell, columns * cell], cell  # as CLIP's config has them
         self.hidden_size = content + 4 * _FREQUENCIES
         super().__init__(**more)
 

@@ -56,8 +56,11 @@ class Scores:
         """
         ranked = self.ranked
         wanted = min(max(round(fraction * self.takers), 1), len(ranked))
-        after = ranked[wanted] if wanted < len(ranked) else ranked[-1] - 0.01
-        return round(min(float((ranked[wanted - 1] + after) / 2), HIGHEST_TAU), 4)
+        last = float(ranked[wanted - 1])
+        after = float(ranked[wanted]) if wanted < len(ranked) else last - 0.01
+        middle = min((last + after) / 2, HIGHEST_TAU)
+        rounded = (round(middle, digits) for digits in (4, 6, 8))
+        return next((tau for tau in rounded if after < tau <= last), middle)
 
     def inserted(self, tau: float, max_anchors: int | None = None) -> Tensor:
         """(samples,) int64, the anchors that each sample gets."""

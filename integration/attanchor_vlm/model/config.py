@@ -64,7 +64,7 @@ class AnchorOptions:
         "front (the whole question in front of the first image).",
         choices=PLACEMENTS,
     )
-    placement_seed: int = setting(0, "Of random: the same prompt gets the same places in every call.")
+    placement_seed: int = setting(0, "Of what is random: the same prompt gets the same places in every call.")
     route: str | None = setting(
         None,
         "The model gets `inputs_embeds`, or lengthened `input_ids` and the image features; by default the family's.",

@@ -33,6 +33,7 @@ class Images(NamedTuple):
         turn: (B, S) int32, or None, as in `attanchor_kernels.merge_sequence`.
         image: (T,) int64, the image of the call that each feature is of, -1 for newline rows.
         budget: (T,) int64, how many tokens of that image stay.
+        seed: `AttAnchorConfig.placement_seed`, for what is drawn.
         attention: Gives (T,) float32, how much the image encoder's class token attends to each feature; None where the
             encoder has none.
     """
@@ -43,6 +44,7 @@ class Images(NamedTuple):
     turn: Tensor | None
     image: Tensor
     budget: Tensor
+    seed: int
     attention: Callable[[], Tensor | None]
 
 
@@ -97,7 +99,10 @@ def survivors(
         return {}
     total, slots, device = len(rows), roles.shape[1], roles.device
     content = torch.ones(total, dtype=torch.bool, device=device) if silent is None else ~silent.to(device)
-    shapes = _shapes(adapter, model, arguments, encoded, content)
+    count = total if silent is None else int(content.sum())
+    shapes = adapter.token_shapes(model, arguments, count)
+    if sum(map(_tokens, shapes)) != count:
+        shapes = _lines(encoded, content)
     budgets = [_budgets(config.keep, grids) for grids in shapes]
 
     # By content feature, in order: its image, that image's budget, and its cell, counted over all images of the call.
@@ -111,12 +116,12 @@ def survivors(
     image, budget, cell = (torch.where(content, values[at], -1) for values in known) if len(image) else known
 
     # Features fill the placeholders in row-major order. How many there are of each is checked by the operator.
-    holds = (roles == Role.IMAGE) | (roles == Role.SILENT_IMAGE)
+    holds = roles.eq(Role.IMAGE) | roles.eq(Role.SILENT_IMAGE)
     slot = (~holds).flatten().byte().argsort(stable=True)
     slot = slot[torch.arange(total, device=device).clamp(max=max(len(slot) - 1, 0))]
     sample = slot // slots
     # An image that takes no part (the leak rule) is not dropped from and has no budget.
-    dropped_from = (roles.flatten()[slot] == Role.IMAGE) & content
+    dropped_from = roles.flatten()[slot].eq(Role.IMAGE) & content
     entry = image % (len(shapes) + 1)  # newline rows come behind all images
     of_image = torch.zeros(len(shapes) + 1, dtype=torch.long, device=device)
     owner = of_image.scatter(0, entry, sample)
@@ -129,7 +134,7 @@ def survivors(
     rule = _RULES[config.keep_by]
     if rule.score is not None:
         attention = functools.partial(adapter.class_token_attention, model, arguments, encoded)
-        score = rule.score(Images(rows, text_embeds, roles, turn, image, budget, attention))
+        score = rule.score(Images(rows, text_embeds, roles, turn, image, budget, config.placement_seed, attention))
         if score is not None:
             chosen["salience"] = _within_images(score.to(device), image, budget)
     if rule.cells:
@@ -138,14 +143,8 @@ def survivors(
     return chosen
 
 
-def _shapes(
-    adapter: FamilyAdapter, model: Any, arguments: Mapping[str, Any], encoded: Any, content: Tensor
-) -> list[list[Shape]]:
-    """The grids of every image of a call; where the family tells none that fit, each image is one line of tokens."""
-    count = int(content.sum())
-    shapes = adapter.token_shapes(model, arguments, count)
-    if sum(map(_tokens, shapes)) == count:
-        return shapes
+def _lines(encoded: Any, content: Tensor) -> list[list[Shape]]:
+    """Each image as one line of tokens: for families that tell no grids that fit."""
     lengths = [part.numel() // part.shape[-1] for part in encoded.pooler_output]
     return [[(1, int(part.sum()))] for part in content.split(lengths)]
 

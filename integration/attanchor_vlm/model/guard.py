@@ -59,9 +59,9 @@ def refuse_bypass(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     if needs_rewriting(adapter_for(module), settings, by_name(type(module).forward, args, kwargs)):
         raise RuntimeError(
             f"AttAnchor is attached with tau={settings.tau}, but {type(module).__name__} was called with images past "
-            "the attached forward, so no anchor would be inserted. Trainers that call the base model themselves (TRL, "
-            "Liger) need `inputs = attanchor_vlm.prepare_inputs(model, **inputs)` in compute_loss; for a plain call, "
-            "detach the model"
+            "the attached forward, so the prompt would stay as it is. Trainers that call the base model themselves "
+            "(TRL, Liger) need `inputs = attanchor_vlm.prepare_inputs(model, **inputs)` in compute_loss; for a plain "
+            "call, detach the model"
         )
 
 

@@ -90,7 +90,7 @@ def place(
     )
     if kept:
         if positions == "inherit" and position_ids is None:
-            options["position_ids"] = (roles != Role.PADDING).long().cumsum(1) - 1
+            options["position_ids"] = roles.ne(Role.PADDING).long().cumsum(1) - 1
         roles, image_embeds = _without_dropped(roles, image_embeds, found)
     placement = _PLACEMENTS[config.placement]
     hosts = placement.hosts(Matched(text_embeds, roles, turn, found.host, found.score), config.placement_seed)
@@ -105,30 +105,33 @@ def _without_dropped(roles: Tensor, image_embeds: Tensor, found: AnchoredSequenc
     own = (found.source >= 0) & ~found.is_anchor
     stays = torch.zeros(len(roles), roles.shape[1] + 1, dtype=torch.bool, device=roles.device)
     stays = stays.scatter_(1, torch.where(own, found.source + 1, 0), True)[:, 1:]
-    holds = (roles == Role.IMAGE) | (roles == Role.SILENT_IMAGE)
+    holds = roles.eq(Role.IMAGE) | roles.eq(Role.SILENT_IMAGE)
     return roles.masked_fill(holds & ~stays, Role.PADDING), image_embeds[stays[holds]]
 
 
 def _random(matched: Matched, seed: int) -> Tensor:
-    """(B, S) int64: for each inserted token an image slot that its turn allows, evenly over them, -1 elsewhere.
+    """(B, S) int64: for each inserted token an image slot that its turn allows, evenly over them, -1 elsewhere."""
+    roles, turn = matched.roles, matched.turn
+    allowed = roles.eq(Role.IMAGE)[:, None, :].expand(-1, roles.shape[1], -1)
+    if turn is not None:
+        allowed = allowed & (turn[:, None, :] >= turn[:, :, None])
+    counts = allowed.sum(-1)
+    rank = drawn(matched.text_embeds, roles, seed) % counts.clamp(min=1)
+    chosen = (allowed & (allowed.long().cumsum(-1) == rank[..., None] + 1)).int().argmax(-1)
+    return torch.where((matched.host >= 0) & (counts > 0), chosen, -1)
+
+
+def drawn(text_embeds: Tensor, roles: Tensor, seed: int) -> Tensor:
+    """(B, S) int64 from 0 below 2**31: a number drawn for every slot.
 
     Drawn by a hash of the words that take part, so that batch, padding, device and a resumed run change nothing, and
     that an answer, which is there in training alone, has no say.
     """
-    roles, turn = matched.roles, matched.turn
-    allowed = (roles == Role.IMAGE)[:, None, :].expand(-1, roles.shape[1], -1)
-    if turn is not None:
-        allowed = allowed & (turn[:, None, :] >= turn[:, :, None])
-    counts = allowed.sum(-1)
-    # From the first real slot on, whichever side the padding is on.
-    place = (roles != Role.PADDING).long().cumsum(1)
-    content = _bits(matched.text_embeds) * (place * _LARGE_ODD[0] + 1) * (roles == Role.ANCHOR_TEXT)
+    place = roles.ne(Role.PADDING).long().cumsum(1)  # from the first real slot on, whichever side the padding is on
+    content = _bits(text_embeds) * (place * _LARGE_ODD[0] + 1) * roles.eq(Role.ANCHOR_TEXT)
     prompt = content.sum(-1, keepdim=True)  # of integers, which wrap: the order of the sum does not matter
     salt = (seed * _LARGE_ODD[1] + 2**63) % 2**64 - 2**63
-    drawn = _mixed(_mixed(prompt + salt) + place * _LARGE_ODD[0])
-    rank = (drawn & 0x7FFFFFFF) % counts.clamp(min=1)
-    chosen = (allowed & (allowed.long().cumsum(-1) == rank[..., None] + 1)).int().argmax(-1)
-    return torch.where((matched.host >= 0) & (counts > 0), chosen, -1)
+    return _mixed(_mixed(prompt + salt) + place * _LARGE_ODD[0]) & 0x7FFFFFFF
 
 
 def _bits(text: Tensor) -> Tensor:
@@ -148,9 +151,9 @@ def _mixed(number: Tensor) -> Tensor:
 
 def _front(matched: Matched, seed: int) -> Tensor:
     """(B, S) int64: the first image token for every token that takes part."""
-    holds_image = matched.roles == Role.IMAGE
+    holds_image = matched.roles.eq(Role.IMAGE)
     first = torch.where(holds_image.any(-1), holds_image.int().argmax(-1), -1)
-    return torch.where(matched.roles == Role.ANCHOR_TEXT, first[:, None], -1)
+    return torch.where(matched.roles.eq(Role.ANCHOR_TEXT), first[:, None], -1)
 
 
 _PLACEMENTS = {"random": Placement(_random), "front": Placement(_front, ahead=True)}

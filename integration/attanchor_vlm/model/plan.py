@@ -18,7 +18,7 @@ class AnchorPlan(NamedTuple):
         position_ids: (B, L) or (P, B, L) int64.
         source: (B, L) int64, the slot of the caller's prompt that each token comes from, -1 = padding, or a pause token
             of think mode, which `attention_mask` tells from it. The caller's own tokens stand where
-            ``(source >= 0) & ~is_anchor``, in their order.
+            ``(source >= 0) & ~is_anchor``, in their order; with `keep`, those that were dropped are missing.
         is_anchor: (B, L) bool, True where the token is an inserted copy.
         host: (B, S) int64, the slot behind which each token was copied, -1 = not.
         score: (B, S) float32, each candidate's best cosine, -inf for tokens that are none.

@@ -175,14 +175,14 @@ def rewrite(
 
     device = text_embeds.device
     roles, turn = roles.to(device), _to(turn, device)
-    kept = survivors(settings, adapter, model, arguments, encoded, rows, silent, text_embeds, roles, turn)
+    placed: dict[str, Any] = {
+        "turn": turn,
+        "positions": "inherit" if inherit else "sequential",
+        "position_ids": _to(positions, device),
+        "padding_side": padding_side,
+    }
     try:
-        placed: dict[str, Any] = {
-            "turn": turn,
-            "positions": "inherit" if inherit else "sequential",
-            "position_ids": _to(positions, device),
-            "padding_side": padding_side,
-        }
+        kept = survivors(settings, adapter, model, arguments, encoded, rows, silent, text_embeds, roles, turn)
         if settings.placement != "matched" and not settings.inserts_nothing:
             built = place(settings, text_embeds, rows, roles, kept=kept, copy=route == "embeds", **placed)
         else:
@@ -284,7 +284,7 @@ def _roles(is_real: Tensor, is_image: Tensor, anchor_mask: Tensor, takes_part: T
     roles = torch.full(is_real.shape, Role.TEXT, dtype=torch.uint8, device=is_real.device)
     roles.masked_fill_(anchor_mask & takes_part, Role.ANCHOR_TEXT)
     roles.masked_fill_(is_image, Role.IMAGE).masked_fill_(~is_real, Role.PADDING)
-    holds_image = roles == Role.IMAGE
+    holds_image = roles.eq(Role.IMAGE)
     # masked_scatter reads past the end of a short source; the operator reports the wrong number of features.
     if silent is not None and len(silent) == int(holds_image.sum()):
         roles = roles.masked_scatter(holds_image, torch.where(silent, Role.SILENT_IMAGE, Role.IMAGE).to(roles))

@@ -283,15 +283,18 @@ def test_an_anchor_mask_without_an_image_or_with_embeds_is_refused(tau):
         model(inputs_embeds=model.get_input_embeddings()(ids), anchor_mask=mask)
 
 
-def test_refused_calls():
+@pytest.mark.parametrize("keep", [None, 0.5])
+def test_refused_calls(keep):
     model, batch = tiny_llava(), prompts([1, 1])
-    attach(model, AttAnchorConfig(tau=TAU))
+    attach(model, AttAnchorConfig(tau=TAU, keep=keep))
     ids = batch["input_ids"]
     embeds = model.get_input_embeddings()(ids)
     with pytest.raises(ValueError, match="pass input_ids"):
         model(inputs_embeds=embeds, pixel_values=batch["pixel_values"])
     with pytest.raises(ValueError, match="32 image placeholders and the images 16 features"):
         model(**{**batch, "pixel_values": batch["pixel_values"][:1]})
+    with pytest.raises(ValueError, match="32 image placeholders and the images 64 features"):
+        model(**{**batch, "pixel_values": batch["pixel_values"].repeat(2, 1, 1, 1)})
     with pytest.raises(ValueError, match=r"anchor_mask has shape \(2, 3\)"):
         model(**{**batch, "anchor_mask": torch.ones(2, 3, dtype=torch.bool)})
     with pytest.raises(TypeError, match=r"anchor_mask has dtype torch.int64"):

@@ -31,8 +31,10 @@ from tiny_families import IMAGE
 from torch.nn import functional as F
 
 HERE = Path(__file__).parent
-PAGE = HERE.parents[2] / "docs" / "families.md"
-ON_THE_PAGE = {"test_families"} | {f"test_family_{part}" for part in ("generate", "calls", "positions", "inputs")}
+PAGE = HERE.parents[3] / "docs" / "families.md"
+ON_THE_PAGE = {"test_families"} | {
+    f"test_family_{part}" for part in ("generate", "calls", "positions", "inputs", "keep")
+}
 
 
 # --- Nothing to insert. ---

@@ -90,11 +90,13 @@ def test_bfloat16(family, route):
     assert model.generate(**batch, **GREEDY).shape[1] == batch["input_ids"].shape[1] + NEW
 
 
-@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
-def test_torch_compile(name):
+@pytest.mark.parametrize(
+    ("name", "settings"), [("llava", {}), ("qwen2_5_vl", {}), ("llava", {"keep": 0.5, "placement": "random"})], ids=str
+)
+def test_torch_compile(name, settings):
     """The whole call, with the graph breaks that reading lengths needs; without a code generator, which is not ours."""
     family = BY_NAME[name]
-    model, batch = attached(family), family.with_labels(family.prompts([1, 2])[0])
+    model, batch = attached(family, **settings), family.with_labels(family.prompts([1, 2])[0])
     expected = model(**batch)
     compiled = torch.compile(model, backend="eager")(**batch)
     compiled.loss.backward()

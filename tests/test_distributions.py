@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 import tomllib
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 PACKAGES = ["attanchor_kernels", *sorted(path.parent.name for path in ROOT.glob("integration/*/__init__.py"))]
 LIES_IN = {name: ROOT / name if name == "attanchor_kernels" else ROOT / "integration" / name for name in PACKAGES}
+DATA = ("py.typed", "values.json")
 BUILD = "import sys; from setuptools import build_meta; print(getattr(build_meta, sys.argv[1])(sys.argv[2]))"
 
 
@@ -69,7 +70,7 @@ def test_the_wheel_holds_every_module_and_asset_and_nothing_else(wheel):
         f"{name}/{path.relative_to(folder).as_posix()}"
         for name, folder in LIES_IN.items()
         for path in folder.rglob("*")
-        if path.suffix == ".py" or path.name == "py.typed" or ("assets" in path.parts and path.is_file())
+        if path.suffix == ".py" or path.name in DATA or ("assets" in path.parts and path.is_file())
     }
     assert {f"{name}/py.typed" for name in PACKAGES} <= expected
     assert any(name.endswith("/model.safetensors") for name in expected)
