@@ -30,7 +30,7 @@ def world(tmp_path_factory):
     processor = small_llava.build_processor()
     small_llava.build_model(processor).save_pretrained(folder / "model")
     processor.save_pretrained(folder / "model")
-    scenes.write_dataset(folder / "data", "train", 12, seed=0)
+    scenes.write_dataset(folder / "data", "train", 12, seed=3)
     scenes.write_dataset(folder / "data", "val", 3, seed=1)
     return folder
 
