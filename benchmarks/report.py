@@ -1,6 +1,6 @@
-"""The README's tables and plots, made from the stored rows alone, so that they can be checked to be current.
+"""Tables and plots of the README and of docs/, made from the stored rows alone, so that they can be checked.
 
-A block of the README between `<!-- generated: NAME -->` and `<!-- /generated -->` belongs to this command.
+A block of a page between `<!-- generated: NAME -->` and `<!-- /generated -->` belongs to this command.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from benchmarks.rows import IMAGES, RESULTS, ROOT, Row, of_newest_gpu, ratio, re
 COMMAND = "python -m benchmarks report"
 LABORATORY = "docs/lab/report.md"
 NAMED = "## The comparisons named before the runs"
-README_PLANS = ("cpu", "again", "long")  # those with six seeds, and the one whose plain arm learns longest
+README_PLANS = ("cpu", "shorter", "long")  # the main one, image tokens left out, and the longest training
+PAGES = ("README.md", "docs/costs.md", "docs/demo.md")
 BLOCK = re.compile(r"(<!-- generated: (?P<name>[\w-]+) -->\n)(?P<body>.*?)(<!-- /generated -->)", re.DOTALL)
 
 
@@ -213,18 +214,51 @@ def laboratory_block(rows: list[Row], image: str) -> str:
 
     `attanchor report` writes that page from the laboratory's own rows.
     """
-    page = (ROOT / LABORATORY).read_text(encoding="utf-8")
-    section = page.partition(f"{NAMED}\n")[2].partition("\n## ")[0]
-    table = [line for line in section.splitlines() if line.startswith("|")]
-    if len(table) < 3:
-        raise ValueError(f"{LABORATORY} has no table under {NAMED!r}")
-    shown = [line for line in table[2:] if line[2:].split(",")[0].split(" |")[0] in README_PLANS]
+    head, *lines = _named_comparisons()
+    shown = [line for line in lines if line[0].split(",")[0] in README_PLANS]
     how = "Points of mean accuracy, paired by seed; interval, p and verdict are of one test, corrected for its plan."
     link = f"From the rows under `docs/lab`, by `attanchor report`; all plans: [the report]({LABORATORY})."
-    return "\n".join([*table[:2], *shown]) + f"\n\n{how} {link}\n"
+    return f"{table(head, shown)}\n{how} {link}\n"
+
+
+def _named_comparisons() -> list[list[str]]:
+    """The laboratory's table of the comparisons named before the runs, head first, each line in cells."""
+    page = (ROOT / LABORATORY).read_text(encoding="utf-8")
+    section = page.partition(f"{NAMED}\n")[2].partition("\n## ")[0]
+    lines = [line for line in section.splitlines() if line.startswith("|")]
+    if len(lines) < 3:
+        raise ValueError(f"{LABORATORY} has no table under {NAMED!r}")
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if not line.startswith("| ---")]
+
+
+def headline_block(rows: list[Row], image: str) -> str:
+    """What was measured, in two lines: a shorter prompt's cost, and what the laboratory's first comparison found."""
+    said = []
+    models = plots.by_model(plots.overhead_rows(rows))
+    shorter = {key: sides for key, sides in models.items() if {"plain", "keep 1/3"} <= sides.keys()}
+    if shorter:
+        ratios = sorted(sides["keep 1/3"]["prefill_ratio"] for sides in shorter.values())
+        caches = sorted(sides["keep 1/3"]["kv_bytes"] / sides["plain"]["kv_bytes"] for sides in shorter.values())
+        names = " and ".join(dict.fromkeys(name for name, *_ in shorter))
+        device = next(iter(shorter.values()))["keep 1/3"]["gpu"]
+        said.append(
+            f"- Anchors with **a third of the image tokens**: a prefill takes {ratios[0]:.2f} to {ratios[-1]:.2f} of "
+            f"the plain prompt's time, the KV cache {caches[0]:.2f} of its size ({names}, random weights, "
+            f"{'a CPU' if device == 'none' else device}; [what it costs](#what-it-costs))."
+        )
+    head, *lines = _named_comparisons()
+    first = dict(zip(head, lines[0], strict=True))
+    said.append(
+        f"- {first['question']} In small models trained from nothing on rendered scenes {first['difference, points']} "
+        f"points of accuracy ({first['compared']}; 95 % interval {first['95 % interval']}, {first['seeds']} seeds); "
+        "at random patches next to nothing, and after a long training no difference is shown "
+        "([does it help?](#does-it-help))."
+    )
+    return "\n".join(said) + "\n"
 
 
 BLOCKS: dict[str, Callable[[list[Row], str], str]] = {
+    "headline": headline_block,
     "roofline": roofline_block,
     "overhead": overhead_block,
     "sweep": sweep_block,
@@ -236,51 +270,56 @@ BLOCKS: dict[str, Callable[[list[Row], str], str]] = {
 }
 
 
-def render(readme: str, rows: list[Row], image: str) -> str:
-    """The README with its generated blocks made anew. `image` is the path from the README to the plots.
+def render(page: str, rows: list[Row], image: str) -> str:
+    """A page with its generated blocks made anew. `image` is the path from the page to the plots.
 
     Raises:
         ValueError: a block has a name that is none of BLOCKS, or has no end.
     """
-    for opened in re.findall(r"<!-- generated: ([\w-]+) -->", readme):
+    for opened in re.findall(r"<!-- generated: ([\w-]+) -->", page):
         if opened not in BLOCKS:
-            raise ValueError(f"the README has a generated block {opened!r}; known are {', '.join(BLOCKS)}")
-    if readme.count("<!-- generated: ") != len(BLOCK.findall(readme)):
-        raise ValueError("a generated block of the README has no <!-- /generated --> after it")
-    return BLOCK.sub(lambda found: found[1] + BLOCKS[found["name"]](rows, image) + found[4], readme)
+            raise ValueError(f"the page has a generated block {opened!r}; known are {', '.join(BLOCKS)}")
+    if page.count("<!-- generated: ") != len(BLOCK.findall(page)):
+        raise ValueError("a generated block has no <!-- /generated --> after it")
+    return BLOCK.sub(lambda found: found[1] + BLOCKS[found["name"]](rows, image) + found[4], page)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of rows (default: %(default)s)")
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help="default: %(default)s")
+    pages: list[Path] = [ROOT / page for page in PAGES]
+    parser.add_argument("--pages", type=Path, nargs="+", default=pages, help=f"default: {', '.join(PAGES)}")
     parser.add_argument("--images", type=Path, default=IMAGES, help="default: %(default)s")
     parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 if not current")
 
 
 def main(options: argparse.Namespace) -> int:
-    """Write README and plots; with --check only look. Returns 1 if the README is not current, 2 if it has no blocks."""
-    if not options.readme.is_file():
-        print(f"{options.readme} is no file; give the README by --readme", file=sys.stderr)
-        return 2
+    """Write pages and plots; with --check only look. Returns 1 if a page is not current, 2 if one has no blocks."""
     rows = read(options.results)
-    before = options.readme.read_text(encoding="utf-8")
-    image = os.path.relpath(options.images, options.readme.parent).replace(os.sep, "/")
-    try:
-        after = render(before, rows, image)
-    except ValueError as error:
-        print(f"{options.readme}: {error}", file=sys.stderr)
-        return 2
-    if not BLOCK.search(before):
-        print(f"{options.readme} has no block <!-- generated: NAME -->, NAME of {', '.join(BLOCKS)}", file=sys.stderr)
-        return 2
+    made: dict[Path, str] = {}
+    for page in options.pages:
+        if not page.is_file():
+            print(f"{page} is no file; give pages by --pages", file=sys.stderr)
+            return 2
+        text = page.read_text(encoding="utf-8")
+        image = os.path.relpath(options.images, page.parent).replace(os.sep, "/")
+        try:
+            made[page] = render(text, rows, image)
+        except ValueError as error:
+            print(f"{page}: {error}", file=sys.stderr)
+            return 2
+        if not BLOCK.search(text):
+            print(f"{page} has no block <!-- generated: NAME -->, NAME of {', '.join(BLOCKS)}", file=sys.stderr)
+            return 2
     wanted = plots.wanted(rows)
+    stale = [page for page, text in made.items() if page.read_text(encoding="utf-8") != text]
     if options.check:
-        if before == after and all(plots.is_current(plot, options.images / name) for name, plot in wanted.items()):
+        if not stale and all(plots.is_current(plot, options.images / name) for name, plot in wanted.items()):
             return 0
-        print(f"{options.readme} or its plots are not current; run `{COMMAND}`", file=sys.stderr)
+        named = ", ".join(map(str, stale)) or "a plot"
+        print(f"not current: {named}; run `{COMMAND}`", file=sys.stderr)
         return 1
     for name, plot in wanted.items():
         plots.save(plot, options.images / name)
-    if before != after:
-        write_text(Path(options.readme), after)
+    for page in stale:
+        write_text(page, made[page])
     return 0

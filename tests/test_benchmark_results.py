@@ -188,7 +188,7 @@ README = "".join(f"# {name}\n<!-- generated: {name} -->\nSTALE\n<!-- /generated 
 
 
 def report_arguments(folder, *more):
-    places = ["--results", str(folder), "--readme", str(folder / "README.md"), "--images", str(folder / "images")]
+    places = ["--results", str(folder), "--pages", str(folder / "README.md"), "--images", str(folder / "images")]
     return ["report", *places, *more]
 
 
@@ -285,7 +285,10 @@ def test_the_readme_shows_lines_of_the_laboratorys_table(tmp_path, monkeypatch):
     page.write_text(f"# Page\n\n{report.NAMED}\n\n{table}{lines}\n![One](one.png)\n\n## More\n\n| cpu | other |\n")
     readme = "<!-- generated: laboratory -->\nold\n<!-- /generated -->\n"
     written = report.render(readme, [], "images")
-    assert f"{table}| cpu, main | better |\n| long | not shown |\n\nPoints of" in written
+    assert (
+        "| plan, setting | verdict |\n| --- | --- |\n| cpu, main | better |\n| long | not shown |\n\nPoints of"
+        in written
+    )
     assert "other" not in written
     page.write_text("# Page\n")
     with pytest.raises(ValueError, match="no table under '## The comparisons named"):

@@ -272,7 +272,7 @@ def test_a_picture_that_cannot_be_is_refused_before_the_model_is_loaded(
 # --- The pages. ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("page", ["choose-tau", "generate-and-explain", "serve"])
+@pytest.mark.parametrize("page", ["choose-tau", "generate-and-explain", "serve", "shorter-prompts", "threads"])
 def test_the_python_of_a_page_runs_as_printed(page, sample, tmp_path, monkeypatch, capsys):
     """What it prints as commands is run by test_docs.py; the checkpoint that one of them exports is made here."""
     text = (Path(__file__).parents[3] / "docs" / f"{page}.md").read_text(encoding="utf-8")
