@@ -17,7 +17,7 @@ from attanchor_vlm.evaluation import run as evaluation
 from attanchor_vlm.evaluation.config import EvalConfig
 from attanchor_vlm.model import load as loading
 from attanchor_vlm.provenance import environment
-from attanchor_vlm.records import Row, append_row, read_rows
+from attanchor_vlm.records import Row, alone_in, append_row, read_rows
 from attanchor_vlm.training.config import TrainConfig
 
 from attanchor_lab import runner
@@ -33,7 +33,7 @@ from attanchor_lab.paper.study import (
     settings_of,
     train_settings,
 )
-from attanchor_lab.runner import Job, Rows, alone_in
+from attanchor_lab.runner import Job, Rows
 
 Say = Callable[[str], None]
 _NEEDED = ("experiment", "arm", "seed", "settings", "values", "figures")

@@ -6,7 +6,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -25,9 +25,10 @@ from attanchor_vlm.model import load as loading
 from attanchor_vlm.model.adapter_files import save_settings
 from attanchor_vlm.model.attach import attach, base_of, tau_of
 from attanchor_vlm.model.candidates import with_tokens_of
+from attanchor_vlm.model.config import AttAnchorConfig
 from attanchor_vlm.model.guard import expect_anchors
 from attanchor_vlm.model.pauses import with_pauses
-from attanchor_vlm.records import write_json
+from attanchor_vlm.records import alone_in, write_json
 from attanchor_vlm.training import checkpoints
 from attanchor_vlm.training.alignment import AlignedCollator, aligner_for
 from attanchor_vlm.training.checkpoints import complete_checkpoints
@@ -89,8 +90,8 @@ def run(config: TrainConfig, say: Callable[[str], None] = print, progress: bool 
     Raises:
         ValueError: a setting has no meaning.
         DataError: the data has bad rows (unless `skip_bad`) or none that can be trained on.
-        SetupError: the model cannot be loaded, the output folder is in use, `resume` does not fit it, or the GPU's
-            memory is too small.
+        SetupError: the model cannot be loaded, the output folder is another run's or is in use by one, `resume` does
+            not fit it, or the GPU's memory is too small.
         CheckpointError: a file cannot be written or read, or a process that loads data was killed.
     """
     with distributed.session():
@@ -104,13 +105,21 @@ def _say_nothing(line: str) -> None:
 
 
 def _run(config: TrainConfig, say: Callable[[str], None], progress: bool) -> TrainResult:
-    from transformers import set_seed
-
     anchors = config.anchors()
     if config.fraction is not None:
         anchors = dataclasses.replace(anchors, tau=HIGHEST_TAU)  # until it is measured
     _check_sharding(config)
     loading.source_of(config.model)  # that there is no such model is said before images are checked
+    with ExitStack() as held:
+        distributed.on_main(lambda: held.enter_context(alone_in(config.output)))
+        return _run_alone(config, anchors, say, progress)
+
+
+def _run_alone(
+    config: TrainConfig, anchors: AttAnchorConfig, say: Callable[[str], None], progress: bool
+) -> TrainResult:
+    from transformers import set_seed
+
     checkpoint = prepare_output(config)
     found = train_data.read(config, progress)
     dtype = loading.choose_dtype(config.dtype, say)

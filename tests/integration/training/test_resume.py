@@ -18,6 +18,7 @@ from attanchor_lab.scenes import dataset as scenes
 from attanchor_lab.small_llava import model as small_llava
 from attanchor_vlm import cli, distributed
 from attanchor_vlm.errors import CheckpointError, DataError, SetupError
+from attanchor_vlm.records import alone_in
 from attanchor_vlm.training import callbacks, checkpoints, run_folder, trainer
 from attanchor_vlm.training import run as train
 from attanchor_vlm.training.config import TrainConfig
@@ -107,6 +108,38 @@ def test_workers_that_start_anew_do_not_change_what_follows(world, tmp_path):
     run(world, tmp_path / "parts", max_steps=2, **options)
     parts = run(world, tmp_path / "parts", max_steps=5, resume=True, **options)
     assert [one[2] for one in losses(parts)] == pytest.approx([one[2] for one in losses(whole)], rel=1e-6)
+
+
+@pytest.mark.parametrize("resume", [True, False])
+def test_a_folder_in_use_is_refused_and_one_that_a_kill_left_is_taken_over(world, output, resume, capsys):
+    chosen = {"output": output if resume else output.parent / "new", "resume": resume}
+    with forked.held(chosen["output"]) as other:
+        before = contents(output.parent)
+        message = rf"^output \S+ is in use by process {other} on \S+, since 20[-\d]+ [:\d]+\S*; wait for it"
+        with pytest.raises(SetupError, match=message):
+            run(world, **chosen)
+        assert contents(output.parent) == before
+    assert capsys.readouterr().err == ""
+    assert run(world, **chosen).steps == 6
+    told = [line for line in capsys.readouterr().err.splitlines() if "in use" in line]
+    assert len(told) == 1
+    assert f"was in use by process {other} on " in told[0]
+    assert told[0].endswith("which is gone: it is taken over")
+    assert not list(chosen["output"].glob(".*"))
+
+
+def test_a_folder_is_free_behind_a_refusal_and_in_what_it_forks(world, tmp_path):
+    with pytest.raises(SetupError, match="holds no checkpoint to resume from"):
+        run(world, tmp_path / "run", resume=True)
+    assert not (tmp_path / "run").exists()
+    with alone_in(tmp_path):
+        process = os.fork()
+        if not process:
+            with contextlib.suppress(SetupError), alone_in(tmp_path):
+                os._exit(1)
+            os._exit(0)
+        assert os.waitpid(process, 0)[1] == 0
+        assert (tmp_path / ".run.lock").exists()
 
 
 def test_a_run_that_starts_anew_forgets_the_bad_rows_of_the_one_before(world, output):
