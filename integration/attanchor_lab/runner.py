@@ -1,4 +1,4 @@
-"""Run jobs and keep a row of each: in this process or in several, going on after a kill, one runner to a folder.
+"""Run jobs and keep a row of each: in this process or in several, going on after a kill.
 
 Laboratory and paper studies run through here. A job leaves one row in rows.jsonl; what has its row is not run again.
 """
@@ -6,13 +6,12 @@ Laboratory and paper studies run through here. A job leaves one row in rows.json
 from __future__ import annotations
 
 import concurrent.futures
-import contextlib
 import datetime
 import multiprocessing
 import os
 import threading
 import time
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -139,32 +138,6 @@ def _end_with_parent() -> threading.Thread | None:
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     return watcher
-
-
-@contextlib.contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """Hold a folder for this process while the block runs; a kill lets it go.
-
-    Raises:
-        SetupError: `folder` is a file, or another process holds it.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise SetupError(f"output {folder} is a file; it should be a folder, or not exist")
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        import fcntl
-    except ImportError:  # Windows has no lock on a folder
-        yield
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise SetupError(f"output {folder} is in use by another run; wait for it, or take another folder") from None
-        yield
-    finally:
-        os.close(handle)
 
 
 class Rows:

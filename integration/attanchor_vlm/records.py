@@ -1,15 +1,24 @@
-"""Files written whole or not at all, results as JSON lines, none lost or doubled by a kill, and tables of them."""
+"""Files written whole or not at all, results as JSON lines, none lost or doubled by a kill, and tables of them; and
+outputs that one process at a time writes to."""
 
 from __future__ import annotations
 
+import contextlib
+import datetime
 import json
 import os
+import platform
+import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from io import FileIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from attanchor_vlm.errors import SetupError
+
 Row = dict[str, Any]
+_locks: set[FileIO] = set()  # that this process holds
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -41,6 +50,78 @@ def check_parent(path: Path) -> None:
         raise ValueError(f"{path} cannot be written: {folder} is not a folder")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise ValueError(f"{path} cannot be written: you may not write into {folder}")
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path, name: str = "") -> Iterator[None]:
+    """Hold an output for this process while the block runs; however the process ends, the output is free again.
+
+    Args:
+        folder: The output; made if it is not there.
+        name: A file in `folder` that is the output, in place of the whole folder.
+
+    Raises:
+        SetupError: `folder` is a file or cannot be written into, or another process holds the output.
+    """
+    output, lock, is_new = folder / name, folder / f".{name or 'run'}.lock", not folder.exists()
+    if not is_new and not folder.is_dir():
+        raise SetupError(f"output {folder} is a file; it should be a folder, or not exist")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file, is_held = _open_lock(lock)
+        file.seek(0)
+        said = file.read().decode(errors="replace")
+    except OSError as error:
+        raise SetupError(f"output {output} cannot be written to: {error.strerror}") from error
+    if is_held:
+        file.close()
+        raise SetupError(f"output {output} is in use by {said or 'another run'}; wait for it, or take another one")
+    if said:
+        print(f"output {output} was in use by {said}, which is gone: it is taken over", file=sys.stderr)
+    _locks.add(file)
+    try:
+        now = datetime.datetime.now().astimezone().isoformat(" ", "seconds")
+        with contextlib.suppress(OSError):  # on a full disk, the lock holds without a name
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {platform.node()}, since {now}".encode())
+        yield
+    finally:
+        if file in _locks:  # a forked process has none
+            lock.unlink(missing_ok=True)  # first: as long as it is locked, nobody else has begun
+            _locks.discard(file)
+            file.close()
+            if is_new:
+                with contextlib.suppress(OSError):  # it holds something by now
+                    folder.rmdir()
+
+
+def _open_lock(path: Path) -> tuple[FileIO, bool]:
+    """The lock's file, locked unless another process holds it, and whether one does."""
+    while True:
+        file = FileIO(path, "a+")
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return file, True
+        except (ImportError, OSError):  # Windows, and file systems that have no locks
+            return file, False
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return file, False
+        file.close()  # whoever held it has deleted it in between
+
+
+def _close_locks() -> None:
+    """A lock is held until every process that was forked from its holder has ended, or has closed it."""
+    for file in _locks:
+        file.close()
+    _locks.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_close_locks)
 
 
 def write_json(path: Path, value: object) -> None:

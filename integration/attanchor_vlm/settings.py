@@ -5,10 +5,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 REQUIRED = dataclasses.MISSING
+
+
+def differences(before: Mapping[str, object], now: Mapping[str, object]) -> str:
+    """Say which settings of `now` were others `before`; empty for none. One that is missing was None."""
+    return "; ".join(
+        f"{name} was {before.get(name)!r} and is {value!r}" for name, value in now.items() if before.get(name) != value
+    )
 
 
 def setting(

@@ -17,7 +17,8 @@ from attanchor_vlm.evaluation import run as evaluation
 from attanchor_vlm.evaluation.config import EvalConfig
 from attanchor_vlm.model import load as loading
 from attanchor_vlm.provenance import environment
-from attanchor_vlm.records import Row, append_row, read_rows
+from attanchor_vlm.records import Row, alone_in, append_row, read_rows
+from attanchor_vlm.settings import differences
 from attanchor_vlm.training.config import TrainConfig
 
 from attanchor_lab import runner
@@ -33,7 +34,7 @@ from attanchor_lab.paper.study import (
     settings_of,
     train_settings,
 )
-from attanchor_lab.runner import Job, Rows, alone_in
+from attanchor_lab.runner import Job, Rows
 
 Say = Callable[[str], None]
 _NEEDED = ("experiment", "arm", "seed", "settings", "values", "figures")
@@ -103,9 +104,8 @@ def find(rows: Rows, arm: str, seed: int, settings: Mapping[str, Any]) -> Row | 
         if (row["arm"], row["seed"]) != (arm, seed):
             continue
         before = row["settings"]
-        different = [name for name in sorted({*wanted, *before}) if wanted.get(name) != before.get(name)]
-        if different:
-            changes = "; ".join(f"{name} was {before.get(name)!r} and is {wanted.get(name)!r}" for name in different)
+        changes = differences(before, {name: wanted.get(name) for name in sorted({*wanted, *before})})
+        if changes:
             raise SetupError(
                 f"{rows.path} holds {arm!r} with other settings: {changes}; go on with the same ones, or take another "
                 "--output"
@@ -164,7 +164,7 @@ def _parts_file(study: Study, arm: str, seed: int) -> Path:
 
 def _train(study: Study, rows: TrainRows, arm: Arm, seed: int, say: Say, progress: bool) -> tuple[Path, dict[str, Any]]:
     """The trained adapter of an arm, trained now, taken up again from a checkpoint, or found."""
-    from attanchor_vlm.training.run_folder import RUN_FILE
+    from attanchor_vlm.training.checkpoints import RUN_FILE
 
     settings = train_settings(study, rows, arm, seed)
     folder = settings.output

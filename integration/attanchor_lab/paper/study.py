@@ -19,8 +19,8 @@ from attanchor_vlm.evaluation import harness
 from attanchor_vlm.evaluation import run as evaluation
 from attanchor_vlm.evaluation.config import EvalConfig
 from attanchor_vlm.model.config import AttAnchorConfig
+from attanchor_vlm.training.checkpoints import changed_settings
 from attanchor_vlm.training.config import Method, TrainConfig
-from attanchor_vlm.training.run_folder import differences
 
 _RUNS = "runs"
 _FREE = ("workers", "eval_batch_size", "gradient_checkpointing", "skip_bad")  # of training, change no figure
@@ -246,7 +246,7 @@ def _check_rows(study: Study, arms: Sequence[Arm], progress: bool) -> None:
 def _check_earlier_run(settings: TrainConfig) -> None:
     """A run that was trained, or begun, with other settings is not this arm's."""
     try:
-        changes = differences(settings.output, settings, _FREE_OF_RUN)
+        changes = changed_settings(settings, _FREE_OF_RUN)
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return  # nothing there, or nothing that could be gone on from
     if changes:

@@ -18,10 +18,10 @@ from typing import Any
 
 from attanchor_vlm.errors import SetupError
 from attanchor_vlm.provenance import environment
-from attanchor_vlm.records import Row, write_atomically, write_json
+from attanchor_vlm.records import Row, alone_in, write_atomically, write_json
 
 from attanchor_lab import runner
-from attanchor_lab.runner import ROWS, Job, Rows, alone_in, now
+from attanchor_lab.runner import ROWS, Job, Rows, now
 from attanchor_lab.synthetic.plan import Condition, LabPlan
 
 PLAN, CHECKPOINTS = "plan.json", "checkpoints"

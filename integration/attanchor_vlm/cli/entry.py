@@ -61,7 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
         if code == 130:  # typer's own word for an interruption
             raise KeyboardInterrupt
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        _tell("interrupted")
         return 130
     except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's own flush at the end
@@ -69,17 +69,25 @@ def main(arguments: list[str] | None = None) -> int:
     except Exception as error:
         # Told apart by what they can do: newer typers carry a click of their own.
         if hasattr(error, "format_message") and hasattr(error, "exit_code"):
-            print(f"error: {_usage_message(error)}", file=sys.stderr)
+            _tell(f"error: {_usage_message(error)}")
             return error.exit_code
         if type(error).__name__ == "Abort":
-            print("interrupted", file=sys.stderr)
+            _tell("interrupted")
             return 130
         message = _message(error)
         if os.environ.get("ATTANCHOR_TRACEBACK") == "1" or message is None:
             raise
-        print(f"error: {message}", file=sys.stderr)
+        _tell(f"error: {message}")
         return 1
     return code if isinstance(code, int) else 0
+
+
+def _tell(line: str) -> None:
+    """Print a line to stderr, behind the progress bars that an error left open."""
+    tqdm = getattr(sys.modules.get("tqdm"), "tqdm", None)  # imported only where a command shows bars
+    for bar in list(getattr(tqdm, "_instances", ())):
+        bar.close()
+    print(line, file=sys.stderr)
 
 
 def _usage_message(error) -> str:

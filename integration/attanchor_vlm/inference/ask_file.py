@@ -18,7 +18,7 @@ from attanchor_vlm.data.reading import check_characters, lines_of, parse_list, r
 from attanchor_vlm.data.rows import PLACEHOLDER, Row, images_of, sorted_out, split_readable
 from attanchor_vlm.errors import BadRow, DataError
 from attanchor_vlm.inference.ask import Answer, answers, with_placeholders
-from attanchor_vlm.records import check_parent
+from attanchor_vlm.records import alone_in, check_parent
 
 
 @dataclass(frozen=True)
@@ -122,33 +122,35 @@ def answer_all(
             with its anchors, and go on behind it.
 
     Raises:
+        SetupError: another run writes to `output`.
         DataError: see `open_answers`; `output` cannot be written; a batch does not fit into the GPU's memory; or
             (unless `skip_bad`) a question cannot be answered.
     """
-    done = open_answers(output, [one.id for one in questions], settings, resume)
-    waiting = [one for one in questions if one.id not in done]
-    left_out: dict[int, str] = {}
-    with tqdm(total=len(questions), initial=len(done), desc="answers", unit="", disable=not progress) as bar:
-        for part in _batches(waiting, batch_size):
-            try:
-                given = _answers(model, processor, part, max_new_tokens)
-            except UnansweredError:
-                if not skip_bad:
-                    raise
-                part, given, reasons = _one_by_one(model, processor, part, max_new_tokens)
-                left_out |= reasons
-            rows = [
-                {
-                    "id": one.id,
-                    "answer": said.text,
-                    "inserted": said.inserted,
-                    "candidates": said.candidates,
-                    **settings,
-                }
-                for one, said in zip(part, given, strict=True)
-            ]
-            _append(output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-            bar.update(len(part))
+    with alone_in(output.parent, output.name):
+        done = open_answers(output, [one.id for one in questions], settings, resume)
+        waiting = [one for one in questions if one.id not in done]
+        left_out: dict[int, str] = {}
+        with tqdm(total=len(questions), initial=len(done), desc="answers", unit="", disable=not progress) as bar:
+            for part in _batches(waiting, batch_size):
+                try:
+                    given = _answers(model, processor, part, max_new_tokens)
+                except UnansweredError:
+                    if not skip_bad:
+                        raise
+                    part, given, reasons = _one_by_one(model, processor, part, max_new_tokens)
+                    left_out |= reasons
+                rows = [
+                    {
+                        "id": one.id,
+                        "answer": said.text,
+                        "inserted": said.inserted,
+                        "candidates": said.candidates,
+                        **settings,
+                    }
+                    for one, said in zip(part, given, strict=True)
+                ]
+                _append(output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+                bar.update(len(part))
     return Result(len(waiting) - len(left_out), len(done), left_out)
 
 
@@ -204,7 +206,7 @@ def open_answers(
         DataError: `output` is there and `resume` is not asked for, or it holds something else: no answers, answers to
             other questions, or with other settings.
     """
-    check_output(output, resume)
+    _check_output(output, resume)
     output.parent.mkdir(parents=True, exist_ok=True)
     if not output.exists():
         return set()
@@ -243,8 +245,16 @@ def check_output(output: Path, resume: bool) -> None:
 
     Raises:
         DataError: it is there.
+        SetupError: another run writes to it.
         ValueError: it is in no folder that can be written into.
     """
+    _check_output(output, resume)
+    if output.parent.is_dir():
+        with alone_in(output.parent, output.name):
+            pass
+
+
+def _check_output(output: Path, resume: bool) -> None:
     if output.is_dir():
         raise DataError(f"output {output} is a folder; give the name of a .jsonl file")
     if output.exists() and not resume:

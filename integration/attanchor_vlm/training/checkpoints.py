@@ -1,26 +1,145 @@
-"""Checkpoints that are whole or are none: what marks them, how they are told from torn ones, how errors are said."""
+"""What a run leaves on disk: a folder that is one run's alone, with checkpoints that are whole or none; and what of it
+an error says is left."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from attanchor_vlm.errors import CheckpointError
-from attanchor_vlm.records import write_json
+import torch
 
+from attanchor_vlm import distributed
+from attanchor_vlm.data.dataset import SKIPPED_FILE, STREAM_SKIPPED_FILE
+from attanchor_vlm.errors import CheckpointError, DataError, SetupError
+from attanchor_vlm.records import write_json
+from attanchor_vlm.settings import differences, settings_of
+from attanchor_vlm.training.config import TrainConfig
+
+RUN_FILE = "run.json"
+_RENAMED = {"keep_fraction": "hold_fraction"}  # as runs of earlier versions have it
 # Written last, when every process has written its part: a checkpoint without it was cut short.
 STATE_FILE = "attanchor_state.json"
 _PREFIX = "checkpoint-"
 
 
+# --- The folder. -----------------------------------------------------------------------------------------------------
+
+
+def prepare_output(config: TrainConfig) -> Path | None:
+    """Make the output folder, which is this run's alone, ready; with `resume`, the checkpoint to go on from.
+
+    Raises:
+        SetupError: the folder is in use or cannot be written to, or there is nothing in it to resume.
+    """
+    output = config.output
+    checkpoint = distributed.on_main(lambda: _prepare(config))
+    if not (output / RUN_FILE).is_file():
+        raise SetupError(f"output {output} is not on a file system that all machines of this run share; take one")
+    return checkpoint
+
+
+def _prepare(config: TrainConfig) -> Path | None:
+    output = config.output
+    whole = complete_checkpoints(output)
+    if not config.resume:
+        if whole or (output / "adapter_config.json").exists():
+            raise SetupError(f"output {output} holds a trained run; continue it with --resume, or take another folder")
+        _check_not_others(output)
+    elif not whole:
+        raise SetupError(f"output {output} holds no checkpoint to resume from; leave --resume out to start anew")
+    else:
+        _check_same_run(config)
+    try:
+        remove_torn(output)
+        if not config.resume:
+            for name in (SKIPPED_FILE, STREAM_SKIPPED_FILE):  # of a run that ended before its first checkpoint
+                (output / name).unlink(missing_ok=True)
+            write_json(output / RUN_FILE, {"settings": as_json(config)})
+    except OSError as error:
+        raise SetupError(f"output {output} cannot be written to: {error.strerror}") from error
+    return whole[-1] if config.resume else None
+
+
+def _check_not_others(output: Path) -> None:
+    """Refuse a folder in which something else lies that a run would delete or write over."""
+    if (output / "config.json").exists():
+        raise SetupError(f"output {output} holds a model; take another folder")
+    others = folders(output)
+    if others and not (output / RUN_FILE).exists():
+        raise SetupError(f"output {output} holds {others[0].name}, which is not of this command; take another folder")
+
+
+def as_json(config: TrainConfig) -> dict[str, object]:
+    """List all settings of a run, and the number of its processes. A tau that is yet to be measured is None."""
+    values: dict[str, object] = {field.name: getattr(config, field.name) for field in settings_of(config)}
+    for name, value in values.items():
+        values[name] = str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
+    measured = {"tau": None} if config.fraction is not None else {}
+    return {**values, **measured, "processes": distributed.world_size()}
+
+
+def changed_settings(config: TrainConfig, free: Container[str]) -> str:
+    """Compare the settings of the run in `config.output` with `config`, as `settings.differences` does.
+
+    Args:
+        free: Settings that may differ.
+
+    Raises:
+        OSError, ValueError, LookupError, TypeError: there is no such run.
+    """
+    before = json.loads((config.output / RUN_FILE).read_text(encoding="utf-8"))["settings"]
+    before = {_RENAMED.get(name, name): value for name, value in before.items()}
+    before["patience"] = before.get("patience") or 0  # where None was for never
+    for field in settings_of(config):
+        if before.get(field.name) is None and field.default is not dataclasses.MISSING:
+            before[field.name] = field.default  # earlier versions did not have the setting, or left it unsaid
+    if config.fraction is not None:
+        before["tau"] = None  # what was measured; it is the fraction that was asked for
+    return differences(before, {name: value for name, value in as_json(config).items() if name not in free})
+
+
+def _check_same_run(config: TrainConfig) -> None:
+    free = {field.name for field in settings_of(config) if field.metadata["resumable"]}
+    if not config.stream:
+        free.add("workers")  # of a stream, they decide on the order
+    try:
+        changes = changed_settings(config, free)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        path = config.output / RUN_FILE
+        raise SetupError(f"{path} cannot be read, so it is not known what to resume: {error}") from error
+    if changes:
+        raise SetupError(f"the run in {config.output} had other settings: {changes}; resume it with the same ones")
+
+
+def check_steps_left(checkpoint: Path, planned: int) -> None:
+    """Refuse to go on from a checkpoint of the last step: Trainer would make one more.
+
+    Raises:
+        SetupError: saying how to go on.
+        CheckpointError: Trainer's own state in it cannot be read.
+    """
+    with reading(checkpoint):
+        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    made = step_of(checkpoint)
+    if made >= planned:
+        raise SetupError(
+            f"{checkpoint.parent} holds a run that has made {made} steps, and {planned} are asked for; "
+            "raise --max-steps or --epochs to go on"
+        )
+
+
+# --- Checkpoints in it. ----------------------------------------------------------------------------------------------
+
+
 def complete_checkpoints(output: Path) -> list[Path]:
-    """The whole checkpoints of a run, by step."""
+    """List the whole checkpoints of a run, by step."""
     return sorted((path for path in folders(output) if read_state(path) is not None), key=step_of)
 
 
@@ -37,7 +156,7 @@ def step_of(checkpoint: Path) -> int:
 
 
 def folders(output: Path) -> list[Path]:
-    """What is named as a checkpoint is, whole or not, by whichever program."""
+    """List what is named as a checkpoint is, whole or not, by whichever program."""
     found = output.glob(f"{_PREFIX}*")
     return [path for path in found if path.name.removeprefix(_PREFIX).isdigit() and path.is_dir()]
 
@@ -48,7 +167,7 @@ def mark_complete(checkpoint: Path, state: dict[str, Any]) -> None:
 
 
 def read_state(checkpoint: Path) -> dict[str, Any] | None:
-    """What `mark_complete` wrote, or None."""
+    """Read what `mark_complete` wrote; None for a torn checkpoint."""
     try:
         state = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -67,7 +186,7 @@ def delete_old(output: Path, keep: int, best: str | None) -> None:
 
 @contextmanager
 def writing(checkpoint: Path) -> Iterator[None]:
-    """A block that writes a checkpoint: if it cannot, what it wrote is removed, and the error names the last good one.
+    """Remove what the block wrote of a checkpoint if it cannot write all; the error names the last good one.
 
     Raises:
         CheckpointError: the disk is full, say.
@@ -85,7 +204,7 @@ def writing(checkpoint: Path) -> Iterator[None]:
 
 @contextmanager
 def reading(checkpoint: Path) -> Iterator[None]:
-    """A block that reads a checkpoint.
+    """Say of a checkpoint that the block cannot read what to go on from instead.
 
     Raises:
         CheckpointError: a file of it is damaged or cannot be read.
@@ -150,3 +269,53 @@ def _reason(error: BaseException) -> str:
     if "unexpected pos" in text or "PytorchStreamWriter" in text:
         return "a file could not be written whole (is the disk full?)"
     return text.splitlines()[0].partition(". ")[0] if text else type(error).__name__
+
+
+# --- Failures. -------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def explain_failures(config: TrainConfig) -> Iterator[None]:
+    """Turn what ends a training from outside into an error of one line: what happened, what is left, what to do.
+
+    Raises:
+        DataError: a row or an image can no longer be used.
+        SetupError: the GPU's memory is too small.
+        CheckpointError: a file cannot be written, or a process that loads data was killed.
+    """
+    try:
+        yield
+    except DataError as error:  # raised anew, as from a loader's worker it comes out of torch
+        raise DataError(f"{error}{_left(config.output)}", error.bad) from error
+    except torch.OutOfMemoryError as error:
+        raise SetupError(_too_large(config)) from error
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise CheckpointError(
+            "training stopped: one of the --workers was killed, as for want of memory or of shared memory (/dev/shm); "
+            f"give fewer{_left(config.output)}"
+        ) from error
+    except OSError as error:
+        # A loader's worker's error has its traceback for a message.
+        reason = error.strerror or str(error).strip().rpartition("\n")[2]
+        reason += f" ({error.filename})" if error.filename else ""
+        raise CheckpointError(f"training stopped: {reason}{_left(config.output)}") from error
+
+
+def _left(output: Path) -> str:
+    whole = complete_checkpoints(output)
+    return f"; {whole[-1].name} is whole: mend that, and go on from it with --resume" if whole else ""
+
+
+def _too_large(config: TrainConfig) -> str:
+    whole = complete_checkpoints(config.output)
+    left = f"; {whole[-1].name} is whole" if whole else ""
+    spare = ""
+    if not config.gradient_checkpointing:
+        spare = "--gradient-checkpointing, or "
+        left += ", and --resume goes on from it with --gradient-checkpointing" if whole else ""
+    return (
+        f"the GPU's memory does not hold a batch of {config.batch_size} samples; give {spare}a smaller "
+        f"--batch-size and as much more --accumulation{left}"
+    )

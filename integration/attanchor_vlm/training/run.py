@@ -6,7 +6,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -18,23 +18,22 @@ from attanchor_vlm import distributed
 from attanchor_vlm.analysis.calibrate import HIGHEST_TAU, measure_scores
 from attanchor_vlm.data import dataset as train_data
 from attanchor_vlm.data.batches import Collator, MostCopies
-from attanchor_vlm.data.dataset import TrainData
+from attanchor_vlm.data.dataset import STREAM_SKIPPED_FILE, TrainData
 from attanchor_vlm.data.stream import SampleStream
 from attanchor_vlm.errors import DataError, SetupError
 from attanchor_vlm.model import load as loading
 from attanchor_vlm.model.adapter_files import save_settings
 from attanchor_vlm.model.attach import attach, base_of, tau_of
 from attanchor_vlm.model.candidates import with_tokens_of
+from attanchor_vlm.model.config import AttAnchorConfig
 from attanchor_vlm.model.guard import expect_anchors
 from attanchor_vlm.model.pauses import with_pauses
-from attanchor_vlm.records import write_json
+from attanchor_vlm.records import alone_in, write_json
 from attanchor_vlm.training import checkpoints
 from attanchor_vlm.training.alignment import AlignedCollator, aligner_for
-from attanchor_vlm.training.checkpoints import complete_checkpoints
+from attanchor_vlm.training.checkpoints import RUN_FILE, complete_checkpoints
 from attanchor_vlm.training.config import TrainConfig
 from attanchor_vlm.training.lora import add_lora, choose_optimizer, layer_classes
-from attanchor_vlm.training.mishaps import told_in_one_line
-from attanchor_vlm.training.run_folder import RUN_FILE, STREAM_SKIPPED_FILE, as_json, check_steps_left, prepare_output
 
 __all__ = ["TrainResult", "complete_checkpoints", "planned_steps", "run"]
 
@@ -89,8 +88,8 @@ def run(config: TrainConfig, say: Callable[[str], None] = print, progress: bool 
     Raises:
         ValueError: a setting has no meaning.
         DataError: the data has bad rows (unless `skip_bad`) or none that can be trained on.
-        SetupError: the model cannot be loaded, the output folder is in use, `resume` does not fit it, or the GPU's
-            memory is too small.
+        SetupError: the model cannot be loaded, the output folder is another run's or is in use by one, `resume` does
+            not fit it, or the GPU's memory is too small.
         CheckpointError: a file cannot be written or read, or a process that loads data was killed.
     """
     with distributed.session():
@@ -104,14 +103,22 @@ def _say_nothing(line: str) -> None:
 
 
 def _run(config: TrainConfig, say: Callable[[str], None], progress: bool) -> TrainResult:
-    from transformers import set_seed
-
     anchors = config.anchors()
     if config.fraction is not None:
         anchors = dataclasses.replace(anchors, tau=HIGHEST_TAU)  # until it is measured
     _check_sharding(config)
     loading.source_of(config.model)  # that there is no such model is said before images are checked
-    checkpoint = prepare_output(config)
+    with ExitStack() as held:
+        distributed.on_main(lambda: held.enter_context(alone_in(config.output)))
+        return _run_alone(config, anchors, say, progress)
+
+
+def _run_alone(
+    config: TrainConfig, anchors: AttAnchorConfig, say: Callable[[str], None], progress: bool
+) -> TrainResult:
+    from transformers import set_seed
+
+    checkpoint = checkpoints.prepare_output(config)
     found = train_data.read(config, progress)
     dtype = loading.choose_dtype(config.dtype, say)
     optimizer = choose_optimizer(config.optimizer, say, config.fsdp)
@@ -180,7 +187,7 @@ def _train(
     from attanchor_vlm.training.trainer import AnchorTrainer
 
     if checkpoint is not None:
-        check_steps_left(checkpoint, planned_steps(config, data.count))
+        checkpoints.check_steps_left(checkpoint, planned_steps(config, data.count))
     collate = Collator(processor, config.turns, config.content_words)
     aligner = aligner_for(config, model, processor, getattr(data.train, "samples", ()), progress)
     interrupt, plateau = calls.KeepOnInterrupt(), None
@@ -215,7 +222,7 @@ def _train(
     guard = nullcontext() if data.may_lack_images else expect_anchors(base_of(model))
     watch = nullcontext() if aligner is None else aligner.watching(model)
     try:
-        with told_in_one_line(config), guard, watch:
+        with checkpoints.explain_failures(config), guard, watch:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     finally:
         interrupt.restore()
@@ -365,7 +372,8 @@ def _finish(config: TrainConfig, result: TrainResult, trainer, say: Callable[[st
             "stopped_early": result.stopped_early,
             "skipped_rows": result.skipped,
         }
-        write_json(config.output / RUN_FILE, {"settings": {**as_json(config), "tau": result.tau}, "result": summary})
+        settings = {**checkpoints.as_json(config), "tau": result.tau}
+        write_json(config.output / RUN_FILE, {"settings": settings, "result": summary})
     if result.stopped_early:
         say(f"stopped at step {result.steps}: no better validation loss for {config.patience} steps")
     if config.stream and result.skipped:

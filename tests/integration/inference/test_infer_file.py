@@ -9,11 +9,12 @@ import signal
 import subprocess
 import sys
 
+import forked
 import pytest
 import torch
 from attanchor_lab.sample import write_sample
 from attanchor_vlm import cli
-from attanchor_vlm.errors import DataError
+from attanchor_vlm.errors import DataError, SetupError
 from attanchor_vlm.inference import ask as infer
 from attanchor_vlm.inference import ask_file as questions
 from attanchor_vlm.model import load as loading
@@ -244,6 +245,20 @@ def test_an_output_that_cannot_be_written_is_an_error_before_anything_starts(sam
     assert (code, line) == (1, f"error: {asked / 'answers.jsonl'} cannot be written: {asked} is not a folder")
     assert cli.main(["export-lm", "--model", str(sample / "model"), "--output", str(asked / "lm")]) == 1
     assert capsys.readouterr().err == f"error: {asked / 'lm'} cannot be written: {asked} is not a folder\n"
+
+
+def test_an_output_that_another_run_writes_to_is_refused(loaded, sample, asked, tmp_path, capsys, monkeypatch):
+    output, rows = tmp_path / "answers.jsonl", questions.read_questions(asked)[0]
+    with forked.held(tmp_path, output.name) as other:
+        with pytest.raises(SetupError, match=f"answers.jsonl is in use by process {other} on .*; wait for it, or take"):
+            questions.answer_all(*loaded, rows, output, {"tau": TAU}, resume=True)
+        monkeypatch.setattr(loading, "load_pretrained", None)
+        code, _, line = run(capsys, *command(sample, asked, output, "--resume"))
+        assert (code, "is in use by process" in line) == (1, True)
+        assert not output.exists()
+    rows = rows[:1]
+    assert questions.answer_all(*loaded, rows, output, {"tau": TAU}, max_new_tokens=1).answered == 1
+    assert "which is gone: it is taken over" in capsys.readouterr().err
 
 
 def test_a_full_disk_is_one_error_and_loses_nothing(loaded, asked, tmp_path):

@@ -7,10 +7,9 @@ import functools
 import json
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from attanchor_lab import runner
@@ -19,7 +18,7 @@ from attanchor_lab.synthetic import plan as settings
 from attanchor_lab.synthetic.arms import ARMS
 from attanchor_vlm import cli
 from attanchor_vlm.errors import SetupError
-from attanchor_vlm.records import append_row
+from attanchor_vlm.records import alone_in, append_row
 from lab_toy import TOY
 
 
@@ -338,18 +337,11 @@ def test_a_plan_file_that_lacks_something_says_what():
 
 def test_a_folder_has_one_laboratory_at_a_time(tmp_path):
     """Held by another process; a kill lets it go."""
-    code = "import sys, pathlib; from attanchor_lab.runner import alone_in\n"
-    code += "with alone_in(pathlib.Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
-    command = [sys.executable, "-c", code, str(tmp_path)]
-    path = {"PYTHONPATH": str(Path(runner.__file__).parents[1])}
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=path) as other:
-        assert other.stdout.readline() == b"held\n"
-        with pytest.raises(SetupError, match="in use by another run"):
-            laboratory.run(plan(), tmp_path, "cpu", silent, progress=False)
-        other.kill()
-        other.wait()
-    with runner.alone_in(tmp_path):
-        assert list(tmp_path.iterdir()) == []
+    with forked.held(tmp_path) as other, pytest.raises(SetupError, match=f"in use by process {other} on .*, since 20"):
+        laboratory.run(plan(), tmp_path, "cpu", silent, progress=False)
+    with alone_in(tmp_path):
+        pass
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_settings_share_their_weights_where_they_can():

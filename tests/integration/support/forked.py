@@ -8,10 +8,13 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import wait
+from pathlib import Path
 from typing import Any
 
 LIMIT = 300  # seconds, for what takes ten on a quiet core
@@ -78,6 +81,35 @@ def together(work: Callable[..., Any], *arguments: Any, world: int = 2) -> list[
             process.kill()
             process.join()
     return [process.exitcode for process in processes]
+
+
+_HOLD = """
+import os, sys, time
+from pathlib import Path
+from attanchor_vlm.records import alone_in
+with alone_in(Path(sys.argv[1]), sys.argv[2]):
+    worker = os.fork() or time.sleep(10)  # as a DataLoader's worker it outlives a kill for a while
+    if worker:
+        print("held", flush=True)
+        sys.stdin.read()
+    os._exit(0)
+"""
+
+
+@contextmanager
+def held(folder: Path, name: str = "") -> Iterator[int]:
+    """Another process holds an output while the block runs, and is killed at its end; gives its id."""
+    import attanchor_vlm
+
+    command = [sys.executable, "-c", _HOLD, str(folder), name]
+    path = {**os.environ, "PYTHONPATH": str(Path(attanchor_vlm.__file__).parents[1])}
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=path, text=True) as process:
+        assert process.stdout.readline()
+        try:
+            yield process.pid
+        finally:
+            process.kill()
+            process.wait()
 
 
 def _in_process(work: Callable[..., Any], arguments: tuple, rank: int, world: int, port: int) -> None:

@@ -17,8 +17,10 @@ import torch
 from attanchor_lab.scenes import dataset as scenes
 from attanchor_lab.small_llava import model as small_llava
 from attanchor_vlm import cli, distributed
+from attanchor_vlm.data.dataset import SKIPPED_FILE, STREAM_SKIPPED_FILE
 from attanchor_vlm.errors import CheckpointError, DataError, SetupError
-from attanchor_vlm.training import callbacks, checkpoints, run_folder, trainer
+from attanchor_vlm.records import alone_in
+from attanchor_vlm.training import callbacks, checkpoints, trainer
 from attanchor_vlm.training import run as train
 from attanchor_vlm.training.config import TrainConfig
 
@@ -109,16 +111,56 @@ def test_workers_that_start_anew_do_not_change_what_follows(world, tmp_path):
     assert [one[2] for one in losses(parts)] == pytest.approx([one[2] for one in losses(whole)], rel=1e-6)
 
 
+@pytest.mark.parametrize("resume", [True, False])
+def test_a_folder_in_use_is_refused_and_one_that_a_kill_left_is_taken_over(world, output, resume, capsys):
+    chosen = {"output": output if resume else output.parent / "new", "resume": resume}
+    with forked.held(chosen["output"]) as other:
+        before = contents(output.parent)
+        message = rf"^output \S+ is in use by process {other} on \S+, since 20[-\d]+ [:\d]+\S*; wait for it"
+        with pytest.raises(SetupError, match=message):
+            run(world, **chosen)
+        assert contents(output.parent) == before
+    assert capsys.readouterr().err == ""
+    assert run(world, **chosen).steps == 6
+    told = [line for line in capsys.readouterr().err.splitlines() if "in use" in line]
+    assert len(told) == 1
+    assert f"was in use by process {other} on " in told[0]
+    assert told[0].endswith("which is gone: it is taken over")
+    assert not list(chosen["output"].glob(".*"))
+
+
+def test_a_folder_that_cannot_be_one_is_refused(world, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(SetupError, match=r"notes.txt is a file; it should be a folder, or not exist"):
+        run(world, tmp_path / "notes.txt")
+    with pytest.raises(SetupError, match=r"^output \S+notes.txt/run cannot be written to: Not a directory"):
+        run(world, tmp_path / "notes.txt" / "run")
+
+
+def test_a_folder_is_free_behind_a_refusal_and_in_what_it_forks(world, tmp_path):
+    with pytest.raises(SetupError, match="holds no checkpoint to resume from"):
+        run(world, tmp_path / "run", resume=True)
+    assert not (tmp_path / "run").exists()
+    with alone_in(tmp_path):
+        process = os.fork()
+        if not process:
+            with contextlib.suppress(SetupError), alone_in(tmp_path):
+                os._exit(1)
+            os._exit(0)
+        assert os.waitpid(process, 0)[1] == 0
+        assert (tmp_path / ".run.lock").exists()
+
+
 def test_a_run_that_starts_anew_forgets_the_bad_rows_of_the_one_before(world, output):
     chosen = settings(world, output.parent / "anew")
     chosen.output.mkdir()
-    for name in (run_folder.SKIPPED_FILE, run_folder.STREAM_SKIPPED_FILE):
+    for name in (SKIPPED_FILE, STREAM_SKIPPED_FILE):
         (chosen.output / name).write_text('{"file": "a.jsonl", "row": 1}\n')
         (output / name).write_text("kept")
-    run_folder.prepare_output(chosen)
+    checkpoints.prepare_output(chosen)
     assert [path.name for path in chosen.output.iterdir()] == ["run.json"]
-    run_folder.prepare_output(settings(world, output, resume=True))
-    assert (output / run_folder.STREAM_SKIPPED_FILE).read_text() == "kept"
+    checkpoints.prepare_output(settings(world, output, resume=True))
+    assert (output / STREAM_SKIPPED_FILE).read_text() == "kept"
 
 
 class FullDisk:
@@ -273,10 +315,11 @@ def test_an_image_that_vanishes_is_one_line_and_leaves_the_checkpoint(world, tmp
         patch.setattr(callbacks, "SameOrderOnResume", Vanishing)
         code = cli.main(["train", *map(str, options), "--max-steps", "4", "--resume", "--workers", "1"])
     assert code == 1
-    error = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
-    assert len(error) == 1
-    assert "cannot be read: No such file or directory; checkpoint-2 is whole" in error[0]
-    assert "Traceback" not in error[0]
+    error = capsys.readouterr().err.split("\n")
+    assert "0/4" in "".join(error[:-2])  # the progress bar, which is not on the error's line
+    assert error[-2].startswith("error: ")
+    assert error[-1] == ""
+    assert "cannot be read: No such file or directory; checkpoint-2 is whole" in error[-2]
     assert [path.name for path in train.complete_checkpoints(tmp_path / "run")] == ["checkpoint-2"]
 
 
@@ -347,13 +390,13 @@ def test_another_number_of_processes_is_another_run(world, output, monkeypatch):
     chosen = settings(world, output, resume=True)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(SetupError, match="processes was 1 and is 2"):
-        run_folder.prepare_output(chosen)
+        checkpoints.prepare_output(chosen)
 
 
 def test_an_output_that_not_all_machines_see_is_refused(world, tmp_path, monkeypatch):
     monkeypatch.setattr(distributed, "on_main", lambda work: None)  # another machine has made it
     with pytest.raises(SetupError, match="not on a file system that all machines of this run share"):
-        run_folder.prepare_output(settings(world, tmp_path / "run"))
+        checkpoints.prepare_output(settings(world, tmp_path / "run"))
 
 
 def test_a_worker_s_error_keeps_its_one_line():
