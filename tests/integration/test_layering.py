@@ -13,8 +13,6 @@ HOUSE = Path(__file__).parents[2] / "integration"
 # From the ground up; rooms of one floor do not know each other. A module that lies in no room belongs to the ground.
 FLOORS = [["ground"], ["chat"], ["data", "model"], ["analysis", "inference"], ["training", "evaluation"], ["cli"]]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
-STILL = {  # what runs up today and has to go
-}
 MODULES = sorted(path for path in HOUSE.rglob("*.py") if path.parent.name != "examples")
 
 
@@ -38,8 +36,6 @@ def room_of(module: str) -> str:
 def test_no_import_runs_up(path):
     here = ".".join(path.relative_to(HOUSE).with_suffix("").parts)
     for module in imported(path):
-        if any(here == ours and module.startswith(theirs) for ours, theirs in STILL):
-            continue
         package = module.partition(".")[0]
         if here.startswith("attanchor_vlm."):
             assert package not in ("attanchor_lab", "benchmarks"), f"{here} imports {module}"
