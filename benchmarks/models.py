@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, NamedTuple
 
 import torch
@@ -161,6 +162,8 @@ class Decoder:
         self.head = model.lm_head
         self.embed = model.get_input_embeddings()
         self.config = model.config.get_text_config()
+        newer = "cache" in inspect.signature(self.language.forward).parameters  # from transformers 5.24 on
+        self.cache_name = "cache" if newer else "past_key_values"
 
     @torch.no_grad()
     def prefill(self, embeds: Tensor, positions: Tensor | None = None, cache: Any = None) -> Tensor:
@@ -169,9 +172,8 @@ class Decoder:
 
         if cache is None:
             cache = DynamicCache(config=self.config)
-        output = self.language(
-            inputs_embeds=embeds, position_ids=positions, past_key_values=cache, use_cache=True
-        ).last_hidden_state
+        past = {self.cache_name: cache}
+        output = self.language(inputs_embeds=embeds, position_ids=positions, use_cache=True, **past).last_hidden_state
         return self.head(output[:, -1:])
 
     @torch.no_grad()

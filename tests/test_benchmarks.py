@@ -320,9 +320,16 @@ def test_counted_weights_are_those_of_the_model(name):
     assert 2 * spec.language.cache_bytes(8, torch.float32) == held
 
 
-def test_a_decoding_step_leaves_the_cache_where_it_was():
+@pytest.mark.parametrize("renamed", [False, True])
+def test_a_decoding_step_leaves_the_cache_where_it_was(renamed):
     spec = models.SPECS["tinyllava-1b"].toy()
-    decoder = models.Decoder(models.build(spec, torch.device("cpu"), torch.float32, toy=True))
+    model = models.build(spec, torch.device("cpu"), torch.float32, toy=True)
+    if renamed:  # as from transformers 5.24 on
+        language = model.model.language_model
+        forward = language.forward
+        language.forward = lambda cache=None, **others: forward(past_key_values=cache, **others)
+    decoder = models.Decoder(model)
+    assert decoder.cache_name == "cache" or not renamed
     embeds = torch.randn(1, 6, spec.shape.hidden)
     cache = decoder.filled_cache(embeds, None, 4)
     token, position = torch.full((1, 1), 7), torch.full((1, 1), 6)

@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
+from attanchor_vlm.errors import missing
+
 if TYPE_CHECKING:  # the table below, for type checkers and editors
     from attanchor_vlm.analysis.calibrate import threshold_for_share  # noqa: F401
     from attanchor_vlm.chat.encode import encode_chat, split_turns  # noqa: F401
@@ -63,7 +65,13 @@ __all__ = sorted(_HOMES)
 def __getattr__(name: str) -> object:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), _THERE.get(name, name))
+    try:
+        home = importlib.import_module(f"{__name__}.{_HOMES[name]}")
+    except ImportError as error:
+        if (hint := missing(error)) is None:
+            raise
+        raise ImportError(hint, name=error.name) from error
+    value = getattr(home, _THERE.get(name, name))
     globals()[name] = value
     return value
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.metadata
+import importlib.util
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,3 +39,22 @@ class DataError(ValueError):
             message = message.rpartition("DataError: ")[2].rstrip()
         super().__init__(message)
         self.bad = tuple(bad)
+
+
+def missing(error: ImportError) -> str | None:
+    """What to install for an import that failed; None where the module is this project's, which is a bug.
+
+    transformers hides which package failed it, and a torchvision built for another PyTorch does: so that one is tried.
+    """
+    name = (error.name or "").partition(".")[0]
+    if name.startswith("attanchor"):
+        return None
+    if name in ("", "torchvision") and importlib.util.find_spec("torchvision") is not None:
+        try:
+            importlib.import_module("torchvision")
+        except Exception as reason:  # not ImportError alone: a missing operator is a RuntimeError
+            return (
+                f"torchvision cannot be imported ({' '.join(str(reason).split())}); install the release built for "
+                f"PyTorch {importlib.metadata.version('torch')}, or uninstall it"
+            )
+    return f'{error}; attanchor_vlm needs `pip install "attanchor-kernels[vlm]"`'

@@ -2,6 +2,8 @@
 
 from importlib.metadata import entry_points
 
+from attanchor_vlm.errors import missing
+
 try:
     # Each of these registers its commands, in the order in which `attanchor --help` lists them.
     from attanchor_vlm.cli import analysis, training, evaluation, looking, serving  # noqa: F401, I001
@@ -9,7 +11,9 @@ try:
 
     for entry in entry_points(group="attanchor.commands"):  # other packages' commands, such as the laboratory's
         entry.load()
-except ModuleNotFoundError as error:  # `pip install .` brings the operators alone
-    raise SystemExit(f'error: {error}; the command line needs `pip install ".[vlm]"`') from None
+except ImportError as error:  # without the extra "vlm" there are the operators alone
+    if (hint := missing(error)) is None:
+        raise
+    raise SystemExit(f"error: {hint}") from None
 
 __all__ = ["app", "main"]

@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 
 from attanchor_vlm.cli import examples
+from attanchor_vlm.errors import missing
 
 _EPILOG = """\b
 Everything can be tried offline: `attanchor sample --output sample` writes a
@@ -106,8 +107,8 @@ def _message(error: BaseException) -> str | None:
         return f"{named}{error.strerror or error}"
     if type(error).__name__ == "SafetensorError":  # its way to say the same of weights
         return f"weights cannot be read or written: {error}"
-    if isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith("attanchor"):
-        return f'{error}; `pip install ".[vlm]"` brings what the commands need'
+    if isinstance(error, ModuleNotFoundError):
+        return missing(error)
     if type(error).__name__ == "OutOfMemoryError":  # torch's
         reason = ". ".join(str(error).split(". ")[:2]).rstrip(".")
         return f"the GPU's memory is too small: {reason}; take a smaller batch, or a smaller model"

@@ -8,7 +8,9 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib import metadata
 
+import attanchor_vlm
 import pytest
 import torch
 import typer
@@ -16,7 +18,7 @@ from attanchor_lab.scenes import dataset as scenes
 from attanchor_lab.small_llava import model as small_llava
 from attanchor_vlm import cli, load_settings
 from attanchor_vlm.cli.options import Options, takes
-from attanchor_vlm.errors import SetupError
+from attanchor_vlm.errors import SetupError, missing
 from attanchor_vlm.model import load as loading
 from attanchor_vlm.settings import setting
 from attanchor_vlm.training.config import PRESETS, TrainConfig
@@ -56,7 +58,7 @@ def fails(capsys, arguments):
         (["trian"], "No such command 'trian'"),
         (["train"], "Missing option '--model' (see attanchor train --help)"),
         (["train", "--tau", "high"], "'--tau'"),
-        (["train", "--nope"], "No such option: --nope"),
+        (["train", "--nope"], "--nope"),
         (["generate", "--model", "m", "--image", "i"], "give one of the two: a question as --prompt"),
         (["demo", "--output", "o", "--steps", "1"], "'--steps'"),
     ],
@@ -189,7 +191,7 @@ def test_a_bug_keeps_its_traceback(world, tmp_path, monkeypatch):
         ),
         (
             ModuleNotFoundError("No module named 'peft'", name="peft"),
-            "No module named 'peft'; `pip install \".[vlm]\"`",
+            "No module named 'peft'; attanchor_vlm needs `pip install \"attanchor-kernels[vlm]\"`",
         ),
     ],
 )
@@ -289,7 +291,7 @@ def test_a_preset_is_that_of_the_models_family_unless_one_is_named(world, tmp_pa
 def test_the_former_name_of_an_option_is_refused_with_its_new_one(capsys):
     code, line = fails(capsys, ["train", "--keep-fraction", "epoch"])
     assert code == 2
-    assert "No such option: --keep-fraction" in line
+    assert "--keep-fraction" in line
     assert "--hold-fraction" in line
 
 
@@ -313,8 +315,30 @@ def test_a_command_line_without_its_packages_says_which():
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert done.stderr.startswith("error: ")
-    assert done.stderr.endswith('; the command line needs `pip install ".[vlm]"`\n')
+    assert done.stderr.endswith('; attanchor_vlm needs `pip install "attanchor-kernels[vlm]"`\n')
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_public_name_without_its_packages_says_which(monkeypatch):
+    monkeypatch.delitem(vars(attanchor_vlm), "attach", raising=False)
+    monkeypatch.delitem(sys.modules, "attanchor_vlm.model.attach")
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ImportError, match=r'transformers.*; .* `pip install "attanchor-kernels\[vlm\]"`'):
+        _ = attanchor_vlm.attach
+
+
+@pytest.mark.parametrize(("failed", "blamed"), [(None, True), ("torchvision.ops", True), ("peft", False)])
+def test_a_torchvision_of_another_pytorch_is_named(tmp_path, monkeypatch, failed, blamed):
+    (tmp_path / "torchvision.py").write_text("raise RuntimeError('operator torchvision::nms\\ndoes not exist')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "torchvision", raising=False)
+    said = missing(ModuleNotFoundError("Could not import module 'PreTrainedModel'", name=failed))
+    assert said.startswith("torchvision cannot be imported (operator torchvision::nms does not exist); ") == blamed
+    assert said.endswith(f"PyTorch {metadata.version('torch')}, or uninstall it") == blamed
+
+
+def test_a_module_of_ours_that_is_missing_is_a_bug():
+    assert missing(ModuleNotFoundError("No module named 'attanchor_vlm.gone'", name="attanchor_vlm.gone")) is None
 
 
 def test_help_answers_without_loading_torch():
