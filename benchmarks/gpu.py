@@ -28,7 +28,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from attanchor_vlm.records import write_atomically
-
 from benchmarks import targets
 from benchmarks.options import UNAVAILABLE
 from benchmarks.rows import ROOT, of_newest_gpu, read, write_text

@@ -17,10 +17,10 @@ from fractions import Fraction
 from functools import partial
 from typing import Any, NamedTuple
 
-import attanchor_vlm
 import torch
 from torch import Tensor
 
+import attanchor_vlm
 from attanchor_kernels import merge_sequence
 from attanchor_kernels.testing.inputs import TAU, Shape
 from benchmarks import models, options, timing

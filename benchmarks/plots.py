@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from attanchor_vlm.records import write_atomically
-
 from benchmarks.rows import Row, of_newest_gpu
 
 if TYPE_CHECKING:

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
+
 from attanchor_vlm import provenance
 from attanchor_vlm.records import Row, read_rows, write_atomically
 
@@ -32,7 +33,7 @@ def environment(device: str = "cpu") -> Row:
     """Commit, device, driver and versions: part of every row."""
     row: Row = {
         "commit": provenance.commit("benchmarks/results") or "unknown",
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
         **{"gpu": "none", "driver": "none", "cuda": torch.version.cuda or torch.version.hip or "none"},
         "torch": torch.__version__,
         **{package: provenance.version_of(package) or "not installed" for package in ("triton", "transformers")},

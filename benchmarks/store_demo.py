@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 
 from attanchor_vlm.records import write_atomically
-
 from benchmarks.rows import IMAGES, RESULTS, Row, Run
 
 PICTURES = ("loss.png", "scenes.png", "photographs.png")

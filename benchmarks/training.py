@@ -10,10 +10,10 @@ import math
 from functools import partial
 from typing import Any
 
-import attanchor_vlm
 import torch
-from attanchor_vlm.training.lora import LORA_TARGETS
 
+import attanchor_vlm
+from attanchor_vlm.training.lora import LORA_TARGETS
 from benchmarks import models, options, timing
 from benchmarks.cases import Case
 from benchmarks.models import Spec

@@ -3,10 +3,10 @@
 import weakref
 from functools import partial
 
-import attanchor_vlm
 import pytest
 import torch
 
+import attanchor_vlm
 from attanchor_kernels.backends import triton as triton_backend
 from benchmarks import baselines, cases, floor, gpu, models, overhead, roofline, rows, sanitize, timing, tune
 from benchmarks.__main__ import COMMANDS, main

@@ -6,13 +6,13 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import tomllib
 import venv
 import zipfile
 from email import message_from_bytes
 from pathlib import Path
 
 import pytest
-import tomllib
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ["attanchor_kernels", *sorted(path.parent.name for path in ROOT.glob("integration/*/__init__.py"))]

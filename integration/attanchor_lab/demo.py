@@ -15,6 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
+
+from attanchor_lab.scenes import dataset as scenes
+from attanchor_lab.small_llava import model as small_llava
 from attanchor_vlm.analysis.calibrate import threshold_for_share
 from attanchor_vlm.data.batches import question, to_model
 from attanchor_vlm.data.rows import Row, load_image, read_rows, samples
@@ -29,10 +33,6 @@ from attanchor_vlm.model.load import load_pretrained
 from attanchor_vlm.records import markdown_table, write_json
 from attanchor_vlm.training import run as train
 from attanchor_vlm.training.config import TrainConfig
-from PIL import Image
-
-from attanchor_lab.scenes import dataset as scenes
-from attanchor_lab.small_llava import model as small_llava
 
 PLAIN, TEXT_INTO_IMAGE, IMAGE_INTO_TEXT = "plain concatenation", "text into image", "image into text"
 _MOST_TOKENS = 12  # of an answer

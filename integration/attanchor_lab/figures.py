@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from attanchor_vlm.figures import PALETTE, plt, save
 from PIL import Image
 
 from attanchor_lab.table import BETTER, WORSE, Metric
+from attanchor_vlm.figures import PALETTE, plt, save
 
 _COLOURS = ("#555555", *PALETTE)  # the baseline is grey
 _VERDICTS = {BETTER: "#2ca02c", WORSE: "#d62728"}

@@ -7,12 +7,12 @@ cosines ("relevance") and the class token's attention ("salience").
 from __future__ import annotations
 
 import torch
-from attanchor_vlm.model.dropping import Images, Rule, register_rule
-from attanchor_vlm.model.placements import drawn
 from torch import Tensor
 from torch.nn import functional as F
 
 from attanchor_kernels import Role, plan_sequence
+from attanchor_vlm.model.dropping import Images, Rule, register_rule
+from attanchor_vlm.model.placements import drawn
 
 
 def random(images: Images) -> Tensor:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+
 from attanchor_vlm.errors import SetupError
 from attanchor_vlm.records import markdown_table
 

@@ -28,7 +28,7 @@ def environment(device: str | None = None, *left_out: str) -> dict[str, str | in
     return {
         "version": version_of("attanchor-kernels") or "not installed",
         "commit": commit(*left_out) or "unknown",
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "torch": torch.__version__,
         **{name: version_of(name) or "not installed" for name in ("triton", "transformers", "peft")},
         "python": platform.python_version(),

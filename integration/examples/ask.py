@@ -7,9 +7,10 @@ attanchor_vlm.load and answer, do this and more: adapters, several images, files
 import sys
 
 import torch
-from attanchor_vlm import AttAnchorConfig, attach, encode_chat
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from attanchor_vlm import AttAnchorConfig, attach, encode_chat
 
 name, image, question, *tau = sys.argv[1:]
 processor = AutoProcessor.from_pretrained(name)

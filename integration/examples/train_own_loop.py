@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import torch
+
 from attanchor_vlm import (
     AttAnchorConfig,
     Collator,

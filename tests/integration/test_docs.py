@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+
 from attanchor_vlm import cli
 
 ROOT = Path(__file__).parents[2]

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from attanchor_lab.scenes import dataset as scenes
 from attanchor_lab.small_llava import model as small_llava
 from attanchor_vlm import load_settings

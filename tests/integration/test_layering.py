@@ -6,8 +6,9 @@ import ast
 from collections.abc import Iterator
 from pathlib import Path
 
-import attanchor_vlm
 import pytest
+
+import attanchor_vlm
 
 HOUSE = Path(__file__).parents[2] / "integration"
 # From the ground up; rooms of one floor do not know each other. A module that lies in no room belongs to the ground.

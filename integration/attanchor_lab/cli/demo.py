@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+
 from attanchor_vlm.cli.entry import app
 from attanchor_vlm.cli.options import quiet
 

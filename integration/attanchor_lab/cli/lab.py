@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
 from attanchor_vlm.cli.entry import app
 from attanchor_vlm.cli.options import quiet
 
 
-class Size(str, Enum):
+class Size(StrEnum):
     smoke = "smoke"
     cpu = "cpu"
     gpu = "gpu"

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
 from attanchor_vlm.cli.entry import app
 from attanchor_vlm.cli.options import MODEL, Options, quiet, takes
 from attanchor_vlm.errors import SetupError

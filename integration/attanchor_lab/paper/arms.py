@@ -12,14 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from attanchor_vlm.errors import SetupError
-from attanchor_vlm.evaluation import run as evaluation
-from attanchor_vlm.evaluation.config import EvalConfig
-from attanchor_vlm.model import load as loading
-from attanchor_vlm.provenance import environment
-from attanchor_vlm.records import Row, alone_in, append_row, read_rows
-from attanchor_vlm.settings import differences
-from attanchor_vlm.training.config import TrainConfig
 
 from attanchor_lab import runner
 from attanchor_lab.paper.study import (
@@ -35,6 +27,14 @@ from attanchor_lab.paper.study import (
     train_settings,
 )
 from attanchor_lab.runner import Job, Rows
+from attanchor_vlm.errors import SetupError
+from attanchor_vlm.evaluation import run as evaluation
+from attanchor_vlm.evaluation.config import EvalConfig
+from attanchor_vlm.model import load as loading
+from attanchor_vlm.provenance import environment
+from attanchor_vlm.records import Row, alone_in, append_row, read_rows
+from attanchor_vlm.settings import differences
+from attanchor_vlm.training.config import TrainConfig
 
 Say = Callable[[str], None]
 _NEEDED = ("experiment", "arm", "seed", "settings", "values", "figures")

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from attanchor_vlm.data.rows import PLACEHOLDER, load_image, read_rows
-from attanchor_vlm.errors import DataError, SetupError
-from attanchor_vlm.records import write_json
 from PIL import Image, ImageFilter
 from tqdm import tqdm
 
 from attanchor_lab.paper.study import digest
+from attanchor_vlm.data.rows import PLACEHOLDER, load_image, read_rows
+from attanchor_vlm.errors import DataError, SetupError
+from attanchor_vlm.records import write_json
 
 KINDS: dict[str, tuple[tuple[float, ...], str]] = {
     # default levels, and what a level is

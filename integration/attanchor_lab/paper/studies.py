@@ -8,10 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from attanchor_vlm.errors import SetupError
-from attanchor_vlm.records import Row, write_atomically
-from attanchor_vlm.training.config import Method
-
 from attanchor_lab import figures, table
 from attanchor_lab.paper import degrade as variants
 from attanchor_lab.paper.arms import Say, run_arms
@@ -28,6 +24,9 @@ from attanchor_lab.paper.values import (
     paper_values,
 )
 from attanchor_lab.runner import ROWS
+from attanchor_vlm.errors import SetupError
+from attanchor_vlm.records import Row, write_atomically
+from attanchor_vlm.training.config import Method
 
 PAPER_TAUS = (1.0, 0.16, 0.14, 0.12, 0.10, 0.08)
 TABLE, PLOT, RADAR = "table.md", "plot.png", "radar.png"

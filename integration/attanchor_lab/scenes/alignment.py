@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import torch
-from attanchor_vlm.training.alignment.loss import patch_alignment
 from torch import Tensor
 from torch.nn import functional as F
 
 from attanchor_lab.scenes.questions import holders
 from attanchor_lab.scenes.world import Scenes
+from attanchor_vlm.training.alignment.loss import patch_alignment
 
 
 def alignment_loss(projected: Tensor, words: Tensor, scenes: Scenes, temperature: float) -> Tensor:

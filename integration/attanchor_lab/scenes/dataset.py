@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from attanchor_vlm.records import write_json
 from PIL import Image
 
 from attanchor_lab.scenes import questions, world
@@ -22,6 +21,7 @@ from attanchor_lab.scenes.world import COLOURS as COLOURS
 from attanchor_lab.scenes.world import EMPTY as EMPTY
 from attanchor_lab.scenes.world import KINDS, Scenes, World
 from attanchor_lab.scenes.world import SHAPES as SHAPES
+from attanchor_vlm.records import write_json
 
 GRID = 8  # cells per side
 CELL = 16  # pixels per cell

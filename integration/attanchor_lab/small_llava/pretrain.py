@@ -17,8 +17,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from attanchor_vlm.constants import IGNORE_INDEX
-from attanchor_vlm.records import check_parent
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
@@ -29,6 +27,8 @@ from attanchor_lab.scenes.questions import quadrant
 from attanchor_lab.scenes.world import Scenes
 from attanchor_lab.small_llava import model as small_llava
 from attanchor_lab.synthetic.model import schedule
+from attanchor_vlm.constants import IGNORE_INDEX
+from attanchor_vlm.records import check_parent
 
 _PHRASES = (  # together they hold every word of the prompts that names neither a colour nor a shape
     ("Is there a red an orange ring in the picture?", "yes"),

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from attanchor_vlm.model.attach import attach
-from attanchor_vlm.model.config import AttAnchorConfig
 from torch import Tensor
 
 import attanchor_lab.selection  # noqa: F401  makes its rules known as values of keep_by
@@ -17,6 +15,8 @@ from attanchor_lab import placements
 from attanchor_lab.scenes.questions import LENGTH, Questions, holders, is_content
 from attanchor_lab.scenes.world import Scenes
 from attanchor_lab.synthetic.model import prompts
+from attanchor_vlm.model.attach import attach
+from attanchor_vlm.model.config import AttAnchorConfig
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from attanchor_vlm.model.attach import detach
-from attanchor_vlm.records import Row
 
 from attanchor_lab.scenes import questions
 from attanchor_lab.scenes import world as scenes
@@ -15,6 +13,8 @@ from attanchor_lab.scenes.questions import LENGTH
 from attanchor_lab.synthetic import arms, training
 from attanchor_lab.synthetic.arms import ARMS, Asker, Batch
 from attanchor_lab.synthetic.plan import Condition, LabPlan
+from attanchor_vlm.model.attach import detach
+from attanchor_vlm.records import Row
 
 
 class CheckError(ValueError):

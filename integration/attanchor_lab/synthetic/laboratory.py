@@ -16,13 +16,12 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from attanchor_vlm.errors import SetupError
-from attanchor_vlm.provenance import environment
-from attanchor_vlm.records import Row, alone_in, write_atomically, write_json
-
 from attanchor_lab import runner
 from attanchor_lab.runner import ROWS, Job, Rows, now
 from attanchor_lab.synthetic.plan import Condition, LabPlan
+from attanchor_vlm.errors import SetupError
+from attanchor_vlm.provenance import environment
+from attanchor_vlm.records import Row, alone_in, write_atomically, write_json
 
 PLAN, CHECKPOINTS = "plan.json", "checkpoints"
 Key = tuple[str, str, str, int]  # kind of the row, setting (of a start: its key), arm, seed

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from attanchor_vlm.records import check_parent, markdown_table, write_atomically
 
 from attanchor_lab.runner import Row
 from attanchor_lab.synthetic.arms import ARMS
 from attanchor_lab.synthetic.laboratory import latest, read
 from attanchor_lab.table import compare, interval, number, probability
+from attanchor_vlm.records import check_parent, markdown_table, write_atomically
 
 NAMED = "## The comparisons named before the runs"  # the README shows lines of this section
 _COMPARED = ("plan", "setting", "arm", "against")

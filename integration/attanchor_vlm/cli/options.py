@@ -11,7 +11,7 @@ import types
 import typing
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from enum import Enum
+from enum import Enum, StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,7 +33,7 @@ FUNCTION_WORDS = Annotated[
 SKIP_BAD = Annotated[bool, typer.Option("--skip-bad", help="Leave bad rows out and list them, instead of stopping.")]
 
 
-class Dtype(str, Enum):
+class Dtype(StrEnum):
     float16 = "float16"
     bfloat16 = "bfloat16"
     float32 = "float32"

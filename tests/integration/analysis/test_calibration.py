@@ -7,6 +7,8 @@ import json
 
 import pytest
 import torch
+from PIL import Image
+
 from attanchor_lab.scenes import dataset as scenes
 from attanchor_lab.small_llava import model as small_llava
 from attanchor_vlm import AttAnchorConfig, attach, cli, load_settings, save_settings
@@ -20,7 +22,6 @@ from attanchor_vlm.training import checkpoints
 from attanchor_vlm.training import run as train
 from attanchor_vlm.training.config import TrainConfig
 from attanchor_vlm.training.tau import RunningQuantile
-from PIL import Image
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from tiny import VICUNA, byte_level_tokenizer, llava_processor, metaspace_tokenizer, picture
+
 from attanchor_lab.scenes import dataset as scenes
 from attanchor_lab.small_llava import model as small_llava
 from attanchor_vlm import AttAnchorConfig, attach, cli, detach, encode_chat
@@ -29,8 +32,6 @@ from attanchor_vlm.analysis.probe_scores import (
 from attanchor_vlm.data.batches import Collator
 from attanchor_vlm.data.rows import Sample, read_rows, samples
 from attanchor_vlm.model import load as loading
-from PIL import Image
-from tiny import VICUNA, byte_level_tokenizer, llava_processor, metaspace_tokenizer, picture
 
 
 @pytest.fixture(scope="module", autouse=True)

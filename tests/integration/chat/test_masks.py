@@ -6,9 +6,6 @@ import functools
 
 import pytest
 import torch
-from attanchor_vlm import AttAnchorConfig, encode_chat, split_turns, with_tokens_of
-from attanchor_vlm.data.batches import Collator
-from attanchor_vlm.model.candidates import mask_from_ids
 from tiny import (
     BOS,
     CHATML,
@@ -24,6 +21,10 @@ from tiny import (
     tiny_llava,
 )
 from tokenizers import AddedToken, processors
+
+from attanchor_vlm import AttAnchorConfig, encode_chat, split_turns, with_tokens_of
+from attanchor_vlm.data.batches import Collator
+from attanchor_vlm.model.candidates import mask_from_ids
 
 QUESTION, ANSWER = "What is to the left of the red dog?", "It is a small blue cube."
 SECOND, REPLY = "Is there a cat in the picture?", "Yes, there are two cats."

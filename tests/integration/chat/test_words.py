@@ -6,6 +6,9 @@ import json
 
 import pytest
 import torch
+from test_masks import KINDS, processor_of, user
+from tiny import byte_level_tokenizer, metaspace_tokenizer, picture, tiny_llava
+
 from attanchor_lab.scenes import dataset as scenes
 from attanchor_lab.small_llava import model as small_llava
 from attanchor_vlm import AttAnchorConfig, attach, cli, encode_chat, load_settings, with_tokens_of
@@ -15,8 +18,6 @@ from attanchor_vlm.data.batches import Collator
 from attanchor_vlm.data.rows import Sample
 from attanchor_vlm.inference.explain import explain
 from attanchor_vlm.model.candidates import mask_from_ids
-from test_masks import KINDS, processor_of, user
-from tiny import byte_level_tokenizer, metaspace_tokenizer, picture, tiny_llava
 
 QUESTION = "What is to the left of the red dog?"
 

@@ -10,10 +10,13 @@ import subprocess
 import sys
 from importlib import metadata
 
-import attanchor_vlm
 import pytest
 import torch
 import typer
+from PIL import Image
+from transformers import Gemma3Config, LlamaConfig, LlavaConfig, Qwen2_5_VLConfig
+
+import attanchor_vlm
 from attanchor_lab.scenes import dataset as scenes
 from attanchor_lab.small_llava import model as small_llava
 from attanchor_vlm import cli, load_settings
@@ -22,8 +25,6 @@ from attanchor_vlm.errors import SetupError, missing
 from attanchor_vlm.model import load as loading
 from attanchor_vlm.settings import setting
 from attanchor_vlm.training.config import PRESETS, TrainConfig
-from PIL import Image
-from transformers import Gemma3Config, LlamaConfig, LlavaConfig, Qwen2_5_VLConfig
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ import sys
 from importlib.metadata import version
 
 import pytest
+
 from attanchor_vlm import cli
 from attanchor_vlm.cli.examples import EXAMPLES, SLOW, commands_of, folded
 

@@ -7,12 +7,13 @@ import json
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+
 from attanchor_lab.scenes import dataset as scenes
 from attanchor_lab.small_llava import model as small_llava
 from attanchor_vlm.data import batches as collate
 from attanchor_vlm.data import rows as data
 from attanchor_vlm.errors import DataError
-from PIL import Image
 
 
 def row(image="a.png", question="<image>\nWhat is it?", answer="a cat", **more):

@@ -7,10 +7,11 @@ import signal
 
 import numpy as np
 import pytest
+from PIL import Image
+
 from attanchor_vlm.data.images import unreadable
 from attanchor_vlm.data.rows import load_image
 from attanchor_vlm.errors import DataError
-from PIL import Image
 
 
 def test_a_pipe_is_refused_instead_of_waited_for(tmp_path):

@@ -8,6 +8,8 @@ import sys
 
 import pytest
 import torch
+from PIL import Image
+
 from attanchor_lab.scenes import dataset as scenes
 from attanchor_lab.small_llava import model as small_llava
 from attanchor_vlm.data import dataset as train_data
@@ -17,7 +19,6 @@ from attanchor_vlm.errors import DataError, SetupError
 from attanchor_vlm.training import checkpoints
 from attanchor_vlm.training import run as train
 from attanchor_vlm.training.config import TrainConfig
-from PIL import Image
 
 
 @pytest.fixture(scope="module")

@@ -6,14 +6,15 @@ import json
 from pathlib import Path
 
 import pytest
+from lmms_toy import existence, make_world
+from PIL import Image
+
 from attanchor_vlm import cli
 from attanchor_vlm.errors import DataError
 from attanchor_vlm.evaluation import benchmarks
 from attanchor_vlm.inference import ask as infer
 from attanchor_vlm.model.load import load
 from attanchor_vlm.training import run as train
-from lmms_toy import existence, make_world
-from PIL import Image
 
 ROOT = Path(__file__).parents[3]
 
@@ -186,6 +187,7 @@ def scripted():
 
 def test_the_nine_benchmarks_by_hand(lmms_eval, tmp_path, monkeypatch):
     import datasets
+
     from attanchor_vlm.evaluation import harness
 
     assert set(CASES) == set(benchmarks.BENCHMARKS)

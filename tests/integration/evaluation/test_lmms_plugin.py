@@ -9,12 +9,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from lmms_toy import existence, make_world
+from PIL import Image
+
 from attanchor_vlm.evaluation import lmms_plugin
 from attanchor_vlm.evaluation.lmms_model import as_chat, cut, generation_options
 from attanchor_vlm.inference import ask as infer
 from attanchor_vlm.model.load import load
-from lmms_toy import existence, make_world
-from PIL import Image
 
 ROOT = Path(__file__).parents[3]
 

@@ -9,6 +9,8 @@ import sys
 
 import pytest
 import torch
+from transformers import BertConfig, BertModel
+
 from attanchor_lab.scenes import dataset as scenes
 from attanchor_lab.small_llava import model as small_llava
 from attanchor_vlm import AttAnchorConfig, attach, cli
@@ -17,7 +19,6 @@ from attanchor_vlm.evaluation import amber, answers, extras, text_metrics
 from attanchor_vlm.evaluation.config import EvalConfig
 from attanchor_vlm.evaluation.text_metrics import BertScoreModel
 from attanchor_vlm.model.load import load_pretrained
-from transformers import BertConfig, BertModel
 
 needs_java = pytest.mark.skipif(shutil.which("java") is None, reason="METEOR needs java")
 
@@ -222,9 +223,10 @@ def test_ambers_answers_are_first_words(response, answer):
 @pytest.mark.parametrize("tau", [1.0, 0.3])
 def test_the_loss_is_trainers(world, test_samples, tau, tmp_path):
     """`eval_loss` of transformers' Trainer, over a last batch that is not full."""
+    from transformers import TrainingArguments
+
     from attanchor_vlm.data.batches import Collator, SampleDataset
     from attanchor_vlm.training.trainer import AnchorTrainer
-    from transformers import TrainingArguments
 
     model, processor = load_pretrained(str(world / "model"))
     attach(model, AttAnchorConfig(tau=tau))

@@ -8,6 +8,11 @@ import json
 
 import numpy as np
 import pytest
+from matplotlib import pyplot as plt
+from matplotlib.colors import to_hex
+from matplotlib.patches import Rectangle
+from PIL import Image
+
 from attanchor_lab.sample import write_sample
 from attanchor_vlm import cli, detach
 from attanchor_vlm.inference import ask as infer
@@ -16,10 +21,6 @@ from attanchor_vlm.inference import picture as plots
 from attanchor_vlm.inference.picture import Anchored, Match, anchor_picture, describe
 from attanchor_vlm.model.geometry import Box
 from attanchor_vlm.model.load import load
-from matplotlib import pyplot as plt
-from matplotlib.colors import to_hex
-from matplotlib.patches import Rectangle
-from PIL import Image
 
 TAU = 0.5
 

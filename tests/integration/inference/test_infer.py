@@ -8,6 +8,8 @@ import shlex
 from pathlib import Path
 
 import pytest
+from infer_toy import QUESTION, TAU, run
+
 from attanchor_lab.sample import write_sample
 from attanchor_vlm import AttAnchorConfig, attach, cli, encode_chat, save_settings
 from attanchor_vlm.errors import SetupError
@@ -16,7 +18,6 @@ from attanchor_vlm.inference import ask as infer
 from attanchor_vlm.model import load as loading
 from attanchor_vlm.model.load import load, settings_for
 from attanchor_vlm.training.lora import LORA_TARGETS
-from infer_toy import QUESTION, TAU, run
 
 
 @pytest.fixture(scope="module")

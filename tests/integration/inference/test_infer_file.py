@@ -12,6 +12,8 @@ import sys
 import forked
 import pytest
 import torch
+from infer_toy import QUESTION, TAU, run
+
 from attanchor_lab.sample import write_sample
 from attanchor_vlm import cli
 from attanchor_vlm.errors import DataError, SetupError
@@ -19,7 +21,6 @@ from attanchor_vlm.inference import ask as infer
 from attanchor_vlm.inference import ask_file as questions
 from attanchor_vlm.model import load as loading
 from attanchor_vlm.model.load import load
-from infer_toy import QUESTION, TAU, run
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,10 @@ import json
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from tiny import tiny_llava
+from transformers import AutoConfig, AutoModelForCausalLM
+
 from attanchor_lab.sample import write_sample
 from attanchor_vlm import AttAnchorConfig, attach, cli, load_settings, save_settings
 from attanchor_vlm.inference import ask as infer
@@ -14,9 +18,6 @@ from attanchor_vlm.inference.export import ServingError, prompt_embeds
 from attanchor_vlm.model import load as loading
 from attanchor_vlm.model.load import load
 from attanchor_vlm.training.lora import LORA_TARGETS
-from peft import LoraConfig, get_peft_model
-from tiny import tiny_llava
-from transformers import AutoConfig, AutoModelForCausalLM
 
 QUESTION = "Where is the purple triangle?"
 TAU = 0.5

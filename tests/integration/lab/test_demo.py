@@ -10,6 +10,8 @@ import sys
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+
 from attanchor_lab import demo
 from attanchor_lab.demo import Accuracy
 from attanchor_lab.scenes import dataset as scenes
@@ -20,7 +22,6 @@ from attanchor_vlm.constants import IGNORE_INDEX
 from attanchor_vlm.errors import SetupError
 from attanchor_vlm.inference import picture as plots
 from attanchor_vlm.model import load as loading
-from PIL import Image
 
 
 @pytest.fixture(scope="module")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from experiment_toy import make_world
+from PIL import Image
+
 from attanchor_lab import figures, table
 from attanchor_lab.paper import degrade as variants
 from attanchor_lab.paper import values as metrics
 from attanchor_vlm.data.rows import read_rows
 from attanchor_vlm.errors import SetupError
-from experiment_toy import make_world
-from PIL import Image
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,8 @@ import shutil
 import subprocess
 
 import pytest
+from experiment_toy import make_world, quietly, study
+
 from attanchor_lab import figures, table
 from attanchor_lab.paper import arms, studies
 from attanchor_lab.paper import degrade as variants
@@ -17,7 +19,6 @@ from attanchor_vlm.errors import DataError, SetupError
 from attanchor_vlm.evaluation import answers
 from attanchor_vlm.evaluation import run as evaluation
 from attanchor_vlm.training import run as train
-from experiment_toy import make_world, quietly, study
 
 
 @pytest.fixture(scope="module")

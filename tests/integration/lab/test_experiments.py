@@ -7,6 +7,8 @@ import json
 import shutil
 
 import pytest
+from experiment_toy import make_world, quietly, same, study
+
 from attanchor_lab.paper import arms, studies
 from attanchor_lab.paper.arms import find
 from attanchor_lab.paper.study import Arm, Study, settings_of
@@ -19,7 +21,6 @@ from attanchor_vlm.model.adapter_files import load_settings
 from attanchor_vlm.model.load import load
 from attanchor_vlm.training import run as train
 from attanchor_vlm.training.config import Method
-from experiment_toy import make_world, quietly, same, study
 
 
 @pytest.fixture(scope="module")

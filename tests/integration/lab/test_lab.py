@@ -7,6 +7,8 @@ import json
 
 import pytest
 import torch
+from lab_toy import TOY
+
 from attanchor_lab import placements
 from attanchor_lab.scenes import questions
 from attanchor_lab.scenes import world as scenes
@@ -14,7 +16,6 @@ from attanchor_lab.scenes.alignment import alignment_loss, match_counts, match_q
 from attanchor_lab.scenes.questions import Mixture
 from attanchor_lab.synthetic import arms, checks, measure, model, training
 from attanchor_lab.synthetic.arms import ARMS, Asker
-from lab_toy import TOY
 
 
 @pytest.fixture

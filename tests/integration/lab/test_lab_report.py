@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy import stats
+
 from attanchor_lab import figures
 from attanchor_lab.synthetic import report
 from attanchor_lab.synthetic.arms import ARMS
@@ -16,7 +18,6 @@ from attanchor_lab.synthetic.plan import Condition, Contrast, LabPlan
 from attanchor_lab.table import BETTER, OPEN, TOO_FEW, WORSE, compare
 from attanchor_vlm import cli
 from attanchor_vlm.records import read_rows
-from scipy import stats
 
 PAGES = Path(__file__).parents[3] / "docs" / "lab"
 

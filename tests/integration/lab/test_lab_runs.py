@@ -12,6 +12,8 @@ from pathlib import Path
 import forked
 import pytest
 import torch
+from lab_toy import TOY
+
 from attanchor_lab import runner
 from attanchor_lab.synthetic import laboratory, model, plans
 from attanchor_lab.synthetic import plan as settings
@@ -19,7 +21,6 @@ from attanchor_lab.synthetic.arms import ARMS
 from attanchor_vlm import cli
 from attanchor_vlm.errors import SetupError
 from attanchor_vlm.records import alone_in, append_row
-from lab_toy import TOY
 
 
 @pytest.fixture

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from attanchor_lab import selection
-from attanchor_vlm import AttAnchorConfig, attach
 from tiny import IMAGE, PATCHES, prompts, tiny_llava
 from torch.nn import functional as F
+
+from attanchor_lab import selection
+from attanchor_vlm import AttAnchorConfig, attach
 
 RULES = ("random", "strided", "lowest-cosine", "diverse", "salience-cells")
 KEEP = 5

@@ -6,11 +6,12 @@ import inspect
 
 import pytest
 import torch
-from attanchor_vlm import AttAnchorConfig, attach, detach, is_attached
-from attanchor_vlm.model.config import DIRECTIONS
 from tiny import EOS, IMAGE, PAD, VOCABULARY, difference, own_logits, plain, prompts, tiny_llava, with_labels
 from torch.nn import functional as F
 from transformers import LlavaForConditionalGeneration
+
+from attanchor_vlm import AttAnchorConfig, attach, detach, is_attached
+from attanchor_vlm.model.config import DIRECTIONS
 
 TAU = 0.1  # about half of the candidates of a tiny model
 MIXED = [1, 2, 0]

@@ -8,6 +8,9 @@ import json
 
 import pytest
 import torch
+from tiny import difference, plain, prompts, tiny_llava, with_labels
+from transformers import LlavaForConditionalGeneration, Trainer, TrainingArguments
+
 from attanchor_vlm import (
     AttAnchorConfig,
     attach,
@@ -18,8 +21,6 @@ from attanchor_vlm import (
     prepare_inputs,
     save_settings,
 )
-from tiny import difference, plain, prompts, tiny_llava, with_labels
-from transformers import LlavaForConditionalGeneration, Trainer, TrainingArguments
 
 TAU = 0.1  # about half of the candidates of a tiny model
 LORA = r".*(language_model)\..*\.(q|v)_proj|.*multi_modal_projector\.linear_[12]"

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from attanchor_vlm import AttAnchorConfig, attach
 from tiny import IMAGE, PAD, plain, prompts, tiny_llava
 from transformers import GenerationConfig, LlavaForConditionalGeneration, LogitsProcessor, LogitsProcessorList
 from transformers.generation.streamers import BaseStreamer
+
+from attanchor_vlm import AttAnchorConfig, attach
 
 TAU = 0.1
 NEW = 6

@@ -6,9 +6,10 @@ import warnings
 
 import pytest
 import torch
+from tiny import IMAGE, PATCHES, difference, prompts, tiny_llava, with_labels
+
 from attanchor_vlm import AttAnchorConfig, attach
 from attanchor_vlm.model.config import DIRECTIONS
-from tiny import IMAGE, PATCHES, difference, prompts, tiny_llava, with_labels
 
 BOTH = list(DIRECTIONS)
 

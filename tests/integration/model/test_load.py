@@ -8,12 +8,13 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+
 from attanchor_lab.small_llava import model as small_llava
 from attanchor_vlm import AttAnchorConfig, attach, save_settings
 from attanchor_vlm.errors import SetupError
 from attanchor_vlm.model.load import load, load_pretrained
 from attanchor_vlm.training.lora import add_lora
-from safetensors.torch import load_file, save_file
 
 
 def changed(file, change):

@@ -6,14 +6,14 @@ import json
 
 import pytest
 import torch
-from attanchor_vlm import AttAnchorConfig, attach, load_settings, save_settings
-from attanchor_vlm.model import config as known
-from attanchor_vlm.model import placements
-from attanchor_vlm.model.placements import Placement, register_placement
 from tiny import IMAGE as IMAGE_ID
 from tiny import difference, plain, prompts, tiny_llava, with_labels
 
 from attanchor_kernels import merge_sequence
+from attanchor_vlm import AttAnchorConfig, attach, load_settings, save_settings
+from attanchor_vlm.model import config as known
+from attanchor_vlm.model import placements
+from attanchor_vlm.model.placements import Placement, register_placement
 
 PADDING, TEXT, IMAGE, ANCHOR, SILENT = range(5)
 

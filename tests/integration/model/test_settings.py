@@ -10,15 +10,16 @@ import subprocess
 import sys
 from types import MappingProxyType
 
-import attanchor_vlm
 import numpy as np
 import pytest
 import torch
+from tiny import IMAGE, PATCHES, prompts, tiny_llava
+from transformers import LlavaForConditionalGeneration
+
+import attanchor_vlm
 from attanchor_vlm import AttAnchorConfig, attach, detach, is_attached, load_settings, prepare_inputs, save_settings
 from attanchor_vlm.model.config import BACKENDS, DIRECTIONS, POSITIONS
 from attanchor_vlm.model.families import FamilyAdapter, adapter_for, register
-from tiny import IMAGE, PATCHES, prompts, tiny_llava
-from transformers import LlavaForConditionalGeneration
 
 TAU = 0.1  # about half of the candidates of a tiny model
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from test_leaks import two_turns
+from tiny import CHATML, byte_level_tokenizer, difference, llava_processor, prompts, tiny_llava, with_labels
+
 from attanchor_lab.scenes import dataset as scenes
 from attanchor_lab.small_llava import model as small_llava
 from attanchor_vlm import AttAnchorConfig, attach, cli, load_settings, prepare_inputs
 from attanchor_vlm.model.pauses import with_pauses
-from test_leaks import two_turns
-from tiny import CHATML, byte_level_tokenizer, difference, llava_processor, prompts, tiny_llava, with_labels
 
 TAU, NEW, PAUSES, PAUSE = 0.1, 4, 3, 63
 MIXED = [1, 2, 0]

@@ -8,9 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from attanchor_vlm import AttAnchorConfig, attach, detach, is_attached
 from builders import BY_NAME
 from tiny import plain, prompts, tiny_llava
+
+from attanchor_vlm import AttAnchorConfig, attach, detach, is_attached
 
 TAU = 0.1
 THREADS = 4

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import torch
-from attanchor_vlm.data.rows import Sample
 from tiny import byte_level_tokenizer
 from transformers import CLIPConfig, CLIPModel, CLIPProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from attanchor_vlm.data.rows import Sample
 
 WORDS = ["red", "dog", "sky", "small cube", "grey"]
 

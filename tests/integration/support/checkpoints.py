@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 import tiny_families
 import transformers
-from attanchor_vlm.model.processors import load_processor
 from builders import BY_NAME
 from PIL import Image
 from tiny import CHATML, VICUNA, byte_level_tokenizer, metaspace_tokenizer
 from tiny_families import IMAGE, PATCH, PINPOINTS, QWEN_PATCH, SIDE
 from tokenizers.pre_tokenizers import Punctuation, Sequence
+
+from attanchor_vlm.model.processors import load_processor
 
 SQUARE = {"height": SIDE, "width": SIDE}
 IMAGENET = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "do_convert_rgb": True}

@@ -6,10 +6,11 @@ import functools
 
 import pytest
 import torch
-from attanchor_vlm import AttAnchorConfig, attach
-from attanchor_vlm.model.config import DIRECTIONS
 from builders import BY_NAME, FAMILIES, Family
 from torch import Tensor
+
+from attanchor_vlm import AttAnchorConfig, attach
+from attanchor_vlm.model.config import DIRECTIONS
 
 NEW = 4
 MIXED = [1, 2, 0]

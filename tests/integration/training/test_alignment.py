@@ -8,6 +8,10 @@ import numpy as np
 import pytest
 import torch
 from alignment_toy import WORDS, make_clip, sample
+from PIL import Image
+from tiny import VICUNA, byte_level_tokenizer, llava_processor, metaspace_tokenizer, tiny_llava
+from transformers import CLIPModel, CLIPProcessor
+
 from attanchor_lab.small_llava import model as small_llava
 from attanchor_vlm.data.batches import Collator
 from attanchor_vlm.data.rows import Sample
@@ -25,9 +29,6 @@ from attanchor_vlm.training.alignment import (
     read_word_list,
     two_way_contrast,
 )
-from PIL import Image
-from tiny import VICUNA, byte_level_tokenizer, llava_processor, metaspace_tokenizer, tiny_llava
-from transformers import CLIPModel, CLIPProcessor
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from alignment_toy import make_clip, sample
+
 from attanchor_lab.scenes import dataset as scenes
 from attanchor_lab.small_llava import model as small_llava
 from attanchor_vlm import AttAnchorConfig, attach, cli

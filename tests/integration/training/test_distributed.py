@@ -12,6 +12,7 @@ from pathlib import Path
 import forked
 import pytest
 import torch
+
 from attanchor_lab.scenes import dataset as scenes
 from attanchor_lab.small_llava import model as small_llava
 from attanchor_vlm import cli, distributed, load_adapter, load_settings

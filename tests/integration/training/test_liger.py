@@ -14,8 +14,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from attanchor_vlm import AttAnchorConfig, attach, expect_anchors, prepare_inputs
 from tiny import CHATML, byte_level_tokenizer, difference, llava_processor, prompts, tiny_llava, with_labels
+
+from attanchor_vlm import AttAnchorConfig, attach, expect_anchors, prepare_inputs
 
 liger = pytest.importorskip("liger_kernel.transformers.monkey_patch", reason="liger-kernel is not installed")
 PAGE = Path(__file__).parents[3] / "docs" / "trl.md"

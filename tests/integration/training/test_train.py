@@ -7,6 +7,7 @@ import signal
 
 import pytest
 import torch
+
 from attanchor_lab.scenes import dataset as scenes
 from attanchor_lab.small_llava import model as small_llava
 from attanchor_vlm import AttAnchorConfig, attach, load_adapter, load_settings

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import CHATML, byte_level_tokenizer, llava_processor, picture, tiny_llava
+
 from attanchor_vlm import (
     AttAnchorConfig,
     attach,
@@ -18,7 +20,6 @@ from attanchor_vlm import (
     prepare_inputs,
     save_settings,
 )
-from tiny import CHATML, byte_level_tokenizer, llava_processor, picture, tiny_llava
 
 trl = pytest.importorskip("trl")
 PAGE = Path(__file__).parents[3] / "docs" / "trl.md"

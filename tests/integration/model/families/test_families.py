@@ -11,8 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from attanchor_vlm import AttAnchorConfig, attach
-from attanchor_vlm.model.families import adapter_for
 from builders import FAMILIES, features, plain
 from shared import (
     GREEDY,
@@ -29,6 +27,9 @@ from shared import (
 )
 from tiny_families import IMAGE
 from torch.nn import functional as F
+
+from attanchor_vlm import AttAnchorConfig, attach
+from attanchor_vlm.model.families import adapter_for
 
 HERE = Path(__file__).parent
 PAGE = HERE.parents[3] / "docs" / "families.md"

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from attanchor_vlm import attach, prepare_inputs
-from attanchor_vlm.model.families import adapter_for
 from builders import BY_NAME, plain
 from shared import GREEDY, MIXED, NEW, attached, difference, every_family, every_route
 from tiny_families import END, EOS, IMAGE
 from transformers import AutoModelForImageTextToText
+
+from attanchor_vlm import attach, prepare_inputs
+from attanchor_vlm.model.families import adapter_for
 
 
 @every_family

@@ -7,9 +7,10 @@ import json
 import checkpoints
 import numpy as np
 import pytest
-from attanchor_vlm import cli
 from checkpoints import picture
 from PIL import Image
+
+from attanchor_vlm import cli
 
 QUESTION = "What is to the left of the red dog?"
 TILED = {"llava_next", "llava_onevision", "internvl", "idefics3", "smolvlm"}

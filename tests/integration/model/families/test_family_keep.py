@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from attanchor_vlm import AttAnchorConfig, attach
-from attanchor_vlm.model.dropping import cells_of
-from attanchor_vlm.model.families import adapter_for
 from builders import BY_NAME, FAMILIES, features, plain
 from shared import (
     FLAT,
@@ -24,6 +21,10 @@ from shared import (
     tau_for,
 )
 from tiny_families import IMAGE
+
+from attanchor_vlm import AttAnchorConfig, attach
+from attanchor_vlm.model.dropping import cells_of
+from attanchor_vlm.model.families import adapter_for
 
 KEEP = 1 / 3
 TILES_ARE_IMAGES = ("idefics3", "smolvlm")

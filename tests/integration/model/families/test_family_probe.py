@@ -6,6 +6,9 @@ import checkpoints
 import numpy as np
 import pytest
 import torch
+from builders import FAMILIES, FIRST_WORD, Family, features
+from PIL import Image
+
 from attanchor_vlm import AttAnchorConfig, attach
 from attanchor_vlm.analysis.probe_control import permute_projector
 from attanchor_vlm.analysis.probe_scores import image_rows, prompt_scores
@@ -17,8 +20,6 @@ from attanchor_vlm.model.geometry import patch_boxes
 from attanchor_vlm.training.alignment import KEY, Aligner, CaptionLabels, ClipLabels, Votes, image_alignment
 from attanchor_vlm.training.alignment.aligner import _check_projector
 from attanchor_vlm.training.lora import add_lora
-from builders import FAMILIES, FIRST_WORD, Family, features
-from PIL import Image
 
 every_family = pytest.mark.parametrize("family", FAMILIES, ids=str)
 

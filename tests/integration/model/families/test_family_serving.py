@@ -5,11 +5,12 @@ from __future__ import annotations
 import checkpoints
 import pytest
 import torch
-from attanchor_vlm import AttAnchorConfig, attach, encode_chat
-from attanchor_vlm.inference.export import ServingError, check_servable, export_language_model, prompt_embeds
 from builders import BY_NAME
 from checkpoints import picture
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from attanchor_vlm import AttAnchorConfig, attach, encode_chat
+from attanchor_vlm.inference.export import ServingError, check_servable, export_language_model, prompt_embeds
 
 NEW = 8
 QUESTION = "What is to the left of the red dog?"

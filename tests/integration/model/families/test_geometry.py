@@ -13,13 +13,14 @@ import checkpoints
 import numpy as np
 import pytest
 import torch
+from builders import features
+from PIL import Image, ImageOps
+
 from attanchor_vlm import AttAnchorConfig, attach, encode_chat
 from attanchor_vlm.inference.explain import explain
 from attanchor_vlm.inference.picture import anchor_picture
 from attanchor_vlm.model.families import adapter_for
 from attanchor_vlm.model.geometry import Box, image_slots, patch_boxes
-from builders import features
-from PIL import Image, ImageOps
 
 SIZES = [(120, 200), (190, 90), (150, 150), (40, 170)]  # (height, width)
 NEAREST = 0

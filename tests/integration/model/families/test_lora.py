@@ -4,8 +4,9 @@ import re
 
 import pytest
 import torch
-from attanchor_vlm.training.lora import add_lora
 from builders import FAMILIES
+
+from attanchor_vlm.training.lora import add_lora
 
 PROJECTOR = re.compile(r"multi_modal_projector|visual\.(merger|deepstack)|connector")
 LANGUAGE = re.compile(r"(language_model|text_model)\.layers\.")

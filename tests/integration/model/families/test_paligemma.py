@@ -5,8 +5,9 @@ from __future__ import annotations
 import checkpoints
 import pytest
 import torch
-from attanchor_vlm import AttAnchorConfig, attach, encode_chat
 from checkpoints import picture
+
+from attanchor_vlm import AttAnchorConfig, attach, encode_chat
 
 QUESTION, ANSWER = "What is to the left of the red dog?", "It is a small blue cube."
 MASKED = ("input_ids", "anchor_mask")

@@ -12,6 +12,10 @@ import checkpoints
 import pytest
 import torch
 import transformers
+from builders import features, plain
+from checkpoints import picture
+from transformers.utils import is_torchvision_available
+
 from attanchor_lab.scenes import dataset as scenes
 from attanchor_vlm import AttAnchorConfig, attach, cli, encode_chat, load_settings, with_tokens_of
 from attanchor_vlm.data.batches import check_texts, message
@@ -20,9 +24,6 @@ from attanchor_vlm.errors import SetupError
 from attanchor_vlm.inference import ask as infer
 from attanchor_vlm.model.load import load_pretrained
 from attanchor_vlm.model.processors import load_processor
-from builders import features, plain
-from checkpoints import picture
-from transformers.utils import is_torchvision_available
 
 QUESTIONS = ["What is to the left of the red dog?", "Is there a cat in the picture?"]
 VIDEO = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl", "llava_onevision", "smolvlm"]
