@@ -74,27 +74,15 @@ ARMS: dict[str, Arm] = {
     **{f"keep-{count}": Arm(f"{count} patches, one a cell", "none", keep=count) for count in (12, 14, 4, 6)},
     **{
         f"keep-{count}-inherit": Arm(f"{count} patches, one a cell, positions kept", "none", "inherit", keep=count)
-        for count in (12, 14, 4, 6)
+        for count in (12, 14)
     },
-    **{
-        f"keep-{count}-{rule}": Arm(f"{count} patches, {title}", "none", keep=count, keep_by=rule)
-        for count in (12, 4)
-        for rule, title in (
-            ("random", "random"),
-            ("relevance", "best cosines"),
-            ("lowest-cosine", "worst cosines"),
-        )
-    },
-    **{
-        f"t2i-keep-{count}": Arm(f"text into image, {count} patches, one a cell", "matched", keep=count)
-        for count in (12, 4)
-    },
-    **{
-        f"t2i-keep-{count}-inherit": Arm(
-            f"text into image, {count} patches, one a cell, inherited positions", "matched", "inherit", keep=count
-        )
-        for count in (12, 4)
-    },
+    "keep-12-random": Arm("12 patches, random", "none", keep=12, keep_by="random"),
+    "keep-12-relevance": Arm("12 patches, best cosines", "none", keep=12, keep_by="relevance"),
+    "t2i-keep-12": Arm("text into image, 12 patches, one a cell", "matched", keep=12),
+    "t2i-keep-12-inherit": Arm(
+        "text into image, 12 patches, one a cell, inherited positions", "matched", "inherit", keep=12
+    ),
+    "t2i-keep-4": Arm("text into image, 4 patches, one a cell", "matched", keep=4),
 }
 
 

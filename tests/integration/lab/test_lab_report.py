@@ -191,7 +191,7 @@ def test_two_folders_of_one_plan_are_told_apart(tmp_path, undrawn):
 
 def test_the_page_in_the_repository_is_what_its_rows_give(tmp_path, undrawn):
     """Plans in the order of the page; its pictures are there, and no other."""
-    folders = [PAGES / plan for plan in ("cpu", "again", "placements", "long", "share", "settings")]
+    folders = [PAGES / plan for plan in ("cpu", "again", "shorter", "placements", "long", "share", "settings")]
     written = report.write(folders, tmp_path / "report.md")
     assert (tmp_path / "report.md").read_text() == (PAGES / "report.md").read_text()
     assert {path.name for path in PAGES.glob("*.png")} == {path.name for path in written[1:]}
