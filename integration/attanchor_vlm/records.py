@@ -37,6 +37,14 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def share_files(folder: Path) -> None:
+    """Let others read what is in `folder` as far as the umask does: safetensors writes files that are private."""
+    allowed = 0o666 & ~_umask()
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            path.chmod(path.stat().st_mode | allowed)
+
+
 def check_parent(path: Path) -> None:
     """Refuse, before any work, a name that nothing could be written under.
 

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from attanchor_vlm.model.attach import base_of
+from attanchor_vlm.records import share_files
 
 # The last layer of the projector, whose output features are compared with the text embeddings.
 _LAST = re.compile(
@@ -60,4 +61,5 @@ def save(model: Any, processor: Any, folder: Path) -> None:
         made.mkdir()
         model.save_pretrained(made)
         processor.save_pretrained(made)
+        share_files(made)
         made.replace(folder)

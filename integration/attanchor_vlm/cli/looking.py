@@ -130,21 +130,21 @@ def _note(line: str) -> None:
 def _answer(
     load: Callable[[], tuple[Any, Any]], prompt: str, images: list[Path], explain: Path | None, max_new_tokens: int
 ) -> dict[str, Any]:
-    from attanchor_vlm.inference import ask as infer
-    from attanchor_vlm.inference import explain as evaluate
+    from attanchor_vlm.inference import ask
+    from attanchor_vlm.inference import explain as explaining
     from attanchor_vlm.model.attach import base_of
 
-    infer.with_placeholders(prompt, len(images))
-    opened = [infer.open_image(image) for image in images]
+    ask.with_placeholders(prompt, len(images))
+    opened = [ask.open_image(image) for image in images]
     model, processor = load()
     settings: Any = base_of(model).attanchor_config
     said: dict[str, Any] = {"prompt": prompt, "tau": settings.tau, "direction": settings.direction}
     if explain is None:
-        text, inserted, candidates = infer.answer(model, processor, prompt, opened, max_new_tokens=max_new_tokens)
+        text, inserted, candidates = ask.answer(model, processor, prompt, opened, max_new_tokens=max_new_tokens)
         return {**said, "answer": text, "inserted": inserted, "candidates": candidates}
     from attanchor_vlm.inference.picture import anchor_picture, describe
 
-    shown = evaluate.explain(model, processor, opened, prompt, max_new_tokens)
+    shown = explaining.explain(model, processor, opened, prompt, max_new_tokens)
     anchor_picture(explain, [shown], settings.tau, "Anchors in " + ", ".join(image.name for image in images))
     return {**said, **describe(shown), "picture": str(explain)}
 
@@ -160,21 +160,22 @@ def _answer_file(
     resume: bool,
     skip_bad: bool,
 ) -> dict[str, Any]:
-    from attanchor_vlm.inference import ask_file as questions
+    from attanchor_vlm.inference import ask_file
     from attanchor_vlm.model.attach import base_of
 
-    questions.check_output(output, resume)
-    rows, bad = questions.read_questions(input, images, skip_bad, progress=True)
+    ask_file.check_output(output, resume)
+    rows, bad = ask_file.read_questions(input, images, skip_bad, progress=True)
     model, processor = load()
     target: Any = base_of(model)
-    rows, further = questions.check_for_model(input, rows, target, processor, skip_bad)
+    rows, further = ask_file.check_for_model(input, rows, target, processor, skip_bad)
     bad += further
     for one in bad:
         _note(f"left out: {one}")
     config = target.attanchor_config
     made_with |= {"tau": config.tau, "content_words": bool(config.content_words)}
+    made_with |= {"keep": config.keep, "keep_by": None if config.keep is None else config.keep_by}
     made_with |= {"max_new_tokens": max_new_tokens, "dtype": str(target.dtype).removeprefix("torch.")}
-    result = questions.answer_all(
+    result = ask_file.answer_all(
         model,
         processor,
         rows,

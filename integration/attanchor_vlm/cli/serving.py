@@ -30,16 +30,16 @@ def export_lm(
     Prompts with their images and anchors come from attanchor_vlm.inference.export.prompt_embeds.
     """
     quiet()
-    from attanchor_vlm.inference import export as serve
+    from attanchor_vlm.inference import export
     from attanchor_vlm.model.adapter_files import FILE_NAME
     from attanchor_vlm.model.load import load, settings_for
 
-    serve.check_output(output)
+    export.check_output(output)
     settings_for(model, adapter, **changes)
-    serve.check_family(model)
+    export.check_family(model)
     weights = "auto" if dtype is None else dtype.value
     loaded, processor = load(model, adapter, dtype=weights, device="cpu", need_settings=False, **changes)
-    serve.export_language_model(loaded, processor, output)
+    export.export_language_model(loaded, processor, output)
     config = json.loads((output / "config.json").read_text(encoding="utf-8"))
     said = {
         "output": str(output),

@@ -79,23 +79,41 @@ def question(
 
 @dataclass(frozen=True)
 class MostCopies:
-    """How many anchors a row can get at the most, whatever matches: `budget`, and no more than there are movers."""
+    """How many tokens anchors and pauses add to a row at the most, whatever matches, less those that are dropped:
+    nearly so in families that drop from tiles one by one, or keep newlines.
+
+    Attributes:
+        budget: Of copies, which are no more than there are movers.
+        of_images: Whether image tokens are copied.
+        pauses: Pause tokens of a prompt with an image.
+        keep: As in `AttAnchorConfig`.
+    """
 
     budget: int | None = None
     of_images: bool = False
+    pauses: int = 0
+    keep: int | float | None = None
 
-    def __call__(self, text_tokens: int, image_tokens: int) -> int:
-        if not image_tokens:
+    def __call__(self, text_tokens: int, images: Sequence[int]) -> int:
+        """Of a row with so many tokens of text that take part, and so many in each of its images."""
+        every = sum(images)
+        if not every:
             return 0
-        movers = image_tokens if self.of_images else text_tokens
-        return movers if self.budget is None else min(movers, self.budget)
+        movers = every if self.of_images else text_tokens
+        copies = movers if self.budget is None else min(movers, self.budget)
+        if self.keep is not None:
+            left = sum(
+                min(size, self.keep if isinstance(self.keep, int) else round(self.keep * size)) for size in images
+            )
+            copies = max(0, (copies if self.of_images else min(copies, left)) - (every - left))
+        return copies + self.pauses
 
 
 def check_texts(
     file, rows: Sequence[Row], processor: Any, context: int | None, copies: MostCopies | None = None
 ) -> tuple[list[Row], list[BadRow]]:
     """Rows that this model can be given, and those that it cannot: with a placeholder of its own in the text, with an
-    image that its processor does not take, or too long for its context, with their anchors.
+    image that its processor does not take, or too long for its context, with all that `copies` says is added.
 
     Without images being encoded; what a template adds is not counted, so a row at the very edge of the context may
     still be found too long later.
@@ -115,8 +133,9 @@ def check_texts(
             try:
                 if held := [token for token in own if token in text]:
                     raise ValueError(f"its text holds {held[0]}, which is a placeholder of this model")
-                patches = sum(map(images, row.images))
-                anchors = 0 if copies is None else copies(words, patches)
+                of_images = [images(image) for image in row.images]
+                patches = sum(of_images)
+                anchors = 0 if copies is None else copies(words, of_images)
                 if context is not None and length + patches + anchors > context:
                     raise ValueError(_too_long(length + patches, anchors, context))
                 good.append(row)

@@ -100,7 +100,7 @@ def make(
     Args:
         batch_size: Of the loader, by which a stream counts what was taken of it.
         needs_images: Whether every row needs an image.
-        copies: How many anchors a row can get; None for none.
+        copies: How many tokens anchors add to a row; None for none.
 
     Raises:
         DataError: there are such rows (unless `skip_bad`), or nothing is left.

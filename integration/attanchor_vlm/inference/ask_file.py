@@ -114,7 +114,7 @@ def answer_all(
     after every batch, so a run that is killed loses one batch.
 
     Args:
-        model, processor: As for `infer.answers`.
+        model, processor: As for `ask.answers`.
         settings: What the answers are made with, for the record: a run that resumes must have the same.
         batch_size: Questions per call of `generate`.
         resume: Go on with an `output` that is there; see `open_answers`.
@@ -217,8 +217,9 @@ def open_answers(
                 break  # what a kill left
             try:
                 row = json.loads(line)
-                found, made_with = row["id"], {name: row[name] for name in settings}
-                row["answer"]
+                found, _ = row["id"], row["answer"]
+                # What is not in use now may be missing: earlier versions did not have the setting.
+                made_with = {name: row.get(name) if value is None else row[name] for name, value in settings.items()}
             except (ValueError, KeyError, TypeError) as error:
                 raise DataError(
                     f"{output}, row {number}: not an answer as this command writes it; give another --output"

@@ -25,7 +25,7 @@ from attanchor_vlm.model.adapter_files import save_settings
 from attanchor_vlm.model.attach import base_of, is_attached
 from attanchor_vlm.model.families import FamilyAdapter, adapter_for
 from attanchor_vlm.model.rewrite import rewrite
-from attanchor_vlm.records import check_parent
+from attanchor_vlm.records import check_parent, share_files
 
 
 class ServingError(ValueError):
@@ -257,6 +257,7 @@ def export_language_model(model: Any, processor: Any, output: str | os.PathLike[
         getattr(processor, "tokenizer", processor).save_pretrained(made)
         if is_attached(merged):
             save_settings(merged, made)
+        share_files(made)
         made.replace(output)
     return output
 

@@ -15,6 +15,7 @@ POSITIONS = ("sequential", "inherit")
 ROUTES = ("embeds", "ids")
 BACKENDS = ("auto", "reference", "triton", "cuda")
 KEEP_BY = ["cells", "salience", "relevance"]  # and what `dropping.register_rule` adds
+MOST_PAUSES = 4096  # more fit in no context with a prompt, and a damaged file's would fill the memory
 PLACEMENTS = ["matched", "random", "front"]  # and what `placements.register_placement` adds
 
 
@@ -111,6 +112,8 @@ class AnchorOptions:
         if not isinstance(self.force_inherit, bool):
             raise TypeError(f"force_inherit is {type(self.force_inherit).__name__}; it should be a bool")
         object.__setattr__(self, "pause_tokens", _natural("pause_tokens", self.pause_tokens))
+        if self.pause_tokens > MOST_PAUSES:
+            raise ValueError(f"pause_tokens is {self.pause_tokens}; it should be at most {MOST_PAUSES}")
         if self.pause_tokens and self.direction != "image_into_text":
             raise ValueError(
                 f"pause_tokens is {self.pause_tokens} with direction {self.direction!r}; think mode belongs to "

@@ -161,10 +161,10 @@ def choose_dtype(wanted: str, say: Callable[[str], None]) -> torch.dtype:
     if wanted == "float32":
         return torch.float32
     if not torch.cuda.is_available():
-        say(f"{wanted} needs a GPU, and there is none: training in float32")
+        say(f"{wanted} needs a GPU, and there is none: float32 is used")
         return torch.float32
     if wanted == "bfloat16" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        say(f"bfloat16 is not supported by {torch.cuda.get_device_name()}: training in float32")
+        say(f"bfloat16 is not supported by {torch.cuda.get_device_name()}: float32 is used")
         return torch.float32
     return getattr(torch, wanted)
 

@@ -18,7 +18,7 @@ import torch
 from attanchor_vlm import distributed
 from attanchor_vlm.data.dataset import SKIPPED_FILE, STREAM_SKIPPED_FILE
 from attanchor_vlm.errors import CheckpointError, DataError, SetupError
-from attanchor_vlm.records import write_json
+from attanchor_vlm.records import share_files, write_json
 from attanchor_vlm.settings import differences, settings_of
 from attanchor_vlm.training.config import TrainConfig
 
@@ -163,6 +163,7 @@ def folders(output: Path) -> list[Path]:
 
 def mark_complete(checkpoint: Path, state: dict[str, Any]) -> None:
     """Write the state that goes with a checkpoint, which makes it one."""
+    share_files(checkpoint)
     write_json(checkpoint / STATE_FILE, {**state, "step": step_of(checkpoint)})
 
 
@@ -234,6 +235,7 @@ def replace_files(output: Path, write: Callable[[Path], object], is_writer: bool
     temporary = Path(tempfile.mkdtemp(prefix=".adapter-", dir=output))
     try:
         write(temporary)
+        share_files(temporary)
         # adapter_config.json last: without it the folder is no adapter.
         for path in sorted(temporary.iterdir(), key=lambda path: path.name == "adapter_config.json"):
             if path.is_dir():  # some processors have one

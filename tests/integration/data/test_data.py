@@ -305,3 +305,25 @@ def test_rows_that_the_model_cannot_take_are_found_by_their_text(processor):
     assert f"{length} tokens with its images and up to " in str(bad[0])
     assert f"anchors, more than the model's context, {length}; max_anchors bounds them" in str(bad[0])
     assert collate.check_texts("data.json", rows[:1], processor, length + 2, collate.MostCopies(2))[1] == []
+    # Pause tokens count too, and what is dropped makes room.
+    assert len(collate.check_texts("data.json", rows[:1], processor, length + 2, collate.MostCopies(2, pauses=1))[1])
+    fewer = collate.MostCopies(2, pauses=2, keep=cells - 2)
+    assert collate.check_texts("data.json", rows[:1], processor, length + 2, fewer)[1] == []
+
+
+@pytest.mark.parametrize(
+    ("copies", "added"),
+    [
+        ({"keep": 1.0}, 10),  # drops nothing
+        ({"keep": 1000}, 10),
+        ({"keep": 0.9}, 0),
+        ({"keep": 98}, 6),  # of the first image alone
+        ({"keep": 98, "budget": 3, "pauses": 2}, 2 + 0),
+        ({"budget": 0, "keep": 0.5, "pauses": 2}, 2),
+        ({"of_images": True, "keep": 98}, 104 - 4),
+    ],
+)
+def test_what_a_row_grows_by_at_the_most(copies, added):
+    """10 tokens of text, images of 102 and 2 tokens."""
+    assert collate.MostCopies(**copies)(10, [102, 2]) == added
+    assert collate.MostCopies(**copies)(10, []) == 0

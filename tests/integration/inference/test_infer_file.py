@@ -81,6 +81,7 @@ def test_a_file_is_answered_row_by_row(sample, asked, tmp_path, loaded, capsys):
         assert (row["answer"], row["inserted"], row["candidates"]) == alone
         made_with = {"model": str(sample / "model"), "adapter": None, "tau": TAU, "max_new_tokens": 6}
         made_with |= {"content_words": False, "function_words": None, "dtype": "float32"}
+        made_with |= {"keep": None, "keep_by": None}
         assert {name: row[name] for name in made_with} == made_with
     assert rows[2]["inserted"] == 0 < rows[0]["inserted"]
 
@@ -195,18 +196,19 @@ def test_only_answers_to_these_questions_are_gone_on_with(tmp_path, line, reason
         questions.open_answers(output, ["a", 7], {"tau": 0.5}, resume=True)
     assert output.read_text() == before
     output.write_text(before.replace(f"{line}\n", ""))
-    assert questions.open_answers(output, ["a", 7], {"tau": 0.5}, resume=True) == {7}
+    assert questions.open_answers(output, ["a", 7], {"tau": 0.5, "keep": None}, resume=True) == {7}
     assert output.read_text() == before.partition(line)[0]
 
 
 @pytest.mark.parametrize(
     ("more", "reason"),
     [
+        (["--keep", "0.5"], "was made with keep None, not 0.5"),
         (["--content-words"], "was made with content_words False, not True"),
         (["--function-words", "{words}"], "was made with function_words None, not '{words}'"),
     ],
 )
-def test_answers_with_other_words_are_not_gone_on_with(sample, asked, tmp_path, capsys, more, reason):
+def test_answers_with_other_settings_are_not_gone_on_with(sample, asked, tmp_path, capsys, more, reason):
     output, words = tmp_path / "answers.jsonl", tmp_path / "words.txt"
     words.write_text("where")
     assert run(capsys, *command(sample, asked, output))[0] == 0

@@ -69,6 +69,8 @@ def test_an_adapter_is_merged_and_its_settings_are_kept(sample, adapter, image, 
     said = export(capsys, "--model", sample / "model", "--adapter", adapter, "--output", tmp_path / "lm")
     assert said["architecture"] == "LlamaForCausalLM"
     assert said["settings"] == "attanchor.json"
+    modes = {path.stat().st_mode for path in (tmp_path / "lm").iterdir()}
+    assert len(modes) == 1  # the weights' too: as the umask says
     kept = load_settings(tmp_path / "lm")
     assert (kept.tau, kept.max_anchors) == (-1, 3)
 

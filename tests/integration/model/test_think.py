@@ -159,6 +159,7 @@ def test_settings_that_make_no_sense_are_refused():
         ({"pause_token_id": None}, "pause_tokens is 3, but pause_token_id is not set"),
         ({"direction": "text_into_image"}, "think mode belongs to 'image_into_text'"),
         ({"pause_tokens": -1}, "pause_tokens is -1; it should be at least 0"),
+        ({"pause_tokens": 10**9}, "pause_tokens is 1000000000; it should be at most 4096"),
         ({"pause_token_id": 64}, "pause_token_id is 64; the model's vocabulary has 64 tokens"),
         ({"pause_token_id": 3}, "pause_token_id is 3, the model's image placeholder"),
     ):

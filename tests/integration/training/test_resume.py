@@ -196,8 +196,13 @@ def test_an_adapter_s_folders_take_the_place_of_earlier_ones(tmp_path):
         def write(folder, text=text):
             (folder / "additional_chat_templates").mkdir()
             (folder / "additional_chat_templates" / "tool.jinja").write_text(text)
+            (folder / "additional_chat_templates" / "tool.jinja").chmod(0o600)  # as safetensors makes files
 
         checkpoints.replace_files(tmp_path, write)
+    (plain := tmp_path / "plain").touch()
+    made = tmp_path / "additional_chat_templates" / "tool.jinja"
+    assert made.stat().st_mode == plain.stat().st_mode  # as the umask says
+    plain.unlink()
     assert contents(tmp_path) == {"additional_chat_templates/tool.jinja": b"second"}
 
 

@@ -319,8 +319,8 @@ def test_what_needs_a_gpu_falls_back_with_one_line():
     assert loading.choose_dtype("float32", said.append) == torch.float32
     assert choose_optimizer("adamw_torch", said.append) == "adamw_torch"
     assert said == [
-        "float16 needs a GPU, and there is none: training in float32",
-        "bfloat16 needs a GPU, and there is none: training in float32",
+        "float16 needs a GPU, and there is none: float32 is used",
+        "bfloat16 needs a GPU, and there is none: float32 is used",
         "paged_adamw_8bit needs a GPU: training with adamw_torch",
     ]
     # Which are bitsandbytes' is no matter of their names' ends alone.
