@@ -50,9 +50,8 @@ def plan(problem: Problem) -> Plan:
     host_slot = layout.host_slot.gather(1, host) if layout.host_slot.shape[1] else host
     if not problem.drops:
         return arrange(problem, layout, layout.real, host_slot, inserted, score, relevance[:, :0])
-    hosting = torch.zeros_like(layout.real)
-    if problem.slots:
-        hosting = hosting.scatter_reduce(1, host_slot, inserted, "amax")
+    copies = layout.real.new_zeros(layout.real.shape, dtype=torch.int64)
+    hosting = copies.scatter_add(1, host_slot, inserted.long()) > 0  # CUDA has no maximum of bools
     stays = survive(problem, layout, relevance, hosting)
     return arrange(problem, layout, stays, host_slot, inserted, score, relevance[:, : problem.images])
 

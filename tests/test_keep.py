@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from strategies import KERNEL_DTYPES, build_arguments, examples, merge_arguments
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import gradcheck, gradgradcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from attanchor_kernels import build_sequence, merge_sequence, plan_sequence
+from attanchor_kernels import build_sequence, checks, merge_sequence, plan_sequence, reference
 from attanchor_kernels.testing.contract import assert_same_fields
 
 # Six patches and two words: word 0 is closest to patch 4, then 2; word 1 only to patch 1. In row-major order the
@@ -363,3 +364,18 @@ def test_empty_inputs(batch, image, text, direction):
     assert out.relevance.shape == (batch, image)
     nothing = merge_sequence(torch.ones(1, 0, 4), torch.ones(0, 4), torch.ones(1, 0).to(torch.uint8), 0.1, keep=1)
     assert nothing.source.shape == (1, 0)
+
+
+class _NoBoolReductions(TorchDispatchMode):
+    """Refuses what PyTorch has on the CPU and not on CUDA: `scatter_reduce` of bools."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert function.overloadpacket is not torch.ops.aten.scatter_reduce or args[0].dtype != torch.bool
+        return function(*args, **(kwargs or {}))
+
+
+def test_hosts_are_marked_by_what_cuda_has_too():
+    problem = checks.build_call(PATCHES, WORDS, 0.5, keep=2, cells=torch.arange(6, dtype=torch.int32)).problem
+    with _NoBoolReductions():  # sees nothing of what an operator does inside
+        plan = reference.plan(problem)
+    assert plan.source.tolist() == [[1, 7, 4, 6, 6, 7]]

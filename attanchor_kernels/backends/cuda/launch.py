@@ -112,7 +112,7 @@ def _run(problem: Problem, copy: bool, tuning: Tuning | None) -> tuple[Tensor | 
     if batch == 0 or problem.capacity == slots == 0:
         return embeds, made, None
 
-    chosen = selection(problem if problem.tau_tensor is None else problem._replace(tau=0.0))
+    chosen = selection(problem)
     stream = current_stream(device)
     # Keys (B, movers), cuts (B,), then 1 + 2 B counters of 32 bits.
     words = batch * movers + batch + batch + 1
