@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pkgutil
 import re
 import shlex
 import shutil
@@ -44,6 +45,16 @@ def test_the_commands_of_a_page_run_as_printed(page, sample, tmp_path, monkeypat
         if arguments[:1] == ["sample"]:
             continue  # made once for all pages; its own test is below
         assert cli.main(arguments) == 0, f"attanchor {shlex.join(arguments)}: {capfd.readouterr().err}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_dotted_name_of_a_page_exists(page):
+    text = page.read_text(encoding="utf-8")
+    names = set(re.findall(r"\battanchor_(?:kernels|vlm|lab)(?:\.\w+)+", text))
+    for module, imported in re.findall(r"^from (attanchor_[\w.]+) import ([\w, ]+)", text, re.MULTILINE):
+        names |= {f"{module}.{name.split()[0]}" for name in imported.split(",")}
+    for name in sorted(names):
+        pkgutil.resolve_name(name)
 
 
 def test_a_sample_is_whole_and_never_overwrites(sample, capsys):
