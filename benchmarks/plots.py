@@ -45,11 +45,14 @@ def overhead_rows(rows: list[Row]) -> list[Row]:
 
 
 def by_model(rows: list[Row]) -> dict[tuple[str, str, int], dict[str, Row]]:
-    """The newest row of each side, of each model, dtype and batch size."""
+    """The newest row of each side, of each model, dtype and batch size: plain, then from long to short."""
     found: dict[tuple[str, str, int], dict[str, Row]] = {}
     for row in rows:
         found.setdefault((row["model"], row["dtype"], row["batch"]), {})[row["side"]] = row
-    return found
+    return {
+        key: dict(sorted(sides.items(), key=lambda side: (side[0] != "plain", -side[1]["length"])))
+        for key, sides in found.items()
+    }
 
 
 def draw_roofline(rows: list[Row]) -> Figure:
