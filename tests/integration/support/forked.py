@@ -88,11 +88,14 @@ import os, sys, time
 from pathlib import Path
 from attanchor_vlm.records import alone_in
 with alone_in(Path(sys.argv[1]), sys.argv[2]):
-    worker = os.fork() or time.sleep(10)  # as a DataLoader's worker it outlives a kill for a while
-    if worker:
-        print("held", flush=True)
-        sys.stdin.read()
-    os._exit(0)
+    begun, say = os.pipe()
+    if not os.fork():
+        os.write(say, b"begun")
+        time.sleep(10)  # as a DataLoader's worker it outlives a kill for a while
+        os._exit(0)
+    os.read(begun, 5)
+    print("held", flush=True)
+    sys.stdin.read()
 """
 
 
