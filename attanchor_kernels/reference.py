@@ -5,7 +5,7 @@
     select    threshold and budget
     survive   which image tokens stay, where some are to be dropped
     arrange   the output row of every original and every copy, and from it all fields
-    assemble  copy the rows
+    assemble  copy the rows (rows.py; the cosines of matching are in cosines.py)
 
 Off the CPU nothing here waits for the device. On the CPU reading a value is free, and may skip work that takes time.
 """
@@ -18,9 +18,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from attanchor_kernels.cosines import Cosines
 from attanchor_kernels.problem import Plan, Problem, Role
+from attanchor_kernels.rows import assemble, assemble_backward
 
-NORM_FLOOR = 1e-12
+__all__ = ["assemble", "assemble_backward", "construct", "place", "plan"]  # what a backend offers
 
 
 class Layout(NamedTuple):
@@ -156,7 +158,7 @@ def match(problem: Problem, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
         if problem.turn is not None:
             mover_turn, host_turn = (problem.turn[some].gather(1, at) for at in (packed.mover_slot, packed.host_slot))
             allowed = host_turn.unsqueeze(1) >= mover_turn.unsqueeze(2)
-        scores = _Cosines(mover_rows, host_rows, packed.moves, packed.hosts, allowed)
+        scores = Cosines(mover_rows, host_rows, packed.moves, packed.hosts, allowed)
         best, host[some, :count] = scores.best()
         score[some, :count] = best
         if problem.drops and problem.image_into_text:
@@ -203,69 +205,6 @@ def _rows(problem: Problem, layout: Layout, some: slice, slot: Tensor, of_image:
         if int(feature[0, -1]) - first == count - 1:
             return image[first : first + count].unsqueeze(0)
     return image[feature.clamp(0, len(image) - 1)]
-
-
-class _Cosines:
-    """The cosines of movers (b, n, D) and hosts (b, m, D), both in the dtype of accumulation.
-
-    A matrix product may round equal rows differently where they fall into different tiles. So the best partner of a row
-    is the first within a few roundings of the largest cosine, and what is reported is summed again, in an order that is
-    the same everywhere.
-    """
-
-    def __init__(self, movers: Tensor, hosts: Tensor, moves: Tensor, hosting: Tensor, allowed: Tensor | None) -> None:
-        # Contiguous: over another layout, sums run in an order that differs from row to row.
-        self.movers, self.hosts = movers.contiguous(), hosts.contiguous()
-        mover_norm, host_norm = (torch.linalg.vector_norm(rows, dim=-1) for rows in (self.movers, self.hosts))
-        self.mover_scale, self.host_scale = (
-            norm.clamp_min(NORM_FLOOR).reciprocal() for norm in (mover_norm, host_norm)
-        )
-        # A norm that is NaN, or whose square is not finite, takes the row out of matching.
-        limit = 2.0 ** (512 if movers.dtype == torch.float64 else 64)
-        self.moves, self.hosting = moves & (mover_norm < limit), hosting & (host_norm < limit)
-        cosine = _product(self.movers, self.hosts)
-        cosine.mul_(self.host_scale.unsqueeze(1)).mul_(self.mover_scale.unsqueeze(2))
-        if cosine.device.type != "cpu" or not self.hosting.all():
-            cosine.masked_fill_(~self.hosting.unsqueeze(1), -torch.inf)
-        if allowed is not None:
-            cosine.masked_fill_(~allowed, -torch.inf)
-        self.cosine = cosine  # (b, n, m), -inf where a mover may not use a host
-
-    def best(self) -> tuple[Tensor, Tensor]:
-        """(b, n) best cosine of each mover, -inf without a candidate, and its host's column."""
-        found, host = self._first_best(self.cosine)
-        score = _dots(self.movers, self.hosts, host) * self.host_scale.gather(1, host) * self.mover_scale
-        return score.masked_fill(~self.moves | ~found, -torch.inf), host
-
-    def best_of_hosts(self) -> Tensor:
-        """(b, m) best cosine of each host over the movers that may use it, -inf without one."""
-        found, mover = self._first_best(self.cosine.masked_fill(~self.moves.unsqueeze(2), -torch.inf).mT)
-        score = _dots(self.hosts, self.movers, mover) * self.host_scale * self.mover_scale.gather(1, mover)
-        return score.masked_fill(~self.hosting | ~found, -torch.inf)
-
-    def _first_best(self, cosine: Tensor) -> tuple[Tensor, Tensor]:
-        slack = 16 * torch.finfo(cosine.dtype).eps
-        best = cosine.amax(dim=-1, keepdim=True)
-        return ~best.squeeze(-1).isneginf(), (cosine >= best - slack).view(torch.uint8).argmax(dim=-1)
-
-
-def _dots(rows: Tensor, others: Tensor, chosen: Tensor) -> Tensor:
-    """(b, n): the product of each of `rows` (b, n, D) with row `chosen` (b, n) of `others` (b, m, D)."""
-    first = others.shape[1] * torch.arange(len(others), device=others.device).unsqueeze(1)
-    return others.flatten(0, 1).index_select(0, (first + chosen).flatten()).view_as(rows).mul_(rows).sum(-1)
-
-
-def _product(rows: Tensor, others: Tensor) -> Tensor:
-    """(b, n, m) products in full precision, whatever autocast, TF32 or `set_float32_matmul_precision` say.
-
-    What they set belongs to the process, which other threads share and children inherit, so it is left alone: where
-    float32 would be rounded, the product is taken in float64.
-    """
-    settings = {"cpu": torch.backends.mkldnn, "cuda": torch.backends.cuda}.get(rows.device.type)
-    exact = settings is None or settings.matmul.fp32_precision in ("none", "ieee")  # type: ignore[attr-defined]
-    wide = rows.dtype if exact else torch.float64
-    with torch.autocast(rows.device.type, enabled=False):
-        return torch.bmm(rows.to(wide), others.to(wide).mT).to(rows.dtype)
 
 
 # --- Select, survive and arrange -------------------------------------------------------------------------------------
@@ -423,114 +362,3 @@ def _per_mover(problem: Problem, layout: Layout, packed: Tensor, missing: float)
         return packed
     spread = torch.full((problem.batch, problem.slots), missing, dtype=packed.dtype, device=packed.device)
     return spread.scatter_(1, layout.mover_slot, packed)
-
-
-# --- Copy and its transpose ------------------------------------------------------------------------------------------
-
-
-def assemble(image: Tensor, text: Tensor, source: Tensor, places: Tensor) -> Tensor:
-    """(B, L, D): every output row a copy of the row that `source` names; zeros in padding. Linear in image and text."""
-    hidden = text.shape[-1]
-    images, texts = image.reshape(-1, hidden), text.reshape(-1, hidden)
-    row = _table_rows(source, places, len(images), image.dim() == 2)
-    embeds = text.new_empty(*source.shape, hidden)  # written through a view: what is returned must not be one
-    if source.device.type == "cpu":
-        _copy_runs(row.flatten(), images, texts, embeds.view(-1, hidden))
-        return embeds
-    table = torch.cat([images, texts.new_full((1, hidden), torch.nan), texts, texts.new_zeros(1, hidden)])
-    row = torch.where(row < 0, len(table) - 1, row).flatten()
-    torch.index_select(table, 0, row, out=embeds.view(-1, hidden))
-    return embeds
-
-
-def _table_rows(source: Tensor, places: Tensor, image_count: int, merges: bool) -> Tensor:
-    """(B, L) int64 rows of the table [all images; one row of NaN; all texts] that the output rows copy, -1 = padding.
-
-    The row between them stands for a feature that is missing, and keeps images and texts apart as runs.
-    """
-    feature = places[:, 2].long()
-    batch, slots = feature.shape
-    if slots == 0:
-        return source
-    texts = slots if merges else slots - image_count // max(batch, 1)
-    # Text rows are the last of their sample's slots.
-    at = torch.arange(slots, device=feature.device) - (slots - texts)
-    text_row = at + texts * torch.arange(batch, device=feature.device).unsqueeze(1)
-    row_of_slot = torch.where(feature < 0, image_count + 1 + text_row, feature.clamp_max(image_count))
-    return torch.where(source < 0, source, row_of_slot.gather(1, source.clamp_min(0)))
-
-
-def _copy_runs(row: Tensor, images: Tensor, texts: Tensor, out: Tensor) -> None:
-    """The rows of the table [images; NaN; texts], copied in runs: between two anchors the image rows are contiguous."""
-    if len(row) == 0:
-        return
-    padding = row < 0
-    follows = (padding[1:] == padding[:-1]) & (padding[1:] | (row.diff() == 1))
-    starts = torch.cat([row.new_zeros(1), (~follows).nonzero().squeeze(1) + 1])
-    lengths = torch.diff(starts, append=starts.new_tensor([len(row)]))
-    pieces = []
-    for first, count in zip(row[starts].tolist(), lengths.tolist(), strict=True):
-        if first < 0:
-            pieces.append(images.new_zeros(1, images.shape[1]).expand(count, -1))
-        elif first < len(images):
-            pieces.append(images[first : first + count])
-        else:
-            pieces.append(texts[first - len(images) - 1 :][:count])
-    torch.cat(pieces, out=out)
-
-
-class _Routes(NamedTuple):
-    """For every row of one input, flattened over the batch: output rows of its original and of its copy, -1 = none."""
-
-    original: Tensor
-    copy: Tensor
-
-
-def _routes(places: Tensor, length: int, image_shape: tuple[int, ...]) -> tuple[_Routes, _Routes]:
-    """Routes of the image rows and of the text rows."""
-    shift = torch.arange(len(places), device=places.device).view(-1, 1, 1) * length
-    routes = torch.where(places[:, :2] < 0, -1, places[:, :2] + shift)
-    if len(image_shape) == 3:
-        image, text = routes.split([image_shape[1], routes.shape[2] - image_shape[1]], dim=2)
-        return _Routes(*image.transpose(0, 1).flatten(1)), _Routes(*text.transpose(0, 1).flatten(1))
-    routes, feature = routes.transpose(0, 1).flatten(1), places[:, 2].long().flatten()
-    is_text, count = feature < 0, image_shape[0]
-    at = torch.where(is_text, count, feature.clamp_max(count)).expand_as(routes)
-    by_feature = routes.new_full((2, count + 1), -1).scatter_(1, at, routes)[:, :count]
-    return _Routes(*by_feature), _Routes(*routes.masked_fill(~is_text, -1))
-
-
-def assemble_backward(
-    grad: Tensor,
-    places: Tensor,
-    image_shape: tuple[int, ...],
-    text_shape: tuple[int, ...],
-    need_image: bool,
-    need_text: bool,
-) -> tuple[Tensor, Tensor]:
-    """For each input row the sum of the gradients of its original and its copy; an empty tensor where not needed."""
-    flat = grad.reshape(-1, text_shape[-1])
-    image_routes, text_routes = _routes(places, grad.shape[1], image_shape)
-    return (
-        _gather(flat, image_routes, image_shape) if need_image else grad.new_empty(0),
-        _gather(flat, text_routes, text_shape) if need_text else grad.new_empty(0),
-    )
-
-
-def _gather(grad: Tensor, routes: _Routes, shape: tuple[int, ...]) -> Tensor:
-    """The sum of two rows is rounded once, in any dtype."""
-    gathered = grad.new_empty(shape)  # written through a view: what is returned must not be one
-    rows = gathered.view(-1, shape[-1])
-    if len(grad) == 0:
-        rows.zero_()
-        return gathered
-    torch.index_select(grad, 0, routes.original.clamp_min(0), out=rows)
-    absent, copied = routes.original < 0, routes.copy >= 0
-    if grad.device.type == "cpu":
-        rows[absent.nonzero().squeeze(1)] = 0
-        at = copied.nonzero().squeeze(1)
-        rows[at] += grad[routes.copy[at]]
-        return gathered
-    rows.masked_fill_(absent.unsqueeze(1), 0)
-    rows += grad.index_select(0, routes.copy.clamp_min(0)).masked_fill_(~copied.unsqueeze(1), 0)
-    return gathered

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from attanchor_kernels import reference
+from attanchor_kernels.cosines import NORM_FLOOR
 from attanchor_kernels.problem import Problem
 from attanchor_kernels.testing.inputs import TAU
 from benchmarks.cases import MAX_ANCHORS, Inputs
@@ -34,7 +35,7 @@ def plain_construct(image: Tensor, text: Tensor, positions: Tensor | None, matmu
 
 def _match(movers: Tensor, hosts: Tensor, matmul: str) -> tuple[Tensor, Tensor]:
     scales = [
-        torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float32).clamp_min(reference.NORM_FLOOR).reciprocal()
+        torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float32).clamp_min(NORM_FLOOR).reciprocal()
         for rows in (movers, hosts)
     ]
     if matmul == "float32":

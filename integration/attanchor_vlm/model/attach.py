@@ -221,7 +221,7 @@ class AttAnchorMixin(_Model):
         check_call(adapter, settings, arguments, anchor_mask)
         if not needs_rewriting(adapter, settings, arguments):
             self.record_plan(None)
-            with guard.through_us(self):
+            with guard.inside_attached_call(self):
                 return original(inputs, *positional, **kwargs)
 
         route = generation.route_for(self, adapter, settings.route or adapter.routes[0], arguments)
@@ -236,7 +236,7 @@ class AttAnchorMixin(_Model):
         generation.lengthen_limits(self, arguments, length - input_ids.shape[1])
         if arguments.get("streamer") is not None:
             arguments["streamer"] = generation.CallersPromptStreamer(arguments["streamer"], input_ids)
-        with guard.through_us(self):
+        with guard.inside_attached_call(self):
             output = original(**arguments)
         return generation.with_callers_prompt(output, input_ids, length)
 
@@ -268,7 +268,7 @@ def _forward_anchored(model: Any, original: Callable[..., Any], args: tuple[Any,
         release_frozen_tower(model, adapter.vision_tower(model))
     arguments = by_name(original, args, kwargs)
     check_call(adapter, settings, arguments, anchor_mask)
-    with guard.through_us(model):
+    with guard.inside_attached_call(model):
         if not needs_rewriting(adapter, settings, arguments):
             # A step of a caller's own decoding loop, and what `prepare_inputs` made, keep the plan.
             if given_cache(arguments) is None and not is_prepared(arguments):

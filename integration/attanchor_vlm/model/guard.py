@@ -19,22 +19,22 @@ from attanchor_vlm.model.families import adapter_for
 from attanchor_vlm.model.rewrite import by_name, needs_rewriting
 
 # Ids of the base models whose attached forward or generate is running in this thread.
-_through_us: ContextVar[tuple[int, ...]] = ContextVar("attanchor_through_us", default=())
+_inside_call: ContextVar[tuple[int, ...]] = ContextVar("attanchor_inside_call", default=())
 
 
 @contextmanager
-def through_us(model: PreTrainedModel) -> Iterator[None]:
+def inside_attached_call(model: PreTrainedModel) -> Iterator[None]:
     """Mark what `model` is called with in this block as rewritten, or as needing no rewriting."""
-    token = _through_us.set((*_through_us.get(), id(model.base_model)))
+    token = _inside_call.set((*_inside_call.get(), id(model.base_model)))
     try:
         yield
     finally:
-        _through_us.reset(token)
+        _inside_call.reset(token)
 
 
 def inside(model: PreTrainedModel) -> bool:
     """Whether `model`'s attached forward or generate is running, and this is a call that it makes itself."""
-    return id(model.base_model) in _through_us.get()
+    return id(model.base_model) in _inside_call.get()
 
 
 def install(model: PreTrainedModel) -> None:
@@ -53,7 +53,7 @@ def remove(model: PreTrainedModel) -> None:
 def refuse_bypass(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Forward pre-hook of the base model: images may only come in through the attached forward."""
     stored = getattr(module.config, "attanchor", None)
-    if stored is None or id(module) in _through_us.get():
+    if stored is None or id(module) in _inside_call.get():
         return
     settings = AttAnchorConfig.from_dict(stored)
     if needs_rewriting(adapter_for(module), settings, by_name(type(module).forward, args, kwargs)):

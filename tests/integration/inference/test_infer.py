@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 from infer_toy import QUESTION, TAU, run
 
-from attanchor_lab.sample import write_sample
 from attanchor_vlm import AttAnchorConfig, attach, cli, encode_chat, save_settings
 from attanchor_vlm.errors import SetupError
 from attanchor_vlm.evaluation import run as evaluation
@@ -18,18 +17,6 @@ from attanchor_vlm.inference import ask as infer
 from attanchor_vlm.model import load as loading
 from attanchor_vlm.model.load import load, settings_for
 from attanchor_vlm.training.lora import LORA_TARGETS
-
-
-@pytest.fixture(scope="module")
-def sample(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("infer") / "sample"
-    write_sample(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def loaded(sample):
-    return load(str(sample / "model"), tau=TAU)
 
 
 @pytest.fixture(scope="module")

@@ -14,25 +14,12 @@ import pytest
 import torch
 from infer_toy import QUESTION, TAU, run
 
-from attanchor_lab.sample import write_sample
 from attanchor_vlm import cli
 from attanchor_vlm.errors import DataError, SetupError
 from attanchor_vlm.inference import ask as infer
 from attanchor_vlm.inference import ask_file as questions
 from attanchor_vlm.model import load as loading
 from attanchor_vlm.model.load import load
-
-
-@pytest.fixture(scope="module")
-def sample(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("infer") / "sample"
-    write_sample(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def loaded(sample):
-    return load(str(sample / "model"), tau=TAU)
 
 
 def write(path, rows):
