@@ -5,19 +5,23 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import shutil
 import warnings
 
 import numpy as np
 import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
 from PIL import ExifTags, Image
 from strategies import examples
+from tiny import tiny_llava
 
 from attanchor_vlm import AttAnchorConfig, load_settings
 from attanchor_vlm.data.rows import load_image, read_rows
-from attanchor_vlm.errors import DataError
+from attanchor_vlm.errors import DataError, SetupError
 from attanchor_vlm.inference.ask_file import read_questions
+from attanchor_vlm.model.load import with_adapter
 
 TEXTS = st.text(max_size=8) | st.sampled_from(
     [
@@ -177,3 +181,37 @@ def test_settings_of_an_adapter(tried, folder, value):
     file.write_bytes((value if isinstance(value, str) else json.dumps(value)).encode("utf-8", "surrogatepass"))
     with naming(file, ValueError):
         assert isinstance(load_settings(folder), AttAnchorConfig)
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("adapter")
+    config = LoraConfig(r=2, target_modules=["q_proj"], base_model_name_or_path="base")
+    get_peft_model(tiny_llava(), config).save_pretrained(folder)
+    return folder
+
+
+@given(data=st.data())
+@examples(25)
+def test_adapters(tried, adapter, tmp_path, data):
+    """Adapters' files, altered."""
+    tried()
+    folder = tmp_path / "adapter"
+    shutil.copytree(adapter, folder, dirs_exist_ok=True)
+    file = folder / "adapter_config.json"
+    config = json.loads(file.read_text())
+    if data.draw(st.booleans()):
+        name = data.draw(st.sampled_from(sorted(config)))
+        text = json.dumps({**config, name: data.draw(JSON)})
+    else:
+        text = data.draw(st.sampled_from([DEEP, LONG, "", "{}", "[]", "null", json.dumps({**config, "r": 10**7})]))
+    file.write_text(text)
+    if data.draw(st.integers(0, 3)) == 0:
+        weights = folder / "adapter_model.safetensors"
+        content = bytearray(weights.read_bytes())
+        content[data.draw(st.integers(0, 40))] = data.draw(st.integers(0, 255))
+        weights.write_bytes(content[: data.draw(st.integers(0, len(content)))])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with naming(folder, SetupError):
+            with_adapter(tiny_llava(), "base", folder)
