@@ -36,8 +36,8 @@ class FamilyAdapter:
         positions: Default of `AttAnchorConfig.positions`; empty for "inherit" with M-RoPE, else "sequential".
         positions_per_token: 1, or more for M-RoPE; 0 for what the model's config says. With 1, "inherit" would repeat
             positions, which attention code takes for packed sequences: `attach` refuses it unless told otherwise.
-        image_arguments: Arguments of forward that hold the images. The first one tells that a call has images; all
-            are consumed by `encode_images`. Empty for those that `get_image_features` takes.
+        image_arguments: Arguments of forward that hold the images. Those that are called pixel values tell that a call
+            has images; all are consumed by `encode_images`. Empty for those that `get_image_features` takes.
         video_arguments: Arguments of forward that hold videos, in which nothing is inserted: refused.
         token_types: Further (B, S) inputs with one value per token, and the value that an inserted token gets; None,
             also for those of forward that are not named here, to copy the one of the token it copies.
@@ -72,7 +72,10 @@ class FamilyAdapter:
     def has_images(self, arguments: Mapping[str, Any]) -> bool:
         """Whether a call brings images, as pixels or already encoded."""
         encoded = arguments.get("mm_encoder_outputs") or {}
-        return arguments.get(self.image_arguments[0]) is not None or encoded.get("image") is not None
+        return encoded.get("image") is not None or any(arguments.get(name) is not None for name in self._pixels())
+
+    def _pixels(self) -> list[str]:
+        return [name for name in self.image_arguments if "pixel_values" in name]
 
     def video_argument(self, arguments: Mapping[str, Any]) -> str | None:
         """The name of the argument in which a call brings videos, None if it brings none."""
@@ -84,17 +87,15 @@ class FamilyAdapter:
         """The model's own encoding of the call's images, with gradient."""
         encoded = (arguments.get("mm_encoder_outputs") or {}).get("image")
         if encoded is not None:
-            if arguments.get(self.image_arguments[0]) is not None:
-                raise ValueError(
-                    f"{self.image_arguments[0]} and mm_encoder_outputs['image'] are both given; pass one of them"
-                )
+            if pixels := [name for name in self._pixels() if arguments.get(name) is not None]:
+                raise ValueError(f"{pixels[0]} and mm_encoder_outputs['image'] are both given; pass one of them")
             return encoded
         given = {name: arguments[name] for name in self.image_arguments if arguments.get(name) is not None}
         return model.base_model.get_image_features(**given, return_dict=True)
 
     def feature_rows(self, encoded: Any) -> Tensor:
         """(T, D) projected features of the whole batch, in row-major order of the placeholders."""
-        return _flat(encoded.pooler_output)
+        return flat(encoded.pooler_output)
 
     def placeholders(self, model: PreTrainedModel, input_ids: Tensor) -> Tensor:
         """(B, S) bool, True at the slots that image features fill."""
@@ -153,9 +154,9 @@ class FamilyAdapter:
         if isinstance(encoded.pooler_output, Tensor):  # and a tensor is what the model expects back: one row an entry
             regrouped: dict[str, Any] = {"pooler_output": rows[order][:, None]}
         else:  # One entry a sample: beam search repeats the list by sample and counts placeholders to find the borders.
-            regrouped = {"pooler_output": _by_sample(rows[order], per_sample)}
+            regrouped = {"pooler_output": by_sample(rows[order], per_sample)}
         if (layers := getattr(encoded, "deepstack_features", None)) is not None:
-            regrouped["deepstack_features"] = [_by_sample(_flat(layer)[order], per_sample) for layer in layers]
+            regrouped["deepstack_features"] = [by_sample(flat(layer)[order], per_sample) for layer in layers]
         return type(encoded)(**{**encoded, **regrouped})  # with whatever else the model reads from it
 
     def token_shapes(self, model: Any, arguments: Mapping[str, Any], count: int) -> list[list[tuple[int, int]]]:
@@ -206,14 +207,14 @@ class FamilyAdapter:
         return nn.ModuleList(tower for _, tower in towers(model))
 
 
-def _flat(features: Any) -> Tensor:
+def flat(features: Any) -> Tensor:
     """(T, D) from features by image or by sample."""
     if isinstance(features, Tensor):
         return features.reshape(-1, features.shape[-1])
     return torch.cat([part.reshape(-1, part.shape[-1]) for part in features])
 
 
-def _by_sample(rows: Tensor, per_sample: list[int]) -> list[Tensor]:
+def by_sample(rows: Tensor, per_sample: list[int]) -> list[Tensor]:
     return [part for part in rows.split(per_sample) if len(part)]
 
 
