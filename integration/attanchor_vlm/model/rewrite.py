@@ -53,11 +53,11 @@ class Prepared(NamedTuple):
 
 def by_name(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of a call of a method, those given by position as well."""
-    return {**kwargs, **dict(zip(_names(function), args, strict=False))}
+    return {**kwargs, **dict(zip(parameters(function), args, strict=False))}
 
 
 @functools.cache
-def _names(function: Callable[..., Any]) -> tuple[str, ...]:
+def parameters(function: Callable[..., Any]) -> tuple[str, ...]:
     """Parameter names of a method, in order, without `self`."""
     return tuple(inspect.signature(function).parameters)[1:]
 
