@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -9,17 +10,36 @@ import torch
 from torch import nn
 
 from attanchor_vlm.errors import SetupError
+from attanchor_vlm.model.attach import base_of
+from attanchor_vlm.model.families.structure import language_model, projectors
 
-# Language model and projector, never the vision tower: "all-linear" and plain names hit the tower as well. Gemma 3's
-# projector is a bare parameter, which LoRA cannot adapt.
-LORA_TARGETS = (
-    r".*(language_model|text_model)\..*\.(q|k|v|o|gate|up|down)_proj"
-    r"|.*multi_modal_projector\.linear(_[12])?"
-    r"|.*visual\.merger\.mlp\.[02]"
-    r"|.*visual\.(merger|deepstack_merger_list\.\d+)\.linear_fc[12]"
-    r"|.*connector\.modality_projection\.proj"
-)
-_TOWERS = ("vision_tower.", "vision_model.", "visual.blocks.", "visual.patch_embed.")
+
+def lora_targets(model: nn.Module) -> str:
+    """The `target_modules` of peft's LoraConfig: an expression for all linear layers of the language model and of the
+    projectors, by the model's structure. "all-linear" and plain names hit the vision tower as well.
+
+    Args:
+        model: A transformers model, attached or not.
+    """
+    target = base_of(model)
+    parts = {language_model(target), *(module for _, module in projectors(target))}
+    within = tuple(name for name, module in target.named_modules() if module in parts)
+    kinds: dict[str, set[bool]] = {}
+    for name, module in target.named_modules():
+        kinds.setdefault(_any_layer(name), set()).add(isinstance(module, nn.Linear))
+    linear = [name for part in within for name in _linear(target.get_submodule(part), part)]
+    # Layers of a kind by one expression, unless others than linear ones are counted with them, as in nn.Sequential.
+    found = (_any_layer(name) if kinds[_any_layer(name)] == {True} else name for name in linear)
+    return "|".join(name.replace(".", r"\.") for name in dict.fromkeys(found))
+
+
+def _any_layer(name: str) -> str:
+    return re.sub(r"\b\d+\b", r"\\d+", name)
+
+
+def _linear(module: nn.Module, prefix: str) -> list[str]:
+    named = module.named_modules(prefix=prefix)
+    return [name.lstrip(".") for name, layer in named if isinstance(layer, nn.Linear)]
 
 
 def choose_optimizer(wanted: str, say: Callable[[str], None], sharded: bool = False) -> str:
@@ -62,26 +82,32 @@ def _is_of_bitsandbytes(optimizer: str) -> bool:
 
 
 def add_lora(model: Any, rank: int, alpha: int, dropout: float) -> nn.Module:
-    """A PeftModel with fresh adapters on language model and projector; everything else is frozen.
+    """A PeftModel with fresh adapters on language model and projector; everything else is frozen. Projectors without
+    linear layers, which are small, are trained whole.
 
     Args:
         rank, alpha, dropout: Of LoRA.
 
     Raises:
-        SetupError: the model has no module that the adapters could go on, or one of its vision tower would be hit.
+        SetupError: there is no projector to be found in the model, so that it would stay as it is.
     """
     from peft import LoraConfig, get_peft_model
 
-    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=LORA_TARGETS)
-    try:
-        model = get_peft_model(model, config)
-    except ValueError as error:
-        raise SetupError(f"LoRA finds no language model or projector in {type(model).__name__}: {error}") from error
-    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    hit = [name for name in trained if any(tower in name for tower in _TOWERS)]
-    if hit:
-        raise SetupError(f"LoRA would train the vision tower of {type(model).__name__}: {hit[0]}")
-    return model
+    found = [(name, module) for name, module in projectors(base_of(model)) if any(True for _ in module.parameters())]
+    if not found:
+        raise SetupError(
+            f"nothing of a projector is found in {type(model).__name__}, so LoRA would leave it untrained; name its "
+            "layers in peft's LoraConfig yourself, beside attanchor_vlm.lora_targets(model)"
+        )
+    whole = [name for name, module in found if not _linear(module, "")]
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=lora_targets(model),
+        modules_to_save=whole or None,
+    )
+    return get_peft_model(model, config)
 
 
 def layer_classes(model: nn.Module) -> list[str]:
