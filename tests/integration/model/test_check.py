@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from types import MappingProxyType
 
 import pytest
 import torch
@@ -18,9 +17,7 @@ from attanchor_vlm.model.check import findings
 from attanchor_vlm.model.families import FamilyAdapter, adapter_for
 from attanchor_vlm.model.families.gemma3 import Gemma3Adapter
 from attanchor_vlm.model.families.llava import LlavaAdapter
-from attanchor_vlm.model.families.paligemma import PaliGemmaAdapter
-from attanchor_vlm.model.families.qwen2_vl import Qwen2VLAdapter
-from attanchor_vlm.model.families.qwen3_vl import Qwen3VLAdapter
+from attanchor_vlm.model.families.qwen_vl import QwenVLAdapter
 from attanchor_vlm.model.rules import RULES
 
 
@@ -29,9 +26,8 @@ def found_in(family, adapter=None, images=(1,), side="right", model=None, **sett
     model = attach(model or BY_NAME[family].model(), AttAnchorConfig(tau=0.5, **settings))
     batch = BY_NAME[family].prompts(list(images), side)[0]
     mask = batch.pop("anchor_mask")
-    return {
-        one.rule: one for one in findings(model, adapter or adapter_for(model), model.attanchor_config, batch, mask)
-    }
+    adapter = adapter.bound_to(model) if adapter else adapter_for(model)
+    return {one.rule: one for one in findings(model, adapter, model.attanchor_config, batch, mask)}
 
 
 # --- No false alarm. ---
@@ -46,8 +42,8 @@ def test_every_family_keeps_every_rule(family, route, direction):
         assert not [one for one in found.values() if one.found]
 
 
-def test_the_families_not_checked_are_those_that_are_tested():
-    assert {family.name for family in FAMILIES} == check.TESTED
+def test_no_family_is_left_out_that_is_not_tested():
+    assert check.TESTED <= {family.name for family in FAMILIES}
 
 
 def test_losses_of_a_sliding_window_are_a_note():
@@ -77,31 +73,18 @@ class Reordered(LlavaAdapter):
 
 
 class WithoutTokenTypes(Gemma3Adapter):
-    token_types = MappingProxyType({})
+    def bound_to(self, model):
+        bound = super().bound_to(model)
+        bound.token_types = {}
+        return bound
 
 
-class TypeZero(Gemma3Adapter):
-    token_types = MappingProxyType({"token_type_ids": 0})
-
-
-class TypeOne(PaliGemmaAdapter):
-    token_types = MappingProxyType({"token_type_ids": 1})
-
-
-class FlatPositions(Qwen2VLAdapter):
+class FlatPositions(QwenVLAdapter):
     def plain_positions(self, model, input_ids, attention_mask, arguments):
         return torch.arange(input_ids.shape[1]).expand(3, *input_ids.shape)
 
 
-class NoPlacesInImages(Qwen2VLAdapter):
-    positions = "sequential"
-
-
-class EmbedsRoute(Qwen3VLAdapter):
-    routes = ("embeds", "ids")
-
-
-class HalfOfDeepstack(Qwen3VLAdapter):
+class HalfOfDeepstack(QwenVLAdapter):
     def regroup(self, encoded, rows, order, per_sample):
         regrouped = super().regroup(encoded, rows, order, per_sample)
         regrouped.deepstack_features = regrouped.deepstack_features[:1]
@@ -112,19 +95,37 @@ FAULTS = [
     ("llava", ReversedRows(), {"route": "embeds"}, {"rows", "arguments", "parity"}, "others than those in the prompt"),
     ("llava", ReversedRows(), {"route": "ids"}, {"rows", "arguments", "parity"}, "others than those in the prompt"),
     ("llava", Reordered(), {"route": "ids"}, {"arguments", "parity"}, "inputs_embeds is another by"),
-    ("gemma3", TypeZero(), {}, {"sight"}, "own tokens lose sight of later ones in layer 0"),
+    (
+        "gemma3",
+        Gemma3Adapter(token_types={"token_type_ids": 0}),
+        {},
+        {"sight"},
+        "own tokens lose sight of later ones in layer 0",
+    ),
     ("gemma3", WithoutTokenTypes(), {}, {"sight"}, "own tokens lose sight of later ones in layer 0"),
-    ("paligemma", TypeOne(), {}, {"hosts"}, "anchors see other tokens than their hosts in layer 0"),
+    (
+        "paligemma",
+        FamilyAdapter(token_types={"token_type_ids": 1}),
+        {},
+        {"hosts"},
+        "anchors see other tokens than their hosts in layer 0",
+    ),
     ("qwen2_5_vl", FlatPositions(), {}, {"positions", "parity"}, "own tokens have moved"),
-    ("qwen2_5_vl", NoPlacesInImages(), {}, {"positions", "parity"}, "own tokens have moved"),
-    ("qwen3_vl", EmbedsRoute(), {"route": "embeds"}, {"arguments", "parity"}, "deepstack_visual_embeds[0] is missing"),
+    ("qwen2_5_vl", QwenVLAdapter(positions="sequential"), {}, {"positions", "parity"}, "own tokens have moved"),
+    (
+        "qwen3_vl",
+        QwenVLAdapter(routes=("embeds", "ids")),
+        {"route": "embeds"},
+        {"arguments", "parity"},
+        "deepstack_visual_embeds[0] is missing",
+    ),
     ("qwen3_vl", HalfOfDeepstack(), {}, {"arguments", "parity"}, "deepstack_visual_embeds[1] is missing"),
 ]
 
 
 @pytest.mark.parametrize(("name", "adapter", "settings", "rules", "said"), FAULTS)
 def test_a_fault_of_an_adapter_is_found(name, adapter, settings, rules, said, monkeypatch):
-    monkeypatch.setattr("attanchor_vlm.model.attach.adapter_for", lambda model: adapter)  # it allows its routes
+    monkeypatch.setattr("attanchor_vlm.model.attach.adapter_for", adapter.bound_to)  # whose routes are allowed
     found = found_in(name, adapter, **settings)
     assert {rule for rule, one in found.items() if one.found} == rules
     assert any(said in one.found for one in found.values() if one.found)
