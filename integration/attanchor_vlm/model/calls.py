@@ -16,7 +16,8 @@ class Calls:
         rewritten: Number of calls rewritten, in all threads.
         warned: Whether the warning about answers in a mask was given.
         check: When the model is checked: "auto", "always" or "never".
-        checked: Whether it passed. To be read and written while `checking` is held.
+        checked: The kinds of calls, with "image" and with "video", in which the model passed. To be read and written
+            while `checking` is held.
     """
 
     def __init__(self, check: str = "auto") -> None:
@@ -25,7 +26,8 @@ class Calls:
         self._forget()
 
     def _forget(self) -> None:
-        self.rewritten, self.warned, self.checked, self._own = 0, False, False, threading.local()
+        self.rewritten, self.warned, self._own = 0, False, threading.local()
+        self.checked: set[str] = set()
 
     def __reduce__(self) -> tuple[type[Calls], tuple[str]]:
         return Calls, (self.check,)

@@ -18,6 +18,7 @@ from attanchor_vlm.model import guard, rules
 from attanchor_vlm.model.candidates import mask_from_ids
 from attanchor_vlm.model.config import AttAnchorConfig
 from attanchor_vlm.model.families import FamilyAdapter
+from attanchor_vlm.model.media import encode
 from attanchor_vlm.model.recording import record
 from attanchor_vlm.model.rewrite import Prepared, parameters, rewrite
 from attanchor_vlm.model.rules import RULES, Finding, Prompts
@@ -41,7 +42,8 @@ def check_once(
     if calls.check == "never" or torch.compiler.is_compiling() or (calls.check == "auto" and _tested(model, adapter)):
         return
     with calls.checking:
-        if calls.checked:
+        kinds = set(adapter.kinds(arguments))
+        if kinds <= calls.checked:
             return
         found = findings(model, adapter, settings, arguments, mask)
         if broken := [f"{RULES[one.rule]} ({one.rule}): {one.found}" for one in found if one.found]:
@@ -50,7 +52,8 @@ def check_once(
                 f"should hold, and what was found: {'; '.join(broken)}. The adapter, {type(adapter).__name__}, answers "
                 "wrongly for this model, or the model allows no anchors; attach(..., check='never') insists"
             )
-        calls.checked = bool(found)
+        if found:
+            calls.checked |= kinds
 
 
 def _tested(model: Any, adapter: FamilyAdapter) -> bool:
@@ -71,7 +74,8 @@ def findings(
         ValueError: as `rewrite`; the call itself is wrong.
     """
     forward = type(model).attanchor_original.forward
-    names = {*parameters(forward), *adapter.image_arguments, *adapter.token_types, "mm_encoder_outputs"}
+    names = {*parameters(forward), *adapter.image_arguments, *adapter.video_arguments, *adapter.token_types}
+    names |= {"mm_encoder_outputs", *_POSITIONS}
     names -= {"labels", "past_key_values", "cache", "position_ids"}
     call = {name: value for name, value in arguments.items() if name in names and value is not None}
     call.setdefault("attention_mask", torch.ones_like(call["input_ids"]))
@@ -98,12 +102,13 @@ def findings(
         return [
             rules.parity(plain, unchanged, before),
             rules.arguments(plain, changed, after, adapter.token_types),
-            rules.rows(plain, adapter.feature_rows(adapter.encode_images(model, one)), before),
+            rules.rows(plain, encode(model, adapter, one).rows, before),
             rules.positions(plain, changed, after),
             *rules.sight(plain, changed, after),
         ]
 
 
+_POSITIONS = ("second_per_grid_ts",)  # read from further arguments
 _OPTIONS = {"use_cache": False, "logits_to_keep": 1}  # the head is the same in all
 
 
@@ -133,24 +138,27 @@ def _cropped(
 ) -> tuple[dict[str, Any], Tensor | None]:
     """The first sample with an image; images are divided as placeholders are, which need not be right."""
     ids, is_real = call["input_ids"], call["attention_mask"].bool()
-    counts = (adapter.placeholders(model, ids) & is_real).sum(-1).tolist()
-    sample = next((number for number, count in enumerate(counts) if count), 0)
-    batch, total = len(ids), max(sum(counts), 1)
+    held = adapter.placeholders(model, ids) & is_real
+    is_video = adapter.video_placeholders(model, ids)
+    sample = int(held.any(-1).byte().argmax())
 
     def of_tokens(value: Tensor) -> Tensor:
         return value[sample : sample + 1, is_real[sample].to(value.device)]
 
-    def of_images(value: Any) -> Any:
-        if not isinstance(value, Tensor) or value.dim() == 0:
+    def of_media(value: Any, own: Tensor) -> Any:
+        counts, total = own.sum(-1).tolist(), max(int(own.sum()), 1)
+        if not isinstance(value, Tensor) or value.dim() == 0 or not sum(counts):
             return value
-        if len(value) == batch:
+        if len(value) == len(ids):
             return value[sample : sample + 1]
         return value[len(value) * sum(counts[:sample]) // total : len(value) * sum(counts[: sample + 1]) // total]
 
     one = {}
     for name, value in call.items():
         if name in adapter.image_arguments:
-            one[name] = of_images(value)
+            one[name] = of_media(value, held & ~is_video)
+        elif name in adapter.video_arguments or name in _POSITIONS:
+            one[name] = of_media(value, held & is_video)
         else:
             one[name] = of_tokens(value) if isinstance(value, Tensor) and value.shape[:2] == ids.shape else value
     return one, None if mask is None else of_tokens(mask)
