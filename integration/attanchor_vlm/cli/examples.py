@@ -14,6 +14,7 @@ _DATA = "--data sample/train.json --images sample/images"
 _TEST = "--no-train --test sample/test.json --images sample/images --metrics loss --limit 8"
 EXAMPLES = {
     "sample": "attanchor sample --output sample",
+    "check": "attanchor check --model sample/model --image sample/images/test-00001.png",
     "probe": f"attanchor probe --model sample/model {_DATA} --samples 32",
     "calibrate": f"attanchor calibrate --model sample/model {_DATA} --fraction 0.1 --samples 64 --plot scores.png",
     "train": f"attanchor train --model sample/model {_DATA} --preset small-llava --max-steps 5 --output runs/anchors",
