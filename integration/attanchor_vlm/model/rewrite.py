@@ -188,7 +188,7 @@ def rewrite(
     }
     try:
         encoded = media.encoded.get("image")
-        kept = survivors(settings, adapter, model, arguments, encoded, rows, silent, text_embeds, roles, turn)
+        rows, kept = survivors(settings, adapter, model, arguments, encoded, rows, silent, text_embeds, roles, turn)
         if settings.placement != "matched" and not settings.inserts_nothing:
             built = place(settings, text_embeds, rows, roles, kept=kept, copy=route == "embeds", **placed)
         else:
