@@ -1,7 +1,7 @@
 """`attanchor report`: rows of experiments to one page, a table with verdicts and three pictures.
 
-A folder's plan names what is compared; these comparisons are corrected together. Whatever leaves such rows can be
-shown, `attanchor lab` and experiments on photographs:
+A folder's plan names what is compared; these comparisons are corrected together. Rows are those of `attanchor lab` and
+of experiments on photographs (`photographs.rows`):
 
 - plan: `size` (its name); `settings` with `name`, `arms`, `seeds`, `more`, `more_seeds`; `contrasts` with `setting`,
   `arm`, `against`, `asks`, and where they are given `test` (compare the mean of this test instead of the first one's)
@@ -13,6 +13,7 @@ shown, `attanchor lab` and experiments on photographs:
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,11 +22,12 @@ from typing import Any
 
 import pandas as pd
 
-from attanchor_lab.runner import Row
+from attanchor_lab.photographs.rows import as_laboratory
+from attanchor_lab.runner import ROWS, Row
 from attanchor_lab.synthetic.arms import ARMS
 from attanchor_lab.synthetic.laboratory import latest, read
 from attanchor_lab.table import OPEN, compare, interval, number, probability
-from attanchor_vlm.records import check_parent, markdown_table, write_atomically
+from attanchor_vlm.records import check_parent, markdown_table, read_rows, write_atomically
 
 NAMED = "## The comparisons named before the runs"  # the README shows lines of this section
 NO_WORSE = "no worse"
@@ -74,7 +76,7 @@ class Laboratory:
     """
 
     def __init__(self, path: Path) -> None:
-        found = read(path)
+        found = _rows_of(path)
         plans = [row for row in found if row["kind"] == "plan"]
         if not plans:
             raise ValueError(f"{path} lacks the row of its plan; it should be the rows.jsonl of `attanchor lab`")
@@ -89,7 +91,8 @@ class Laboratory:
         kinds = [name for name in flat if name.startswith("main.") and name.count(".") == 1 and name not in _NO_SHARES]
         mean = {_MEAN: METRICS[_MEAN]}
         shares = {name.partition(".")[2]: Measure(name.partition(".")[2], name) for name in kinds}
-        others = list(self.done[0]["test"])[1:]  # the laboratory calls them by their blur
+        tested = dict.fromkeys(name for row in self.done for name in row["test"])
+        others = [name for name in tested if name != next(iter(tested))]  # the laboratory calls them by their blur
         titles = {name: f"blur {name}" if name.replace(".", "").isdigit() else name for name in others}
         tests = {name: Measure(f"mean, {titles[name]}", f"test.{name}.mean") for name in others}
         every = {**mean, **shares, **tests, **METRICS}
@@ -150,6 +153,16 @@ class Laboratory:
         """A setting as the page calls it."""
         plan = self.plan["size"]
         return plan if plan == setting else f"{plan}, {setting}"
+
+
+def _rows_of(path: Path) -> list[Row]:
+    """Those of a plan and its runs, wherever they come from."""
+    folder = path if path.is_dir() else path.parent
+    plan = folder / "plan.json"
+    told = json.loads(plan.read_text(encoding="utf-8")) if plan.is_file() else {}
+    if "question" not in told:
+        return read(path)
+    return as_laboratory(told, read_rows(folder / ROWS), folder.name)
 
 
 def write(paths: Sequence[Path], output: Path) -> list[Path]:
@@ -313,7 +326,7 @@ def _runs(laboratories: Sequence[Laboratory]) -> list[str]:
         counts = [str(states.count(state)) for state in ("done", "failed", "not started")]
         commits = ", ".join(sorted({row["commit"] for row in one.done}))
         device = plan["gpu"] if plan.get("gpu", "none") != "none" else plan["processor"]
-        minutes = sum(row.get("cpu_seconds", 0) for row in one.rows) / 60
+        minutes = sum(row.get("cpu_seconds", float("nan")) for row in one.rows) / 60
         machine = [device, plan["torch"], plan["transformers"], commits, number(minutes, 0)]
         lines.append([plan["size"], plan["written"], *machine, str(len(states)), *counts])
     heads = ["plan", "written", "machine", "torch", "transformers", "commit", "minutes of processor time"]

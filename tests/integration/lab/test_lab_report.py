@@ -241,6 +241,37 @@ def test_rows_of_another_experiment_are_shown_by_their_own_names(tmp_path, undra
     assert written[-1].read_bytes() == b"a picture"
 
 
+def test_rows_of_the_experiment_on_photographs(tmp_path, undrawn):
+    """Its plan has a question; its rows are one for each measurement of an arm."""
+    folder = tmp_path / "photographs"
+    folder.mkdir()
+    plan = {"question": "Do anchors help?", "contrasts": [["t2i", "plain"]], "margin": 0.03, "seeds": [0, 1, 2],
+            "arms": {"plain": {}, "t2i": {}}, "more": {"i2t": {}}, "splits": ["seen", "concepts"]}  # fmt: skip
+    rows = []
+    for seed in plan["seeds"]:
+        for arm, gain in (("plain", 0.0), ("t2i", 0.1)):
+            common = {"arm": arm, "seed": seed, "date": "2026-01-01T00:00:00Z", **ENVIRONMENT}
+            values = {"seen": 0.5 + gain + seed / 100, "concepts": 0.3, "seen/what": 0.2 + gain, "concepts/what": 0.1}
+            values["concepts"] += gain * (-1, 0, 1)[seed]
+            rows.append(common | {"test": "as trained", "values": values, "figures": {"losses": [2.0, 1.0 - gain]}})
+            kept = {"seen": 0.4 + gain, "seen/what": 0.2}
+            rows.append(common | {"test": "keep 1/3 cells", "values": kept, "figures": {}})
+    (folder / "plan.json").write_text(json.dumps(plan))
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    report.write([folder], tmp_path / "page.md")
+    text = (tmp_path / "page.md").read_text()
+    line = r"\| photographs \| Do anchors help\? \| text into image − plain \| 3 \| \+10\.0 .* \| better \|"
+    assert re.search(line, text)
+    assert re.search(
+        r"\| photographs, concepts \|  \| text into image − plain \| 3 \| \+?0\.0 .* \| not shown \|", text
+    )
+    assert "| mean accuracy, % | what | mean, concepts | mean, keep 1/3 cells |" in text
+    assert "| photographs | text into image | 61.0 | 30.0 | 30.0 | 50.0 |" in text
+    assert re.search(r"\| photographs \| 2026.*\| – \| 9 \| 6 \| 0 \| 3 \|", text)  # image into text was not run
+    panel = report._curves([report.Laboratory(folder)])["photographs"]["text into image"]
+    assert panel.loc[2].tolist() == pytest.approx([-0.1] * 3)
+
+
 def test_every_arm_has_a_title_of_its_own():
     assert len({arm.title for arm in ARMS.values()}) == len(ARMS)
 
