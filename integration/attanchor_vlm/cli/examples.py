@@ -38,10 +38,12 @@ EXAMPLES = {
     "demo": "attanchor demo --output demo-out",
     "demo-stage1": "attanchor demo-stage1 --output small-llava",
     "photographs": "attanchor photographs --output photographs --scenes 320 --pixels 224",
+    "build-small-vlm": "attanchor build-small-vlm --output small-vlm",
+    "lab-photographs": "attanchor lab-photographs --plan docs/lab/photographs-plan.json --output out --work work",
 }
 # Left out of the tests: report needs what lab has made, and the others take from ten seconds to minutes,
-# or photographs that are not installed everywhere.
-SLOW = {"lab", "report", "demo", "demo-stage1", "photographs"}
+# or photographs and weights that are not installed everywhere.
+SLOW = {"lab", "report", "demo", "demo-stage1", "photographs", "build-small-vlm", "lab-photographs"}
 SLOW |= {f"experiment {name}" for name in ("scale", "degrade", "tokens", "paper")}
 
 _WIDTH = 76

@@ -10,6 +10,7 @@ import re
 import socket
 import warnings
 from collections.abc import Callable, Collection, Mapping
+from importlib.metadata import entry_points
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -85,9 +86,14 @@ def cannot_be_loaded(name: str, error: Exception) -> SetupError:
 def source_of(name: str) -> str:
     """What transformers is given for `name`: a local folder, or a Hub id whose Hub can be reached.
 
+    Architectures of other packages, which register themselves with transformers on import, are known afterwards: the
+    entry points of the group `attanchor.models`.
+
     Raises:
         SetupError: it is neither, or an adapter.
     """
+    for entry in entry_points(group="attanchor.models"):
+        entry.load()
     path = Path(name).expanduser()
     if path.is_dir():
         refuse_adapter(name)
@@ -161,6 +167,8 @@ def choose_dtype(wanted: str, say: Callable[[str], None]) -> torch.dtype:
     if wanted == "float32":
         return torch.float32
     if not torch.cuda.is_available():
+        if wanted == "bfloat16" and torch.cpu.get_capabilities().get("amx_bf16"):
+            return torch.bfloat16
         say(f"{wanted} needs a GPU, and there is none: float32 is used")
         return torch.float32
     if wanted == "bfloat16" and not torch.cuda.is_bf16_supported(including_emulation=False):
