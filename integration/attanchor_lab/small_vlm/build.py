@@ -8,6 +8,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
@@ -40,7 +41,8 @@ def make(config: BuildConfig, say: Callable[[str], None] = print) -> Path:
     model, processor = assemble(parts)
     say(f"{sum(p.numel() for p in model.parameters()):,} parameters, {model.config.image_seq_length} tokens an image")
     features = projector.patches(parts.tower, [first, *pictures])
-    words = projector.class_words(parts.names, parts.tokenizer, parts.language_model.get_input_embeddings().weight)
+    embeddings: Any = parts.language_model.get_input_embeddings()
+    words = projector.class_words(parts.names, parts.tokenizer, embeddings.weight)
     fit = projector.distil(model.model.multi_modal_projector, features, parts.head, words, config.fit_steps)
     say(f"projector: mean cosine {fit:.3f} to the classifier's words, on {len(features):,} patches")
     config.output.parent.mkdir(parents=True, exist_ok=True)
@@ -111,7 +113,7 @@ def stage1(config: BuildConfig, model: Path, folder: Path, say: Callable[[str], 
     from attanchor_vlm.training.config import TrainConfig
 
     assert config.captions is not None
-    settings = {
+    settings: dict[str, Any] = {
         "data": config.captions,
         "images": config.images,
         "output": folder / "stage1",

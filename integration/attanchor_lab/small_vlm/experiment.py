@@ -13,7 +13,7 @@ import json
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -138,7 +138,7 @@ def _prepare(plan: PhotographPlan, work: Path, say: Say) -> None:
     if not (world / "world.json").is_file():
         write_photographs(PhotographConfig(output=world, **plan.world), say)
     if not model.exists():
-        captions = {"captions": world / "train-captions.json", "images": world / "images"}
+        captions: Settings = {"captions": world / "train-captions.json", "images": world / "images"}
         begun = time.perf_counter()
         build.make(BuildConfig(output=model, pixels=plan.world["pixels"], **captions, **plan.build), say)
         say(f"model in {time.perf_counter() - begun:.0f} s")
@@ -207,7 +207,8 @@ def _choose_tau(model: Any, processor: Any, world: Path, fraction: float) -> Non
     from attanchor_vlm.model.attach import base_of
 
     samples = some_samples(world / "train-questions.json", world / "images", 100)
-    threshold_for_share(model, processor, samples, fraction, base_of(model).attanchor_config, _BATCH)
+    attached: Any = base_of(model)
+    threshold_for_share(model, processor, samples, fraction, attached.attanchor_config, _BATCH)
 
 
 def _ask(
@@ -252,7 +253,8 @@ def differences(rows: list[Row], plan: PhotographPlan, scenes: Mapping[str, list
     from attanchor_lab import table
 
     known = {(row["arm"], row["seed"]): row for row in rows if row["test"] == "as trained"}
-    lines, by_seed = [], {}
+    lines: list[dict[str, Any]] = []
+    by_seed: dict[Hashable, list[float]] = {}
     for arm, against in plan.contrasts:
         seeds = [seed for seed in plan.seeds if (arm, seed) in known and (against, seed) in known]
         if not seeds:

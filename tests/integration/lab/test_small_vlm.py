@@ -13,6 +13,8 @@ from torch.nn import functional as F
 from transformers import (
     AutoConfig,
     AutoModel,
+    LlamaConfig,
+    LlavaConfig,
     LlavaForConditionalGeneration,
 )
 
@@ -25,8 +27,9 @@ from attanchor_vlm import answer, load
 from attanchor_vlm.chat.encode import encode_chat
 from attanchor_vlm.data.batches import message
 from attanchor_vlm.errors import SetupError
+from attanchor_vlm.inference.export import export_language_model
 from attanchor_vlm.training import run as training
-from attanchor_vlm.training.config import TrainConfig
+from attanchor_vlm.training.config import TrainConfig, preset_for
 
 INSTALLED = all(importlib.util.find_spec(module) for module in sources._PACKAGES)
 
@@ -143,6 +146,8 @@ def test_a_model_of_parts_trains_and_answers_from_its_folder(tiny_parts, caption
     pixels = (torch.from_numpy(np.array(image)).permute(2, 0, 1).float() - 127) / 128
     torch.testing.assert_close(batch["pixel_values"][0], pixels, rtol=0, atol=1e-5)
     assert answer(model, processor, "What is it?", [image], max_new_tokens=2).text is not None
+    exported = export_language_model(model, processor, tmp_path / "language-model")
+    assert AutoConfig.from_pretrained(exported).model_type == "llama"
 
     run = TrainConfig.from_preset("small-vlm", model=str(tmp_path / "model"), data=data, images=images,
                                   output=tmp_path / "run", tau=-1.0, max_steps=1, dtype="float32")  # fmt: skip
@@ -176,6 +181,14 @@ def test_missing_packages_are_one_error_with_the_command(tmp_path, monkeypatch):
 def test_captions_need_their_images(tmp_path):
     with pytest.raises(ValueError, match="captions are given, but no images"):
         BuildConfig(output=tmp_path / "model", captions=tmp_path / "captions.json")
+
+
+@pytest.mark.parametrize(
+    ("width", "preset"), [(64, "small-llava"), (576, "small-vlm"), (2048, "tinyllava-1b"), (4096, "llava-7b")]
+)
+def test_a_llava_s_width_tells_its_preset(width, preset, tmp_path):
+    LlavaConfig(text_config=LlamaConfig(hidden_size=width)).save_pretrained(tmp_path)
+    assert preset_for(str(tmp_path)) == preset
 
 
 @pytest.mark.skipif(not INSTALLED, reason="the packages of the parts are not installed")
