@@ -94,6 +94,16 @@ class MostCopies:
     pauses: int = 0
     keep: int | float | None = None
 
+    @classmethod
+    def of(cls, anchors: Any, pauses: int) -> MostCopies | None:
+        """What an AttAnchorConfig, with so many pause tokens, adds; None for calls that are handed on."""
+        if anchors.changes_nothing:
+            return None
+        budget = anchors.max_anchors if anchors.placement != "front" else None  # the whole question, whatever matches
+        if anchors.inserts_nothing:
+            budget = 0
+        return cls(budget, anchors.direction == "image_into_text", pauses, anchors.keep)
+
     def __call__(self, text_tokens: int, images: Sequence[int]) -> int:
         """Of a row with so many tokens of text that take part, and so many in each of its images."""
         every = sum(images)

@@ -15,7 +15,7 @@ from attanchor_vlm.data.reading import check_characters, lines_of, parse, parse_
 from attanchor_vlm.errors import BadRow, DataError
 
 PLACEHOLDER = "<image>"
-_SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
+_SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 _SHOWN = 10  # bad rows printed in an error; the others are counted
 
 
@@ -25,7 +25,8 @@ class Row:
 
     Attributes:
         number: Counts the rows of the file from 1.
-        messages: (role, text) in turn, user first, assistant last, the placeholders still in the user's text.
+        messages: (role, text) in turn, user first (or behind a system turn), assistant last, the placeholders still in
+            the user's text.
         images: In the order of the placeholders.
     """
 
@@ -39,10 +40,11 @@ def read_rows(
 ) -> tuple[list[Row], list[BadRow]]:
     """Read `file` (a JSON list, or one object a line in a .jsonl) and check every row and every image it names.
 
-    A row is ``{"image": "name.png", "conversations": [{"from": "human", "value": "<image>\\n…"}, {"from": "gpt",
+    A row is ``{"image": "name.png", "conversations": [{"from": "human", "value": "<image>\n…"}, {"from": "gpt",
     "value": "…"}]}``; `image` may be a list, and is absent in rows of text alone. Rows of TRL's form are
     read as well: ``{"images": […], "messages": [{"role": "user", "content": [{"type": "image"}, {"type": "text",
-    "text": "…"}]}, …]}``. Other keys are ignored. Images are looked up under `images` and decoded once, in threads.
+    "text": "…"}]}, …]}``. Either may begin with a "system" turn. Other keys are ignored. Images are looked up under
+    `images` and decoded once, in threads.
 
     Args:
         decode: False leaves it to later to find images that cannot be decoded.
@@ -149,17 +151,17 @@ def check_row(number: int, raw: object, folder: Path | None) -> Row:
     if not isinstance(turns, list) or not turns:
         raise ValueError('"conversations" is missing or empty; it should be a list of turns')
     messages = tuple(turn(index, one) for index, one in enumerate(turns, start=1))
+    before = int(messages[0][0] == "system")
     for index, (role, text) in enumerate(messages, start=1):
-        expected = "user" if index % 2 else "assistant"
-        if role != expected:
+        if index > before and role != ("user" if (index - before) % 2 else "assistant"):
             raise ValueError(f"turn {index} is by the {role}; turns should alternate, beginning with the user")
         check_characters(f"turn {index}", text)
-        if role == "assistant":
-            if not text.strip():
-                raise ValueError(f"turn {index}, an answer, is empty")
-            if PLACEHOLDER in text:
-                raise ValueError(f"turn {index}, an answer, holds {PLACEHOLDER}; only questions may")
-    if len(messages) % 2:
+        if role == "assistant" and not text.strip():
+            raise ValueError(f"turn {index}, an answer, is empty")
+        if role != "user" and PLACEHOLDER in text:
+            what = "an answer" if role == "assistant" else "the system's"
+            raise ValueError(f"turn {index}, {what}, holds {PLACEHOLDER}; only questions may")
+    if messages[-1][0] != "assistant":
         raise ValueError("the last turn is a question without an answer")
     images = images_of(raw, folder)
     placeholders = sum(text.count(PLACEHOLDER) for _, text in messages)
@@ -186,7 +188,7 @@ def _message(index: int, turn: object) -> tuple[str, str]:
         raise ValueError(f'turn {index} should be an object with "role" and "content", text or a list of parts')
     role = turn.get("role")
     if not isinstance(role, str) or role not in _SPEAKERS:
-        raise ValueError(f'turn {index} has "role" {role!r}; it should be "user" or "assistant"')
+        raise ValueError(f'turn {index} has "role" {role!r}; it should be "user", "assistant" or "system"')
     if isinstance(content, str):
         return _SPEAKERS[role], content
     texts = []
@@ -308,7 +310,8 @@ def samples(rows: Iterable[Row], turns: str) -> Iterator[Sample]:
     the first question can be: a later one would show the earlier answers what comes next, so the operators forbid it.
     """
     for row in rows:
-        ends = range(2, len(row.messages) + 1, 2) if turns == "each" else (len(row.messages),)
+        first = 2 + len(row.messages) % 2  # behind a system turn
+        ends = range(first, len(row.messages) + 1, 2) if turns == "each" else (len(row.messages),)
         for end in ends:
             messages = row.messages[:end]
             count = sum(text.count(PLACEHOLDER) for _, text in messages)
