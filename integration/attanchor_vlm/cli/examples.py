@@ -37,6 +37,7 @@ EXAMPLES = {
     "lab": "attanchor lab --size smoke --output lab-out",
     "report": "attanchor report lab-out --output lab-out/report.md",
     "demo": "attanchor demo --output demo-out",
+    "demo-photographs": "attanchor demo-photographs --output photographs-out",
     "demo-stage1": "attanchor demo-stage1 --output small-llava",
     "photographs": "attanchor photographs --output photographs --scenes 320 --pixels 224",
     "build-small-vlm": "attanchor build-small-vlm --output small-vlm",
@@ -44,7 +45,7 @@ EXAMPLES = {
 }
 # Left out of the tests: report needs what lab has made, and the others take from ten seconds to minutes,
 # or photographs and weights that are not installed everywhere.
-SLOW = {"lab", "report", "demo", "demo-stage1", "photographs", "build-small-vlm", "lab-photographs"}
+SLOW = {"lab", "report", "demo", "demo-photographs", "demo-stage1", "photographs", "build-small-vlm", "lab-photographs"}
 SLOW |= {f"experiment {name}" for name in ("scale", "degrade", "tokens", "paper")}
 
 _WIDTH = 76
