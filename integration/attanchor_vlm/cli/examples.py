@@ -21,7 +21,9 @@ EXAMPLES = {
     "--images sample/images",
     "generate": "attanchor generate --model sample/model --tau 0.6 --image sample/images/test-00001.png "
     "--prompt 'Where is the purple triangle?' --explain anchors.png",
+    "export": "attanchor export --model sample/model --tau 0.6 --head-dim 32 --output sample-wide",
     "export-lm": "attanchor export-lm --model sample/model --tau 0.6 --output sample-lm",
+    "serve": "attanchor serve --model sample-wide",
     **{
         f"experiment {name}": f"attanchor experiment {name} {options} {_TEST} --output {name}"
         for name, options in {
@@ -38,8 +40,15 @@ EXAMPLES = {
     "demo": "attanchor demo --output demo-out",
     "demo-stage1": "attanchor demo-stage1 --output small-llava",
 }
-# Left out of the tests: report needs what lab has made, and the others take from ten seconds to minutes.
-SLOW = {"lab", "report", "demo", "demo-stage1", *(f"experiment {n}" for n in ("scale", "degrade", "tokens", "paper"))}
+# Left out of the tests: serve needs vLLM, report what lab has made; the others take from ten seconds to minutes.
+SLOW = {
+    "serve",
+    "lab",
+    "report",
+    "demo",
+    "demo-stage1",
+    *(f"experiment {n}" for n in ("scale", "degrade", "tokens", "paper")),
+}
 
 _WIDTH = 76
 

@@ -11,7 +11,7 @@ import copy
 import dataclasses
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -260,16 +260,51 @@ def export_language_model(model: Any, processor: Any, output: str | os.PathLike[
     output = Path(output)
     check_output(output)
     check_servable(model)
-    merged: Any = model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
+    merged = _merged(model)
     causal = language_model(merged)
+
+    def write(folder: Path) -> None:
+        causal.save_pretrained(folder)
+        getattr(processor, "tokenizer", processor).save_pretrained(folder)
+        if is_attached(merged):
+            save_settings(merged, folder)
+
+    return _write_whole(output, write)
+
+
+def export_model(model: Any, processor: Any, output: str | os.PathLike[str]) -> Path:
+    """Write a whole model with its processor, the adapter merged into it (into `model` itself, too). config.json keeps
+    the settings, with which `load` and `attanchor serve` attach it; transformers loads it plain.
+
+    Args:
+        model: An attached model, or a PeftModel around one.
+        processor: Its processor.
+        output: A folder that does not exist or is empty; written whole or not at all.
+
+    Raises:
+        ValueError: `output` holds something.
+    """
+    output = Path(output)
+    check_output(output)
+    merged = _merged(model)
+
+    def write(folder: Path) -> None:
+        merged.save_pretrained(folder)
+        processor.save_pretrained(folder)
+
+    return _write_whole(output, write)
+
+
+def _merged(model: Any) -> Any:
+    return model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
+
+
+def _write_whole(output: Path, write: Callable[[Path], None]) -> Path:
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as temporary:
         made = Path(temporary) / "model"  # its own permissions are those that a user's mkdir gives
         made.mkdir()
-        causal.save_pretrained(made)
-        getattr(processor, "tokenizer", processor).save_pretrained(made)
-        if is_attached(merged):
-            save_settings(merged, made)
+        write(made)
         share_files(made)
         made.replace(output)
     return output
