@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+from PIL import Image
 from vllm.inputs import TokensPrompt
 from vllm.renderers.chat_utils import parse_chat_messages, parse_chat_messages_async
 from vllm.renderers.hf import HfRenderer
@@ -17,7 +20,17 @@ from attanchor_vlm.inference.vllm.front import Front
 from attanchor_vlm.inference.vllm.model import engine_input
 
 _STASH = "_attanchor"  # in a prompt between rendering and processing: the encoded chat
+_LONGEST = 200  # as Qwen's own processor refuses; others scale the short side up, and the long one with it
 _OWN = ("tokenize", "return_dict", "add_generation_prompt", "continue_final_message")
+
+
+@contextlib.contextmanager
+def _refusals() -> Iterator[None]:
+    """A forbidden file and an image of too many pixels are the client's mistakes, not the server's."""
+    try:
+        yield
+    except (RuntimeError, Image.DecompressionBombError) as error:
+        raise ValueError(str(error)) from error
 
 
 class AnchorRenderer(HfRenderer):
@@ -46,13 +59,15 @@ class AnchorRenderer(HfRenderer):
         self._mm_warmup_done = True
 
     def render_messages(self, messages: list[Any], params: Any) -> tuple[list[Any], Any]:
-        conversation, data, _ = parse_chat_messages(messages, self.model_config, "openai", params.media_io_kwargs)
+        with _refusals():
+            conversation, data, _ = parse_chat_messages(messages, self.model_config, "openai", params.media_io_kwargs)
         return conversation, self._encode(conversation, data, params)
 
     async def render_messages_async(self, messages: list[Any], params: Any) -> tuple[list[Any], Any]:
-        conversation, data, _ = await parse_chat_messages_async(
-            messages, self.model_config, "openai", params.media_io_kwargs
-        )
+        with _refusals():
+            conversation, data, _ = await parse_chat_messages_async(
+                messages, self.model_config, "openai", params.media_io_kwargs
+            )
         return conversation, await self._encode_async(conversation, data, params)
 
     def _encode(self, conversation: list[Any], data: Any, params: Any) -> Any:
@@ -61,7 +76,13 @@ class AnchorRenderer(HfRenderer):
             raise ValueError("add_generation_prompt is off or continue_final_message is on; neither goes with anchors")
         if set(data or ()) - {"image"}:
             raise ValueError(f"the chat holds {', '.join(data)}; this model takes text and images")
-        images = [getattr(image, "original_bytes", image) for image in (data or {}).get("image", ())]
+        media = (data or {}).get("image", ())
+        for width, height in (image.size for image in media):
+            if max(width, height) > _LONGEST * min(width, height):
+                raise ValueError(
+                    f"an image has {width} x {height} pixels; no side should be {_LONGEST} times the other"
+                )
+        images = [getattr(image, "original_bytes", image) for image in media]
         given = {name: value for name, value in options.items() if name not in _OWN and value is not None}
         with set_default_torch_num_threads():
             encoded = self.front.encode(conversation, images, given)
