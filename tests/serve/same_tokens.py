@@ -37,6 +37,8 @@ SETTINGS = {
     "one": {"tau": 1},
     "budget": {"tau": -1, "max_anchors": 3},
     "keep": {"tau": 0.1, "keep": 0.34},
+    "sequential": {"tau": 0.1, "positions": "sequential"},
+    "reverse": {"tau": -1, "max_anchors": 4, "direction": "image_into_text"},
 }
 TEXTS = ["What is to the left of the red dog?", "Is there a cat in the picture? And now?", "The sky is grey."]
 # vLLM's attention on a CPU has no narrower heads than these.
