@@ -11,6 +11,7 @@ ones, which are opaque to the compiler and dispatch to a backend:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -185,8 +186,11 @@ def _source(places: Tensor, length: int) -> Tensor:
     return source.scatter(1, torch.where(rows < 0, length, rows), slot)[:, :length].contiguous()
 
 
-def _differentiable(name: str, setup, backward) -> None:
-    """Register a derivative, as `torch.library.register_autograd` does; that takes five times as long at each call."""
+def _differentiable(name: str, setup, backward) -> Callable[..., Any]:
+    """Register a derivative, as `torch.library.register_autograd` does; that takes five times as long at each call.
+
+    Returns the operator for Python: where nothing stands above autograd, it spares a call the way there.
+    """
     operator = getattr(torch.ops.attanchor, name).default
 
     def below(*arguments):
@@ -207,9 +211,15 @@ def _differentiable(name: str, setup, backward) -> None:
 
     _library.impl(name, dispatch, "Autograd")
 
+    def call(*arguments):
+        above = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+        return (operator if above else dispatch)(*arguments)
 
-_differentiable("_construct", _setup_construct, _row_gradients)
-_differentiable("_assemble", _setup_assemble, _row_gradients)
+    return call
+
+
+_call_construct = _differentiable("_construct", _setup_construct, _row_gradients)
+_call_assemble = _differentiable("_assemble", _setup_assemble, _row_gradients)
 _differentiable("_assemble_backward", _setup_assemble_backward, _assemble_backward_autograd)
 
 
@@ -244,7 +254,7 @@ for _overload in ("", ".tau_tensor"):
 
 def construct_at_capacity(call: checks.Call, backend: str) -> tuple[Tensor, ...]:
     """The eight public fields, (…, C, …), in the caller's shape."""
-    embeds, *fields, _places = _construct(*call.problem, backend)
+    embeds, *fields, _places = _call_construct(*call.problem, backend)
     embeds = embeds.squeeze(0) if call.unbatched else embeds
     return embeds, *public_fields(tuple(fields), call.unbatched, call.flat_positions)
 
@@ -263,4 +273,4 @@ def plan(problem: Problem, backend: str) -> Plan:
 
 def assemble(problem: Problem, source: Tensor, places: Tensor, backend: str) -> Tensor:
     """(B, L, D): the rows of a plan, possibly trimmed; differentiable in image and text."""
-    return _assemble(problem.image, problem.text, source, places, backend)
+    return _call_assemble(problem.image, problem.text, source, places, backend)

@@ -38,8 +38,7 @@ def selection(problem: Problem) -> Selection:
 
 def empty_embeds(problem: Problem) -> Tensor:
     """(B, C, D) of the inputs' dtype, unwritten."""
-    shape = (problem.batch, problem.capacity, problem.hidden)
-    return torch.empty(shape, dtype=problem.text.dtype, device=problem.text.device)
+    return problem.text.new_empty((problem.batch, problem.capacity, problem.hidden))
 
 
 def empty_gradients(
@@ -60,4 +59,6 @@ def contiguous(value: Tensor | None) -> Tensor | None:
 
 def on_device(device: torch.device) -> AbstractContextManager:
     """Makes `device` the current one, where there is such a thing: launches and captures are the current device's."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)

@@ -38,7 +38,10 @@ _lock = threading.Lock()
 
 
 def zeroed(device: torch.device, count: int) -> Tensor:
-    """`count` int64 zeros for one launch on the current stream of `device`, aligned to 16 bytes."""
+    """At least `count` int64 zeros for one launch on the current stream of `device`, aligned to 16 bytes.
+
+    The same tensor for every launch on a stream, until one needs more.
+    """
     with _lock:
         if device.type != "cuda":
             return _grown((device, 0), count)
@@ -75,7 +78,7 @@ def _grown(key: tuple[torch.device, int], count: int) -> Tensor:
     words = _words.get(key)
     if words is None or len(words) < count:
         words = _words[key] = _made(key[0], -(-count // 1024) * 1024)
-    return words[:count]
+    return words
 
 
 def _made(device: torch.device, count: int) -> Tensor:
