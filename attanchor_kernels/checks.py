@@ -317,16 +317,9 @@ def _with_axis(position_ids: Tensor | None, unbatched: bool) -> Tensor | None:
     return position_ids.unsqueeze(0) if position_ids.dim() == 2 else position_ids
 
 
-def count_roles(roles: Tensor) -> Tensor:
-    """(2,) int64 on the device of `roles`: the number of placeholders, the largest role."""
-    placeholders = (roles.eq(Role.IMAGE) | roles.eq(Role.SILENT_IMAGE)).sum()
-    largest = roles.max().long() if roles.numel() else placeholders.new_zeros(())
-    return torch.stack([placeholders, largest])
-
-
-def check_roles(counts: Tensor | list[int], features: int) -> None:
-    """Hold the contents of `roles`, as `count_roles` found them, to what `merge_sequence` demands."""
-    placeholders, largest = counts.tolist() if isinstance(counts, Tensor) else counts
+def check_roles(counts: tuple[int, int], features: int) -> None:
+    """Hold what `roles` has, the number of placeholders and the largest role, to what `merge_sequence` demands."""
+    placeholders, largest = counts
     if largest > max(Role):
         raise ValueError(
             f"roles holds {largest}; it should hold 0 (padding), 1 (text), 2 (image placeholder), "
@@ -344,7 +337,9 @@ def contents(problem: Problem) -> None:
     if problem.text.device.type != "cpu":
         return
     if problem.roles is not None:
-        check_roles(count_roles(problem.roles), problem.image.shape[0])
+        roles = problem.roles
+        placeholders = int((roles.eq(Role.IMAGE) | roles.eq(Role.SILENT_IMAGE)).sum())
+        check_roles((placeholders, int(roles.max()) if roles.numel() else 0), problem.image.shape[0])
     if problem.keep_each is not None and (problem.keep_each < 0).any():
         raise ValueError(f"keep holds {int(problem.keep_each.min())}; it should hold 0 or more")
     if problem.cells is not None and (problem.cells >= problem.images).any():

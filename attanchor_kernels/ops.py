@@ -5,6 +5,7 @@ ones, which are opaque to the compiler and dispatch to a backend:
 
     _construct          match + plan + copy, differentiable in image and text
     _plan               match + plan
+    _plan_trimmed       the same, cut to its longest real sequence: one read of the device
     _assemble           copy rows to their places: linear in image and text
     _assemble_backward  its transpose: gather, for every input row, the gradients of its one or two copies
 """
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attanchor_kernels import backends, checks
+from attanchor_kernels import backends, checks, trimming
 from attanchor_kernels.problem import Plan, Problem
 
 _library = torch.library.Library("attanchor", "DEF")
@@ -51,6 +52,9 @@ for _overload, _tau in ((".tau_tensor", "Tensor tau"), ("", "float tau")):
         )
 _library.define(f"_construct({_PROBLEM}, str backend) -> (Tensor embeds, {_FIELDS}, Tensor places)")
 _library.define(f"_plan({_PROBLEM}, str backend) -> ({_FIELDS}, Tensor places)")
+_library.define(
+    f"_plan_trimmed({_PROBLEM}, str backend) -> ({_FIELDS}, Tensor places)", tags=(torch.Tag.cudagraph_unsafe,)
+)
 _library.define("_assemble(Tensor image, Tensor text, Tensor source, Tensor places, str backend) -> Tensor")
 _library.define(
     "_assemble_backward(Tensor grad, Tensor places, SymInt[] image_shape, SymInt[] text_shape, "
@@ -59,6 +63,7 @@ _library.define(
 
 _construct = torch.ops.attanchor._construct.default
 _plan = torch.ops.attanchor._plan.default
+_plan_trimmed = torch.ops.attanchor._plan_trimmed.default
 _assemble = torch.ops.attanchor._assemble.default
 _assemble_backward = torch.ops.attanchor._assemble_backward.default
 
@@ -83,6 +88,11 @@ def _plan_impl(*arguments) -> tuple[Tensor, ...]:
     problem, backend = Problem(*arguments[:-1]), arguments[-1]
     checks.contents(problem)
     return tuple(_backend(backend, problem.text).plan(problem))
+
+
+@torch.library.impl(_library, "_plan_trimmed", "CompositeExplicitAutograd")
+def _plan_trimmed_impl(*arguments) -> tuple[Tensor, ...]:
+    return tuple(trimming.trim(Problem(*arguments[:-1]), Plan(*_plan_impl(*arguments))))
 
 
 @torch.library.impl(_library, "_assemble", "CompositeExplicitAutograd")
@@ -117,6 +127,11 @@ def _construct_fake(*arguments) -> tuple[Tensor, ...]:
 @torch.library.register_fake("attanchor::_plan", lib=_library)
 def _plan_fake(*arguments) -> tuple[Tensor, ...]:
     return tuple(Plan.empty(Problem(*arguments[:-1])))
+
+
+@torch.library.register_fake("attanchor::_plan_trimmed", lib=_library)
+def _plan_trimmed_fake(*arguments) -> tuple[Tensor, ...]:
+    return tuple(Plan.empty(Problem(*arguments[:-1]), torch.library.get_ctx().new_dynamic_size()))
 
 
 @torch.library.register_fake("attanchor::_assemble", lib=_library)
@@ -267,8 +282,16 @@ def plan_at_capacity(call: checks.Call, backend: str) -> tuple[Tensor, ...]:
 
 def plan(problem: Problem, backend: str) -> Plan:
     """The plan at capacity, outside any graph: none of its fields carries a gradient."""
-    problem = problem._replace(image=problem.image.detach(), text=problem.text.detach())
-    return Plan(*_plan(*problem, backend))
+    return Plan(*_plan(*_detached(problem), backend))
+
+
+def plan_trimmed(problem: Problem, backend: str) -> Plan:
+    """The same, cut to the longest real sequence. Waits for the device."""
+    return Plan(*_plan_trimmed(*_detached(problem), backend))
+
+
+def _detached(problem: Problem) -> Problem:
+    return problem._replace(image=problem.image.detach(), text=problem.text.detach())
 
 
 def assemble(problem: Problem, source: Tensor, places: Tensor, backend: str) -> Tensor:

@@ -127,9 +127,10 @@ class Plan(NamedTuple):
     places: Tensor  # (B, 3, S) int32
 
     @classmethod
-    def empty(cls, problem: Problem) -> Plan:
-        """Of the right shapes and dtypes on the problem's device, unwritten."""
-        batch, rows, movers = problem.batch, (problem.batch, problem.capacity), problem.movers
+    def empty(cls, problem: Problem, length: int | torch.SymInt | None = None) -> Plan:
+        """Of the right shapes and dtypes on the problem's device, unwritten; `length` in place of the capacity."""
+        batch, movers = problem.batch, problem.movers
+        rows = batch, problem.capacity if length is None else length
         axes = 1 if problem.position_ids is None else problem.position_ids.shape[0]
         empty = problem.text.new_empty
         source, host = empty(rows, dtype=torch.int64), empty((batch, movers), dtype=torch.int64)

@@ -19,7 +19,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from attanchor_kernels import api, backends, build_sequence, merge_sequence
+from attanchor_kernels import backends, build_sequence, checks, merge_sequence, trimming
 from attanchor_kernels.testing.inputs import TAU
 from benchmarks import options
 from benchmarks.cases import MAX_ANCHORS, SHAPE_OF, Case, make_inputs, problem_of
@@ -76,7 +76,8 @@ def no_launch() -> Iterator[Any]:
         with (
             mock.patch("triton.compiler.compile", Kernel),
             mock.patch.object(backends, "why_not", return_value=None),
-            mock.patch.object(api, "_read_length", lambda problem, _: problem.capacity - 1),
+            mock.patch.object(checks, "contents"),  # of a GPU's tensors, nothing is read
+            mock.patch.object(trimming, "read_length", lambda problem, _: problem.capacity - 1),
         ):
             yield Kernel
     finally:

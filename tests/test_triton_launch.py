@@ -12,9 +12,9 @@ from itertools import product
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-# Host time over that of a plain autograd.Function with as many arguments and outputs: about 1.6 times what it was when
-# this was written.
-MOST = {("forward", False, False): 3.5, ("forward", False, True): 4.5, ("backward", False, True): 3.5}
+# Host time over that of a plain autograd.Function with as many arguments and outputs. By Triton's own way to a launch
+# it would be 4.1 and 4.6; it is 2.1 and 2.5 on an idle machine.
+MOST = {("forward", False, False): 3.3, ("forward", False, True): 3.7}
 
 
 def outside(*command: str) -> str:
@@ -29,13 +29,16 @@ def outside(*command: str) -> str:
 def test_host_time_beside_a_plain_function(tmp_path):
     """Up to three tries, since a busy machine can only make a ratio worse than it is."""
     path = tmp_path / "host.jsonl"
+    least: dict = {}
     for _ in range(3):
         outside("-m", "benchmarks", "host", "--output", str(path), "--repeats", "5")
         rows = [json.loads(line) for line in path.read_text().splitlines()]
-        ratios = {(row["operation"], row["trim"], row["grad"]): row["ratio"] for row in rows}
-        if all(ratios[kind] <= most for kind, most in MOST.items()):
+        for row in rows:
+            kind = row["operation"], row["trim"], row["grad"]
+            least[kind] = min(row["ratio"], least.get(kind, row["ratio"]))
+        if all(least[kind] <= most for kind, most in MOST.items()):
             return
-    raise AssertionError(ratios)
+    raise AssertionError(least)
 
 
 def test_the_short_way_launches_what_tritons_own_would():
