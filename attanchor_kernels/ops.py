@@ -22,6 +22,7 @@ from attanchor_kernels import backends, checks, trimming
 from attanchor_kernels.problem import Plan, Problem
 
 _library = torch.library.Library("attanchor", "DEF")
+_TAGS = (torch.Tag.pt2_compliant_tag,)  # the fakes hold for every input, as `opcheck` tests
 
 _OPTIONS = (
     'SymInt? max_anchors=None, str direction="text_into_image", str positions="sequential", '
@@ -43,22 +44,26 @@ _PROBLEM = (
 for _overload, _tau in ((".tau_tensor", "Tensor tau"), ("", "float tau")):
     _library.define(
         f"build_sequence{_overload}(Tensor img, Tensor txt, {_tau}, Tensor? img_mask=None, Tensor? txt_mask=None, "
-        f"Tensor? anchor_mask=None, {_OPTIONS}, {_SCORES}) -> (Tensor embeds, {_FIELDS})"
+        f"Tensor? anchor_mask=None, {_OPTIONS}, {_SCORES}) -> (Tensor embeds, {_FIELDS})",
+        tags=_TAGS,
     )
     for _name, _embeds in (("merge_sequence", "Tensor embeds, "), ("plan_sequence", "")):
         _library.define(
             f"{_name}{_overload}(Tensor text_embeds, Tensor image_embeds, Tensor roles, {_tau}, Tensor? turn=None, "
-            f"{_OPTIONS}, Tensor? keep_each=None, {_SCORES}) -> ({_embeds}{_FIELDS})"
+            f"{_OPTIONS}, Tensor? keep_each=None, {_SCORES}) -> ({_embeds}{_FIELDS})",
+            tags=_TAGS,
         )
-_library.define(f"_construct({_PROBLEM}, str backend) -> (Tensor embeds, {_FIELDS}, Tensor places)")
-_library.define(f"_plan({_PROBLEM}, str backend) -> ({_FIELDS}, Tensor places)")
+_library.define(f"_construct({_PROBLEM}, str backend) -> (Tensor embeds, {_FIELDS}, Tensor places)", tags=_TAGS)
+_library.define(f"_plan({_PROBLEM}, str backend) -> ({_FIELDS}, Tensor places)", tags=_TAGS)
 _library.define(
-    f"_plan_trimmed({_PROBLEM}, str backend) -> ({_FIELDS}, Tensor places)", tags=(torch.Tag.cudagraph_unsafe,)
+    f"_plan_trimmed({_PROBLEM}, str backend) -> ({_FIELDS}, Tensor places)",
+    tags=(*_TAGS, torch.Tag.cudagraph_unsafe),
 )
-_library.define("_assemble(Tensor image, Tensor text, Tensor source, Tensor places, str backend) -> Tensor")
+_library.define("_assemble(Tensor image, Tensor text, Tensor source, Tensor places, str backend) -> Tensor", tags=_TAGS)
 _library.define(
     "_assemble_backward(Tensor grad, Tensor places, SymInt[] image_shape, SymInt[] text_shape, "
-    "bool need_image, bool need_text, str backend) -> (Tensor, Tensor)"
+    "bool need_image, bool need_text, str backend) -> (Tensor, Tensor)",
+    tags=_TAGS,
 )
 
 _construct = torch.ops.attanchor._construct.default
