@@ -129,18 +129,16 @@ class Plan(NamedTuple):
     @classmethod
     def empty(cls, problem: Problem, length: int | torch.SymInt | None = None) -> Plan:
         """Of the right shapes and dtypes on the problem's device, unwritten; `length` in place of the capacity."""
-        batch, movers = problem.batch, problem.movers
+        batch, movers, device = problem.batch, problem.movers, problem.text.device
         rows = batch, problem.capacity if length is None else length
         axes = 1 if problem.position_ids is None else problem.position_ids.shape[0]
-        empty = problem.text.new_empty
-        source, host = empty(rows, dtype=torch.int64), empty((batch, movers), dtype=torch.int64)
         return cls(
-            position_ids=empty((axes, *rows), dtype=torch.int64),
-            attention_mask=torch.empty_like(source),
-            source=source,
-            is_anchor=torch.empty_like(source, dtype=torch.bool),
-            host=host,
-            score=torch.empty_like(host, dtype=torch.float32),
-            relevance=empty((batch, problem.images if problem.drops else 0), dtype=torch.float32),
-            places=empty((batch, 3, problem.slots), dtype=torch.int32),
+            position_ids=torch.empty((axes, *rows), dtype=torch.int64, device=device),
+            attention_mask=torch.empty(rows, dtype=torch.int64, device=device),
+            source=torch.empty(rows, dtype=torch.int64, device=device),
+            is_anchor=torch.empty(rows, dtype=torch.bool, device=device),
+            host=torch.empty((batch, movers), dtype=torch.int64, device=device),
+            score=torch.empty((batch, movers), dtype=torch.float32, device=device),
+            relevance=torch.empty((batch, problem.images if problem.drops else 0), dtype=torch.float32, device=device),
+            places=torch.empty((batch, 3, problem.slots), dtype=torch.int32, device=device),
         )

@@ -38,7 +38,8 @@ def selection(problem: Problem) -> Selection:
 
 def empty_embeds(problem: Problem) -> Tensor:
     """(B, C, D) of the inputs' dtype, unwritten."""
-    return problem.text.new_empty((problem.batch, problem.capacity, problem.hidden))
+    shape = (problem.batch, problem.capacity, problem.hidden)
+    return torch.empty(shape, dtype=problem.text.dtype, device=problem.text.device)
 
 
 def empty_gradients(
