@@ -165,6 +165,17 @@ def _on_a_cpu(measured: Measured) -> Iterator[Verdict]:
                 yield Verdict("CPU, merge of build", where, MOST_OF_BUILD, True, "x", _value(row, "merge_of_build"))
 
 
+def _on_the_host(measured: Measured) -> Iterator[Verdict]:
+    """Of `build_sequence(trim=False)` by Triton, whatever the host."""
+    for grad, limit in ((False, 90.0), (True, 120.0)):
+        kind = {"run": "host", "operation": "forward", "trim": False, "grad": grad}
+        rows = [row for row in measured.all if kind.items() <= row.items()]
+        value, ratio = (_value(rows[-1] if rows else None, key) for key in ("us", "ratio"))
+        note = f"{ratio:.1f} x a plain autograd.Function" if ratio else ""
+        where = "Triton, with gradient" if grad else "Triton"
+        yield Verdict("host time of a call, its launch left out", where, limit, True, "us", value, note)
+
+
 GROUPS: tuple[Callable[[Measured], Iterator[Verdict]], ...] = (
     _of_floor,
     _one_sample,
@@ -204,6 +215,7 @@ GROUPS: tuple[Callable[[Measured], Iterator[Verdict]], ...] = (
     _memory,
     _dropping,
     _on_a_cpu,
+    _on_the_host,
 )
 
 
