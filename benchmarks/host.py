@@ -67,6 +67,9 @@ def no_launch() -> Iterator[Any]:
         def _init_handles(self) -> None:
             pass
 
+    def nothing(*_: Any) -> None:
+        pass
+
     if triton.knobs.runtime.interpret:
         raise RuntimeError("TRITON_INTERPRET is set; without it, Triton takes the way that it takes on a GPU")
     driver = triton.runtime.driver
@@ -75,8 +78,8 @@ def no_launch() -> Iterator[Any]:
     try:
         with (
             mock.patch("triton.compiler.compile", Kernel),
-            mock.patch.object(backends, "why_not", return_value=None),
-            mock.patch.object(checks, "contents"),  # of a GPU's tensors, nothing is read
+            mock.patch.object(backends, "why_not", nothing),
+            mock.patch.object(checks, "contents", nothing),  # of a GPU's tensors, nothing is read
             mock.patch.object(trimming, "read_length", lambda problem, _: problem.capacity - 1),
         ):
             yield Kernel
