@@ -211,6 +211,24 @@ class FamilyAdapter:
             "Anchors are inserted all the same"
         )
 
+    def frame_grids(
+        self, model: Any, processor: Any, batch: Mapping[str, Tensor], index: int, size: tuple[int, int], frames: int
+    ) -> list[Grid]:
+        """Where the tokens of one video lie in its frames: a grid for each step of time, of as many frames each.
+
+        Args:
+            processor, batch, size: As for `grids`; the size is a frame's.
+            index: Counts the videos of the whole batch.
+            frames: Number of the video's frames.
+
+        Raises:
+            ValueError: it is not known of this family.
+        """
+        raise ValueError(
+            f"where video tokens lie in the frames is not known for {model.config.model_type}: boxes are not "
+            "available. Anchors are inserted all the same"
+        )
+
     def vision_tower(self, model: PreTrainedModel) -> nn.Module | None:
         """The encoders of the model without projectors, which training usually freezes."""
         return nn.ModuleList(tower for _, tower in towers(model))

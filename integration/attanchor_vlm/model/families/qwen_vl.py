@@ -26,3 +26,10 @@ class QwenVLAdapter(FamilyAdapter):
         _, height, width = batch["image_grid_thw"][index].tolist()
         merged = model.config.vision_config.spatial_merge_size
         return [Grid(height // merged, width // merged, whole(size))]
+
+    def frame_grids(
+        self, model: Any, processor: Any, batch: Mapping[str, Tensor], index: int, size: tuple[int, int], frames: int
+    ) -> list[Grid]:
+        steps, height, width = batch["video_grid_thw"][index].tolist()
+        merged = model.config.vision_config.spatial_merge_size
+        return [Grid(height // merged, width // merged, whole(size))] * steps
