@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -13,33 +12,29 @@ from attanchor_vlm.errors import SetupError
 from attanchor_vlm.model.attach import base_of
 from attanchor_vlm.model.families.structure import language_model, projectors
 
+# Of these peft takes every name for an expert's, where experts are one parameter, and cannot drop out what it adapts.
+_OF_EXPERTS = ("gate_proj", "up_proj", "down_proj", "gate", "w1", "w2", "w3")
 
-def lora_targets(model: nn.Module) -> str:
-    """The `target_modules` of peft's LoraConfig: an expression for all linear layers of the language model and of the
-    projectors, by the model's structure. "all-linear" and plain names hit the vision tower as well.
+
+def lora_targets(model: nn.Module) -> list[str]:
+    """The `target_modules` of peft's LoraConfig: all linear layers of the language model and of the projectors, found
+    by the model's structure and named in full. "all-linear" and plain names hit the vision tower as well. In a mixture
+    of experts the feed-forward layers are left out.
 
     Args:
         model: A transformers model, attached or not.
     """
     target = base_of(model)
-    parts = {language_model(target), *(module for _, module in projectors(target))}
-    within = tuple(name for name, module in target.named_modules() if module in parts)
-    kinds: dict[str, set[bool]] = {}
-    for name, module in target.named_modules():
-        kinds.setdefault(_any_layer(name), set()).add(isinstance(module, nn.Linear))
-    linear = [name for part in within for name in _linear(target.get_submodule(part), part)]
-    # Layers of a kind by one expression, unless others than linear ones are counted with them, as in nn.Sequential.
-    found = (_any_layer(name) if kinds[_any_layer(name)] == {True} else name for name in linear)
-    return "|".join(name.replace(".", r"\.") for name in dict.fromkeys(found))
-
-
-def _any_layer(name: str) -> str:
-    return re.sub(r"\b\d+\b", r"\\d+", name)
+    decoder = language_model(target)
+    prefix = next(name for name, module in target.named_modules() if module is decoder)
+    layers = (module for module in decoder.modules() if not isinstance(module, nn.Conv1d))
+    mixture = any(parameter.dim() == 3 for layer in layers for parameter in layer.parameters(recurse=False))
+    names = [*_linear(decoder, prefix), *(n for name, module in projectors(target) for n in _linear(module, name))]
+    return [name for name in names if not (mixture and name.rpartition(".")[2] in _OF_EXPERTS)]
 
 
 def _linear(module: nn.Module, prefix: str) -> list[str]:
-    named = module.named_modules(prefix=prefix)
-    return [name.lstrip(".") for name, layer in named if isinstance(layer, nn.Linear)]
+    return [name for name, layer in module.named_modules(prefix=prefix) if isinstance(layer, nn.Linear)]
 
 
 def choose_optimizer(wanted: str, say: Callable[[str], None], sharded: bool = False) -> str:
@@ -99,7 +94,7 @@ def add_lora(model: Any, rank: int, alpha: int, dropout: float) -> nn.Module:
             f"nothing of a projector is found in {type(model).__name__}, so LoRA would leave it untrained; name its "
             "layers in peft's LoraConfig yourself, beside attanchor_vlm.lora_targets(model)"
         )
-    whole = [name for name, module in found if not _linear(module, "")]
+    whole = [name for name, module in found if not _linear(module, name)]
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,

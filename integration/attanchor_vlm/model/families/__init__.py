@@ -7,6 +7,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from attanchor_vlm.model.families.base import FamilyAdapter
+from attanchor_vlm.model.families.encoded import Granite4VisionAdapter, Llama4Adapter
 from attanchor_vlm.model.families.gemma3 import Gemma3Adapter
 from attanchor_vlm.model.families.idefics3 import Idefics3Adapter
 from attanchor_vlm.model.families.internvl import InternVLAdapter
@@ -65,11 +66,60 @@ for known in (
     LlavaNextAdapter(),
     LlavaOnevisionAdapter(),
     QwenVLAdapter(model_types=("qwen2_vl", "qwen2_5_vl"), routes=EMBEDS_FIRST),
-    QwenVLAdapter(model_types=("qwen3_vl",)),  # deepstack features have no place in inputs_embeds
+    QwenVLAdapter(model_types=("qwen3_vl", "qwen3_vl_moe")),  # deepstack features have no place in inputs_embeds
+    QwenVLAdapter(model_types=("qwen3_5", "qwen3_5_moe"), routes=BOTH),
+    QwenVLAdapter(model_types=("glm4v", "glm46v", "glm4v_moe", "glm_ocr", "glmga", "paddleocr_vl"), routes=BOTH),
     InternVLAdapter(),
     Idefics3Adapter(),
     TileAdapter(model_types=("paligemma",), routes=("ids",), token_types={"token_type_ids": 0}),  # of the prefix
     Gemma3Adapter(),
+    # Of another type than its image, an anchor would cut the image's block of mutual attention in two.
+    FamilyAdapter(model_types=("gemma4", "gemma4_unified", "molmo2"), token_types={"mm_token_type_ids": 1}),
+    FamilyAdapter(
+        model_types=("video_llava",),
+        image_arguments=(
+            "pixel_values",
+            "pixel_values_images",
+            "vision_feature_layer",
+            "vision_feature_select_strategy",
+        ),
+        routes=BOTH,
+    ),
+    Llama4Adapter(),
+    Granite4VisionAdapter(),
+    # All that the contract says is right of these, and `inputs_embeds` hold all that their decoders are given.
+    FamilyAdapter(
+        model_types=(
+            "aria",
+            "aya_vision",
+            "cohere2_vision",
+            "deepseek_ocr2",
+            "deepseek_vl",
+            "got_ocr2",
+            "hyperclovax_vision_v2",
+            "hunyuan_vl",
+            "idefics2",
+            "janus",
+            "kimi_k25",
+            "lfm2_vl",
+            "lfm3_vl",
+            "lighton_ocr",
+            "llava_next_video",
+            "minicpm_ocr",
+            "minicpmv4_6",
+            "minicpmv4_7",
+            "minimax_m3_vl",
+            "mistral3",
+            "mistral_large4",
+            "muse_glimmer",
+            "qianfan_ocr",
+            "qwen2_5_omni_thinker",
+            "step3p7",
+            "video_llama_3",
+            "vipllava",
+        ),
+        routes=BOTH,
+    ),
 ):
     register(known)
 

@@ -36,8 +36,8 @@ class FamilyAdapter:
         positions: Default of `AttAnchorConfig.positions`; empty for "inherit" with M-RoPE, else "sequential".
         positions_per_token: 1, or more for M-RoPE; 0 for what the model's config says. With 1, "inherit" would repeat
             positions, which attention code takes for packed sequences: `attach` refuses it unless told otherwise.
-        image_arguments: Arguments of forward that hold the images. The first one tells that a call has images; all
-            are consumed by `encode_images`. Empty for those that `get_image_features` takes.
+        image_arguments: Arguments of forward that hold the images. Those that are called pixel values tell that a call
+            has images; all are consumed by `encode_images`. Empty for those that `get_image_features` takes.
         video_arguments: The same of videos, for `encode_videos` and `get_video_features`; none without that method.
         token_types: Further (B, S) inputs with one value per token, and the value that an inserted token gets; None,
             also for those of forward that are not named here, to copy the one of the token it copies.
@@ -78,7 +78,8 @@ class FamilyAdapter:
         return [
             kind
             for kind, names in (("image", self.image_arguments), ("video", self.video_arguments))
-            if names and (arguments.get(names[0]) is not None or encoded.get(kind) is not None)
+            if names
+            and (encoded.get(kind) is not None or any(arguments.get(name) is not None for name in _pixels(names)))
         ]
 
     def has_images(self, arguments: Mapping[str, Any]) -> bool:
@@ -96,7 +97,7 @@ class FamilyAdapter:
     def feature_rows(self, encoded: Any) -> Tensor:
         """(T, D) projected features of the whole batch, of images or of videos, in row-major order of the placeholders
         of that kind."""
-        return _flat(encoded.pooler_output)
+        return flat(encoded.pooler_output)
 
     def placeholders(self, model: PreTrainedModel, input_ids: Tensor) -> Tensor:
         """(B, S) bool, True at the slots that features of images and videos fill."""
@@ -163,9 +164,9 @@ class FamilyAdapter:
         if isinstance(encoded.pooler_output, Tensor):  # and a tensor is what the model expects back: one row an entry
             regrouped: dict[str, Any] = {"pooler_output": rows[order][:, None]}
         else:  # One entry a sample: beam search repeats the list by sample and counts placeholders to find the borders.
-            regrouped = {"pooler_output": _by_sample(rows[order], per_sample)}
+            regrouped = {"pooler_output": by_sample(rows[order], per_sample)}
         if (layers := getattr(encoded, "deepstack_features", None)) is not None:
-            regrouped["deepstack_features"] = [_by_sample(_flat(layer)[order], per_sample) for layer in layers]
+            regrouped["deepstack_features"] = [by_sample(flat(layer)[order], per_sample) for layer in layers]
         return type(encoded)(**{**encoded, **regrouped})  # with whatever else the model reads from it
 
     def token_shapes(self, model: Any, arguments: Mapping[str, Any], count: int) -> list[list[tuple[int, int]]]:
@@ -178,6 +179,10 @@ class FamilyAdapter:
             arguments: The call's.
             count: Number of features, those that are no image content left out.
         """
+        return []
+
+    def video_shapes(self, model: Any, arguments: Mapping[str, Any], count: int) -> list[list[tuple[int, int]]]:
+        """As `token_shapes`, of the steps of time of each video."""
         return []
 
     def class_token_attention(self, model: Any, arguments: Mapping[str, Any], encoded: Any) -> Tensor | None:
@@ -234,24 +239,28 @@ class FamilyAdapter:
         return nn.ModuleList(tower for _, tower in towers(model))
 
 
+def _pixels(names: tuple[str, ...]) -> list[str]:
+    return [name for name in names if "pixel_values" in name]
+
+
 def _encoded(kind: str, names: tuple[str, ...], model: Any, arguments: Mapping[str, Any]) -> Any:
     encoded = (arguments.get("mm_encoder_outputs") or {}).get(kind)
     if encoded is not None:
-        if arguments.get(names[0]) is not None:
-            raise ValueError(f"{names[0]} and mm_encoder_outputs[{kind!r}] are both given; pass one of them")
+        if pixels := [name for name in _pixels(names) if arguments.get(name) is not None]:
+            raise ValueError(f"{pixels[0]} and mm_encoder_outputs[{kind!r}] are both given; pass one of them")
         return encoded
     given = {name: arguments[name] for name in names if arguments.get(name) is not None}
     return getattr(model.base_model, f"get_{kind}_features")(**given, return_dict=True)
 
 
-def _flat(features: Any) -> Tensor:
+def flat(features: Any) -> Tensor:
     """(T, D) from features by image or by sample."""
     if isinstance(features, Tensor):
         return features.reshape(-1, features.shape[-1])
     return torch.cat([part.reshape(-1, part.shape[-1]) for part in features])
 
 
-def _by_sample(rows: Tensor, per_sample: list[int]) -> list[Tensor]:
+def by_sample(rows: Tensor, per_sample: list[int]) -> list[Tensor]:
     return [part for part in rows.split(per_sample) if len(part)]
 
 

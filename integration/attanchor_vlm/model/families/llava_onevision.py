@@ -43,3 +43,8 @@ class LlavaOnevisionAdapter(LlavaNextAdapter):
         cells = math.ceil(vision.image_size // vision.patch_size / 2)
         grid = Grid(cells, cells, whole(size))
         return [grid] * (frames - 1) + [dataclasses.replace(grid, ends=True)]
+
+    def video_shapes(self, model: Any, arguments: Mapping[str, Any], count: int) -> list[list[tuple[int, int]]]:
+        vision = model.config.vision_config
+        cells = math.ceil(vision.image_size // vision.patch_size / 2)
+        return [[(cells, cells)]] * (count // cells**2)

@@ -33,3 +33,9 @@ class QwenVLAdapter(FamilyAdapter):
         steps, height, width = batch["video_grid_thw"][index].tolist()
         merged = model.config.vision_config.spatial_merge_size
         return [Grid(height // merged, width // merged, whole(size))] * steps
+
+    def video_shapes(self, model: Any, arguments: Mapping[str, Any], count: int) -> list[list[tuple[int, int]]]:
+        grids, merged = arguments.get("video_grid_thw"), model.config.vision_config.spatial_merge_size
+        if grids is None:
+            return []
+        return [[(high // merged, wide // merged)] for steps, high, wide in grids.tolist() for _ in range(steps)]

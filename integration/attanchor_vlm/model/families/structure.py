@@ -10,8 +10,8 @@ from torch import nn
 
 # Between tower and language model, by the names that transformers gives it.
 _PROJECTOR = re.compile(
-    r"projector|multi_?modal|merger|connector|aligner|adapter|resampler|perceiver|embed_vision|vision_embedder"
-    r"|(vision|visual|modality|image|linear)_proj|mm_proj|mlp_AR"
+    r"^(?!generation_).*(projector|multi_?modal|(?<!vit_)merger|connector|aligner|adapter|resampler|perceiver|embed_vision|visual_embeddings|vision_embedder"
+    r"|(vision|visual|modality|image|linear)_proj|mm_proj|mlp_AR)"
 )
 
 
@@ -21,7 +21,7 @@ def language_model(model: Any) -> nn.Module:
     for name in ("language_model", "text_model"):
         if hasattr(base, name):
             inner = getattr(base, name)
-            return inner.base_model if hasattr(inner, "lm_head") else inner
+            return inner.model if hasattr(inner, "lm_head") else inner
     return model.get_decoder()
 
 
