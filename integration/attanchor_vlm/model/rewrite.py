@@ -189,8 +189,14 @@ def rewrite(
     try:
         encoded = media.encoded.get("image")
         rows, kept = survivors(settings, adapter, model, arguments, encoded, rows, silent, text_embeds, roles, turn)
-        if settings.placement != "matched" and not settings.inserts_nothing:
-            built = place(settings, text_embeds, rows, roles, kept=kept, copy=route == "embeds", **placed)
+        frames = None
+        if settings.max_anchors_per_frame is not None and not settings.inserts_nothing:
+            frame = media.frames(model, adapter, arguments, silent).to(device)
+            holds = (is_image & is_real).to(device)
+            frames = torch.full_like(roles, -1, dtype=torch.long).masked_scatter(holds, frame)
+        if (settings.placement != "matched" or frames is not None) and not settings.inserts_nothing:
+            placed |= {"frames": frames, "copy": route == "embeds"}
+            built = place(settings, text_embeds, rows, roles, kept=kept, **placed)
         else:
             built = (merge_sequence if route == "embeds" else plan_sequence)(
                 text_embeds,

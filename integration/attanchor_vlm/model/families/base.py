@@ -179,6 +179,10 @@ class FamilyAdapter:
         """
         return []
 
+    def video_shapes(self, model: Any, arguments: Mapping[str, Any], count: int) -> list[list[tuple[int, int]]]:
+        """As `token_shapes`, of the steps of time of each video."""
+        return []
+
     def class_token_attention(self, model: Any, arguments: Mapping[str, Any], encoded: Any) -> Tensor | None:
         """(T,) float32, how much the class token of the image encoder attends to each feature; None if it has none.
 
@@ -208,6 +212,24 @@ class FamilyAdapter:
         raise ValueError(
             f"where image tokens lie in the image is not known for {model.config.model_type}: boxes are not available. "
             "Anchors are inserted all the same"
+        )
+
+    def frame_grids(
+        self, model: Any, processor: Any, batch: Mapping[str, Tensor], index: int, size: tuple[int, int], frames: int
+    ) -> list[Grid]:
+        """Where the tokens of one video lie in its frames: a grid for each step of time, of as many frames each.
+
+        Args:
+            processor, batch, size: As for `grids`; the size is a frame's.
+            index: Counts the videos of the whole batch.
+            frames: Number of the video's frames.
+
+        Raises:
+            ValueError: it is not known of this family.
+        """
+        raise ValueError(
+            f"where video tokens lie in the frames is not known for {model.config.model_type}: boxes are not "
+            "available. Anchors are inserted all the same"
         )
 
     def vision_tower(self, model: PreTrainedModel) -> nn.Module | None:

@@ -6,13 +6,16 @@ import pytest
 import torch
 import videos
 from builders import plain
+from PIL import Image
 from shared import GREEDY, LOGITS, NEW, both_directions, both_sides, difference, own_logits
 from tiny_families import IMAGE, PAD, VIDEO
 from torch.nn import functional as F
 
 from attanchor_vlm import AttAnchorConfig, attach
+from attanchor_vlm.chat.videos import Video
 from attanchor_vlm.model.check import findings
 from attanchor_vlm.model.families import adapter_for
+from attanchor_vlm.model.geometry import image_slots, patch_boxes
 
 MIXED = ["iv", "v", "i", "", "vi"]
 TAU = 0.1
@@ -138,3 +141,19 @@ def test_mistakes_in_a_call_with_videos(family):
         model(**fewer)
     with pytest.raises(ValueError, match=r"keep is 0\.5 in a call with videos"):
         attached(family, keep=0.5)(**batch)
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl"])
+def test_boxes_say_which_frame_of_which_video(name):
+    family = next(one for one in videos.FAMILIES if one.name == name)
+    model, batch = family.model(), videos.prompts(family, ["v", "iv"])[0]
+    film = Video([Image.new("RGB", (60, 40))] * 3)
+    for row, media in enumerate(([film], [(90, 60), film])):
+        boxes = patch_boxes(model, None, batch, row, [[film], [(90, 60), film]])
+        assert len(boxes) == len(image_slots(model, batch, row))
+        of_video = [box for box in boxes if box.video is not None]
+        # Two steps of two frames, of which the last is there twice; each a grid of two by two.
+        assert [(box.image, box.frame) for box in of_video] == [(row, 0)] * 4 + [(row + 1, 2)] * 4
+        assert [box.pixels for box in of_video[4:]] == [box.pixels for box in of_video[:4]]
+        assert of_video[3].pixels == (30.0, 20.0, 60.0, 40.0)
+        assert {box.image for box in boxes if box.video is None} == ({0} if len(media) > 1 else set())
