@@ -50,7 +50,7 @@ def make(config: BuildConfig, say: Callable[[str], None] = print) -> Path:
         made = Path(folder) / "model"
         save(model, processor, made)
         if config.captions is not None:
-            made = _stage1(config, made, Path(folder), say)
+            made = stage1(config, made, Path(folder), say)
         made.replace(config.output)
     return config.output
 
@@ -106,7 +106,7 @@ def save(model: LlavaForConditionalGeneration, processor: LlavaProcessor, folder
     share_files(folder)
 
 
-def _stage1(config: BuildConfig, model: Path, folder: Path, say: Callable[[str], None]) -> Path:
+def stage1(config: BuildConfig, model: Path, folder: Path, say: Callable[[str], None]) -> Path:
     """`attanchor train` on captions, without anchors, merged into the model that it began with."""
     from attanchor_vlm import detach, load
     from attanchor_vlm.training import run as training

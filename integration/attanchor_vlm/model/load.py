@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import pickle
-import re
 import socket
 import warnings
 from collections.abc import Callable, Collection, Mapping
@@ -50,6 +48,42 @@ def load_pretrained(name: str, dtype: torch.dtype = torch.float32) -> tuple[Any,
     _check_weights(name, model, found)
     if getattr(processor, "image_processor", None) is None or getattr(processor, "tokenizer", None) is None:
         raise SetupError(f"model {name} has no processor for images and text; AttAnchor trains image-text models")
+    return model, processor
+
+
+def empty_model(config: Any) -> Any:
+    """The model of a config, without weights (on the meta device)."""
+    from transformers import AutoModelForImageTextToText
+
+    with torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(config)
+
+
+def load_front(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
+    """As `load_pretrained`, without the layers of the language model: for prompts, whose rows need none of them."""
+    from transformers import AutoConfig, AutoModelForImageTextToText
+    from transformers.utils import logging
+
+    from attanchor_vlm.model.processors import load_processor
+
+    source, loud = source_of(name), logging.get_verbosity()
+    logging.set_verbosity_error()  # it would list the layers
+    try:
+        processor = load_processor(source)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        text = config.get_text_config()
+        text.num_hidden_layers = 0
+        if getattr(text, "layer_types", None):
+            text.layer_types = []
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(
+            source, config=config, dtype=dtype, output_loading_info=True, trust_remote_code=False
+        )
+    except Exception as error:
+        raise cannot_be_loaded(name, error) from error
+    finally:
+        logging.set_verbosity(loud)
+    model, found = loaded
+    _check_weights(name, model, {**found, "unexpected_keys": ()})
     return model, processor
 
 
@@ -293,9 +327,9 @@ def with_adapter(loaded: Any, model: str, adapter: str | PathLike[str]) -> Any:
     """
     try:
         return load_adapter(loaded, adapter)
-    except (json.JSONDecodeError, SafetensorError) as error:
+    except (json.JSONDecodeError, RecursionError, SafetensorError) as error:
         raise SetupError(f"adapter {adapter} cannot be read; a file of it is damaged: {error}") from error
-    except (RuntimeError, ValueError, KeyError, TypeError, pickle.UnpicklingError, re.error) as error:
+    except Exception as error:  # of a damaged configuration, nearly any kind
         reason = " ".join(str(error).split())
         raise SetupError(
             f"adapter {adapter} does not fit model {model}, which it should have been trained on: {reason[:300]}"
