@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,12 +11,16 @@ from typing import Any, TypeVar
 
 from PIL import Image
 
+from attanchor_vlm.chat.videos import FPS
 from attanchor_vlm.data.images import ImageSource, decoded, unreadable, why_not
 from attanchor_vlm.data.reading import check_characters, lines_of, parse, parse_list, read_text
+from attanchor_vlm.data.videos import VideoFiles
 from attanchor_vlm.errors import BadRow, DataError
 
-PLACEHOLDER = "<image>"
+PLACEHOLDER, VIDEO_PLACEHOLDER = "<image>", "<video>"
+_PLACES = re.compile(f"({PLACEHOLDER}|{VIDEO_PLACEHOLDER})")
 _SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+_MEDIA = ("image", "images", "video", "videos")
 _SHOWN = 10  # bad rows printed in an error; the others are counted
 
 
@@ -27,12 +32,17 @@ class Row:
         number: Counts the rows of the file from 1.
         messages: (role, text) in turn, user first (or behind a system turn), assistant last, the placeholders still in
             the user's text.
-        images: In the order of the placeholders.
+        images, videos: In the order of their placeholders.
     """
 
     number: int
     messages: tuple[tuple[str, str], ...]
     images: tuple[Any, ...]  # ImageSource; of read_rows, Path
+    videos: tuple[VideoFiles, ...] = ()
+
+    @property
+    def media(self) -> tuple[Any, ...]:
+        return self.images + self.videos
 
 
 def read_rows(
@@ -43,8 +53,9 @@ def read_rows(
     A row is ``{"image": "name.png", "conversations": [{"from": "human", "value": "<image>\n…"}, {"from": "gpt",
     "value": "…"}]}``; `image` may be a list, and is absent in rows of text alone. Rows of TRL's form are
     read as well: ``{"images": […], "messages": [{"role": "user", "content": [{"type": "image"}, {"type": "text",
-    "text": "…"}]}, …]}``. Either may begin with a "system" turn. Other keys are ignored. Images are looked up under
-    `images` and decoded once, in threads.
+    "text": "…"}]}, …]}``. Either may begin with a "system" turn. Videos stand at ``<video>``: `video` names a file, or
+    is the list of the image files of its frames, `videos` is a list of such, and `fps` how many frames a second has.
+    Other keys are ignored. Images and videos are looked up under `images`, and images decoded once, in threads.
 
     Args:
         decode: False leaves it to later to find images that cannot be decoded.
@@ -60,7 +71,7 @@ def read_rows(
     rows: list[Row] = []
     bad: list[BadRow] = []
     found = _load(file, skip_bad)
-    if images is None and any(isinstance(raw, dict) and (raw.get("image") or raw.get("images")) for raw in found):
+    if images is None and any(isinstance(raw, dict) and any(raw.get(key) for key in _MEDIA) for raw in found):
         raise DataError(f"{file} names images, and no folder of images is given; give --images")
     for number, raw in enumerate(found, start=1):
         try:
@@ -158,19 +169,20 @@ def check_row(number: int, raw: object, folder: Path | None) -> Row:
         check_characters(f"turn {index}", text)
         if role == "assistant" and not text.strip():
             raise ValueError(f"turn {index}, an answer, is empty")
-        if role != "user" and PLACEHOLDER in text:
+        if role != "user" and (held := _PLACES.search(text)):
             what = "an answer" if role == "assistant" else "the system's"
-            raise ValueError(f"turn {index}, {what}, holds {PLACEHOLDER}; only questions may")
+            raise ValueError(f"turn {index}, {what}, holds {held.group()}; only questions may")
     if messages[-1][0] != "assistant":
         raise ValueError("the last turn is a question without an answer")
-    images = images_of(raw, folder)
-    placeholders = sum(text.count(PLACEHOLDER) for _, text in messages)
-    if placeholders != len(images):
-        raise ValueError(
-            f"{placeholders} {PLACEHOLDER} placeholder{'s' * (placeholders != 1)} for {len(images)} "
-            f"image{'s' * (len(images) != 1)}; there should be one for each"
-        )
-    return Row(number, messages, images)
+    images, videos = images_of(raw, folder), videos_of(raw, folder)
+    for kind, place, own in (("image", PLACEHOLDER, images), ("video", VIDEO_PLACEHOLDER, videos)):
+        places = sum(text.count(place) for _, text in messages)
+        if places != len(own):
+            raise ValueError(
+                f"{places} {place} placeholder{'s' * (places != 1)} for {len(own)} {kind}{'s' * (len(own) != 1)}; "
+                "there should be one for each"
+            )
+    return Row(number, messages, images, videos)
 
 
 def _turn(index: int, turn: object) -> tuple[str, str]:
@@ -194,12 +206,12 @@ def _message(index: int, turn: object) -> tuple[str, str]:
     texts = []
     for part in content:
         kind = part.get("type") if isinstance(part, dict) else None
-        if kind == "image":
-            texts.append(PLACEHOLDER)
+        if kind in ("image", "video"):
+            texts.append(PLACEHOLDER if kind == "image" else VIDEO_PLACEHOLDER)
         elif kind == "text" and isinstance(part.get("text"), str):
             texts.append(part["text"])
         else:
-            raise ValueError(f'turn {index} has a part {part!r}; it should be of "type" "text" or "image"')
+            raise ValueError(f'turn {index} has a part {part!r}; it should be of "type" "text", "image" or "video"')
     return _SPEAKERS[role], "\n".join(texts)
 
 
@@ -216,33 +228,61 @@ def images_of(raw: dict[str, Any], folder: Path | None) -> tuple[ImageSource, ..
     return tuple(_image(one, folder) for one in several)
 
 
+def videos_of(raw: dict[str, Any], folder: Path | None) -> tuple[VideoFiles, ...]:
+    """The videos that a row names: `video`, a file or the list of its frames' image files, or `videos`, several.
+
+    Raises:
+        ValueError: one is no name, or there is no such file in `folder`.
+    """
+    several = raw.get("videos") if raw.get("video") is None else [raw["video"]]
+    if several is None:
+        return ()
+    fps = raw.get("fps", FPS)
+    if isinstance(fps, bool) or not isinstance(fps, (int, float)) or not 0 < fps < float("inf"):
+        raise ValueError(f'"fps" is {fps!r}; it should be a number above 0')
+    found = []
+    for one in several if isinstance(several, list) else [several]:
+        if not (files := one if isinstance(one, list) else [one]):
+            raise ValueError('"video" is an empty list; it should be a file, or the image files of its frames')
+        found.append(VideoFiles(tuple(_file(name, folder, "video") for name in files), float(fps)))
+    return tuple(found)
+
+
 def _image(named: Any, folder: Path | None) -> ImageSource:
     if isinstance(named, dict):  # as `datasets` writes images: the bytes, or a path, or both
         if isinstance(named.get("bytes"), bytes):
             return named["bytes"]
         named = named.get("path")
+    return _file(named, folder, "image")
+
+
+def _file(named: Any, folder: Path | None, kind: str) -> Path:
     if not isinstance(named, str) or not named:
-        raise ValueError(f'"image" is {named!r}; it should be the name of a file')
-    check_characters('"image"', named)
+        raise ValueError(f'"{kind}" is {named!r}; it should be the name of a file')
+    check_characters(f'"{kind}"', named)
     if folder is None:
-        raise ValueError(f"image {named} is a file, and no folder of images is given (--images)")
+        raise ValueError(f"{kind} {named} is a file, and no folder of images is given (--images)")
     try:
         there = (folder / named).is_file()
     except OSError as error:  # the image itself in place of its name is a name too long
         shown = named if len(named) < 80 else f"{named[:80]}…"
-        raise ValueError(f'"image" is {shown!r}; it should be the name of a file ({error.strerror})') from error
+        raise ValueError(f'"{kind}" is {shown!r}; it should be the name of a file ({error.strerror})') from error
     if not there:
-        raise ValueError(f"image {folder / named} does not exist")
+        raise ValueError(f"{kind} {folder / named} does not exist")
     return folder / named
 
 
 def split_readable(file: Path, rows: list[RowT], progress: bool) -> tuple[list[RowT], list[BadRow]]:
-    """Rows whose images can be decoded, and those with one that cannot. Their images are files."""
-    reasons = unreadable({path for row in rows for path in row.images}, progress)
+    """Rows whose images and videos can be decoded, and those with one that cannot. Their images are files."""
+    videos = {video for row in rows for video in row.videos}
+    frames = {path for video in videos for path in video.frames}
+    reasons: dict[Any, str] = dict(unreadable({path for row in rows for path in row.images} | frames, progress))
+    reasons |= {video: reason for video in videos if (reason := video.why_unreadable())}
     good: list[RowT] = []
     bad: list[BadRow] = []
     for row in rows:
-        own = [reasons[path] for path in row.images if path in reasons]
+        frames_of = (path for video in row.videos for path in video.frames)
+        own = [reasons[one] for one in (*row.media, *frames_of) if one in reasons]
         if own:
             bad.append(BadRow(file, row.number, own[0]))
         else:
@@ -286,11 +326,11 @@ def _rows_by_images(rows: list[Row]) -> dict[object, list[Row]]:
         return key
 
     for row in rows:
-        for image in row.images[1:]:
-            leader[find(image)] = find(row.images[0])
+        for one in row.media[1:]:
+            leader[find(one)] = find(row.media[0])
     groups: dict[object, list[Row]] = {}
     for row in rows:
-        groups.setdefault(find(row.images[0]) if row.images else row.number, []).append(row)
+        groups.setdefault(find(row.media[0]) if row.media else row.number, []).append(row)
     return groups
 
 
@@ -301,6 +341,11 @@ class Sample:
     row: int
     messages: tuple[tuple[str, str], ...]
     images: tuple[Any, ...]  # ImageSource
+    videos: tuple[VideoFiles, ...] = ()
+
+    @property
+    def media(self) -> tuple[Any, ...]:
+        return self.images + self.videos
 
 
 def samples(rows: Iterable[Row], turns: str) -> Iterator[Sample]:
@@ -314,19 +359,27 @@ def samples(rows: Iterable[Row], turns: str) -> Iterator[Sample]:
         ends = range(first, len(row.messages) + 1, 2) if turns == "each" else (len(row.messages),)
         for end in ends:
             messages = row.messages[:end]
-            count = sum(text.count(PLACEHOLDER) for _, text in messages)
-            yield Sample(row.number, messages, row.images[:count])
+            images, videos = (
+                sum(text.count(place) for _, text in messages) for place in (PLACEHOLDER, VIDEO_PLACEHOLDER)
+            )
+            yield Sample(row.number, messages, row.images[:images], row.videos[:videos])
 
 
 def parts(text: str) -> list[dict[str, str]]:
-    """A turn's text as the content parts of a chat template: images at the placeholders, stripped text between."""
+    """A turn's text as the content parts of a chat template: images and videos at their placeholders, stripped text
+    between."""
     content: list[dict[str, str]] = []
-    for index, piece in enumerate(text.split(PLACEHOLDER)):
-        if index:
-            content.append({"type": "image"})
-        if piece.strip():
+    for piece in _PLACES.split(text):
+        if _PLACES.fullmatch(piece):
+            content.append({"type": piece[1:-1]})
+        elif piece.strip():
             content.append({"type": "text", "text": piece.strip()})
     return content
+
+
+def without_places(text: str) -> str:
+    """A turn's text without its placeholders."""
+    return _PLACES.sub(" ", text)
 
 
 def load_image(source: ImageSource) -> Image.Image:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from tiny import IMAGE, PATCHES, prompts, tiny_llava
-from transformers import LlavaForConditionalGeneration
+from transformers import LlamaForCausalLM, LlavaForConditionalGeneration
 
 import attanchor_vlm
 from attanchor_vlm import AttAnchorConfig, attach, detach, is_attached, load_settings, prepare_inputs, save_settings
@@ -62,11 +62,41 @@ def test_inherit_in_a_family_with_one_position_per_token():
         attach(model, AttAnchorConfig(tau=TAU, positions="inherit", force_inherit=True))
 
 
-def test_an_unknown_family_is_told_what_an_adapter_needs():
+def test_an_unknown_family_is_served_by_the_contract_of_transformers():
+    model, batch = tiny_llava(), prompts([1, 2])
+    expected = attach(model, AttAnchorConfig(tau=TAU, route="ids"))(**batch).logits
+    _rename(detach(model), "other_vl")
+    assert torch.equal(attach(model, AttAnchorConfig(tau=TAU))(**batch).logits, expected)
+    assert model.attanchor_plan.is_anchor.any()
+    assert adapter_for(model).routes == ("ids",)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "reason"),
+    [
+        ("mllama", {}, "read by cross-attention"),
+        ("instructblip", {}, "learned queries"),
+        ("encoding_vl", {"is_encoder_decoder": True}, "it is an encoder-decoder"),
+        ("nameless_vl", {"image_token_id": None}, "names no image_token_id"),
+    ],
+)
+def test_a_family_that_cannot_have_anchors_is_told_why(name, change, reason):
     model = tiny_llava()
-    model.config.__class__ = type("Other", (type(model.config),), {"model_type": "other_vl"})
-    with pytest.raises(ValueError, match=r"no adapter for model_type 'other_vl'.*image_arguments.*routes"):
+    _rename(model, name)
+    for key, value in change.items():
+        setattr(model.config, key, value)
+    with pytest.raises(ValueError, match=rf"cannot insert anchors in '{name}' \(Llava\w+\): .*{reason}.*register"):
         attach(model, AttAnchorConfig(tau=TAU))
+
+
+def test_a_forward_without_encoded_images_is_told_so():
+    model = LlamaForCausalLM(tiny_llava().config.text_config)
+    with pytest.raises(ValueError, match="it has no mm_encoder_outputs in forward"):
+        attach(model, AttAnchorConfig(tau=TAU))
+
+
+def _rename(model, name):
+    model.config.__class__ = type("Other", (type(model.config),), {"model_type": name})
 
 
 def test_a_model_that_names_no_base_model():
