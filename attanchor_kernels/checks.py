@@ -112,7 +112,7 @@ def _options(direction: str, positions: str, position_ids, padding_side: str) ->
         ("positions", positions, POSITIONS),
         ("padding_side", padding_side, PADDING_SIDES),
     ):
-        if value not in allowed:
+        if not isinstance(value, str) or value not in allowed:  # an array is not even comparable
             raise ValueError(f"{name} is {value!r}; it should be {allowed[0]!r} or {allowed[1]!r}")
     if position_ids is not None and positions != "inherit":
         raise ValueError(
