@@ -30,8 +30,8 @@ def explain(
         max_new_tokens: Bound of the answer's length.
 
     Raises:
-        ValueError: the model is not attached, changes no prompt, or inserts images into text; or the question has
-            places for another number of images.
+        ValueError: the model is not attached, changes no prompt, or inserts images into text; the question has places
+            for another number of images; or it is not known where in an image the tokens of the model's family lie.
     """
     if not is_attached(model):
         raise ValueError("the model is not attached, so it has no anchors to explain; it should be one given to attach")
@@ -48,10 +48,10 @@ def explain(
     words = config.content_words
     encoded = encode_chat(processor, [chat], [opened], add_generation_prompt=True, content_words=words)
     batch = to_model(encoded, model)
+    boxes = patch_boxes(model, processor, batch, 0, [opened])
     sequences = model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False)
     plan = _attached(model).attanchor_plan
     ids = batch["input_ids"][0]
-    boxes = patch_boxes(model, processor, batch, 0, [opened])
     patch_of = {slot: patch for patch, slot in enumerate(image_slots(model, batch, 0))}
     stayed = set(plan.source[0][~plan.is_anchor[0]].tolist())
     dropped = frozenset(patch for slot, patch in patch_of.items() if slot not in stayed)
