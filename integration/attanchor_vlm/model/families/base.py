@@ -36,8 +36,9 @@ class FamilyAdapter:
         positions: Default of `AttAnchorConfig.positions`; empty for "inherit" with M-RoPE, else "sequential".
         positions_per_token: 1, or more for M-RoPE; 0 for what the model's config says. With 1, "inherit" would repeat
             positions, which attention code takes for packed sequences: `attach` refuses it unless told otherwise.
-        image_arguments: Arguments of forward that hold the images. Those that are called pixel values tell that a call
-            has images; all are consumed by `encode_images`. Empty for those that `get_image_features` takes.
+        image_arguments: Arguments of forward that hold the images. Those that are called pixel values, or the first
+            one, tell that a call has images; all are consumed by `encode_images`. Empty for those that
+            `get_image_features` takes.
         video_arguments: Arguments of forward that hold videos, in which nothing is inserted: refused.
         token_types: Further (B, S) inputs with one value per token, and the value that an inserted token gets; None,
             also for those of forward that are not named here, to copy the one of the token it copies.
@@ -75,7 +76,7 @@ class FamilyAdapter:
         return encoded.get("image") is not None or any(arguments.get(name) is not None for name in self._pixels())
 
     def _pixels(self) -> list[str]:
-        return [name for name in self.image_arguments if "pixel_values" in name]
+        return [name for name in self.image_arguments if "pixel_values" in name] or [*self.image_arguments[:1]]
 
     def video_argument(self, arguments: Mapping[str, Any]) -> str | None:
         """The name of the argument in which a call brings videos, None if it brings none."""
