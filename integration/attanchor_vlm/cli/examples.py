@@ -22,7 +22,9 @@ EXAMPLES = {
     "--images sample/images",
     "generate": "attanchor generate --model sample/model --tau 0.6 --image sample/images/test-00001.png "
     "--prompt 'Where is the purple triangle?' --explain anchors.png",
+    "export": "attanchor export --model sample/model --tau 0.6 --head-dim 32 --output sample-wide",
     "export-lm": "attanchor export-lm --model sample/model --tau 0.6 --output sample-lm",
+    "serve": "attanchor serve --model sample-wide",
     **{
         f"experiment {name}": f"attanchor experiment {name} {options} {_TEST} --output {name}"
         for name, options in {
@@ -37,10 +39,16 @@ EXAMPLES = {
     "lab": "attanchor lab --size smoke --output lab-out",
     "report": "attanchor report lab-out --output lab-out/report.md",
     "demo": "attanchor demo --output demo-out",
+    "demo-photographs": "attanchor demo-photographs --output photographs-out",
     "demo-stage1": "attanchor demo-stage1 --output small-llava",
+    "photographs": "attanchor photographs --output photographs --scenes 320 --pixels 224",
+    "build-small-vlm": "attanchor build-small-vlm --output small-vlm",
+    "lab-photographs": "attanchor lab-photographs --plan docs/lab/photographs-plan.json --output out --work work",
 }
-# Left out of the tests: report needs what lab has made, and the others take from ten seconds to minutes.
-SLOW = {"lab", "report", "demo", "demo-stage1", *(f"experiment {n}" for n in ("scale", "degrade", "tokens", "paper"))}
+# Left out of the tests: serve needs vLLM, report needs what lab has made, and the others take from ten seconds to
+# minutes, or photographs and weights that are not installed everywhere.
+SLOW = {"serve", "lab", "report", "demo", "demo-photographs", "demo-stage1", "photographs", "build-small-vlm"}
+SLOW |= {"lab-photographs", *(f"experiment {name}" for name in ("scale", "degrade", "tokens", "paper"))}
 
 _WIDTH = 76
 

@@ -8,6 +8,7 @@ import os
 import socket
 import warnings
 from collections.abc import Callable, Collection, Mapping
+from importlib.metadata import entry_points
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,42 @@ def load_pretrained(name: str, dtype: torch.dtype = torch.float32) -> tuple[Any,
     return model, processor
 
 
+def empty_model(config: Any) -> Any:
+    """The model of a config, without weights (on the meta device)."""
+    from transformers import AutoModelForImageTextToText
+
+    with torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(config)
+
+
+def load_front(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
+    """As `load_pretrained`, without the layers of the language model: for prompts, whose rows need none of them."""
+    from transformers import AutoConfig, AutoModelForImageTextToText
+    from transformers.utils import logging
+
+    from attanchor_vlm.model.processors import load_processor
+
+    source, loud = source_of(name), logging.get_verbosity()
+    logging.set_verbosity_error()  # it would list the layers
+    try:
+        processor = load_processor(source)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        text = config.get_text_config()
+        text.num_hidden_layers = 0
+        if getattr(text, "layer_types", None):
+            text.layer_types = []
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(
+            source, config=config, dtype=dtype, output_loading_info=True, trust_remote_code=False
+        )
+    except Exception as error:
+        raise cannot_be_loaded(name, error) from error
+    finally:
+        logging.set_verbosity(loud)
+    model, found = loaded
+    _check_weights(name, model, {**found, "unexpected_keys": ()})
+    return model, processor
+
+
 def _check_weights(name: str, model: torch.nn.Module, found: Mapping[str, Collection[str]]) -> None:
     """Refuse a model with weights that are random, for want of stored ones, or NaN; tell of stored ones left over."""
     if missing := sorted(found["missing_keys"]):
@@ -83,9 +120,14 @@ def cannot_be_loaded(name: str, error: Exception) -> SetupError:
 def source_of(name: str) -> str:
     """What transformers is given for `name`: a local folder, or a Hub id whose Hub can be reached.
 
+    Architectures of other packages, which register themselves with transformers on import, are known afterwards: the
+    entry points of the group `attanchor.models`.
+
     Raises:
         SetupError: it is neither, or an adapter.
     """
+    for entry in entry_points(group="attanchor.models"):
+        entry.load()
     path = Path(name).expanduser()
     if path.is_dir():
         refuse_adapter(name)
@@ -159,6 +201,8 @@ def choose_dtype(wanted: str, say: Callable[[str], None]) -> torch.dtype:
     if wanted == "float32":
         return torch.float32
     if not torch.cuda.is_available():
+        if wanted == "bfloat16" and torch.cpu.get_capabilities().get("amx_bf16"):
+            return torch.bfloat16
         say(f"{wanted} needs a GPU, and there is none: float32 is used")
         return torch.float32
     if wanted == "bfloat16" and not torch.cuda.is_bf16_supported(including_emulation=False):

@@ -190,7 +190,7 @@ def rewrite(
     }
     try:
         encoded = media.encoded.get("image")
-        kept = survivors(settings, adapter, model, arguments, encoded, rows, silent, text_embeds, roles, turn)
+        rows, kept = survivors(settings, adapter, model, arguments, encoded, rows, silent, text_embeds, roles, turn)
         frames = None
         if settings.max_anchors_per_frame is not None and not settings.inserts_nothing:
             frame = media.frames(model, adapter, arguments, silent).to(device)

@@ -307,7 +307,7 @@ def _arguments(config: TrainConfig, model: Any, data: TrainData, dtype: torch.dt
         optim=optimizer,
         fp16=dtype == torch.float16,
         bf16=dtype == torch.bfloat16,
-        use_cpu=distributed.on_cpu(),
+        use_cpu=distributed.on_cpu() or (dtype == torch.bfloat16 and not torch.cuda.is_available()),
         **_memory(config, model),
         # A process whose batch has no image has no gradient for the projector, and DDP would wait for it.
         ddp_find_unused_parameters=data.may_lack_images,

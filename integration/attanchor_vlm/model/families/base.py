@@ -75,12 +75,10 @@ class FamilyAdapter:
     def kinds(self, arguments: Mapping[str, Any]) -> list[str]:
         """What a call brings, as pixels or already encoded: "image", "video", both or neither."""
         encoded = arguments.get("mm_encoder_outputs") or {}
-        return [
-            kind
-            for kind, names in (("image", self.image_arguments), ("video", self.video_arguments))
-            if names
-            and (encoded.get(kind) is not None or any(arguments.get(name) is not None for name in _pixels(names)))
-        ]
+        given = {name for name, value in arguments.items() if value is not None}
+        given |= {kind for kind, value in encoded.items() if value is not None}
+        named = (("image", self.image_arguments), ("video", self.video_arguments))
+        return [kind for kind, names in named if names and given & {kind, *_pixels(names)}]
 
     def has_images(self, arguments: Mapping[str, Any]) -> bool:
         """Whether a call brings images or videos."""
