@@ -60,7 +60,7 @@ def explain(
     batch = to_model(encoded, model)
     own = {"image": iter(opened), "video": iter(videos)}
     media = [next(own[part["type"]]) for part in parts(asked) if part["type"] in own]
-    boxes = patch_boxes(model, processor, batch, 0, [media])  # an error of it comes before the model's work
+    boxes = patch_boxes(model, processor, batch, 0, [media])
     sequences = model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False)
     plan = _attached(model).attanchor_plan
     ids = batch["input_ids"][0]
