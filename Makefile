@@ -44,6 +44,11 @@ lint: $(STAMP)
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
+# The attacks of tests/hostile at length, fifty times as many, with what was tried stored as rows.
+.PHONY: audit
+audit: $(STAMP)
+	ATTANCHOR_TEST_LONGER=50 $(PYTHON) -m pytest tests/hostile --audit benchmarks/results/audit.jsonl
+
 # What a GPU is needed for, into GPU_OUT, in ten minutes; PART=2 does what is left, in five. Without a GPU a rehearsal.
 .PHONY: gpu
 gpu: $(if $(filter $(VENV)/%,$(PYTHON)),$(STAMP))

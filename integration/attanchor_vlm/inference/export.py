@@ -161,7 +161,7 @@ def refusal(model: Any) -> str | None:
     adapter, reasons = adapter_for(model), []
     if any("deepstack" in name for name, _ in model.base_model.named_modules()):
         reasons.append("further image features are added in its first layers (deepstack), which embeddings do not hold")
-    if "token_type_ids" in adapter.token_types:
+    if any(value is not None for value in adapter.token_types.values()):
         reasons.append(
             "its image tokens see later ones (bidirectional attention), which a plain causal language model hides"
         )

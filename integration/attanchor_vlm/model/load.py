@@ -5,11 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import pickle
-import re
 import socket
 import warnings
 from collections.abc import Callable, Collection, Mapping
+from importlib.metadata import entry_points
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -121,9 +120,14 @@ def cannot_be_loaded(name: str, error: Exception) -> SetupError:
 def source_of(name: str) -> str:
     """What transformers is given for `name`: a local folder, or a Hub id whose Hub can be reached.
 
+    Architectures of other packages, which register themselves with transformers on import, are known afterwards: the
+    entry points of the group `attanchor.models`.
+
     Raises:
         SetupError: it is neither, or an adapter.
     """
+    for entry in entry_points(group="attanchor.models"):
+        entry.load()
     path = Path(name).expanduser()
     if path.is_dir():
         refuse_adapter(name)
@@ -197,6 +201,8 @@ def choose_dtype(wanted: str, say: Callable[[str], None]) -> torch.dtype:
     if wanted == "float32":
         return torch.float32
     if not torch.cuda.is_available():
+        if wanted == "bfloat16" and torch.cpu.get_capabilities().get("amx_bf16"):
+            return torch.bfloat16
         say(f"{wanted} needs a GPU, and there is none: float32 is used")
         return torch.float32
     if wanted == "bfloat16" and not torch.cuda.is_bf16_supported(including_emulation=False):
@@ -321,9 +327,9 @@ def with_adapter(loaded: Any, model: str, adapter: str | PathLike[str]) -> Any:
     """
     try:
         return load_adapter(loaded, adapter)
-    except (json.JSONDecodeError, SafetensorError) as error:
+    except (json.JSONDecodeError, RecursionError, SafetensorError) as error:
         raise SetupError(f"adapter {adapter} cannot be read; a file of it is damaged: {error}") from error
-    except (RuntimeError, ValueError, KeyError, TypeError, pickle.UnpicklingError, re.error) as error:
+    except Exception as error:  # of a damaged configuration, nearly any kind
         reason = " ".join(str(error).split())
         raise SetupError(
             f"adapter {adapter} does not fit model {model}, which it should have been trained on: {reason[:300]}"
