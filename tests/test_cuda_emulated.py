@@ -27,7 +27,7 @@ if emulated.missing():
 
 from checking import check, check_rows, emulator, launch, run, schedules
 
-from benchmarks import tune
+from benchmarks import smoke, tune
 
 PLAIN = ("text_into_image", "sequential", None, "right")
 
@@ -139,12 +139,12 @@ def test_held_tiles(poisoned_empty, direction, resident):
     mask = torch.rand(3, 110, generator=generator) < 0.7
     arguments = None, None, None, direction, "sequential", None, "right"
     build = checks.build_call(image, text, 0.5, mask, *arguments).problem
-    for problem in (merge, build):
+    for bulk, problem in enumerate((merge, build)):
         schedule = launch.Tuning(32, 4, hold=1, bulk=1), 4 * resident, resident
         expected = check(problem, schedule)
-        for bulk in (0, 1):  # the columns are one chunk, so clusters of any size have the same sums
-            result, _ = run(problem, (launch.Tuning(32, 8, hold=1, bulk=bulk), 8 * resident, resident), plan=False)
-            assert_same_fields(result, expected)
+        # The columns are one chunk, so clusters of any size have the same sums.
+        result, _ = run(problem, (launch.Tuning(32, 8, hold=1, bulk=bulk), 8 * resident, resident), plan=False)
+        assert_same_fields(result, expected)
 
 
 @pytest.mark.parametrize("features", [0, 5, 60, 70])
@@ -158,6 +158,16 @@ def test_missing_features_on_held_tiles(poisoned_empty, features):
     problem = Problem(text[0, :features].clone(), text, 0.5, roles=roles, max_anchors=9, pad_left=True)
     for tuning in (launch.Tuning(), launch.Tuning(32, 8, hold=1), launch.Tuning(32, 4, hold=1, bulk=0)):
         check(problem, (tuning, 8, features))
+
+
+@pytest.mark.parametrize("operation", ["forward", "drop"])
+def test_smoke_knows_every_way(operation):
+    """What `python -m benchmarks smoke` asks of the binary exists and is right, however the cluster is cut."""
+    emulator.configure(16, 3)
+    for tuning in smoke.compiled(torch.bfloat16, operation):
+        way = smoke.Way("cuda", torch.bfloat16, operation, tuning)
+        ended = smoke.check(way, torch.device("cpu"), [(Shape("aligned", 40, 12, 136), 1)])
+        assert ended == {"status": "right"}, f"{way}: {ended}"
 
 
 def test_tuning_changes_the_choice_and_puts_it_back():
