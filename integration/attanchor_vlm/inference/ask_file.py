@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from attanchor_vlm.data.batches import check_texts
-from attanchor_vlm.data.reading import check_characters, lines_of, parse_list, read_text
+from attanchor_vlm.data.reading import check_characters, from_json, lines_of, parse_list, read_text
 from attanchor_vlm.data.rows import PLACEHOLDER, Row, images_of, sorted_out, split_readable
 from attanchor_vlm.errors import BadRow, DataError
 from attanchor_vlm.inference.ask import Answer, answers, with_placeholders
@@ -281,9 +281,11 @@ def _rows(file: Path) -> Iterator[tuple[int, Any]]:
         return
     for number, line in lines_of(file, text):
         try:
-            yield number, json.loads(line)
+            yield number, from_json(line)
         except json.JSONDecodeError as error:
             yield number, ValueError(f"not valid JSON ({error.msg}, column {error.colno})")
+        except ValueError as error:
+            yield number, error
 
 
 def _check(number: int, raw: Any, folder: Path, seen: Collection[str | int]) -> Question:

@@ -61,8 +61,16 @@ def explain(
         word = processor.tokenizer.decode([int(ids[slot])]).strip() or "␣"
         matches.append(Match(word, float(plan.score[0, slot]), patch))
     answer = processor.tokenizer.decode(sequences[0, len(ids) :], skip_special_tokens=True).strip()
-    shown = prompt.replace(PLACEHOLDER, "").strip()
+    shown = _with_numbers(prompt)
     return Anchored(opened, boxes, shown, matches, answer, dropped=dropped)
+
+
+def _with_numbers(prompt: str) -> str:
+    """The question as the picture has it: images by their numbers, unless all stand in front of it."""
+    before, *others = prompt.split(PLACEHOLDER)
+    if not any(text.strip() for text in (before, *others[:-1])):
+        return prompt.replace(PLACEHOLDER, "").strip()
+    return (before + "".join(f"[image {number}]{text}" for number, text in enumerate(others, start=1))).strip()
 
 
 def _attached(model: Any) -> Any:

@@ -14,8 +14,8 @@ from attanchor_vlm.chat.words import function_token_ids, special_token_ids, word
 from attanchor_vlm.constants import IGNORE_INDEX
 from attanchor_vlm.model.config import AttAnchorConfig
 
-_MARKERS = ("vision_start_token_id", "vision_end_token_id", "boi_token_index", "eoi_token_index")
-_NAMES = ("bos_token_id", "eos_token_id", "pad_token_id", "image_token_id", "video_token_id", *_MARKERS)
+# Whatever a config names so is a marker: vision_start_token_id, image_end_token_id, eoi_token_index, …
+_MARKERS = ("_token_id", "_token_ids", "_token_index")
 
 
 def mask_from_ids(
@@ -89,12 +89,9 @@ def _generation_prompt(processor: Any, tokenizer: Any) -> tuple[int, ...]:
 
 def _named_token_ids(model: PreTrainedModel) -> Iterable[int]:
     for config in (model.config, model.config.get_text_config(), model.generation_config):
-        for name in _NAMES:
-            value = getattr(config, name, None)
-            if isinstance(value, int):
-                yield value
-            elif value is not None:
-                yield from value
+        for name, value in vars(config).items():
+            if name.endswith(_MARKERS) and value is not None:
+                yield from [value] if isinstance(value, int) else value
 
 
 def _ends_with(input_ids: Tensor, is_prompt: Tensor, suffix: tuple[int, ...]) -> Tensor:

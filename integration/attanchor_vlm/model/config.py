@@ -14,7 +14,7 @@ DIRECTIONS = ("text_into_image", "image_into_text")
 POSITIONS = ("sequential", "inherit")
 ROUTES = ("embeds", "ids")
 BACKENDS = ("auto", "reference", "triton", "cuda")
-KEEP_BY = ["cells", "salience", "relevance"]  # and what `dropping.register_rule` adds
+KEEP_BY = ["cells", "salience", "relevance", "pooling"]  # and what `dropping.register_rule` adds
 MOST_PAUSES = 4096  # more fit in no context with a prompt, and a damaged file's would fill the memory
 PLACEMENTS = ["matched", "random", "front"]  # and what `placements.register_placement` adds
 
@@ -56,7 +56,8 @@ class AnchorOptions:
         "cells",
         "Who stays, besides the hosts of anchors. cells: the question's best match in each of as many rectangles of "
         "the image as may stay; salience: what the image encoder's class token attends to most, where it has one; "
-        "relevance: the question's best matches.",
+        "relevance: the question's best matches; pooling: the mean of each of those rectangles, in place of its tokens "
+        "(with a tau above 0).",
         choices=KEEP_BY,
     )
     placement: str = setting(
@@ -103,6 +104,8 @@ class AnchorOptions:
         if self.keep is not None:
             object.__setattr__(self, "keep", _share(self.keep))
         _one_of("keep_by", self.keep_by, KEEP_BY)
+        if self.keep is not None and self.keep_by == "pooling" and not self.tau > 0:
+            raise ValueError(f"keep_by is 'pooling' with tau {self.tau:g}; it needs a tau above 0")
         _one_of("placement", self.placement, PLACEMENTS)
         object.__setattr__(self, "placement_seed", _natural("placement_seed", self.placement_seed))
         if self.placement != "matched" and self.direction != "text_into_image":

@@ -8,13 +8,12 @@ from typing import Any
 
 from torch import Tensor
 
-from attanchor_vlm.model.families.base import FamilyAdapter
 from attanchor_vlm.model.families.grid import Grid, split, whole
+from attanchor_vlm.model.families.tiles import TileAdapter
 
 
-class InternVLAdapter(FamilyAdapter):
+class InternVLAdapter(TileAdapter):
     model_types = ("internvl",)
-    image_arguments = ("pixel_values", "vision_feature_layer", "vision_feature_select_strategy")
 
     def pooling(self, model: Any) -> float:
         return 1 / model.config.downsample_ratio

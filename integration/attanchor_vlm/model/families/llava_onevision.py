@@ -14,7 +14,6 @@ from attanchor_vlm.model.families.llava_next import LlavaNextAdapter
 
 class LlavaOnevisionAdapter(LlavaNextAdapter):
     model_types = ("llava_onevision",)
-    image_arguments = (*LlavaNextAdapter.image_arguments, "vision_aspect_ratio", "batch_num_images")
 
     def grids(
         self, model: Any, processor: Any, batch: Mapping[str, Tensor], index: int, size: tuple[int, int]
