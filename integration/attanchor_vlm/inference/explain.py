@@ -37,8 +37,8 @@ def explain(
         videos: Those of the question, in front or where it says ``<video>``; frames with anchors are shown.
 
     Raises:
-        ValueError: the model is not attached, changes no prompt, or inserts images into text; or the question has
-            places for another number of images.
+        ValueError: the model is not attached, changes no prompt, or inserts images into text; the question has places
+            for another number of images; or it is not known where in an image the tokens of the model's family lie.
     """
     if not is_attached(model):
         raise ValueError("the model is not attached, so it has no anchors to explain; it should be one given to attach")
@@ -58,12 +58,12 @@ def explain(
         processor, [chat], [opened], videos=[list(videos)], add_generation_prompt=True, content_words=words
     )
     batch = to_model(encoded, model)
-    sequences = model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False)
-    plan = _attached(model).attanchor_plan
-    ids = batch["input_ids"][0]
     own = {"image": iter(opened), "video": iter(videos)}
     media = [next(own[part["type"]]) for part in parts(asked) if part["type"] in own]
     boxes = patch_boxes(model, processor, batch, 0, [media])
+    sequences = model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False)
+    plan = _attached(model).attanchor_plan
+    ids = batch["input_ids"][0]
     patch_of = {slot: patch for patch, slot in enumerate(image_slots(model, batch, 0))}
     stayed = set(plan.source[0][~plan.is_anchor[0]].tolist())
     dropped = frozenset(patch for slot, patch in patch_of.items() if slot not in stayed)

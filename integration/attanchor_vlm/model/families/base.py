@@ -36,8 +36,9 @@ class FamilyAdapter:
         positions: Default of `AttAnchorConfig.positions`; empty for "inherit" with M-RoPE, else "sequential".
         positions_per_token: 1, or more for M-RoPE; 0 for what the model's config says. With 1, "inherit" would repeat
             positions, which attention code takes for packed sequences: `attach` refuses it unless told otherwise.
-        image_arguments: Arguments of forward that hold the images. Those that are called pixel values tell that a call
-            has images; all are consumed by `encode_images`. Empty for those that `get_image_features` takes.
+        image_arguments: Arguments of forward that hold the images. Those that are called pixel values, or the first
+            one, tell that a call has images; all are consumed by `encode_images`. Empty for those that
+            `get_image_features` takes.
         video_arguments: The same of videos, for `encode_videos` and `get_video_features`; none without that method.
         token_types: Further (B, S) inputs with one value per token, and the value that an inserted token gets; None,
             also for those of forward that are not named here, to copy the one of the token it copies.
@@ -238,7 +239,7 @@ class FamilyAdapter:
 
 
 def _pixels(names: tuple[str, ...]) -> list[str]:
-    return [name for name in names if "pixel_values" in name]
+    return [name for name in names if "pixel_values" in name] or [*names[:1]]
 
 
 def _encoded(kind: str, names: tuple[str, ...], model: Any, arguments: Mapping[str, Any]) -> Any:
