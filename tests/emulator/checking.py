@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from attanchor_kernels import AnchoredSequence, reference
-from attanchor_kernels.api import shift_places
 from attanchor_kernels.backends.common import rows_contiguous
 from attanchor_kernels.problem import Problem
 from attanchor_kernels.testing.contract import assert_keeps_contract
+from attanchor_kernels.trimming import shift_places
 
 emulator = emulated.Emulator()
 launch = emulator.launch

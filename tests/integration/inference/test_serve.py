@@ -10,7 +10,6 @@ from peft import LoraConfig, get_peft_model
 from tiny import tiny_llava
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from attanchor_lab.sample import write_sample
 from attanchor_vlm import AttAnchorConfig, attach, cli, load_settings, save_settings
 from attanchor_vlm.inference import ask as infer
 from attanchor_vlm.inference import export as serve
@@ -21,13 +20,6 @@ from attanchor_vlm.training.lora import lora_targets
 
 QUESTION = "Where is the purple triangle?"
 TAU = 0.5
-
-
-@pytest.fixture(scope="module")
-def sample(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("serve") / "sample"
-    write_sample(folder)
-    return folder
 
 
 @pytest.fixture

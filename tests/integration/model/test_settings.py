@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from types import MappingProxyType
 
 import numpy as np
@@ -18,6 +19,8 @@ from transformers import LlamaForCausalLM, LlavaForConditionalGeneration
 
 import attanchor_vlm
 from attanchor_vlm import AttAnchorConfig, attach, detach, is_attached, load_settings, prepare_inputs, save_settings
+from attanchor_vlm.model.adapter_files import load_adapter
+from attanchor_vlm.model.attach import base_of
 from attanchor_vlm.model.config import BACKENDS, DIRECTIONS, POSITIONS
 from attanchor_vlm.model.families import FamilyAdapter, adapter_for, register
 
@@ -269,3 +272,14 @@ def test_sidecar(tmp_path):
         load_settings(tmp_path)
     with pytest.raises(ValueError, match="the model is not attached"):
         save_settings(tiny_llava(), tmp_path)
+
+
+def test_an_adapter_of_an_earlier_version_gives_what_it_gave_then():
+    """Written by the version before the rooms, with what its model said to the same prompts."""
+    folder = Path(__file__).parent / "adapter-of-earlier-version"
+    expected = json.loads((folder / "expected.json").read_text())
+    model = load_adapter(tiny_llava(), folder)
+    with torch.no_grad():
+        logits = model(**prompts([1, 2])).logits
+    assert base_of(model).attanchor_plan.is_anchor.sum(-1).tolist() == expected["inserted"]
+    assert logits[1, -1, :8].tolist() == pytest.approx(expected["logits"], abs=1e-3)

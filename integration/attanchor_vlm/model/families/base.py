@@ -39,7 +39,7 @@ class FamilyAdapter:
         image_arguments: Arguments of forward that hold the images. Those that are called pixel values, or the first
             one, tell that a call has images; all are consumed by `encode_images`. Empty for those that
             `get_image_features` takes.
-        video_arguments: Arguments of forward that hold videos, in which nothing is inserted: refused.
+        video_arguments: The same of videos, for `encode_videos` and `get_video_features`; none without that method.
         token_types: Further (B, S) inputs with one value per token, and the value that an inserted token gets; None,
             also for those of forward that are not named here, to copy the one of the token it copies.
     """
@@ -49,7 +49,7 @@ class FamilyAdapter:
     positions: str = ""
     positions_per_token: int = 0
     image_arguments: tuple[str, ...] = ()
-    video_arguments: tuple[str, ...] = ("pixel_values_videos",)
+    video_arguments: tuple[str, ...] = ()
     token_types: Mapping[str, int | None] = {}
 
     def __init__(self, **facts: Any) -> None:
@@ -65,42 +65,48 @@ class FamilyAdapter:
         # Not every `get_image_features` names what it hands on.
         names = dict.fromkeys((*encoder, *_HANDED_ON))
         bound.image_arguments = self.image_arguments or tuple(n for n in names if n in takes and n != "kwargs")
+        if not self.video_arguments and getattr(model.config, "video_token_id", None) is not None:
+            known = inspect.signature(getattr(base, "get_video_features", lambda: None)).parameters
+            bound.video_arguments = tuple(name for name in known if name in takes and name != "kwargs")
         bound.token_types = {name: None for name in _TOKEN_TYPES if name in takes} | {**self.token_types}
         bound.positions_per_token = self.positions_per_token or _axes(model)
         bound.positions = self.positions or ("inherit" if bound.positions_per_token > 1 else "sequential")
         return bound
 
-    def has_images(self, arguments: Mapping[str, Any]) -> bool:
-        """Whether a call brings images, as pixels or already encoded."""
+    def kinds(self, arguments: Mapping[str, Any]) -> list[str]:
+        """What a call brings, as pixels or already encoded: "image", "video", both or neither."""
         encoded = arguments.get("mm_encoder_outputs") or {}
-        return encoded.get("image") is not None or any(arguments.get(name) is not None for name in self._pixels())
+        given = {name for name, value in arguments.items() if value is not None}
+        given |= {kind for kind, value in encoded.items() if value is not None}
+        named = (("image", self.image_arguments), ("video", self.video_arguments))
+        return [kind for kind, names in named if names and given & {kind, *_pixels(names)}]
 
-    def _pixels(self) -> list[str]:
-        return [name for name in self.image_arguments if "pixel_values" in name] or [*self.image_arguments[:1]]
-
-    def video_argument(self, arguments: Mapping[str, Any]) -> str | None:
-        """The name of the argument in which a call brings videos, None if it brings none."""
-        if (arguments.get("mm_encoder_outputs") or {}).get("video") is not None:
-            return "mm_encoder_outputs['video']"
-        return next((name for name in self.video_arguments if arguments.get(name) is not None), None)
+    def has_images(self, arguments: Mapping[str, Any]) -> bool:
+        """Whether a call brings images or videos."""
+        return bool(self.kinds(arguments))
 
     def encode_images(self, model: Any, arguments: Mapping[str, Any]) -> Any:
         """The model's own encoding of the call's images, with gradient."""
-        encoded = (arguments.get("mm_encoder_outputs") or {}).get("image")
-        if encoded is not None:
-            if pixels := [name for name in self._pixels() if arguments.get(name) is not None]:
-                raise ValueError(f"{pixels[0]} and mm_encoder_outputs['image'] are both given; pass one of them")
-            return encoded
-        given = {name: arguments[name] for name in self.image_arguments if arguments.get(name) is not None}
-        return model.base_model.get_image_features(**given, return_dict=True)
+        return _encoded("image", self.image_arguments, model, arguments)
+
+    def encode_videos(self, model: Any, arguments: Mapping[str, Any]) -> Any:
+        """The model's own encoding of the call's videos, with gradient."""
+        return _encoded("video", self.video_arguments, model, arguments)
 
     def feature_rows(self, encoded: Any) -> Tensor:
-        """(T, D) projected features of the whole batch, in row-major order of the placeholders."""
+        """(T, D) projected features of the whole batch, of images or of videos, in row-major order of the placeholders
+        of that kind."""
         return flat(encoded.pooler_output)
 
     def placeholders(self, model: PreTrainedModel, input_ids: Tensor) -> Tensor:
-        """(B, S) bool, True at the slots that image features fill."""
-        return input_ids == model.config.image_token_id
+        """(B, S) bool, True at the slots that features of images and videos fill."""
+        return (input_ids == model.config.image_token_id) | self.video_placeholders(model, input_ids)
+
+    def video_placeholders(self, model: PreTrainedModel, input_ids: Tensor) -> Tensor:
+        """(B, S) bool, True at those of videos."""
+        if not self.video_arguments:
+            return torch.zeros_like(input_ids, dtype=torch.bool)
+        return input_ids == model.config.video_token_id
 
     def silent_features(self, model: PreTrainedModel, rows: Tensor) -> Tensor | None:
         """(T,) bool, True at features that are no image content (newline rows) and take no part; None for none.
@@ -128,7 +134,9 @@ class FamilyAdapter:
             return None
         given = {**arguments, "input_ids": input_ids, "attention_mask": attention_mask}
         given = {name: given.get(name) for name in inspect.signature(known).parameters if name != "kwargs"}
-        for name, meaning in (("mm_token_type_ids", "1 at image tokens"), ("image_grid_thw", "the images' grids")):
+        needed = {"mm_token_type_ids": "1 at image tokens, 2 at video tokens"}
+        needed |= {f"{kind}_grid_thw": f"the {kind}s' grids" for kind in self.kinds(arguments)}
+        for name, meaning in needed.items():
             if name in given and given[name] is None:
                 raise ValueError(
                     f"{name} ({meaning}) is missing: without it the positions in the image are unknown, and the model "
@@ -144,10 +152,10 @@ class FamilyAdapter:
             model.base_model.rope_deltas = (highest + 1 - plan.attention_mask.sum(-1))[:, None]
 
     def regroup(self, encoded: Any, rows: Tensor, order: Tensor, per_sample: list[int]) -> Any:
-        """What `mm_encoder_outputs["image"]` should hold for the new prompt.
+        """What `mm_encoder_outputs` should hold of the images, or the videos, of the new prompt.
 
         Args:
-            encoded: From `encode_images`, not to be changed.
+            encoded: From `encode_images` or `encode_videos`, not to be changed.
             rows: (T, D), from `feature_rows`.
             order: (T',) int64, the row of each placeholder of the new prompt, in row-major order.
             per_sample: How many of them each sample has.
@@ -170,6 +178,10 @@ class FamilyAdapter:
             arguments: The call's.
             count: Number of features, those that are no image content left out.
         """
+        return []
+
+    def video_shapes(self, model: Any, arguments: Mapping[str, Any], count: int) -> list[list[tuple[int, int]]]:
+        """As `token_shapes`, of the steps of time of each video."""
         return []
 
     def class_token_attention(self, model: Any, arguments: Mapping[str, Any], encoded: Any) -> Tensor | None:
@@ -203,9 +215,41 @@ class FamilyAdapter:
             "Anchors are inserted all the same"
         )
 
+    def frame_grids(
+        self, model: Any, processor: Any, batch: Mapping[str, Tensor], index: int, size: tuple[int, int], frames: int
+    ) -> list[Grid]:
+        """Where the tokens of one video lie in its frames: a grid for each step of time, of as many frames each.
+
+        Args:
+            processor, batch, size: As for `grids`; the size is a frame's.
+            index: Counts the videos of the whole batch.
+            frames: Number of the video's frames.
+
+        Raises:
+            ValueError: it is not known of this family.
+        """
+        raise ValueError(
+            f"where video tokens lie in the frames is not known for {model.config.model_type}: boxes are not "
+            "available. Anchors are inserted all the same"
+        )
+
     def vision_tower(self, model: PreTrainedModel) -> nn.Module | None:
         """The encoders of the model without projectors, which training usually freezes."""
         return nn.ModuleList(tower for _, tower in towers(model))
+
+
+def _pixels(names: tuple[str, ...]) -> list[str]:
+    return [name for name in names if "pixel_values" in name] or [*names[:1]]
+
+
+def _encoded(kind: str, names: tuple[str, ...], model: Any, arguments: Mapping[str, Any]) -> Any:
+    encoded = (arguments.get("mm_encoder_outputs") or {}).get(kind)
+    if encoded is not None:
+        if pixels := [name for name in _pixels(names) if arguments.get(name) is not None]:
+            raise ValueError(f"{pixels[0]} and mm_encoder_outputs[{kind!r}] are both given; pass one of them")
+        return encoded
+    given = {name: arguments[name] for name in names if arguments.get(name) is not None}
+    return getattr(model.base_model, f"get_{kind}_features")(**given, return_dict=True)
 
 
 def flat(features: Any) -> Tensor:
