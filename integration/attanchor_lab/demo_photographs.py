@@ -16,7 +16,8 @@ import torch
 from attanchor_lab.demo import Accuracy, accuracy, clear, photograph
 from attanchor_lab.photographs import stamps
 from attanchor_lab.photographs.config import FOLDER, PhotographConfig
-from attanchor_lab.photographs.dataset import write_photographs
+from attanchor_lab.photographs.dataset import read_photographs, write_photographs
+from attanchor_lab.photographs.grounding import grounding
 from attanchor_lab.photographs.questions import KINDS
 from attanchor_lab.small_vlm import build, parts
 from attanchor_lab.small_vlm.config import BuildConfig
@@ -103,14 +104,15 @@ def run(
     unseeing = dataclasses.replace(config, output=output / "unseeing", captions=None, images=None, steps=None)
     build.make(unseeing, lambda line: say(f"   {line}"))
     dtype = choose_dtype(PRESETS["small-vlm"]["dtype"], lambda line: None)
-    before = _named(unseeing.output, dtype, data, size.captions)
-    said = "   things named at their corner: {seen:.0%}, and {concepts:.0%} where their kind is held out of training"
-    say(said.format(**before))
+    before = _sight(unseeing.output, dtype, data, size.captions)
+    said = "   {0:.0%} of the things named at their corner ({1:.0%} of kinds held out of training)"
+    said += "; {2:.0%} ({3:.0%}) of the words have their best patch in their thing, by chance {4:.0%}"
+    say(said.format(*before.values()))
 
     say(f"3. It learns to see: {size.caption_steps} steps of {config.batch_size} captions")
     build.stage1(config, unseeing.output, output, lambda line: say(f"   {line}")).replace(config.output)
-    after = _named(config.output, dtype, data, size.captions)
-    say(said.format(**after))
+    after = _sight(config.output, dtype, data, size.captions)
+    say(said.format(*after.values()))
 
     rows, kinds = _questions(data, size.questions)
     arms: dict[str, tuple[Accuracy, float, float]] = {}
@@ -140,7 +142,7 @@ def run(
     results = {
         "size": dataclasses.asdict(size) | {"seed": seed},
         "held_out": held_out,
-        "named": {"before": before, "after": after},
+        "sight": {"before": before, "after": after},
         "arms": {
             name: {"kinds": {kind: test.of(kind) for kind in dict.fromkeys(kinds)}, "mean": test.mean,
                    "inserted_share": test.inserted_share, "train_seconds": seconds, "answer_seconds": test.seconds,
@@ -177,16 +179,19 @@ def corners(predictions: Sequence[str], references: Sequence[str]) -> float:
     return sum(marks) / len(marks)
 
 
-def _named(folder: Path, dtype: torch.dtype, data: Path, count: int) -> dict[str, float]:
-    """`corners` of new scenes of known concepts, and of held-out ones."""
+def _sight(folder: Path, dtype: torch.dtype, data: Path, count: int) -> dict[str, float]:
+    """`corners` of new scenes of known concepts and of held-out ones, then the same of `grounding`, and its chance."""
     model, processor = load(str(folder), dtype=dtype, tau=1.0)
-    found = {}
+    named, found, chance = {}, {}, 0.0
     for split in ("seen", "concepts"):
         rows, _ = read_rows(data / f"test-caption-{split}.json", data / "images")
         chosen = list(samples(rows[:count], "each"))
         said = generate_answers(model, processor, chosen, 8, _CAPTION, progress=False)
-        found[split] = corners(said.predictions, said.references)
-    return found
+        named[f"named {split}"] = corners(said.predictions, said.references)
+        asked = read_photographs(data / f"test-place-{split}.json")[:count]
+        matched = grounding(model, processor, asked, data / "images")
+        found[f"matched {split}"], chance = matched["hit"], matched["chance"]
+    return named | found | {"chance": chance}
 
 
 def _questions(data: Path, count: int) -> tuple[list[Row], list[str]]:

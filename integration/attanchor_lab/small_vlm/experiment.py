@@ -13,7 +13,7 @@ import json
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,13 @@ import pydantic
 from attanchor_lab import runner, selection
 from attanchor_lab.paper.arms import is_trained, train_or_go_on
 from attanchor_lab.paper.degrade import write_degraded
-from attanchor_lab.photographs.config import PhotographConfig
+from attanchor_lab.photographs.config import FOLDER, PhotographConfig
 from attanchor_lab.photographs.dataset import write_photographs
 from attanchor_lab.photographs.questions import KINDS
+from attanchor_lab.photographs.stamps import find_stamps
 from attanchor_lab.runner import Job, Rows
 from attanchor_lab.small_vlm import build
+from attanchor_lab.small_vlm import parts as sources
 from attanchor_lab.small_vlm.config import BuildConfig
 from attanchor_vlm.errors import SetupError
 from attanchor_vlm.provenance import environment
@@ -136,12 +138,28 @@ def _jobs(plan: PhotographPlan, work: Path, output: Path, say: Say) -> list[Job]
 def _prepare(plan: PhotographPlan, work: Path, say: Say) -> None:
     world, model = work / "world", work / "model"
     if not (world / "world.json").is_file():
-        write_photographs(PhotographConfig(output=world, **plan.world), say)
+        sources.check_installed()
+        known = known_stamps(FOLDER, sources.class_names(), work / "stamps")
+        write_photographs(PhotographConfig(output=world, stamps=known, **plan.world), say)
     if not model.exists():
         captions: Settings = {"captions": world / "train-captions.json", "images": world / "images"}
         begun = time.perf_counter()
         build.make(BuildConfig(output=model, pixels=plan.world["pixels"], **captions, **plan.build), say)
         say(f"model in {time.perf_counter() - begun:.0f} s")
+
+
+def known_stamps(source: Path, names: Iterable[str], folder: Path) -> Path:
+    """Fill `folder` with links to the stamps whose concept is a word of the tower's classes: it has to be able to tell
+    what the language model is to say."""
+    words = {word for name in names for word in name.lower().split()}
+    for stamp in find_stamps(source):
+        if stamp.name in words:
+            link = folder / stamp.path.relative_to(source)
+            link.parent.mkdir(parents=True, exist_ok=True)
+            for suffix in (".png", ".txt"):
+                if not link.with_suffix(suffix).exists():
+                    link.with_suffix(suffix).symlink_to(stamp.path.with_suffix(suffix))
+    return folder
 
 
 def questions(plan: PhotographPlan, world: Path, split: str) -> list[dict[str, Any]]:

@@ -46,6 +46,11 @@ class AnchorOptions:
         choices=POSITIONS,
     )
     max_anchors: int | None = setting(None, "At most so many copies a sample, the best-scoring ones.")
+    max_anchors_per_frame: int | None = setting(
+        None,
+        "At most so many copies in, or of, each frame of a video and each image (tiles that are encoded as images of "
+        "their own are meant one by one), the best-scoring ones: so that one frame does not take all.",
+    )
     keep: int | float | None = setting(
         None,
         "How much of each image stays, a fraction (0.33) or a number of tokens (192); the others are dropped in the "
@@ -99,8 +104,9 @@ class AnchorOptions:
         _one_of("positions", self.positions, (None, *POSITIONS))
         _one_of("route", self.route, (None, *ROUTES))
         _one_of("backend", self.backend, BACKENDS)
-        if self.max_anchors is not None:
-            object.__setattr__(self, "max_anchors", _natural("max_anchors", self.max_anchors))
+        for name in ("max_anchors", "max_anchors_per_frame"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, _natural(name, getattr(self, name)))
         if self.keep is not None:
             object.__setattr__(self, "keep", _share(self.keep))
         _one_of("keep_by", self.keep_by, KEEP_BY)
@@ -111,6 +117,11 @@ class AnchorOptions:
         if self.placement != "matched" and self.direction != "text_into_image":
             raise ValueError(
                 f"placement is {self.placement!r} with direction {self.direction!r}; only copies of text can be placed"
+            )
+        if self.placement != "matched" and self.max_anchors_per_frame is not None:
+            raise ValueError(
+                f"placement is {self.placement!r} with max_anchors_per_frame {self.max_anchors_per_frame}; only copies "
+                "at their matches are counted by frame"
             )
         if not isinstance(self.force_inherit, bool):
             raise TypeError(f"force_inherit is {type(self.force_inherit).__name__}; it should be a bool")

@@ -24,6 +24,31 @@ class Media(NamedTuple):
     rows: Tensor
     is_video: Tensor | None
 
+    def frames(self, model: Any, adapter: FamilyAdapter, arguments: Mapping[str, Any], silent: Tensor | None) -> Tensor:
+        """(T,) int64: the image, or the frame of a video, that each row is of, counted; -1 at rows of no content.
+
+        Raises:
+            ValueError: it is not known.
+        """
+        content = torch.ones(len(self.rows), dtype=torch.bool) if silent is None else ~silent.cpu()
+        of_video = (
+            torch.full_like(content, "image" not in self.encoded) if self.is_video is None else self.is_video.cpu()
+        )
+        found = torch.full(content.shape, -1)
+        for kind in self.encoded:
+            own = content & (of_video if kind == "video" else ~of_video)
+            count, tell = int(own.sum()), adapter.video_shapes if kind == "video" else adapter.token_shapes
+            sizes = [sum(rows * columns for rows, columns in grids) for grids in tell(model, arguments, count)]
+            if sum(sizes) != count:
+                raise ValueError(
+                    f"max_anchors_per_frame is set, but which {kind} tokens are of one frame is not known for "
+                    f"{model.config.model_type}"
+                    + ("" if sizes else ", whose adapter does not tell, or needs the pixels' own arguments")
+                )
+            numbers = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes, dtype=torch.long))
+            found[own] = numbers + int(found.max()) + 1
+        return found
+
     def regrouped(self, adapter: FamilyAdapter, rows: Tensor, order: Tensor, per_sample: list[int]) -> dict[str, Any]:
         """`mm_encoder_outputs` of a new prompt.
 

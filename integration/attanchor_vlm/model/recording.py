@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from attanchor_vlm.model.families.structure import language_model
 from attanchor_vlm.model.rewrite import by_name
 
 
@@ -37,7 +38,7 @@ _APART = ("attention_mask", "position_ids", "position_embeddings", "cache_positi
 
 def record(model: Any, forward: Callable[..., Any], arguments: Mapping[str, Any]) -> Recording:
     """Call ``forward(model, **arguments)``, and watch the language model inside."""
-    decoder, found, thread = model.get_decoder(), Recording(), threading.get_ident()
+    decoder, found, thread = language_model(model), Recording(), threading.get_ident()
     lists = [part for part in decoder.children() if isinstance(part, nn.ModuleList)]
     layers: list[nn.Module] = list(max(lists, key=len, default=()))
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from attanchor_kernels import AnchoredSequence, Role, merge_sequence, plan_sequence
 from attanchor_vlm.constants import IGNORE_INDEX
-from attanchor_vlm.model.candidates import mask_from_ids
+from attanchor_vlm.model.candidates import frame_labels, mask_from_ids
 from attanchor_vlm.model.config import AttAnchorConfig
 from attanchor_vlm.model.dropping import survivors
 from attanchor_vlm.model.families import FamilyAdapter
@@ -160,6 +160,8 @@ def rewrite(
     is_real = torch.ones_like(is_image) if mask is None else mask.bool()
     if anchor_mask is None:
         anchor_mask = mask_from_ids(model, settings, ids, is_real, is_image, labels)
+        if (grids := arguments.get("video_grid_thw")) is not None:
+            anchor_mask &= ~frame_labels(adapter.video_placeholders(model, ids) & is_real, grids[:, 0].tolist())
     elif labels is not None:
         _warn_of_answers(model, anchor_mask, labels)
     if padding_side is None:
@@ -189,8 +191,14 @@ def rewrite(
     try:
         encoded = media.encoded.get("image")
         rows, kept = survivors(settings, adapter, model, arguments, encoded, rows, silent, text_embeds, roles, turn)
-        if settings.placement != "matched" and not settings.inserts_nothing:
-            built = place(settings, text_embeds, rows, roles, kept=kept, copy=route == "embeds", **placed)
+        frames = None
+        if settings.max_anchors_per_frame is not None and not settings.inserts_nothing:
+            frame = media.frames(model, adapter, arguments, silent).to(device)
+            holds = (is_image & is_real).to(device)
+            frames = torch.full_like(roles, -1, dtype=torch.long).masked_scatter(holds, frame)
+        if (settings.placement != "matched" or frames is not None) and not settings.inserts_nothing:
+            placed |= {"frames": frames, "copy": route == "embeds"}
+            built = place(settings, text_embeds, rows, roles, kept=kept, **placed)
         else:
             built = (merge_sequence if route == "embeds" else plan_sequence)(
                 text_embeds,

@@ -20,7 +20,7 @@ def test_the_demonstration_leaves_its_figures_and_a_picture(tmp_path, monkeypatc
     monkeypatch.setattr(parts, "read", lambda side: small_vlm_toy.parts())
     size = demo.Size(
         scenes=8, test_scenes=4, concepts=None, pictures=2, fit_steps=10, caption_steps=1, question_steps=1,
-        captions=1, questions=1, held_out=0.34,
+        captions=2, questions=1, held_out=0.34,
     )  # fmt: skip
     said: list[str] = []
     stamps = write_stamps(tmp_path / "stamps")
@@ -32,6 +32,7 @@ def test_the_demonstration_leaves_its_figures_and_a_picture(tmp_path, monkeypatc
     assert plain["inserted_share"] == 0 < anchors["inserted_share"]
     assert set(plain["kinds"]) >= {"existence", "count", "what"}
     assert results["held_out"]
+    assert all(0 <= value <= 1 for sight in results["sight"].values() for value in sight.values())
     lines = [line for line in said if line.startswith("|")]
     assert [line.split("|")[1].strip() for line in lines[2:]] == list(results["arms"])
 

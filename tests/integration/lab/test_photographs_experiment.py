@@ -8,6 +8,7 @@ import pytest
 import small_vlm_toy
 from PIL import Image
 
+from attanchor_lab.photographs.stamps import find_stamps
 from attanchor_lab.small_vlm import build, experiment
 from attanchor_lab.small_vlm.experiment import Measurement, PhotographPlan
 from attanchor_vlm.errors import SetupError
@@ -90,6 +91,17 @@ def test_arms_are_compared_question_by_question():
     # Scene a gains in three of four answers, scene b in none: two clusters of means 3/4 and 0 around 3/8.
     assert line["low"] < 0 < line["high"]
     assert np.isnan(line["p"])  # too few seeds
+
+
+def test_scenes_are_of_what_the_tower_can_tell(tmp_path):
+    source = tmp_path / "stamps" / "animals"
+    source.mkdir(parents=True)
+    for name in ("tiger", "gnu"):
+        Image.new("RGBA", (4, 4), (1, 2, 3, 255)).save(source / f"{name}.png")
+        (source / f"{name}.txt").write_text(f"A {name}.\n")
+    for _ in range(2):  # a run that is gone on with finds the links there
+        known = experiment.known_stamps(source.parent, ["Sumatran Tiger", "owl"], tmp_path / "known")
+    assert [(stamp.name, stamp.theme) for stamp in find_stamps(known)] == [("tiger", "animals")]
 
 
 def test_a_plan_with_an_unknown_key_is_refused(tmp_path):

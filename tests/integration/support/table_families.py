@@ -368,7 +368,7 @@ TABLE = [
         },
     ),
     _family("cosmos3_omni", **MROPE, text=SECTIONS, vision={"deepstack_visual_indexes": [0, 1]}),
-    _family("hyperclovax_vision_v2", grid, **BOTH),
+    _family("hyperclovax_vision_v2", grid),
     _family("qianfan_ocr", square, **BOTH),
     _family(
         "gemma4_unified",

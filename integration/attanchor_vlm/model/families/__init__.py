@@ -96,7 +96,6 @@ for known in (
             "deepseek_ocr2",
             "deepseek_vl",
             "got_ocr2",
-            "hyperclovax_vision_v2",
             "hunyuan_vl",
             "idefics2",
             "janus",

@@ -36,8 +36,9 @@ class FamilyAdapter:
         positions: Default of `AttAnchorConfig.positions`; empty for "inherit" with M-RoPE, else "sequential".
         positions_per_token: 1, or more for M-RoPE; 0 for what the model's config says. With 1, "inherit" would repeat
             positions, which attention code takes for packed sequences: `attach` refuses it unless told otherwise.
-        image_arguments: Arguments of forward that hold the images. Those that are called pixel values tell that a call
-            has images; all are consumed by `encode_images`. Empty for those that `get_image_features` takes.
+        image_arguments: Arguments of forward that hold the images. Those that are called pixel values, or the first
+            one, tell that a call has images; all are consumed by `encode_images`. Empty for those that
+            `get_image_features` takes.
         video_arguments: The same of videos, for `encode_videos` and `get_video_features`; none without that method.
         token_types: Further (B, S) inputs with one value per token, and the value that an inserted token gets; None,
             also for those of forward that are not named here, to copy the one of the token it copies.
@@ -179,6 +180,10 @@ class FamilyAdapter:
         """
         return []
 
+    def video_shapes(self, model: Any, arguments: Mapping[str, Any], count: int) -> list[list[tuple[int, int]]]:
+        """As `token_shapes`, of the steps of time of each video."""
+        return []
+
     def class_token_attention(self, model: Any, arguments: Mapping[str, Any], encoded: Any) -> Tensor | None:
         """(T,) float32, how much the class token of the image encoder attends to each feature; None if it has none.
 
@@ -210,13 +215,31 @@ class FamilyAdapter:
             "Anchors are inserted all the same"
         )
 
+    def frame_grids(
+        self, model: Any, processor: Any, batch: Mapping[str, Tensor], index: int, size: tuple[int, int], frames: int
+    ) -> list[Grid]:
+        """Where the tokens of one video lie in its frames: a grid for each step of time, of as many frames each.
+
+        Args:
+            processor, batch, size: As for `grids`; the size is a frame's.
+            index: Counts the videos of the whole batch.
+            frames: Number of the video's frames.
+
+        Raises:
+            ValueError: it is not known of this family.
+        """
+        raise ValueError(
+            f"where video tokens lie in the frames is not known for {model.config.model_type}: boxes are not "
+            "available. Anchors are inserted all the same"
+        )
+
     def vision_tower(self, model: PreTrainedModel) -> nn.Module | None:
         """The encoders of the model without projectors, which training usually freezes."""
         return nn.ModuleList(tower for _, tower in towers(model))
 
 
 def _pixels(names: tuple[str, ...]) -> list[str]:
-    return [name for name in names if "pixel_values" in name]
+    return [name for name in names if "pixel_values" in name] or [*names[:1]]
 
 
 def _encoded(kind: str, names: tuple[str, ...], model: Any, arguments: Mapping[str, Any]) -> Any:

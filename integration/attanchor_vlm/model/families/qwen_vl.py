@@ -26,3 +26,16 @@ class QwenVLAdapter(FamilyAdapter):
         _, height, width = batch["image_grid_thw"][index].tolist()
         merged = model.config.vision_config.spatial_merge_size
         return [Grid(height // merged, width // merged, whole(size))]
+
+    def frame_grids(
+        self, model: Any, processor: Any, batch: Mapping[str, Tensor], index: int, size: tuple[int, int], frames: int
+    ) -> list[Grid]:
+        steps, height, width = batch["video_grid_thw"][index].tolist()
+        merged = model.config.vision_config.spatial_merge_size
+        return [Grid(height // merged, width // merged, whole(size))] * steps
+
+    def video_shapes(self, model: Any, arguments: Mapping[str, Any], count: int) -> list[list[tuple[int, int]]]:
+        grids, merged = arguments.get("video_grid_thw"), model.config.vision_config.spatial_merge_size
+        if grids is None:
+            return []
+        return [[(high // merged, wide // merged)] for steps, high, wide in grids.tolist() for _ in range(steps)]

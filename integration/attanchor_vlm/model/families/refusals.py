@@ -10,12 +10,12 @@ _QUERIES = "its images become a fixed number of learned queries, none of which i
 _ENCODER = "it is an encoder-decoder, whose images do not stand in the decoder's prompt"
 _INSIDE = "its thinker is the image-text model inside; attach to `model.thinker`"
 
-_REASONS = {
-    **dict.fromkeys(("mllama", "idefics", "evolla"), _CROSS),
-    **dict.fromkeys(("blip", "blip-2", "instructblip", "instructblipvideo", "kosmos-2", "kosmos-2.5"), _QUERIES),
+REASONS = {
+    **dict.fromkeys(("mllama", "idefics", "evolla", "blip"), _CROSS),
+    **dict.fromkeys(("blip-2", "instructblip", "instructblipvideo", "kosmos-2", "kosmos-2.5"), _QUERIES),
     **dict.fromkeys(("florence2", "t5gemma2", "udop", "pix2struct", "vision-encoder-decoder"), _ENCODER),
     **dict.fromkeys(("qwen2_5_omni", "qwen3_omni_moe"), _INSIDE),
-    "fuyu": "its patches are projected inside forward, past what transformers takes as encoded images",
+    "fuyu": "its encoded images have no `pooler_output`, where transformers has the features of a prompt",
     "git": "its image tokens stand in front of every prompt without placeholders",
     "pi0": "it gives actions of a robot, not text",
     "diffusion_gemma": "it denoises blocks of text instead of reading a prompt from left to right",
@@ -28,7 +28,7 @@ def reason_against(model: Any) -> str | None:
     What is not known by name is judged by what anchors need: placeholders, and images that can be encoded ahead.
     """
     config, base = model.config, model.base_model
-    if (known := _REASONS.get(str(getattr(config, "model_type", None)))) is not None:
+    if (known := REASONS.get(str(getattr(config, "model_type", None)))) is not None:
         return known
     if getattr(config, "is_encoder_decoder", False):
         return _ENCODER

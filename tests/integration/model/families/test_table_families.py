@@ -17,6 +17,7 @@ from torch import Tensor
 from attanchor_vlm import AnchorPlan, AttAnchorConfig, attach
 from attanchor_vlm.model.families import adapter_for
 from attanchor_vlm.model.families.structure import language_model
+from attanchor_vlm.model.geometry import patch_boxes
 
 # Counted or made anew for the longer sequence.
 _MADE = ("attention_mask", "position_ids", "past_key_values", "cache_position")
@@ -29,7 +30,7 @@ def test_the_decoder_is_given_the_gathered_plain_prompt(family: Family):
     language_model(model).register_forward_pre_hook(lambda *call: calls.append(call[2]), with_kwargs=True)
     with torch.no_grad():
         before = model(**plain(batch)).logits
-        attach(model, AttAnchorConfig(tau=-1))
+        attach(model, AttAnchorConfig(tau=-1), check="never")  # whose calls would be among these
         nothing = model(**{**batch, "anchor_mask": torch.zeros_like(batch["anchor_mask"])}).logits
         assert difference(before[batch["attention_mask"].bool()], own_logits(model, nothing)) < 1e-4
         anchored = model(**batch).logits
@@ -90,3 +91,17 @@ def _check_masks(before: Any, after: Any, real: Tensor, plan: AnchorPlan) -> Non
             for at in is_anchor.nonzero()[:, 0].tolist():
                 host = int(((source == plan.host[row, source[at]]) & own).nonzero())
                 assert torch.equal(new[row, 0, at, at + 1 :], new[row, 0, host, at + 1 :])
+
+
+def test_without_a_known_grid_there_are_no_boxes_and_each_image_is_one_line():
+    family = next(family for family in TABLE if family.name == "lighton_ocr")
+    model, (batch, _) = family.model(), family.prompts([1, 2])
+    with pytest.raises(ValueError, match="not known for lighton_ocr: boxes are not available"):
+        patch_boxes(model, None, batch, 0, [[(24, 16)], [(16, 24), (16, 16)]])
+    attach(model, AttAnchorConfig(tau=1, keep=0.5))
+    with torch.no_grad():
+        model(**batch)
+    before = adapter_for(model).placeholders(model, batch["input_ids"])
+    kept = adapter_for(model).placeholders(model, model.attanchor_plan.input_ids)
+    assert before.sum(-1).tolist() == [6, 10]
+    assert kept.sum(-1).tolist() == [3, 5]
