@@ -312,5 +312,4 @@ def _finished(call: checks.Call, plan: Plan, backend: str, copy: bool) -> Anchor
 
 
 def _result(call: checks.Call, embeds: Tensor | None, *fields: Tensor) -> AnchoredSequence:
-    made = AnchoredSequence(embeds, *fields)
-    return made if call.problem.drops else made._replace(relevance=None)
+    return AnchoredSequence(embeds, *(fields if call.problem.drops else fields[:-1]))

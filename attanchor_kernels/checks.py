@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import operator
 from numbers import Real
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from attanchor_kernels.problem import Problem, Role
-
-T = TypeVar("T", Tensor, Tensor | None)
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 DIRECTIONS = ("text_into_image", "image_into_text")
@@ -203,28 +201,16 @@ def build_call(
     threshold = _threshold(tau, img)
     options = _options(direction, positions, position_ids, padding_side)
     max_anchors = _count("max_anchors", max_anchors)
-    _companion("img_mask", img_mask, torch.bool, img.shape[:-1], img)
-    _companion("txt_mask", txt_mask, torch.bool, txt.shape[:-1], img)
-    _companion("anchor_mask", anchor_mask, torch.bool, txt.shape[:-1], img)
-    _positions(position_ids, (*img.shape[:-2], img.shape[-2] + txt.shape[-2]), img)
-    dropping = _dropping(keep, None, salience, cells, None, img.shape[:-1], img)
-
-    unbatched = img.dim() == 2
-    for name in dropping.keys() & {"salience", "cells"}:
-        dropping[name] = _batched(dropping[name], unbatched)
-    problem = Problem(
-        image=_batched(img, unbatched),
-        text=_batched(txt, unbatched),
-        image_mask=_batched(img_mask, unbatched),
-        text_mask=_batched(txt_mask, unbatched),
-        anchor_mask=_batched(anchor_mask, unbatched),
-        max_anchors=max_anchors,
-        position_ids=_with_axis(position_ids, unbatched),
-        **threshold,
-        **options,
-        **dropping,
-    )
-    return Call(problem, unbatched, position_ids is None or position_ids.dim() == img.dim() - 1)
+    of_image, of_text = img.shape[:-1], txt.shape[:-1]
+    _companion("img_mask", img_mask, torch.bool, of_image, img)
+    _companion("txt_mask", txt_mask, torch.bool, of_text, img)
+    _companion("anchor_mask", anchor_mask, torch.bool, of_text, img)
+    _positions(position_ids, (*of_image[:-1], of_image[-1] + of_text[-1]), img)
+    dropping = _dropping(keep, None, salience, cells, None, of_image, img)
+    masks = {"image_mask": img_mask, "text_mask": txt_mask, "anchor_mask": anchor_mask}
+    ranks = {name: dropping.pop(name) for name in ("salience", "cells") if dropping}
+    batched = {"image": img, "text": txt, **masks, **ranks}
+    return _call(batched, position_ids, max_anchors=max_anchors, **threshold, **options, **dropping)
 
 
 def merge_call(
@@ -261,22 +247,9 @@ def merge_call(
     if isinstance(keep, Tensor) and keep_each is None:
         keep, keep_each = None, keep
     dropping = _dropping(keep, keep_each, salience, cells, slots[:-1], image_embeds.shape[:1], text_embeds)
-
-    unbatched = text_embeds.dim() == 2
-    if "keep_each" in dropping:
-        dropping["keep_each"] = _batched(dropping["keep_each"], unbatched)
-    problem = Problem(
-        image=image_embeds,
-        text=_batched(text_embeds, unbatched),
-        roles=_batched(roles, unbatched),
-        turn=_batched(turn, unbatched),
-        max_anchors=max_anchors,
-        position_ids=_with_axis(position_ids, unbatched),
-        **threshold,
-        **options,
-        **dropping,
-    )
-    return Call(problem, unbatched, position_ids is None or position_ids.dim() == text_embeds.dim() - 1)
+    batched = {"text": text_embeds, "roles": roles, "turn": turn, "keep_each": dropping.pop("keep_each", None)}
+    alike = {"image": image_embeds, "max_anchors": max_anchors}
+    return _call(batched, position_ids, **alike, **threshold, **options, **dropping)
 
 
 def place_call(text_embeds, image_embeds, roles, host, ahead, positions, position_ids, padding_side) -> Call:
@@ -306,17 +279,16 @@ def place_call(text_embeds, image_embeds, roles, host, ahead, positions, positio
     return call
 
 
-def _batched(value: T, unbatched: bool) -> T:
-    return value.unsqueeze(0) if unbatched and value is not None else value
-
-
-def _with_axis(position_ids: Tensor | None, unbatched: bool) -> Tensor | None:
-    """(P, B, S) from (S,), (P, S), (B, S) or (P, B, S)."""
-    if position_ids is None:
-        return None
+def _call(batched: dict[str, Any], position_ids: Tensor | None, **others) -> Call:
+    """A call of what has been checked; `batched` and `position_ids` are given the axes that they lack."""
+    axes = batched["text"].dim()
+    unbatched, flat = axes == 2, position_ids is None or position_ids.dim() == axes - 1
     if unbatched:
-        position_ids = position_ids.unsqueeze(-2)
-    return position_ids.unsqueeze(0) if position_ids.dim() == 2 else position_ids
+        batched = {name: None if value is None else value.unsqueeze(0) for name, value in batched.items()}
+        position_ids = None if position_ids is None else position_ids.unsqueeze(-2)
+    if position_ids is not None and flat:
+        position_ids = position_ids.unsqueeze(0)
+    return Call(Problem(**batched, position_ids=position_ids, **others), unbatched, flat)
 
 
 def check_roles(counts: tuple[int, int], features: int) -> None:

@@ -18,6 +18,7 @@ COMMANDS = {
     "tune": "search for faster launch configurations of the forward kernels",
     "serve": "what anchors cost behind vLLM, on a CPU; in the environment of `make serve-test`",
     "host": "host time of a call whose launch is left out, against a plain autograd.Function",
+    "schedule-model": "predict what schedules of the CUDA kernel take, from assumed latencies",
     "cpu-reference": "the reference on a CPU against its unavoidable work, masked_scatter and a literal loop",
     "store-demo": "store what `make demo` wrote, for the README",
     "compare": "two sets of rows; exit status 1 if anything became slower, 2 if nothing can be compared",

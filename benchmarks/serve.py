@@ -1,7 +1,8 @@
 """What anchors cost behind vLLM, and what dropping image tokens saves, as ratios to the same model without them.
 
-One engine, in this process, serves all sides by turns: it only sees rows. A random LLaVA with 576 image tokens, since a
-CPU is slow; every request is a new picture, and 8 clients are 8 chats in flight together. HTTP is not in it.
+One engine, in this process and on one thread, serves all sides by turns: it only sees rows. Since a CPU is slow, a
+random LLaVA of 5 million parameters with 256 image tokens; every request is a new picture, and 8 clients are 8 chats in
+flight together. HTTP is not in it.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from attanchor_vlm.provenance import version_of
 from benchmarks import options, timing
 from benchmarks.rows import Run
 
-SIDE, PATCH = 336, 14
+SIDE, PATCH = 224, 14
 PLAIN = {"tau": 1.0}
 SIDES = {
     "anchors": {"tau": -1.0, "max_anchors": 5},
@@ -107,7 +108,14 @@ def _write_model(folder: Path) -> Path:
 
 
 def _engine(folder: Path) -> Any:
-    os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}
+    torch.set_num_threads(1)
+    os.environ |= {
+        "OMP_NUM_THREADS": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "VLLM_NO_USAGE_STATS": "1",
+    }
     from vllm import LLM
 
     from attanchor_vlm.inference.vllm import ARCHITECTURE, MODE

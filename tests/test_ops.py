@@ -272,9 +272,12 @@ def test_trimming_under_plain_compile_falls_back():
     assert torch.equal(got, build_sequence(image, text, 0.0).embeds)
 
 
-def test_export():
+@pytest.mark.parametrize("trim", [False, True])
+def test_export(trim):
     class Module(torch.nn.Module):
         def forward(self, image, text):
+            if trim:
+                return build_sequence(image, text, 0.0).embeds
             return OPS.build_sequence(image, text, 0.0, max_anchors=2)[0]
 
     image, text = (row.detach() for row in pair())

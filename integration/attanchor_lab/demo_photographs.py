@@ -16,10 +16,12 @@ import torch
 from attanchor_lab.demo import Accuracy, accuracy, clear, photograph
 from attanchor_lab.photographs import stamps
 from attanchor_lab.photographs.config import FOLDER, PhotographConfig
-from attanchor_lab.photographs.dataset import write_photographs
+from attanchor_lab.photographs.dataset import read_photographs, write_photographs
+from attanchor_lab.photographs.grounding import grounding
 from attanchor_lab.photographs.questions import KINDS
 from attanchor_lab.small_vlm import build, parts
 from attanchor_lab.small_vlm.config import BuildConfig
+from attanchor_lab.small_vlm.experiment import known_stamps
 from attanchor_vlm.data.batches import question, to_model
 from attanchor_vlm.data.rows import Row, load_image, read_rows, samples
 from attanchor_vlm.evaluation.answers import generate_answers
@@ -38,7 +40,7 @@ _ARMS: dict[str, dict[str, Any]] = {
     ANCHORS: {"fraction": 0.5, "content_words": True},
     SHORTER: {"fraction": 0.5, "content_words": True, "keep": 1 / 3},
 }
-_OURS = {"data", "unseeing", "stage1", "model", "runs", "results.json", "anchors.png"}
+_OURS = {"stamps", "data", "unseeing", "stage1", "model", "runs", "results.json", "anchors.png"}
 _CAPTION, _ANSWER = 48, 6  # most tokens
 _TITLE = "Words of the question at their patches, in photographs"
 _ASKED = (("chelsea", "Is there a cat in the picture?"), ("coffee", "Is there a cup in the picture?"))
@@ -88,9 +90,10 @@ def run(
     data = output / "data"
     images = data / "images"
     say(f"1. Photographs to {data}")
+    known = known_stamps(folder, parts.class_names(), output / "stamps")
     world = PhotographConfig(
         output=data, seed=seed, scenes=size.scenes, test_scenes=size.test_scenes, concepts=size.concepts,
-        held_out=size.held_out, pixels=224, stamps=folder,
+        held_out=size.held_out, pixels=224, stamps=known,
     )  # fmt: skip
     write_photographs(world, lambda line: say(f"   {line}"))
     held_out = json.loads((data / "world.json").read_text(encoding="utf-8"))["concepts"]["held_out"]
@@ -103,14 +106,15 @@ def run(
     unseeing = dataclasses.replace(config, output=output / "unseeing", captions=None, images=None, steps=None)
     build.make(unseeing, lambda line: say(f"   {line}"))
     dtype = choose_dtype(PRESETS["small-vlm"]["dtype"], lambda line: None)
-    before = _named(unseeing.output, dtype, data, size.captions)
-    said = "   things named at their corner: {seen:.0%}, and {concepts:.0%} where their kind is held out of training"
-    say(said.format(**before))
+    before = _sight(unseeing.output, dtype, data, size.captions)
+    said = "   {0:.0%} of the things named at their corner ({1:.0%} of kinds held out of training)"
+    said += "; {2:.0%} ({3:.0%}) of the words have their best patch in their thing, by chance {4:.0%}"
+    say(said.format(*before.values()))
 
     say(f"3. It learns to see: {size.caption_steps} steps of {config.batch_size} captions")
     build.stage1(config, unseeing.output, output, lambda line: say(f"   {line}")).replace(config.output)
-    after = _named(config.output, dtype, data, size.captions)
-    say(said.format(**after))
+    after = _sight(config.output, dtype, data, size.captions)
+    say(said.format(*after.values()))
 
     rows, kinds = _questions(data, size.questions)
     arms: dict[str, tuple[Accuracy, float, float]] = {}
@@ -140,7 +144,7 @@ def run(
     results = {
         "size": dataclasses.asdict(size) | {"seed": seed},
         "held_out": held_out,
-        "named": {"before": before, "after": after},
+        "sight": {"before": before, "after": after},
         "arms": {
             name: {"kinds": {kind: test.of(kind) for kind in dict.fromkeys(kinds)}, "mean": test.mean,
                    "inserted_share": test.inserted_share, "train_seconds": seconds, "answer_seconds": test.seconds,
@@ -177,16 +181,19 @@ def corners(predictions: Sequence[str], references: Sequence[str]) -> float:
     return sum(marks) / len(marks)
 
 
-def _named(folder: Path, dtype: torch.dtype, data: Path, count: int) -> dict[str, float]:
-    """`corners` of new scenes of known concepts, and of held-out ones."""
+def _sight(folder: Path, dtype: torch.dtype, data: Path, count: int) -> dict[str, float]:
+    """`corners` of new scenes of known concepts and of held-out ones, then the same of `grounding`, and its chance."""
     model, processor = load(str(folder), dtype=dtype, tau=1.0)
-    found = {}
+    named, found, chance = {}, {}, 0.0
     for split in ("seen", "concepts"):
         rows, _ = read_rows(data / f"test-caption-{split}.json", data / "images")
         chosen = list(samples(rows[:count], "each"))
         said = generate_answers(model, processor, chosen, 8, _CAPTION, progress=False)
-        found[split] = corners(said.predictions, said.references)
-    return found
+        named[f"named {split}"] = corners(said.predictions, said.references)
+        asked = read_photographs(data / f"test-place-{split}.json")[:count]
+        matched = grounding(model, processor, asked, data / "images")
+        found[f"matched {split}"], chance = matched["hit"], matched["chance"]
+    return named | found | {"chance": chance}
 
 
 def _questions(data: Path, count: int) -> tuple[list[Row], list[str]]:

@@ -36,10 +36,10 @@ def is_aligned(problem: Problem) -> bool:
     return all(number % 16 == 0 for number in numbers)
 
 
-def run(problem: Problem, schedule, *, plan: bool = True) -> tuple[AnchoredSequence, Tensor]:
+def run(problem: Problem, schedule, *, plan: bool = True, occupied: int = 0) -> tuple[AnchoredSequence, Tensor]:
     """Construct, and plan, over the emulated device: they must agree, and leave the workspace as they found it."""
     tuning, resident, seed = schedule
-    emulator.configure(resident, seed)
+    emulator.configure(resident, seed, occupied)
     embeds, made = launch.run(problem, copy=True, tuning=tuning)
     if plan:
         planned = launch.run(problem, copy=False, tuning=tuning._replace(hold=0))[1]

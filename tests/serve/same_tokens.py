@@ -16,7 +16,9 @@ from pathlib import Path
 
 os.environ |= {
     "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # threads that wait busily for a core of their own are slow beside others
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_NO_USAGE_STATS": "1",

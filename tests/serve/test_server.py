@@ -26,6 +26,7 @@ from attanchor_vlm import answer, cli, load
 
 TAU = 0.6
 QUIET = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +66,9 @@ def server(sample):
     command = [sys.executable, "-m", "attanchor_vlm.cli", "serve", "--model", sample / "wide", "--port", str(port)]
     vllm = ["--", "--served-model-name", "wide", "--max-model-len", "512", "--kv-cache-memory-bytes", str(64 << 20)]
     log = (sample / "log").open("w")
-    process = subprocess.Popen([*command, *vllm], stdout=subprocess.PIPE, stderr=log, text=True, env=os.environ | QUIET)
+    process = subprocess.Popen(
+        [*command, *vllm], stdout=subprocess.PIPE, stderr=log, text=True, env=os.environ | QUIET | ONE_THREAD
+    )
     said = []
     for line in process.stdout:
         said.append(line)

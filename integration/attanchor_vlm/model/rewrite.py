@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from attanchor_kernels import AnchoredSequence, Role, merge_sequence, plan_sequence
 from attanchor_vlm.constants import IGNORE_INDEX
-from attanchor_vlm.model.candidates import mask_from_ids
+from attanchor_vlm.model.candidates import frame_labels, mask_from_ids
 from attanchor_vlm.model.config import AttAnchorConfig
 from attanchor_vlm.model.dropping import survivors
 from attanchor_vlm.model.families import FamilyAdapter
@@ -160,6 +160,8 @@ def rewrite(
     is_real = torch.ones_like(is_image) if mask is None else mask.bool()
     if anchor_mask is None:
         anchor_mask = mask_from_ids(model, settings, ids, is_real, is_image, labels)
+        if (grids := arguments.get("video_grid_thw")) is not None:
+            anchor_mask &= ~frame_labels(adapter.video_placeholders(model, ids) & is_real, grids[:, 0].tolist())
     elif labels is not None:
         _warn_of_answers(model, anchor_mask, labels)
     if padding_side is None:

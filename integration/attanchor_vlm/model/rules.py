@@ -20,7 +20,7 @@ RULES = {
     "rows": "the features that are matched are those at the placeholders, in their order",
     "positions": "the prompt's own tokens keep their positions, and an anchor has its host's; or all are counted",
     "sight": "in every layer, the prompt's own tokens see of each other what they saw",
-    "hosts": "in every layer, an anchor sees of the prompt's own tokens what its host sees",
+    "hosts": "in every layer, an anchor sees what its host sees; one of an image, or what the token copied sees",
 }
 
 
@@ -210,6 +210,10 @@ def _look(before: Tensor, after: Tensor, prompts: Prompts, sample: int, wrong: d
     slot = torch.zeros(len(plan.host[sample]), dtype=torch.long, device=device).scatter(0, source[own], own)
     hosts = slot[plan.host[sample].to(device)[source[anchors]]]
     differs = after[anchors][:, own] != after[hosts][:, own]
+    # A copy of an image token may see what that one sees, where image tokens see each other.
+    copied = source[anchors]
+    of_image = prompts.is_image[sample].to(device)[copied]
+    differs &= ~of_image[:, None] | (after[anchors][:, own] != after[slot[copied]][:, own])
     if window:
         differs &= own[None] > anchors[:, None]
     if count := int(differs.any(-1).sum()):

@@ -16,20 +16,12 @@ from builders import BY_NAME
 from peft import LoraConfig, get_peft_model
 from tiny import prompts, tiny_llava
 
-from attanchor_lab.sample import write_sample
 from attanchor_vlm import AttAnchorConfig, answer, attach, cli, load, save_settings
 from attanchor_vlm.inference.vllm import launch
 from attanchor_vlm.inference.widen import widen_heads
-from attanchor_vlm.training.lora import LORA_TARGETS
+from attanchor_vlm.training.lora import lora_targets
 
 QUESTION = "Where is the purple triangle?"
-
-
-@pytest.fixture(scope="module")
-def sample(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("launch") / "sample"
-    write_sample(folder)
-    return folder
 
 
 def error_of(capsys, *arguments):
@@ -108,7 +100,7 @@ def test_the_printed_line_is_one_that_a_shell_takes_whole():
 def test_an_export_is_the_model_with_its_adapter_and_its_settings(sample, tmp_path, capsys):
     model, _ = load(str(sample / "model"), tau=-1, max_anchors=3)
     torch.manual_seed(1)
-    targets = LoraConfig(r=4, lora_alpha=16, target_modules=LORA_TARGETS, init_lora_weights=False)
+    targets = LoraConfig(r=4, lora_alpha=16, target_modules=lora_targets(model), init_lora_weights=False)
     wrapped = get_peft_model(model, targets)
     wrapped.save_pretrained(tmp_path / "adapter")
     save_settings(wrapped, tmp_path / "adapter")

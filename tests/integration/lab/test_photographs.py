@@ -9,16 +9,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from stamps_toy import COLOURED, CONCEPTS, write_stamps
 
 from attanchor_lab.photographs import stamps
 from attanchor_lab.photographs.config import PhotographConfig
 from attanchor_lab.photographs.dataset import SPLITS, read_photographs, write_photographs
+from attanchor_lab.photographs.grounding import grounding
 from attanchor_lab.photographs.questions import KINDS, NEGATIVES
 from attanchor_lab.photographs.scenes import PLACES
+from attanchor_lab.scenes import dataset
+from attanchor_lab.small_llava.model import SHIPPED
 from attanchor_vlm.data.rows import read_rows
 from attanchor_vlm.errors import SetupError
+from attanchor_vlm.model.load import load
 
 pytest.importorskip("skimage")
 SIDE = 96
@@ -177,3 +182,32 @@ def test_mistakes_are_told_before_anything_is_written(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     with pytest.raises(ValueError, match=r"exists; take another folder"):
         write_photographs(config(tmp_path))
+
+
+def test_grounding_is_scored_by_the_boxes(tmp_path: Path) -> None:
+    """The shipped small LLaVA, which was aligned, finds the one patch of a shape; boxes elsewhere are no hits."""
+    generator = dataset.generator_for(5)
+    scenes = dataset.draw_scenes(12, generator, 3, 5)
+    asked, away = [], []
+    for number, pixels in enumerate(dataset.render(scenes, generator)):
+        Image.fromarray(pixels).save(tmp_path / f"{number}.png")
+        shapes = scenes.shape[number][scenes.there[number]].tolist()
+        shape = next((one for one in shapes if shapes.count(one) == 1), shapes[0])
+        boxes = []
+        for at in scenes.where[number][scenes.there[number]][torch.tensor(shapes) == shape].tolist():
+            row, column = divmod(at, dataset.GRID)
+            boxes.append([side * dataset.CELL for side in (column, row, column + 1, row + 1)])
+        name = dataset.SHAPES[shape]
+        talk = [{"from": "human", "value": f"<image>\nWhere is the {name}?"}, {"from": "gpt", "value": "top left"}]
+        line = {"image": f"{number}.png", "asked": [name], "conversations": talk}
+        asked.append(line | {"things": [{"name": name, "box": box} for box in boxes]})
+        away.append(line | {"things": [{"name": name, "box": [200, 200, 210, 210]}]})
+    model, processor = load(str(SHIPPED), tau=0.6)
+    found = grounding(model, processor, asked, tmp_path)
+    assert found["words"] == 12
+    assert found["hit"] > 0.75
+    assert found["chance"] < 0.05
+    assert grounding(model, processor, away, tmp_path)["hit"] == 0
+    assert model.attanchor_config.tau == 0.6
+    with pytest.raises(ValueError, match="no question names a thing that is there"):
+        grounding(model, processor, [away[0] | {"things": []}], tmp_path)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from builders import BY_NAME, FAMILIES
 from shared import every_route
+from table_families import TABLE
 
 from attanchor_vlm import AttAnchorConfig, attach, prepare_inputs
 from attanchor_vlm.errors import FamilyError
@@ -23,8 +24,9 @@ from attanchor_vlm.model.rules import RULES
 
 def found_in(family, adapter=None, images=(1,), side="right", model=None, **settings):
     """What every rule finds, by rule."""
-    model = attach(model or BY_NAME[family].model(), AttAnchorConfig(tau=0.5, **settings))
-    batch = BY_NAME[family].prompts(list(images), side)[0]
+    family = {**BY_NAME, **{one.name: one for one in TABLE}}[family]
+    model = attach(model or family.model(), AttAnchorConfig(tau=0.5, **settings))
+    batch = family.prompts(list(images), side)[0]
     mask = batch.pop("anchor_mask")
     adapter = adapter.bound_to(model) if adapter else adapter_for(model)
     return {one.rule: one for one in findings(model, adapter, model.attanchor_config, batch, mask)}
@@ -40,6 +42,14 @@ def test_every_family_keeps_every_rule(family, route, direction):
         found = found_in(family.name, None, images, side, route=route, direction=direction)
         assert set(found) == set(RULES)
         assert not [one for one in found.values() if one.found]
+
+
+@pytest.mark.parametrize("family", TABLE, ids=str)
+def test_families_without_tests_of_their_own_are_checked_and_pass(family):
+    model = attach(family.model(), AttAnchorConfig(tau=0.5))
+    with torch.no_grad():
+        model(**family.prompts([1, 1])[0])
+    assert model._attanchor_calls.checked == {"image"}
 
 
 def test_no_family_is_left_out_that_is_not_tested():

@@ -8,7 +8,7 @@ import videos
 from builders import plain
 from PIL import Image
 from shared import GREEDY, LOGITS, NEW, both_directions, both_sides, difference, own_logits
-from tiny_families import IMAGE, PAD, VIDEO
+from tiny_families import IMAGE, PAD, START, VIDEO
 from torch.nn import functional as F
 
 from attanchor_vlm import AttAnchorConfig, attach
@@ -157,3 +157,87 @@ def test_boxes_say_which_frame_of_which_video(name):
         assert [box.pixels for box in of_video[4:]] == [box.pixels for box in of_video[:4]]
         assert of_video[3].pixels == (30.0, 20.0, 60.0, 40.0)
         assert {box.image for box in boxes if box.video is None} == ({0} if len(media) > 1 else set())
+
+
+@both_directions
+@every_route
+def test_a_cap_for_each_frame_keeps_its_best(family, route, direction):
+    model = attached(family, route=route, direction=direction, tau=-1)
+    batch, ids = videos.prompts(family, ["iv", "v"])[0], videos.prompts(family, ["iv", "v"])[0]["input_ids"]
+    with torch.no_grad():
+        model(**batch)
+        whole = model.attanchor_plan
+        frame = frames_of(batch)
+        at = frame.gather(1, whole.host.clamp(min=0)) if direction == "text_into_image" else frame
+        for most, in_all in ((0, None), (1, None), (2, 3), (50, None)):
+            attach(model, AttAnchorConfig(-1, direction, route=route, max_anchors=in_all, max_anchors_per_frame=most))
+            logits = model(**batch).logits
+            plan = model.attanchor_plan
+            for sample in range(len(ids)):
+                inserted = (whole.host[sample] >= 0).nonzero()[:, 0].tolist()
+                ranked, counts, best = sorted(inserted, key=lambda s: -float(whole.score[sample, s])), {}, []
+                for slot in ranked:  # the best of its frame, and of the sample
+                    key = int(at[sample, slot])
+                    counts[key] = counts.get(key, 0) + 1
+                    best += [slot] if counts[key] <= most and len(best) < (in_all or 99) else []
+                found = (plan.host[sample] >= 0).nonzero()[:, 0].tolist()
+                assert found == sorted(best)
+                assert plan.host[sample, found].tolist() == whole.host[sample, found].tolist()
+    attach(model, AttAnchorConfig(-1, direction, route=route))
+    with torch.no_grad():
+        assert difference(model(**batch).logits, logits) < 1e-5  # a cap that nothing reaches changes nothing
+
+
+def frames_of(batch):
+    """(B, S), a number for the frame or image of each image token that takes part."""
+    found = torch.full(batch["input_ids"].shape, -1)
+    number = 0
+    for sample, row in enumerate(batch["input_ids"].tolist()):
+        slots = [slot for slot, token in enumerate(row) if token in (IMAGE, VIDEO)]
+        films = [slot for slot in slots if row[slot] == VIDEO]
+        for group in ([slot for slot in slots if row[slot] == IMAGE], films[:4], films[4:8]):
+            found[sample, group] = number
+            number += 1
+        assert len(films) in (8, 9)  # and OneVision's newline
+    return found
+
+
+def test_a_cap_needs_to_know_the_frames():
+    family = videos.FAMILIES[0]
+    model, batch = attached(family, max_anchors_per_frame=1), videos.prompts(family, ["v"])[0]
+    with torch.no_grad():
+        batch["mm_encoder_outputs"] = {
+            "video": model.get_video_features(
+                batch.pop("pixel_values_videos"), batch["video_grid_thw"], return_dict=True
+            )
+        }
+        grid = batch.pop("video_grid_thw")
+        attach(model, AttAnchorConfig(TAU, positions="sequential", max_anchors_per_frame=1))
+        with pytest.raises(ValueError, match="which video tokens are of one frame is not known for qwen2_vl"):
+            model(**batch)
+        model(**batch, video_grid_thw=grid)
+    assert int(model.attanchor_stats.inserted) <= 2
+    with pytest.raises(ValueError, match="placement is 'random' with max_anchors_per_frame 1"):
+        AttAnchorConfig(0.5, placement="random", max_anchors_per_frame=1)
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl"])
+def test_without_a_mask_the_times_of_frames_take_no_part(name):
+    family = next(one for one in videos.FAMILIES if one.name == name)
+    model, batch = attached(family, tau=-1), videos.prompts(family, ["vv", "i"], "left")[0]
+    words = batch.pop("anchor_mask")
+    with torch.no_grad():
+        model(**batch)
+    ids, took_part = batch["input_ids"], torch.isfinite(model.attanchor_plan.score)
+    assert (took_part | ~words)[1].all()
+    first, *_, last = (ids[0] == VIDEO).nonzero()[:, 0].tolist()
+    inside = took_part[0, first:last]
+    beside = 2  # the last two words behind a video, which the mask leaves out
+    if name == "qwen3_vl":
+        starts = (ids[0, :-1] == START) & (ids[0, 1:] == VIDEO)
+        times = starts.nonzero() - torch.tensor([[1, 2]])  # two tokens in front of every frame
+        assert times.numel() == 8
+        assert not took_part[0, times].any()
+        beside = 1  # one of them might be of a time that is longer
+    assert inside.sum() == words[0, first:last].sum() + beside
+    assert (took_part[0, last:] | ~words[0, last:]).all()

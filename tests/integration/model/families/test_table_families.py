@@ -30,7 +30,7 @@ def test_the_decoder_is_given_the_gathered_plain_prompt(family: Family):
     language_model(model).register_forward_pre_hook(lambda *call: calls.append(call[2]), with_kwargs=True)
     with torch.no_grad():
         before = model(**plain(batch)).logits
-        attach(model, AttAnchorConfig(tau=-1), check="never")
+        attach(model, AttAnchorConfig(tau=-1), check="never")  # whose calls would be among these
         nothing = model(**{**batch, "anchor_mask": torch.zeros_like(batch["anchor_mask"])}).logits
         assert difference(before[batch["attention_mask"].bool()], own_logits(model, nothing)) < 1e-4
         anchored = model(**batch).logits
@@ -42,11 +42,10 @@ def test_the_decoder_is_given_the_gathered_plain_prompt(family: Family):
     _check_positions(family, old["position_ids"], new["position_ids"], plan)
     if adapter_for(model).token_types.get(family.token_types) is not None:
         _check_masks(old["attention_mask"], new["attention_mask"], batch["attention_mask"].bool(), plan)
-    attach(model, AttAnchorConfig(tau=-1), check="always")(**batch)  # fails if the self-check finds something
     assert adapter_for(model).routes == family.routes
     for route in family.routes[1:]:
         with torch.no_grad():
-            other = attach(model, AttAnchorConfig(tau=-1, route=route), check="never")(**batch).logits
+            other = attach(model, AttAnchorConfig(tau=-1, route=route))(**batch).logits
         assert difference(anchored[real], other[real]) < 1e-4
 
 
