@@ -92,9 +92,7 @@ def _construct(target: str, dtype: str, batch: int, hidden: int, problem: dict):
     itemsize = 4 if dtype == "fp32" else 2
     aligned = 16 // itemsize if hidden * itemsize % 16 == 0 else 4 // itemsize
     drops = get("keep", False) or get("keep_each", False)
-    crowded = any(get(name, False) for name in ("merges", "masks", "image_into_text"))
-    shape = (batch, 576, 626, hidden, aligned)
-    chosen = schedule.construct(torch.device("cpu"), itemsize, *shape, crowded, drops)
+    chosen = schedule.construct(torch.device("cpu"), itemsize, batch, 576, 626, hidden, aligned)
     row, mask = f"*{dtype}", "*u8" if get("masks") else None
     outputs = Outputs(
         embeds=row if get("copy", True) else None,
@@ -132,7 +130,7 @@ def _construct(target: str, dtype: str, batch: int, hidden: int, problem: dict):
             survivors="*i32" if drops else None,
         ),
         "keep": "i32" if get("keep") else None,
-        **dict.fromkeys(("slices", "slice_blocks"), "i32" if chosen.split else None),
+        **dict.fromkeys(("slices", "slice_blocks", "ring"), "i32" if chosen.split else None),
         "tau": "fp32",
     }
     config = Config(
@@ -232,8 +230,9 @@ def _barrier(assembly: str, target: str, source) -> dict:
 
     split = any(isinstance(value, Config) and value.split for value in source.constants.values())
     plans = source.signature["outputs"].source != "constexpr"
+    merges = source.signature["inputs"].roles != "constexpr"
     drops = source.signature["outputs"].relevance != "constexpr"
-    wanted = {"arrivals": 1 + plans + split + drops, "waits": int(plans)}
+    wanted = {"arrivals": 1 + plans + 2 * split + drops, "waits": int(plans) + split + merges}
     changes = PLANTED["amdgcn" if target == "gfx942" else "ptx"]
     planted = [bool(barrier_faults(assembly.replace(*change), target, **wanted)) for change in changes[: 3 + plans]]
     return {"barrier": barrier_faults(assembly, target, **wanted), "planted": planted}
@@ -259,12 +258,18 @@ def _compile(work: tuple[str, str]) -> dict:
         return {**row, "bytes": len(compiled.asm["hsaco"]), "registers": registers, "spills": spills}
     # Loads and stores of one 16-bit element, as rows are copied when the compiler has lost sight of their alignment.
     row["narrow"] = len(re.findall(r"\b(?:ld|st)\.global(?!\S*\.v\d)\S*\.b16\b", compiled.asm["ptx"]))
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+        usage, code = (
+            subprocess.run([tools / tool, option, file.name], capture_output=True, text=True, check=True).stdout
+            for tool, option in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c"))
+        )
     registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+    # The tensor cores' instructions stand in the loop over columns, from its first line to its last.
+    loop = code[(code.find("MMA.") if "MMA." in code else len(code)) : code.rfind("MMA.")]
+    row["spills in the loop"] = len(re.findall(r"\b(?:STL|LDL)", loop))
     # Nothing in these kernels lives in local memory but what was spilled: the stack is the spill.
     return {**row, "bytes": len(compiled.asm["cubin"]), "registers": registers, "spills": stack}
 
@@ -360,10 +365,13 @@ def test_every_kernel_compiles(compiled, target, record_property):
 
 
 def test_forward_spills_nothing_on_sm_90(compiled):
-    """No register of a forward kernel goes to memory, and the fast path leaves room for two programs."""
+    """No register of a forward kernel goes to memory, but for up to four that stand idle through the loop over columns;
+    and the fast path leaves room for two programs."""
     for case in [*CONSTRUCT, "assemble", "assemble, float32"]:
-        assert compiled["sm_90", case]["spills"] == 0, compiled["sm_90", case]
-    for case in ("build", "merge"):
+        row = compiled["sm_90", case]
+        assert row["spills"] <= 16, row
+        assert row["spills in the loop"] == 0, row
+    for case in ("build", "build, split", "build, keep", "merge", "merge, split, left", "merge, keep each"):
         row = compiled["sm_90", case]
         assert row["registers"] <= 128, row
         assert 2 * row["shared"] <= 227 * 1024, row

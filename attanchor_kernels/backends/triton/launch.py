@@ -73,14 +73,12 @@ def _launch(problem: Problem, outputs: Outputs, schedule: schedules.Schedule | N
     images = min(slots, image.shape[0]) if merges else image.shape[1]
     drops = problem.drops and outputs.source is not None
     if schedule is None:
-        shape = (batch, images, slots, hidden, aligned)
-        masked = not (problem.image_mask is problem.text_mask is problem.anchor_mask is None)
-        crowded = merges or masked or problem.image_into_text
-        schedule = schedules.construct(text.device, text.element_size(), *shape, crowded, drops)
+        schedule = schedules.construct(text.device, text.element_size(), batch, images, slots, hidden, aligned)
     image_tiles = max(1, -(-images // schedule.block_images))
     items = image_tiles * (schedule.slices if schedule.split else 1)
     assembles = outputs.source is not None
     row_tiles = -(-max(problem.capacity, slots) // schedule.block_rows) if assembles else 0
+    ring = min(schedule.ring, batch * image_tiles) if schedule.split else 0
     chosen = selection(problem)
     ranks = max(1, batch * problem.images) if drops else 0
 
@@ -89,13 +87,13 @@ def _launch(problem: Problem, outputs: Outputs, schedule: schedules.Schedule | N
             text.device,
             batch,
             problem.movers,
-            tiles=image_tiles if schedule.split else 0,
-            scratch=batch * items * partial_size(schedule) if schedule.split else 0,
+            ring=ring,
+            scratch=ring * schedule.slices * partial_size(schedule),
             relevances=0 if problem.image_into_text else ranks,
             ranks=ranks if problem.cells is None else 2 * ranks,
             survivors=2 * batch * (-(-slots // 32) + 1) if drops else 0,
         )
-        construct_kernel[(schedule.programs if schedule.persistent else batch * (items + row_tiles),)](
+        construct_kernel[(batch * (items + row_tiles),)](
             image,
             text,
             Inputs(
@@ -127,6 +125,7 @@ def _launch(problem: Problem, outputs: Outputs, schedule: schedules.Schedule | N
             keep=problem.keep if drops else None,
             slices=schedule.slices if schedule.split else None,
             slice_blocks=schedule.slice_blocks if schedule.split else None,
+            ring=ring if schedule.split else None,
             config=Config(
                 hidden=hidden,
                 alignment=aligned,
@@ -144,7 +143,6 @@ def _launch(problem: Problem, outputs: Outputs, schedule: schedules.Schedule | N
                 slices=0 if schedule.split else schedule.slices,
                 slice_blocks=0 if schedule.split else schedule.slice_blocks,
                 split=schedule.split,
-                persistent=schedule.persistent,
                 block_rows=schedule.block_rows,
                 block_columns=schedule.block_columns,
             ),

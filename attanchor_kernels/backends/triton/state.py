@@ -12,7 +12,7 @@ def allocate(
     device: torch.device,
     batch: int,
     movers: int,
-    tiles: int,
+    ring: int,
     scratch: int,
     relevances: int = 0,
     ranks: int = 0,
@@ -20,7 +20,7 @@ def allocate(
 ) -> State:
     """Zeroed state for one launch on the current stream of `device`, and words of scratch that need not be zero."""
     # Every part begins on 16 bytes: an unaligned pointer would be one more kernel to compile.
-    words = batch * movers, batch, -(-(1 + 2 * batch + batch * tiles) // 2), -(-relevances // 2)
+    words = batch * movers, batch, -(-(1 + 3 * batch + ring) // 2), -(-relevances // 2)
     lengths = [length + length % 2 for length in words]
     keys, cuts, counters, relevance = zeroed(device, sum(lengths)).split(lengths)
     return State(
@@ -55,14 +55,16 @@ def meet(config: tl.constexpr):
 
 @triton.jit
 def wait(counter, count, config: tl.constexpr):
-    """Until `counter` has reached `count`; then what was written before is visible to every thread."""
+    """Until `counter` has reached `count`, and what it is then; what was written before is visible to every thread."""
     if config.amd == "":  # there Triton 3.6 takes a volatile load out of the loop
         while tl.load(counter, volatile=True) < count:
             pass
     # Compiled to a load that acquires, once. Its result must be used, or Triton 3.6 drops it, acquire and all.
-    while tl.atomic_add(counter, 0, sem="acquire") < count:
-        pass
+    seen = tl.atomic_add(counter, 0, sem="acquire")
+    while seen < count:
+        seen = tl.atomic_add(counter, 0, sem="acquire")
     tl.debug_barrier()
+    return seen
 
 
 @triton.jit
