@@ -123,7 +123,8 @@ def first_feature_in_turn(inputs, state, sizes, config: tl.constexpr, sample, pu
     if is_counted(sizes, sample):
         first = count_earlier_placeholders(inputs, sizes, sample)
     else:
-        first = wait(base_of(state, sizes, sample), 1, config) - 1
+        wait(base_of(state, sizes, sample), 1, config)
+        first = tl.load(base_of(state, sizes, sample)) - 1
     if publishes & (sample + 1 < sizes.batch) & (is_counted(sizes, sample + 1) == 0):
         first_of_next = first + count_ranked(inputs, sizes, config, sample, True)
         tl.atomic_add(base_of(state, sizes, sample + 1), first_of_next + 1, sem="relaxed")
@@ -205,4 +206,6 @@ def count_bits(word):
     word = word - ((word >> 1) & 0x55555555)
     word = (word & 0x33333333) + ((word >> 2) & 0x33333333)
     word = (word + (word >> 4)) & 0x0F0F0F0F
-    return ((word * 0x01010101) >> 24).to(tl.int32)
+    word += word >> 8  # a multiplication would overflow, which is an error where TRITON_DEBUG=1
+    word += word >> 16
+    return (word & 63).to(tl.int32)

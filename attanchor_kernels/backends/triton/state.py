@@ -7,6 +7,9 @@ import triton.language as tl
 from attanchor_kernels.backends.triton.types import State
 from attanchor_kernels.backends.workspace import zeroed
 
+# Polls, a microsecond or more each, until a launch is taken to hang; checked with TRITON_DEBUG=1 alone.
+PATIENCE = tl.constexpr(2**24)
+
 
 def allocate(
     device: torch.device,
@@ -55,16 +58,25 @@ def meet(config: tl.constexpr):
 
 @triton.jit
 def wait(counter, count, config: tl.constexpr):
-    """Until `counter` has reached `count`, and what it is then; what was written before is visible to every thread."""
+    """Until `counter` has reached `count`; then what was written before is visible to every thread."""
     if config.amd == "":  # there Triton 3.6 takes a volatile load out of the loop
+        polls = 0
         while tl.load(counter, volatile=True) < count:
-            pass
+            pause()
+            polls += 1
+            tl.device_assert(polls < PATIENCE, "a program waited in vain for others of its launch")
     # Compiled to a load that acquires, once. Its result must be used, or Triton 3.6 drops it, acquire and all.
-    seen = tl.atomic_add(counter, 0, sem="acquire")
-    while seen < count:
-        seen = tl.atomic_add(counter, 0, sem="acquire")
+    while tl.atomic_add(counter, 0, sem="acquire") < count:
+        pass
     tl.debug_barrier()
-    return seen
+
+
+@triton.jit
+def pause():
+    """NVIDIA: a moment in which arrivals at a counter are not held up by those who poll it."""
+    tl.inline_asm_elementwise(
+        "nanosleep.u32 64;\nmov.u32 $0, $1;", "=r,r", [tl.full([], 0, tl.int32)], dtype=tl.int32, is_pure=False, pack=1
+    )
 
 
 @triton.jit
