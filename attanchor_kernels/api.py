@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from attanchor_kernels import backends, checks, ops, reference
+from attanchor_kernels import backends, checks, ops, reference, trimming
 from attanchor_kernels.problem import Plan, Problem
 
 
@@ -87,8 +87,10 @@ def build_sequence(
         position_ids: (B, M+N) or (P, B, M+N) int64 positions of the plain concatenation; only with "inherit".
         padding_side: "right" or "left".
         trim: Cut the output to the longest real sequence of the batch. Costs a device sync; pass False inside a CUDA
-            graph or ``torch.compile(fullgraph=True)`` and get M + N + K rows (K = ``max_anchors``, default N, or M in
-            image-into-text; with ``keep``, min(keep, M) + N + K, where K is by default at most ``keep``).
+            graph and get M + N + K rows (K = ``max_anchors``, default N, or M in image-into-text; with ``keep``,
+            min(keep, M) + N + K, where K is by default at most ``keep``). Under ``torch.compile(fullgraph=True)`` the
+            length stays part of the one graph; without it, or before PyTorch 2.13, that takes
+            ``torch._dynamo.config.capture_dynamic_output_shape_ops = True``.
         backend: "auto", "reference", "triton" or "cuda"; beats the environment variable ATTANCHOR_BACKEND.
 
     Raises:
@@ -253,10 +255,12 @@ def place_sequence(
     for name, value in (("trim", trim), ("copy", copy)):
         _check_flag(name, value)
     backend = _choose(call, backend)
+    if trim and torch.compiler.is_compiling():
+        raise ValueError("trim is True, whose result has a data-dependent length; under torch.compile pass trim=False")
     if trim:
         _check_can_read(call.problem)
     plan = reference.place(call.problem, host.unsqueeze(0) if call.unbatched else host, ahead)
-    return _finished(call, plan, trim, backend, copy)
+    return _finished(call, trimming.trim(call.problem, plan) if trim else plan, backend, copy)
 
 
 def _run(call: checks.Call, trim: bool, backend: str, copy: bool = True) -> AnchoredSequence:
@@ -271,7 +275,7 @@ def _run(call: checks.Call, trim: bool, backend: str, copy: bool = True) -> Anch
     if call.problem.max_anchors is not None:  # rows beyond what can be inserted would be cut off again
         most = min(call.problem.max_anchors, call.problem.movers)
         call = call._replace(problem=call.problem._replace(max_anchors=most))
-    return _finished(call, ops.plan(call.problem, backend), trim, backend, copy)
+    return _finished(call, ops.plan_trimmed(call.problem, backend), backend, copy)
 
 
 def _check_flag(name: str, value: bool) -> None:
@@ -289,7 +293,7 @@ def _choose(call: checks.Call, backend: str) -> str:
 def _check_can_read(problem: Problem) -> None:
     """Whether the length, which depends on the data, can be read here."""
     if torch.compiler.is_compiling():
-        raise ValueError("trim is True, whose result has a data-dependent length; under torch.compile pass trim=False")
+        return
     if problem.text.is_cuda and torch.cuda.is_current_stream_capturing():
         raise ValueError(
             "trim is True, which reads the length from the device; under CUDA graph capture pass trim=False"
@@ -298,41 +302,14 @@ def _check_can_read(problem: Problem) -> None:
         raise ValueError("trim is True, and tensors on meta have no values to read a length from; pass trim=False")
 
 
-def _finished(call: checks.Call, plan: Plan, trim: bool, backend: str, copy: bool) -> AnchoredSequence:
-    """The result of a plan, cut if asked to to the longest real sequence."""
-    problem = call.problem
+def _finished(call: checks.Call, plan: Plan, backend: str, copy: bool) -> AnchoredSequence:
+    """The result of a plan, trimmed or not."""
     *fields, places = plan
-    length = _read_length(problem, plan.attention_mask) if trim else problem.capacity
-    if length < problem.capacity:
-        # Right-padded sequences start at row 0, left-padded ones end at the last row.
-        first = problem.capacity - length if problem.pad_left else 0
-        fields[:4] = (field[..., first : first + length].contiguous() for field in fields[:4])
-        if first:
-            places = shift_places(places, first)
-    embeds = ops.assemble(problem, fields[2], places, backend) if copy else None
+    embeds = ops.assemble(call.problem, plan.source, places, backend) if copy else None
     if embeds is not None and call.unbatched:
         embeds = embeds.squeeze(0)
     return _result(call, embeds, *ops.public_fields(tuple(fields), call.unbatched, call.flat_positions))
 
 
 def _result(call: checks.Call, embeds: Tensor | None, *fields: Tensor) -> AnchoredSequence:
-    made = AnchoredSequence(embeds, *fields)
-    return made if call.problem.drops else made._replace(relevance=None)
-
-
-def _read_length(problem: Problem, attention_mask: Tensor) -> int:
-    """The longest real sequence; where the device must be read anyway, `roles` is checked in the same read."""
-    if attention_mask.numel() == 0:
-        return 0
-    longest = attention_mask.sum(-1).max()
-    if problem.roles is None or problem.text.device.type == "cpu":
-        return int(longest)
-    length, *counts = torch.cat([longest.view(1), checks.count_roles(problem.roles)]).tolist()
-    checks.check_roles(counts, problem.image.shape[0])
-    return length
-
-
-def shift_places(places: Tensor, first: int) -> Tensor:
-    """`places` after the first `first` output rows, all padding, were cut off."""
-    rows, features = places[:, :2], places[:, 2:]
-    return torch.cat([torch.where(rows < 0, rows, rows - first), features], dim=1)
+    return AnchoredSequence(embeds, *(fields if call.problem.drops else fields[:-1]))

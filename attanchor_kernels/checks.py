@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import operator
 from numbers import Real
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from attanchor_kernels.problem import Problem, Role
-
-T = TypeVar("T", Tensor, Tensor | None)
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 DIRECTIONS = ("text_into_image", "image_into_text")
@@ -112,7 +110,7 @@ def _options(direction: str, positions: str, position_ids, padding_side: str) ->
         ("positions", positions, POSITIONS),
         ("padding_side", padding_side, PADDING_SIDES),
     ):
-        if value not in allowed:
+        if not isinstance(value, str) or value not in allowed:  # an array is not even comparable
             raise ValueError(f"{name} is {value!r}; it should be {allowed[0]!r} or {allowed[1]!r}")
     if position_ids is not None and positions != "inherit":
         raise ValueError(
@@ -126,8 +124,8 @@ def _options(direction: str, positions: str, position_ids, padding_side: str) ->
     }
 
 
-def _count(name: str, value):
-    """A number of rows as an int (or a SymInt under compilation); None stays None."""
+def _count(name: str, value, each: tuple[int, ...] | None = None):
+    """A number of rows as an int (or a SymInt under compilation); None stays None. `each`: a tensor would do too."""
     if value is None or isinstance(value, torch.SymInt):
         return value
     try:
@@ -135,26 +133,28 @@ def _count(name: str, value):
             raise TypeError
         count = value if isinstance(value, int) else operator.index(value)
     except TypeError:
-        raise TypeError(f"{name} is {type(value).__name__}; it should be an int or None") from None
+        tensor = "" if each is None else f", an int32 tensor of shape {tuple(each)}"
+        raise TypeError(f"{name} is {type(value).__name__}; it should be an int{tensor} or None") from None
     if not 0 <= count <= MOST_ROWS:
         raise ValueError(f"{name} is {count}; it should be 0 or more and at most {MOST_ROWS}, or None for no limit")
     return count
 
 
-def _dropping(keep, keep_each, salience, cells, per_sample: tuple[int, ...], per_image: tuple[int, ...], like) -> dict:
-    """What says which image tokens stay; `keep` is an int, `keep_each` a tensor."""
+def _dropping(keep, keep_each, salience, cells, per_sample: tuple[int, ...] | None, per_image: tuple[int, ...], like):
+    """What says which image tokens stay; `keep` is an int, `keep_each` a tensor of shape `per_sample`."""
     if keep is None and keep_each is None and salience is None and cells is None:
         return {}
     if keep is not None and keep_each is not None:
         raise ValueError("keep and keep_each are both given; they should be one count for all samples, or one for each")
-    _companion("keep", keep_each, torch.int32, per_sample, like)
+    if per_sample is not None:
+        _companion("keep", keep_each, torch.int32, per_sample, like)
     for name, value in (("salience", salience), ("cells", cells)):
         if value is not None and keep is None and keep_each is None:
             raise ValueError(f"{name} is given without keep; pass keep, the number of image tokens that stay")
     _companion("salience", salience, torch.float32, per_image, like)
     _companion("cells", cells, torch.int32, per_image, like)
     return {
-        "keep": _count("keep", keep),
+        "keep": _count("keep", keep, per_sample),
         "keep_each": keep_each,
         "salience": None if salience is None else salience.detach(),
         "cells": cells,
@@ -201,28 +201,16 @@ def build_call(
     threshold = _threshold(tau, img)
     options = _options(direction, positions, position_ids, padding_side)
     max_anchors = _count("max_anchors", max_anchors)
-    _companion("img_mask", img_mask, torch.bool, img.shape[:-1], img)
-    _companion("txt_mask", txt_mask, torch.bool, txt.shape[:-1], img)
-    _companion("anchor_mask", anchor_mask, torch.bool, txt.shape[:-1], img)
-    _positions(position_ids, (*img.shape[:-2], img.shape[-2] + txt.shape[-2]), img)
-    dropping = _dropping(keep, None, salience, cells, (), img.shape[:-1], img)
-
-    unbatched = img.dim() == 2
-    for name in dropping.keys() & {"salience", "cells"}:
-        dropping[name] = _batched(dropping[name], unbatched)
-    problem = Problem(
-        image=_batched(img, unbatched),
-        text=_batched(txt, unbatched),
-        image_mask=_batched(img_mask, unbatched),
-        text_mask=_batched(txt_mask, unbatched),
-        anchor_mask=_batched(anchor_mask, unbatched),
-        max_anchors=max_anchors,
-        position_ids=_with_axis(position_ids, unbatched),
-        **threshold,
-        **options,
-        **dropping,
-    )
-    return Call(problem, unbatched, position_ids is None or position_ids.dim() == img.dim() - 1)
+    of_image, of_text = img.shape[:-1], txt.shape[:-1]
+    _companion("img_mask", img_mask, torch.bool, of_image, img)
+    _companion("txt_mask", txt_mask, torch.bool, of_text, img)
+    _companion("anchor_mask", anchor_mask, torch.bool, of_text, img)
+    _positions(position_ids, (*of_image[:-1], of_image[-1] + of_text[-1]), img)
+    dropping = _dropping(keep, None, salience, cells, None, of_image, img)
+    masks = {"image_mask": img_mask, "text_mask": txt_mask, "anchor_mask": anchor_mask}
+    ranks = {name: dropping.pop(name) for name in ("salience", "cells") if dropping}
+    batched = {"image": img, "text": txt, **masks, **ranks}
+    return _call(batched, position_ids, max_anchors=max_anchors, **threshold, **options, **dropping)
 
 
 def merge_call(
@@ -259,22 +247,9 @@ def merge_call(
     if isinstance(keep, Tensor) and keep_each is None:
         keep, keep_each = None, keep
     dropping = _dropping(keep, keep_each, salience, cells, slots[:-1], image_embeds.shape[:1], text_embeds)
-
-    unbatched = text_embeds.dim() == 2
-    if "keep_each" in dropping:
-        dropping["keep_each"] = _batched(dropping["keep_each"], unbatched)
-    problem = Problem(
-        image=image_embeds,
-        text=_batched(text_embeds, unbatched),
-        roles=_batched(roles, unbatched),
-        turn=_batched(turn, unbatched),
-        max_anchors=max_anchors,
-        position_ids=_with_axis(position_ids, unbatched),
-        **threshold,
-        **options,
-        **dropping,
-    )
-    return Call(problem, unbatched, position_ids is None or position_ids.dim() == text_embeds.dim() - 1)
+    batched = {"text": text_embeds, "roles": roles, "turn": turn, "keep_each": dropping.pop("keep_each", None)}
+    alike = {"image": image_embeds, "max_anchors": max_anchors}
+    return _call(batched, position_ids, **alike, **threshold, **options, **dropping)
 
 
 def place_call(text_embeds, image_embeds, roles, host, ahead, positions, position_ids, padding_side) -> Call:
@@ -304,29 +279,21 @@ def place_call(text_embeds, image_embeds, roles, host, ahead, positions, positio
     return call
 
 
-def _batched(value: T, unbatched: bool) -> T:
-    return value.unsqueeze(0) if unbatched and value is not None else value
-
-
-def _with_axis(position_ids: Tensor | None, unbatched: bool) -> Tensor | None:
-    """(P, B, S) from (S,), (P, S), (B, S) or (P, B, S)."""
-    if position_ids is None:
-        return None
+def _call(batched: dict[str, Any], position_ids: Tensor | None, **others) -> Call:
+    """A call of what has been checked; `batched` and `position_ids` are given the axes that they lack."""
+    axes = batched["text"].dim()
+    unbatched, flat = axes == 2, position_ids is None or position_ids.dim() == axes - 1
     if unbatched:
-        position_ids = position_ids.unsqueeze(-2)
-    return position_ids.unsqueeze(0) if position_ids.dim() == 2 else position_ids
+        batched = {name: None if value is None else value.unsqueeze(0) for name, value in batched.items()}
+        position_ids = None if position_ids is None else position_ids.unsqueeze(-2)
+    if position_ids is not None and flat:
+        position_ids = position_ids.unsqueeze(0)
+    return Call(Problem(**batched, position_ids=position_ids, **others), unbatched, flat)
 
 
-def count_roles(roles: Tensor) -> Tensor:
-    """(2,) int64 on the device of `roles`: the number of placeholders, the largest role."""
-    placeholders = (roles.eq(Role.IMAGE) | roles.eq(Role.SILENT_IMAGE)).sum()
-    largest = roles.max().long() if roles.numel() else placeholders.new_zeros(())
-    return torch.stack([placeholders, largest])
-
-
-def check_roles(counts: Tensor | list[int], features: int) -> None:
-    """Hold the contents of `roles`, as `count_roles` found them, to what `merge_sequence` demands."""
-    placeholders, largest = counts.tolist() if isinstance(counts, Tensor) else counts
+def check_roles(counts: tuple[int, int], features: int) -> None:
+    """Hold what `roles` has, the number of placeholders and the largest role, to what `merge_sequence` demands."""
+    placeholders, largest = counts
     if largest > max(Role):
         raise ValueError(
             f"roles holds {largest}; it should hold 0 (padding), 1 (text), 2 (image placeholder), "
@@ -344,7 +311,9 @@ def contents(problem: Problem) -> None:
     if problem.text.device.type != "cpu":
         return
     if problem.roles is not None:
-        check_roles(count_roles(problem.roles), problem.image.shape[0])
+        roles = problem.roles
+        placeholders = int((roles.eq(Role.IMAGE) | roles.eq(Role.SILENT_IMAGE)).sum())
+        check_roles((placeholders, int(roles.max()) if roles.numel() else 0), problem.image.shape[0])
     if problem.keep_each is not None and (problem.keep_each < 0).any():
         raise ValueError(f"keep holds {int(problem.keep_each.min())}; it should hold 0 or more")
     if problem.cells is not None and (problem.cells >= problem.images).any():

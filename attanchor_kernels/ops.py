@@ -5,21 +5,24 @@ ones, which are opaque to the compiler and dispatch to a backend:
 
     _construct          match + plan + copy, differentiable in image and text
     _plan               match + plan
+    _plan_trimmed       the same, cut to its longest real sequence: one read of the device
     _assemble           copy rows to their places: linear in image and text
     _assemble_backward  its transpose: gather, for every input row, the gradients of its one or two copies
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from attanchor_kernels import backends, checks
+from attanchor_kernels import backends, checks, trimming
 from attanchor_kernels.problem import Plan, Problem
 
 _library = torch.library.Library("attanchor", "DEF")
+_TAGS = (torch.Tag.pt2_compliant_tag,)  # the fakes hold for every input, as `opcheck` tests
 
 _OPTIONS = (
     'SymInt? max_anchors=None, str direction="text_into_image", str positions="sequential", '
@@ -41,23 +44,31 @@ _PROBLEM = (
 for _overload, _tau in ((".tau_tensor", "Tensor tau"), ("", "float tau")):
     _library.define(
         f"build_sequence{_overload}(Tensor img, Tensor txt, {_tau}, Tensor? img_mask=None, Tensor? txt_mask=None, "
-        f"Tensor? anchor_mask=None, {_OPTIONS}, {_SCORES}) -> (Tensor embeds, {_FIELDS})"
+        f"Tensor? anchor_mask=None, {_OPTIONS}, {_SCORES}) -> (Tensor embeds, {_FIELDS})",
+        tags=_TAGS,
     )
     for _name, _embeds in (("merge_sequence", "Tensor embeds, "), ("plan_sequence", "")):
         _library.define(
             f"{_name}{_overload}(Tensor text_embeds, Tensor image_embeds, Tensor roles, {_tau}, Tensor? turn=None, "
-            f"{_OPTIONS}, Tensor? keep_each=None, {_SCORES}) -> ({_embeds}{_FIELDS})"
+            f"{_OPTIONS}, Tensor? keep_each=None, {_SCORES}) -> ({_embeds}{_FIELDS})",
+            tags=_TAGS,
         )
-_library.define(f"_construct({_PROBLEM}, str backend) -> (Tensor embeds, {_FIELDS}, Tensor places)")
-_library.define(f"_plan({_PROBLEM}, str backend) -> ({_FIELDS}, Tensor places)")
-_library.define("_assemble(Tensor image, Tensor text, Tensor source, Tensor places, str backend) -> Tensor")
+_library.define(f"_construct({_PROBLEM}, str backend) -> (Tensor embeds, {_FIELDS}, Tensor places)", tags=_TAGS)
+_library.define(f"_plan({_PROBLEM}, str backend) -> ({_FIELDS}, Tensor places)", tags=_TAGS)
+_library.define(
+    f"_plan_trimmed({_PROBLEM}, str backend) -> ({_FIELDS}, Tensor places)",
+    tags=(*_TAGS, torch.Tag.cudagraph_unsafe),
+)
+_library.define("_assemble(Tensor image, Tensor text, Tensor source, Tensor places, str backend) -> Tensor", tags=_TAGS)
 _library.define(
     "_assemble_backward(Tensor grad, Tensor places, SymInt[] image_shape, SymInt[] text_shape, "
-    "bool need_image, bool need_text, str backend) -> (Tensor, Tensor)"
+    "bool need_image, bool need_text, str backend) -> (Tensor, Tensor)",
+    tags=_TAGS,
 )
 
 _construct = torch.ops.attanchor._construct.default
 _plan = torch.ops.attanchor._plan.default
+_plan_trimmed = torch.ops.attanchor._plan_trimmed.default
 _assemble = torch.ops.attanchor._assemble.default
 _assemble_backward = torch.ops.attanchor._assemble_backward.default
 
@@ -82,6 +93,11 @@ def _plan_impl(*arguments) -> tuple[Tensor, ...]:
     problem, backend = Problem(*arguments[:-1]), arguments[-1]
     checks.contents(problem)
     return tuple(_backend(backend, problem.text).plan(problem))
+
+
+@torch.library.impl(_library, "_plan_trimmed", "CompositeExplicitAutograd")
+def _plan_trimmed_impl(*arguments) -> tuple[Tensor, ...]:
+    return tuple(trimming.trim(Problem(*arguments[:-1]), Plan(*_plan_impl(*arguments))))
 
 
 @torch.library.impl(_library, "_assemble", "CompositeExplicitAutograd")
@@ -116,6 +132,11 @@ def _construct_fake(*arguments) -> tuple[Tensor, ...]:
 @torch.library.register_fake("attanchor::_plan", lib=_library)
 def _plan_fake(*arguments) -> tuple[Tensor, ...]:
     return tuple(Plan.empty(Problem(*arguments[:-1])))
+
+
+@torch.library.register_fake("attanchor::_plan_trimmed", lib=_library)
+def _plan_trimmed_fake(*arguments) -> tuple[Tensor, ...]:
+    return tuple(Plan.empty(Problem(*arguments[:-1]), torch.library.get_ctx().new_dynamic_size()))
 
 
 @torch.library.register_fake("attanchor::_assemble", lib=_library)
@@ -185,8 +206,11 @@ def _source(places: Tensor, length: int) -> Tensor:
     return source.scatter(1, torch.where(rows < 0, length, rows), slot)[:, :length].contiguous()
 
 
-def _differentiable(name: str, setup, backward) -> None:
-    """Register a derivative, as `torch.library.register_autograd` does; that takes five times as long at each call."""
+def _differentiable(name: str, setup, backward) -> Callable[..., Any]:
+    """Register a derivative, as `torch.library.register_autograd` does; that takes five times as long at each call.
+
+    Returns the operator for Python: where nothing stands above autograd, it spares a call the way there.
+    """
     operator = getattr(torch.ops.attanchor, name).default
 
     def below(*arguments):
@@ -207,9 +231,15 @@ def _differentiable(name: str, setup, backward) -> None:
 
     _library.impl(name, dispatch, "Autograd")
 
+    def call(*arguments):
+        above = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+        return (operator if above else dispatch)(*arguments)
 
-_differentiable("_construct", _setup_construct, _row_gradients)
-_differentiable("_assemble", _setup_assemble, _row_gradients)
+    return call
+
+
+_call_construct = _differentiable("_construct", _setup_construct, _row_gradients)
+_call_assemble = _differentiable("_assemble", _setup_assemble, _row_gradients)
 _differentiable("_assemble_backward", _setup_assemble_backward, _assemble_backward_autograd)
 
 
@@ -244,7 +274,7 @@ for _overload in ("", ".tau_tensor"):
 
 def construct_at_capacity(call: checks.Call, backend: str) -> tuple[Tensor, ...]:
     """The eight public fields, (…, C, …), in the caller's shape."""
-    embeds, *fields, _places = _construct(*call.problem, backend)
+    embeds, *fields, _places = _call_construct(*call.problem, backend)
     embeds = embeds.squeeze(0) if call.unbatched else embeds
     return embeds, *public_fields(tuple(fields), call.unbatched, call.flat_positions)
 
@@ -257,10 +287,18 @@ def plan_at_capacity(call: checks.Call, backend: str) -> tuple[Tensor, ...]:
 
 def plan(problem: Problem, backend: str) -> Plan:
     """The plan at capacity, outside any graph: none of its fields carries a gradient."""
-    problem = problem._replace(image=problem.image.detach(), text=problem.text.detach())
-    return Plan(*_plan(*problem, backend))
+    return Plan(*_plan(*_detached(problem), backend))
+
+
+def plan_trimmed(problem: Problem, backend: str) -> Plan:
+    """The same, cut to the longest real sequence. Waits for the device."""
+    return Plan(*_plan_trimmed(*_detached(problem), backend))
+
+
+def _detached(problem: Problem) -> Problem:
+    return problem._replace(image=problem.image.detach(), text=problem.text.detach())
 
 
 def assemble(problem: Problem, source: Tensor, places: Tensor, backend: str) -> Tensor:
     """(B, L, D): the rows of a plan, possibly trimmed; differentiable in image and text."""
-    return _assemble(problem.image, problem.text, source, places, backend)
+    return _call_assemble(problem.image, problem.text, source, places, backend)

@@ -127,16 +127,16 @@ class Plan(NamedTuple):
     places: Tensor  # (B, 3, S) int32
 
     @classmethod
-    def empty(cls, problem: Problem) -> Plan:
-        """Of the right shapes and dtypes on the problem's device, unwritten."""
-        batch, capacity, movers = problem.batch, problem.capacity, problem.movers
+    def empty(cls, problem: Problem, length: int | torch.SymInt | None = None) -> Plan:
+        """Of the right shapes and dtypes on the problem's device, unwritten; `length` in place of the capacity."""
+        batch, movers, device = problem.batch, problem.movers, problem.text.device
+        rows = batch, problem.capacity if length is None else length
         axes = 1 if problem.position_ids is None else problem.position_ids.shape[0]
-        device = problem.text.device
         return cls(
-            position_ids=torch.empty((axes, batch, capacity), dtype=torch.int64, device=device),
-            attention_mask=torch.empty((batch, capacity), dtype=torch.int64, device=device),
-            source=torch.empty((batch, capacity), dtype=torch.int64, device=device),
-            is_anchor=torch.empty((batch, capacity), dtype=torch.bool, device=device),
+            position_ids=torch.empty((axes, *rows), dtype=torch.int64, device=device),
+            attention_mask=torch.empty(rows, dtype=torch.int64, device=device),
+            source=torch.empty(rows, dtype=torch.int64, device=device),
+            is_anchor=torch.empty(rows, dtype=torch.bool, device=device),
             host=torch.empty((batch, movers), dtype=torch.int64, device=device),
             score=torch.empty((batch, movers), dtype=torch.float32, device=device),
             relevance=torch.empty((batch, problem.images if problem.drops else 0), dtype=torch.float32, device=device),

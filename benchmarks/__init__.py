@@ -6,6 +6,7 @@ floor      a copy of exactly the least bytes
 baselines  what a user would write without these kernels
 rows       results as JSON lines, and the run that writes them
 roofline, overhead, training, cpu_reference     the runs
+host        what a call takes on the host, its launch left out
 smoke, sanitize     every kernel before it is measured: is it right, does it end
 tune       a search for faster launch configurations
 compare, targets, report, plots, store_demo     what is made of their rows

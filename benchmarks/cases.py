@@ -159,9 +159,9 @@ def launched(backend: str, case: Case, inputs: Inputs, tuning: Any = None) -> di
     return {} if found is None else {"launched": found._asdict()}
 
 
-def run(case: Case, inputs: Inputs, backend: str) -> tuple[Any, ...]:
-    """The operator itself, at capacity, by one backend."""
-    options: dict = {"max_anchors": case.max_anchors, "trim": False, "backend": backend}
+def run(case: Case, inputs: Inputs, backend: str, trim: bool = False) -> tuple[Any, ...]:
+    """The operator itself, by one backend: at capacity, or as it is called without options."""
+    options: dict = {"max_anchors": case.max_anchors, "trim": trim, "backend": backend}
     if inputs.position_ids is not None:
         options |= {"positions": "inherit", "position_ids": inputs.position_ids}
     if case.operation in ("forward", "drop"):

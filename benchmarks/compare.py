@@ -13,7 +13,7 @@ from benchmarks.rows import Row, read
 # What makes two rows figures of the same thing. Keys that a run does not have are None.
 IDENTITY = (
     *("run", "measure", "operation", "model", "shape", "image", "text", "hidden", "batch", "dtype", "max_anchors"),
-    *("inserted", "keep", "side", "new_tokens", "share", "backend", "method"),
+    *("inserted", "keep", "side", "new_tokens", "share", "backend", "method", "trim", "grad", "on_threads"),
 )
 HARDWARE = ("gpu", "processor")
 # Figures that are compared; less is better.

@@ -161,6 +161,7 @@ def steps(python: str, gpu: Gpu | None, output: Path) -> list[Step]:
         built(2),
         measuring("overhead", 110, 2, "overhead", "--whole"),
         measuring("baselines", 90, 2, "roofline", "--passes", "baselines"),
+        measuring("tune-drop", 45, 2, "tune", "--operations", "drop", "--batches", "8", "--limit", "35"),
         measuring("training", 45, 2, "training"),
         measuring("sweep", 60, 2, "overhead", "--sweep"),
         roofline("roofline-large", 60, 2, "", "--batches", "64,4" if gpu else "1"),
@@ -180,7 +181,8 @@ def _build_environment(gpu: Gpu | None) -> tuple[tuple[str, str], ...]:
     forced = (("ATTANCHOR_BUILD_CUDA", "1"),)
     if "ATTANCHOR_CUDA_ARCHS" in os.environ:
         return forced
-    return (*forced, ("ATTANCHOR_CUDA_ARCHS", {(9, 0): "90a", (10, 0): "100a"}.get(gpu[1:3], "80+PTX")))
+    newer = "90+PTX" if gpu[1:3] > (9, 0) else "80+PTX"  # clusters begin with 9.0
+    return (*forced, ("ATTANCHOR_CUDA_ARCHS", {(9, 0): "90a", (10, 0): "100a"}.get(gpu[1:3], newer)))
 
 
 def _workers(gpu: Gpu | None) -> int:

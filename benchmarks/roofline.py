@@ -34,6 +34,7 @@ from benchmarks.timing import Timing
 PASSES = ("kernels", "baselines")
 COMPILED_BATCHES = (1, 8, 32, 64)  # one compilation for the first, one for all the others
 MEMORY_BATCH = 8
+CALLED_BATCHES = (1, 8)  # timed with their launches too
 
 
 class Roofline(Run):
@@ -113,6 +114,16 @@ class Roofline(Run):
                 if empty is not None:
                     row["us_less_empty"] = round((taken.p50 - empty.p50) * 1e6, 3)
                 self.report(row, taken, case.least_bytes)
+                self.called(name, case, sets)
+
+    def called(self, name: str, case: Case, sets: Sequence[Inputs]) -> None:
+        """What a caller waits for, launches included: a merge trimmed, as `attach` runs it, a forward at capacity."""
+        if case.operation not in ("forward", "merge") or case.batch not in CALLED_BATCHES:
+            return
+        trim = case.operation == "merge"
+        if trim or self.device.type == "cuda":  # what is timed on a CPU is a call in any case
+            calls = [partial(run, case, inputs, name, trim) for inputs in sets]
+            self.baseline(f"{name}, trimmed" if trim else f"{name}, eager", case, calls, eager=True)
 
     def baseline(self, name: str, case: Case, calls: Sequence[Callable[[], Any]], eager: bool = False) -> None:
         taken = self.measure(calls, eager)
@@ -122,20 +133,23 @@ class Roofline(Run):
         self.report(row, taken, case.least_bytes)
 
     def baselines(self, case: Case) -> None:
-        """The reference as device time alone and with its launches; for a prompt the merge of transformers.
+        """The reference, for a prompt the merge of transformers: as device time alone, and with their launches.
 
         The reference is no baseline for a prompt: it matches every slot with every slot, which no user would.
         """
         sets = self.inputs(case)
+        calls: list[Callable[[], Any]]
         if case.operation == "merge":
             if not verify_merge(sets[0], plain_merge(sets[0])):
                 raise WrongResult("masked_scatter puts rows where they do not belong")
-            self.baseline("masked_scatter", case, [partial(plain_merge, inputs) for inputs in sets])
-        elif self.names != ["reference"]:
-            calls = [partial(run, case, inputs, "reference") for inputs in sets]
-            self.baseline("reference", case, calls)
-            if self.device.type == "cuda":
-                self.baseline("reference, eager", case, calls, eager=True)
+            name, calls = "masked_scatter", [partial(plain_merge, inputs) for inputs in sets]
+        elif self.names == ["reference"]:
+            return
+        else:
+            name, calls = "reference", [partial(run, case, inputs, "reference") for inputs in sets]
+        self.baseline(name, case, calls)
+        if self.device.type == "cuda" and case.batch in CALLED_BATCHES:
+            self.baseline(f"{name}, eager", case, calls, eager=True)
 
     def compiled(self, cases: Sequence[Case], matmuls: Sequence[str]) -> None:
         """The compiled baselines at one shape: one compilation for B = 1, one for all larger batches."""

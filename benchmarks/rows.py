@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import datetime
 import functools
 import gc
 import json
-import platform
-import subprocess
 import sys
 import traceback
 from collections.abc import Iterable, Iterator
@@ -17,7 +14,7 @@ from pathlib import Path
 import torch
 
 from attanchor_vlm import provenance
-from attanchor_vlm.records import Row, read_rows, write_atomically
+from attanchor_vlm.records import Row, markdown_table, read_rows, write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -30,28 +27,8 @@ class BadRows(ValueError):
 
 @functools.cache
 def environment(device: str = "cpu") -> Row:
-    """Commit, device, driver and versions: part of every row."""
-    row: Row = {
-        "commit": provenance.commit("benchmarks/results") or "unknown",
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
-        **{"gpu": "none", "driver": "none", "cuda": torch.version.cuda or torch.version.hip or "none"},
-        "torch": torch.__version__,
-        **{package: provenance.version_of(package) or "not installed" for package in ("triton", "transformers")},
-        "python": platform.python_version(),
-        "processor": provenance.processor(),
-        "threads": torch.get_num_threads(),
-    }
-    if device != "cpu" and torch.cuda.is_available():
-        row |= {"gpu": torch.cuda.get_device_name(), "driver": _driver()}
-    return row
-
-
-def _driver() -> str:
-    asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        return subprocess.run(asked, capture_output=True, text=True, timeout=20, check=True).stdout.split()[0]
-    except (OSError, subprocess.SubprocessError, IndexError):
-        return "unknown"
+    """Commit, device, driver and versions: part of every row. Files that a run writes do not count as changes."""
+    return provenance.environment(device, "benchmarks/results")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -91,7 +68,7 @@ def ratio(row: Row, part: str) -> str:
 
 def table(head: list[str], lines: Iterable[list[str]]) -> str:
     """A Markdown table."""
-    return "\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *lines]) + "\n"
+    return "\n".join(markdown_table(head, list(lines), words=len(head))) + "\n"
 
 
 class Run:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -93,11 +94,23 @@ def _one_sample(measured: Measured) -> Iterator[Verdict]:
         yield Verdict("forward, fastest", f"{shape}, B=1", limit, True, "us", _value(row, "us"), note)
 
 
-def _speedup(measured: Measured, title: str, baseline: str, at_one: float, at_more: float) -> Iterator[Verdict]:
+def _speedup(
+    measured: Measured,
+    title: str,
+    baseline: str,
+    at_one: float,
+    at_more: float,
+    operation: str = "forward",
+    batches: tuple[int, ...] = (1, 8, *LARGE_BATCHES),
+    called: str = "",
+) -> Iterator[Verdict]:
+    """`called`: the row of the kernel's backend that a caller waits for, launches included."""
     for shape in SHAPES:
-        for batch in (1, 8, *LARGE_BATCHES):
-            kernel = measured.kernel("forward", shape, batch)
-            other = measured.find(run="roofline", operation="forward", shape=shape, batch=batch, backend=baseline)
+        for batch in batches:
+            size = {"run": "roofline", "operation": operation, "shape": shape, "batch": batch}
+            kernel, other = measured.kernel(operation, shape, batch), measured.find(**size, backend=baseline)
+            if kernel and called:
+                kernel = measured.find(**size, backend=f"{kernel['backend']}, {called}")
             value = other["us"] / kernel["us"] if kernel and other else None
             limit = at_one if batch == 1 else at_more
             yield Verdict(title, f"{shape}, B={batch}", limit, False, "x faster", value)
@@ -114,15 +127,6 @@ def _share_of_prefill(measured: Measured) -> Iterator[Verdict]:
             value = 100 * row["device_construction_us"] / row["plain_prefill_us"] if row and under_graph else None
             note = "" if row is None or under_graph else "the prefill could not be captured into a graph"
             yield Verdict(title, f"{shape}, B={batch}", limit, True, "%", value, note)
-
-
-def _against_merge(measured: Measured) -> Iterator[Verdict]:
-    for shape in SHAPES:
-        for batch in (1, 8, *LARGE_BATCHES):
-            kernel = measured.kernel("merge", shape, batch)
-            other = measured.find(run="roofline", operation="merge", shape=shape, batch=batch, backend="masked_scatter")
-            value = other["us"] / kernel["us"] if kernel and other else None
-            yield Verdict("merge_sequence against masked_scatter", f"{shape}, B={batch}", 1.0, False, "x faster", value)
 
 
 def _memory(measured: Measured) -> Iterator[Verdict]:
@@ -161,22 +165,57 @@ def _on_a_cpu(measured: Measured) -> Iterator[Verdict]:
                 yield Verdict("CPU, merge of build", where, MOST_OF_BUILD, True, "x", _value(row, "merge_of_build"))
 
 
+def _on_the_host(measured: Measured) -> Iterator[Verdict]:
+    """Of `build_sequence(trim=False)` by Triton, whatever the host."""
+    for grad, limit in ((False, 90.0), (True, 120.0)):
+        kind = {"run": "host", "operation": "forward", "trim": False, "grad": grad}
+        rows = [row for row in measured.all if kind.items() <= row.items()]
+        value, ratio = (_value(rows[-1] if rows else None, key) for key in ("us", "ratio"))
+        note = f"{ratio:.1f} x a plain autograd.Function" if ratio else ""
+        where = "Triton, with gradient" if grad else "Triton"
+        yield Verdict("host time of a call, its launch left out", where, limit, True, "us", value, note)
+
+
 GROUPS: tuple[Callable[[Measured], Iterator[Verdict]], ...] = (
     _of_floor,
     _one_sample,
-    lambda measured: _speedup(measured, "against the eager reference, device time", "reference", 10, 3),
-    lambda measured: _speedup(measured, "against the eager reference, launches included", "reference, eager", 10, 3),
-    lambda measured: _speedup(
-        measured, "against torch.compile (default, float32 matmul)", "compile (default, float32 matmul)", 3, 1.5
+    partial(_speedup, title="against the eager reference, device time", baseline="reference", at_one=10, at_more=3),
+    partial(
+        _speedup,
+        title="against the eager reference, launches included",
+        baseline="reference, eager",
+        at_one=10,
+        at_more=3,
+        batches=(1, 8),
+        called="eager",
     ),
-    lambda measured: _speedup(
-        measured, "against torch.compile (default, bfloat16 matmul)", "compile (default, bfloat16 matmul)", 3, 1.5
+    *(
+        partial(_speedup, title=f"against torch.{name}", baseline=name, at_one=3, at_more=1.5)
+        for name in ("compile (default, float32 matmul)", "compile (default, bfloat16 matmul)")
     ),
     _share_of_prefill,
-    _against_merge,
+    partial(
+        _speedup,
+        title="merge_sequence against masked_scatter, device time",
+        operation="merge",
+        baseline="masked_scatter",
+        at_one=1,
+        at_more=1,
+    ),
+    partial(
+        _speedup,
+        title="merge_sequence as attach runs it against masked_scatter, launches included",
+        operation="merge",
+        baseline="masked_scatter, eager",
+        at_one=1,
+        at_more=1,
+        batches=(1, 8),
+        called="trimmed",
+    ),
     _memory,
     _dropping,
     _on_a_cpu,
+    _on_the_host,
 )
 
 

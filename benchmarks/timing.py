@@ -262,14 +262,15 @@ def peak_of(call: Call, device: torch.device) -> tuple[int | None, Any]:
     try:
         ctypes.CDLL(None).malloc_trim(0)  # what is free, but not given back, would hide what the call takes
         (PROCESS / "clear_refs").write_text("5")  # the peak begins anew
-        before = _resident("VmRSS")
+        before = resident("VmRSS")
     except (OSError, AttributeError):
         return None, call()
     returned = call()
-    return _resident("VmHWM") - before, returned
+    return resident("VmHWM") - before, returned
 
 
-def _resident(field: str) -> int:
+def resident(field: str = "VmRSS") -> int:
+    """Bytes of memory that this process holds, as Linux tells."""
     for line in (PROCESS / "status").read_text().splitlines():
         if line.startswith(field):
             return 1024 * int(line.split()[1])

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 import attanchor_vlm
-from attanchor_vlm.training.lora import LORA_TARGETS
+from attanchor_vlm.training.lora import lora_targets
 from benchmarks import models, options, timing
 from benchmarks.cases import Case
 from benchmarks.models import Spec
@@ -40,7 +40,7 @@ def train(on: Run, spec: Spec, toy: bool, count: int, batch: int) -> Row:
     arguments["labels"][:, :-answer] = -100
     question = arguments["input_ids"] != models.IMAGE_TOKEN
     question[:, -answer:] = False
-    settings = LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=DROPOUT, target_modules=LORA_TARGETS)
+    settings = LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=DROPOUT, target_modules=lora_targets(base))
     model = get_peft_model(base, settings).train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE)

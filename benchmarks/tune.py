@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import sys
 import time
 from collections.abc import Iterator
@@ -40,7 +41,7 @@ FIELDS: dict[str, dict[str, tuple[Any, ...]]] = {
     "cuda": {
         "bulk": (0,),
         "hold": (0,),
-        "cluster": (4, 8),
+        "cluster": (1, 4, 8),
         "tile_images": (16, 32, 64),
         "tile_rows": (8, 16, 32),
         "lag": (1, 2, 4, 8, 16),
@@ -115,7 +116,7 @@ def search(backend: str, case: Case, on: Run, end: float) -> None:
     if first is None:
         return
     fastest = first
-    name = f"{backend}, {case.shape.name}, B={case.batch}"
+    name = f"{backend}, {case.label}"
 
     def store() -> None:
         row = {**case.describe(), "backend": backend, "us": round(fastest * 1e6, 3), "ratio": round(fastest / least, 4)}
@@ -157,6 +158,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--shapes", type=options.names(SHAPE_OF), help="names, with commas; default: the four models, on a CPU 'toy'"
     )
+    parser.add_argument(
+        "--operations", type=options.names(("forward", "drop")), default=("forward",), help="default: forward"
+    )
     parser.add_argument("--batches", type=options.numbers, default=(8, 1, 32), help="default: 8,1,32")
     parser.add_argument("--limit", type=float, default=500, help="seconds for everything (default: %(default)s)")
 
@@ -170,7 +174,8 @@ def main(given: argparse.Namespace) -> int:
         return UNAVAILABLE
     on = Run(given.output, given.device, "tune", given.dtype)
     names = given.shapes or (("toy",) if on.device.type == "cpu" else tuple(shape.name for shape in SHAPES))
-    chosen = [Case("forward", SHAPE_OF[name], batch, on.dtype) for batch in given.batches for name in names]
+    wished = itertools.product(given.operations, given.batches, names)
+    chosen = [Case(operation, SHAPE_OF[name], batch, on.dtype) for operation, batch, name in wished]
     searches = [(backend, case) for case in chosen for backend in wanted]
     begin = time.monotonic()
     for number, (backend, case) in enumerate(searches, 1):

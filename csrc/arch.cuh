@@ -89,12 +89,34 @@ ATTANCHOR_DEVICE void add_shared(int* counter, int amount) { atomicAdd(counter, 
 
 ATTANCHOR_DEVICE void maximize(word64* word, word64 value) { atomicMax(word, value); }
 ATTANCHOR_DEVICE unsigned add(unsigned* counter, unsigned amount) { return atomicAdd(counter, amount); }
+// The same where nobody asks what was there: nothing is waited for.
+ATTANCHOR_DEVICE void count(unsigned* counter, unsigned amount) {
+  asm volatile("red.relaxed.gpu.global.add.u32 [%0], %1;" ::"l"(counter), "r"(amount) : "memory");
+}
 // Orders what this thread did, and what it knows of through a block barrier, before and after, for the whole device.
 ATTANCHOR_DEVICE void fence() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
-ATTANCHOR_DEVICE unsigned load_now(const unsigned* word) { return *static_cast<const volatile unsigned*>(word); }
+ATTANCHOR_DEVICE unsigned load_now(const unsigned* word) {
+  unsigned value;
+  asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(word) : "memory");
+  return value;
+}
+// What was done before the fence that comes before the value that is seen, is known from here on.
+ATTANCHOR_DEVICE unsigned load_acquire(const unsigned* word) {
+  unsigned value;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(word) : "memory");
+  return value;
+}
 // Past L1: another multiprocessor may have written the word since this one last looked.
-ATTANCHOR_DEVICE word64 load_fresh(const word64* word) { return __ldcg(word); }
-ATTANCHOR_DEVICE float load_fresh(const float* value) { return __ldcg(value); }
+ATTANCHOR_DEVICE word64 load_fresh(const word64* word) {
+  word64 value;
+  asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(value) : "l"(word) : "memory");
+  return value;
+}
+ATTANCHOR_DEVICE float load_fresh(const float* word) {
+  float value;
+  asm volatile("ld.relaxed.gpu.global.f32 %0, [%1];" : "=f"(value) : "l"(word) : "memory");
+  return value;
+}
 ATTANCHOR_DEVICE void pause() { __nanosleep(32); }
 
 // --- Clusters: blocks that reach into each other's shared memory --------------------------------------------------
@@ -113,22 +135,29 @@ ATTANCHOR_DEVICE int cluster_rank() {
   return blockIdx.x % CLUSTER;
 }
 
+// Until every block of the cluster is there. Of what was done before, what a thread knew of at its last fence is known
+// behind it to all.
 template <int CLUSTER>
-ATTANCHOR_DEVICE void sync_cluster() {
+ATTANCHOR_DEVICE void meet_cluster() {
   if constexpr (CLUSTER == 1) {
     __syncthreads();
   } else {
 #if __CUDA_ARCH__ >= 900
-    asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+    asm volatile("barrier.cluster.arrive.relaxed;\nbarrier.cluster.wait.acquire;" ::: "memory");
 #endif
   }
 }
 
-// Until every block of the cluster is there, whatever has been written.
-ATTANCHOR_DEVICE void meet_cluster() {
+// The same, and all that was done before is known: by one fence a block, which waits for the whole GPU.
+template <int CLUSTER>
+ATTANCHOR_DEVICE void sync_cluster() {
+  if constexpr (CLUSTER > 1) {
+    __syncthreads();
 #if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.relaxed;\nbarrier.cluster.wait;" ::: "memory");
+    if (thread() == 0) asm volatile("fence.acq_rel.cluster;" ::: "memory");
 #endif
+  }
+  meet_cluster<CLUSTER>();
 }
 
 // The address, in the shared memory of a block of the cluster, of what lies at `own` in this block's.

@@ -12,6 +12,7 @@ constexpr int TILE_ROWS = 32;  // at most: lane r of warp 0 works out slot r
 
 struct AssembleShared {
   word64 rank[RANKED_MOVERS + 1];
+  word64 keys[STAGED_KEYS];
   RowJob copy[TILE_ROWS];
   RowJob padding[TILE_ROWS];
   word64 key[TILE_ROWS];
@@ -27,13 +28,14 @@ template <bool DROPS = false>
 struct AssembleTile {
   const Problem& p;
   AssembleShared& s;
-  const Plan plan;
+  Plan plan;
 
   ATTANCHOR_DEVICE AssembleTile(const Problem& problem, AssembleShared& shared, int sample)
       : p(problem), s(shared), plan(problem, sample) {}
 
-  // `arrivals` match items are waited for.
-  ATTANCHOR_DEVICE void run(int tile, int feature_base, unsigned arrivals) {
+  // `arrivals` match items are waited for; then the next ticket is drawn.
+  template <class Drawn>
+  ATTANCHOR_DEVICE void run(int tile, int feature_base, unsigned arrivals, Drawn& tickets) {
     const int at = arch::thread(), first_slot = tile * p.tile_rows;
     const Counts counts = count_slots(p, plan.sample, first_slot, s.scratch);
     const int movers = !p.rows.merges ? p.movers : p.image_into_text ? counts.images : counts.texts;
@@ -44,11 +46,14 @@ struct AssembleTile {
       s.copy_place[at] = -1;
     }
     plan.template wait<DROPS>(arrivals, movers);
+    tickets.take();
+    plan.stage(movers, s.keys);
+    tickets.tell();
 
     const word64 cut = plan.template find_cut<DROPS>(movers, s.rank);
     int sums[2] = {};  // inserted movers, those with a host before the tile
     for (int mover = at; mover < movers; mover += THREADS) {
-      const word64 key = arch::load_fresh(plan.keys() + mover);
+      const word64 key = plan.key(mover);
       if (!plan.inserted(key, mover, cut)) continue;
       const int host = plan.host_slot(key);
       sums[0]++;
@@ -57,7 +62,7 @@ struct AssembleTile {
     }
     block_sum(sums, s.scratch);
     if (arch::warp() == 0) {
-      s.key[at] = own.moves ? arch::load_fresh(plan.keys() + own.mover) : 0;
+      s.key[at] = own.moves ? plan.key(own.mover) : 0;
       s.mover[at] = own.moves && plan.inserted(s.key[at], own.mover, cut) ? own.mover : -1;
     }
     arch::sync_block();
@@ -80,7 +85,6 @@ struct AssembleTile {
       stays = own.exists && survivors.has(own.slot);
       arch::sync_block();  // read before the last reader clears them
     }
-    plan.template leave<DROPS>(movers, 1, p.assemble_tiles, &s.arrived);
 
     const int length = kept + sums[0], first = p.pad_left ? p.capacity - length : 0;
     if (arch::warp() == 0) {
@@ -88,12 +92,13 @@ struct AssembleTile {
       write_slot(own, stays ? kept_before + hosted_before : -1, first);
       write_padding(first_slot + at, length);
     }
-    if (p.embeds == nullptr) return;
     arch::sync_block();
-    for (int row = arch::warp(); row < p.tile_rows; row += WARPS) {
+    plan.leave(1, p.assemble_tiles, &s.arrived);
+    for (int row = arch::warp(); p.embeds != nullptr && row < p.tile_rows; row += WARPS) {
       run_row_job(s.copy[row], p.rows);
       run_row_job(s.padding[row], p.rows);
     }
+    plan.template clear<DROPS>(movers, 1, p.assemble_tiles, &s.arrived);
   }
 
  private:

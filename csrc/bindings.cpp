@@ -132,12 +132,10 @@ std::vector<int64_t> construct(Tensor image, Tensor text, Optional roles, Option
   if (embeds.has_value()) width.with(embeds->mutable_data_ptr());
   p.rows.width = width.get();
 
-  auto* words = data<unsigned long long>(state);
-  p.state.keys = words;
-  p.state.cuts = words + batch * movers;
-  p.state.ticket = reinterpret_cast<unsigned*>(p.state.cuts + batch);
-  p.state.matched = p.state.ticket + 1;
-  p.state.left = p.state.matched + batch;
+  p.state.ticket = data<unsigned>(state);
+  p.state.counters = p.state.ticket + attanchor::COUNTER_STRIDE;
+  p.state.keys = data<unsigned long long>(state) + (1 + batch) * (attanchor::COUNTER_STRIDE / 2);
+  p.state.cuts = p.state.keys + batch * movers;
 
   p.roles = data<const uint8_t>(roles);
   p.turn = data<const int32_t>(turn);
@@ -172,7 +170,7 @@ std::vector<int64_t> construct(Tensor image, Tensor text, Optional roles, Option
   p.drop.cells = data<const int32_t>(cells);
   p.drop.keep_each = data<const int32_t>(keep_each);
   p.drop.keep = static_cast<int>(keep);
-  p.drop.priority = words + batch * movers + batch + (batch + 1);
+  p.drop.priority = p.state.cuts + batch;
   p.drop.survivors = p.drop.priority + batch * p.rows.slots;
   p.drop.words = p.rows.slots / 32 + 1;
   p.drop.best = p.drop.survivors + batch * p.drop.words;

@@ -3,11 +3,13 @@
 // Work is handed out by tickets: the match tiles of the first `lag` samples, then the match tiles of a sample mixed
 // with the assemble tiles of the one `lag` before it, then the assemble tiles of the last `lag` samples. Whoever waits
 // for a sample so holds a later ticket than every match tile of it, and match work never waits: the unfinished item
-// with the lowest ticket always goes on. No deadlock, whatever the grid and whatever else runs on the device.
+// with the lowest ticket always goes on. No deadlock, whatever the grid and whatever else runs on the device; nor where a
+// cluster draws its next ticket before it is done with an item, since it waits for none that comes behind that.
 #pragma once
 
 #include "assemble.cuh"
 #include "match.cuh"
+#include "tickets.cuh"
 
 namespace attanchor {
 
@@ -44,64 +46,31 @@ struct ConstructShared {
   unsigned ticket[2];
 };
 
-// The next work item of a cluster, to all its blocks.
-template <int CLUSTER>
-ATTANCHOR_DEVICE unsigned draw_ticket(const Problem& p, unsigned* slot, int rank, unsigned total) {
-  if (rank == 0 && arch::thread() == 0) {
-    const unsigned drawn = arch::add(p.state.ticket, 1);
-    // Every cluster draws one ticket that is too high; with the last of them nobody will draw again.
-    if (drawn == total + arch::blocks() / CLUSTER - 1) *p.state.ticket = 0;
-    for (int block = 0; block < CLUSTER; block++) *arch::peer<CLUSTER>(slot, block) = drawn;
-  }
-  arch::sync_cluster<CLUSTER>();
-  return *slot;
-}
-
-// Until every block of the cluster has begun: before that nobody may reach into its shared memory.
-template <int CLUSTER>
-ATTANCHOR_DEVICE void gather_cluster() {
-  if constexpr (CLUSTER > 1) arch::meet_cluster();
-}
-
 // A match tile is done: the last one of a sample with a large budget also finds the cut.
 template <class Shared>
 ATTANCHOR_DEVICE void finish_match(const Problem& p, Shared& s, int sample, int movers, unsigned items) {
-  arch::sync_block();  // every thread's maxima are out before one thread says so
-  if (arch::thread() == 0) {
-    arch::fence();
-    s.arrived = arch::add(p.state.matched + sample, 1);
-    arch::fence();
+  if (!publishes_cut(p, movers)) {
+    arch::sync_block();  // every thread's maxima are out before one thread says so
+    if (arch::thread() == 0) say_done(matched(p, sample));
+    return;
   }
-  if (!publishes_cut(p, movers)) return;
-  arch::sync_block();
-  if (s.arrived != items - 1) return;
+  if (!is_last(matched(p, sample), items, &s.arrived)) return;
   int* histogram = reinterpret_cast<int*>(s.best);
   const word64* keys = p.state.keys + static_cast<int64_t>(sample) * p.movers;
   const word64 cut = cut_by_selection(keys, movers, p.budget, threshold(p), histogram, s.scratch);
   if (arch::thread() == 0) {
     p.state.cuts[sample] = cut;
-    arch::fence();
-    arch::add(p.state.matched + sample, 1);
+    say_done(matched(p, sample));
   }
 }
 
 // A match tile is done where tokens are dropped: the last one of a sample finds out which stay.
 ATTANCHOR_DEVICE void finish_match_dropping(const Problem& p, SurvivorsShared& s, int sample, int movers,
                                             unsigned items, int feature_base) {
-  arch::sync_block();
-  if (arch::thread() == 0) {
-    arch::fence();
-    s.arrived = arch::add(p.state.matched + sample, 1);
-    arch::fence();
-  }
-  arch::sync_block();
-  if (s.arrived != items - 1) return;
+  if (!is_last(matched(p, sample), items, &s.arrived)) return;
   select_survivors(p, s, sample, movers, feature_base);
   arch::sync_block();  // every thread's words are out before one thread says so
-  if (arch::thread() == 0) {
-    arch::fence();
-    arch::add(p.state.matched + sample, 1);
-  }
+  if (arch::thread() == 0) say_done(matched(p, sample));
 }
 
 template <class E, int IMAGES, int CLUSTER, bool DROPS>
@@ -112,14 +81,13 @@ ATTANCHOR_DEVICE void construct(const Problem& p) {
   const unsigned total = p.batch * static_cast<unsigned>(p.match_tiles + assemble_items);
   const unsigned arrivals = p.match_tiles * CLUSTER;
   FeatureBase match_base, assemble_base;
-  for (unsigned turn = 0;; turn++) {
-    const unsigned ticket = draw_ticket<CLUSTER>(p, s.ticket + turn % 2, rank, total);
-    if (ticket >= total) return;
+  Tickets<CLUSTER> tickets{p, s.ticket, rank, total};
+  for (unsigned ticket = tickets.first(); ticket < total; ticket = tickets.next()) {
     const Work work = work_of(p, assemble_items, ticket);
     if (work.matches) {
       const int base = p.rows.merges ? match_base.advance(p, work.sample, s.match.scratch) : 0;
       MatchTile<E, IMAGES, CLUSTER, false, DROPS> tile(p, s.match, rank, work.sample);
-      const int movers = tile.run(work.item, base);
+      const int movers = tile.run(work.item, base, [&] { tickets.draw(); });
       if constexpr (DROPS) {
         finish_match_dropping(p, s.survivors, work.sample, movers, arrivals, base);
       } else {
@@ -128,7 +96,7 @@ ATTANCHOR_DEVICE void construct(const Problem& p) {
     } else {
       const int base = p.rows.merges ? assemble_base.advance(p, work.sample, s.assemble.scratch) : 0;
       const int tile = work.item * CLUSTER + rank;
-      if (tile < p.assemble_tiles) AssembleTile<DROPS>(p, s.assemble, work.sample).run(tile, base, arrivals);
+      if (tile < p.assemble_tiles) AssembleTile<DROPS>(p, s.assemble, work.sample).run(tile, base, arrivals, tickets);
     }
   }
 }
@@ -137,7 +105,6 @@ ATTANCHOR_DEVICE void construct(const Problem& p) {
 template <class E, int IMAGES, int CLUSTER, bool DROPS>
 ATTANCHOR_KERNEL(THREADS, 2) construct_kernel(ATTANCHOR_ARGUMENT(Problem) p) {
   if constexpr (CLUSTER <= arch::LARGEST_CLUSTER) {
-    gather_cluster<CLUSTER>();
     construct<E, IMAGES, CLUSTER, DROPS>(p);
   } else {
     arch::fail();

@@ -18,6 +18,7 @@ constexpr int ENTRIES = 2 * LIST;  // images first
 
 struct HeldShared {
   word64 rank[RANKED_MOVERS + 1];
+  word64 keys[STAGED_KEYS];
   word64 key[ENTRIES];
   RowJob job[ENTRIES];
   int slot[ENTRIES];                                   // rising in each half, INT_MOST: none
@@ -35,7 +36,7 @@ struct HeldTile {
 
   const Problem& p;
   HeldShared& s;
-  const Plan plan;
+  Plan plan;
   const int rank;  // in the cluster
   const int feature_base;
   const HeldRows<IMAGES>& held;
@@ -50,10 +51,10 @@ struct HeldTile {
     images = p.rows.merges ? counts.images : p.rows.images;
   }
 
-  // The sample's match work is done. `from_shared`: the held rows are this tile's.
-  ATTANCHOR_DEVICE void run(int tile, bool from_shared) {
+  // The sample's match work is done. `from_shared`: the held rows are this tile's. `meanwhile` is called before the copy.
+  template <class Meanwhile>
+  ATTANCHOR_DEVICE void run(int tile, word64 cut, bool from_shared, const Meanwhile& meanwhile) {
     const int others = p.rows.slots - images, begin = share_of(others, tile), end = share_of(others, tile + 1);
-    const word64 cut = plan.find_cut(movers, s.rank);
     // Placeholders without a feature may be more than all tiles together have rows: they are dealt out in turn.
     const int first_image = tile * IMAGES, all_tiles = p.match_tiles * IMAGES;
     for (int pass = 0; pass == 0 || begin + pass * LIST < end || first_image + pass * all_tiles < images; pass++) {
@@ -62,6 +63,8 @@ struct HeldTile {
       const int length = real + inserted, start = p.pad_left ? p.capacity - length : 0;
       write_entries(first_image + pass * all_tiles, cut, start);
       if (pass == 0) pad(tile, length);
+      arch::sync_block();  // the jobs are written
+      meanwhile();
       if (p.embeds != nullptr) copy_entries(from_shared);
       arch::sync_block();
     }
@@ -123,7 +126,7 @@ struct HeldTile {
     int inserted[1] = {0};
 #pragma unroll 1
     for (int mover = arch::thread(); mover < movers; mover += THREADS) {
-      const word64 key = arch::load_fresh(plan.keys() + mover);
+      const word64 key = plan.key(mover);
       if (!plan.inserted(key, mover, cut)) continue;
       inserted[0]++;
       add_behind(s.hosted, plan.host_slot(key));
@@ -156,7 +159,7 @@ struct HeldTile {
       own.complete(p, plan.sample, role, first_image + at, s.texts[at], feature_base);
     }
     if (at < ENTRIES) {
-      s.key[at] = own.moves ? arch::load_fresh(plan.keys() + own.mover) : 0;
+      s.key[at] = own.moves ? plan.key(own.mover) : 0;
       if (own.moves && plan.inserted(s.key[at], own.mover, cut)) s.mover[at] = own.mover;
     }
     arch::sync_block();
@@ -194,7 +197,6 @@ struct HeldTile {
   }
 
   ATTANCHOR_DEVICE void copy_entries(bool from_shared) {
-    arch::sync_block();  // the jobs are written
 #pragma unroll 1
     for (int entry = arch::warp(); entry < ENTRIES; entry += WARPS) {
       const RowJob& job = s.job[entry];

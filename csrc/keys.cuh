@@ -4,8 +4,7 @@
 // order of arrival does not matter, so an atomic maximum merges the tiles repeatably.
 #pragma once
 
-#include "block.cuh"
-#include "problem.h"
+#include "counters.cuh"
 
 namespace attanchor {
 

@@ -62,8 +62,10 @@ struct MatchTile {
                              HeldRows<IMAGES>* rows = nullptr)
       : p(problem), s(shared), rank(in_cluster), sample(of_sample), held(rows) {}
 
-  // Returns the number of movers of the sample. Never waits for work of another cluster.
-  ATTANCHOR_DEVICE int run(int tile, int feature_base) {
+  // Returns the number of movers of the sample. Never waits for work of another cluster. `meanwhile` is called once, with
+  // the first copies on their way.
+  template <class Meanwhile>
+  ATTANCHOR_DEVICE int run(int tile, int feature_base, const Meanwhile& meanwhile) {
     const bool merges = p.rows.merges;
     const int first = tile * IMAGES;
     int images = p.rows.images, texts = p.texts;
@@ -75,7 +77,10 @@ struct MatchTile {
     int text_total = texts;
     for (int first_text = 0; first_text == 0 || first_text < text_total; first_text += TEXTS) {
       if (merges) text_total = find_slots(p, sample, Kind::text, first_text, TEXTS, s.slot + IMAGES, s.scratch);
-      if (!some) break;
+      if (!some) {
+        meanwhile();
+        break;
+      }
       find_texts(first_text);
       if constexpr (HELD) {  // the rows that were held are done with
         arch::wait_bulk_stores();
@@ -83,9 +88,9 @@ struct MatchTile {
       }
       arch::sync_block();
       if constexpr (HELD) {
-        multiply_held(first_text == 0);
+        multiply_held(first_text == 0, meanwhile);
       } else {
-        multiply();
+        multiply(first_text == 0, meanwhile);
       }
       publish(first_text + TEXTS >= text_total);
     }
@@ -130,7 +135,8 @@ struct MatchTile {
   }
 
   // This block's columns of the products and squared norms, to `sum`.
-  ATTANCHOR_DEVICE void multiply() {
+  template <class Meanwhile>
+  ATTANCHOR_DEVICE void multiply(bool first, const Meanwhile& meanwhile) {
     const int begin = first_chunk(p.rows, rank, CLUSTER), end = first_chunk(p.rows, rank + 1, CLUSTER);
     const Stager<ROWS, false> stager(s.row, arch::keep_in_l2());
     Product product;
@@ -139,6 +145,7 @@ struct MatchTile {
       if (begin + ahead < end) stager.start(s.stages[ahead], PITCH, p.rows, begin + ahead);
       arch::commit_copies();
     }
+    if (first) meanwhile();
     for (int chunk = begin; chunk < end; chunk++) {
       arch::wait_copies<STAGES - 2>();
       arch::sync_block();  // the chunk is here for everyone, and everyone is done with the one before
@@ -153,7 +160,8 @@ struct MatchTile {
   }
 
   // The same with the image rows on their way all at once, to stay; `load` says whether they are still to come.
-  ATTANCHOR_DEVICE void multiply_held(bool load) {
+  template <class Meanwhile>
+  ATTANCHOR_DEVICE void multiply_held(bool load, const Meanwhile& meanwhile) {
     const int begin = first_chunk(p.rows, rank, CLUSTER), end = first_chunk(p.rows, rank + 1, CLUSTER);
     const Stager<TEXTS, true> texts(s.row + IMAGES, arch::keep_in_l2());
     const bool stages = load && !p.bulk;
@@ -167,6 +175,7 @@ struct MatchTile {
     if (stages) stage_images(begin, begin + STAGES - 1, end);
     arch::commit_copies();
     if (load && p.bulk) held->load(s.row);  // behind the texts, which are on their way sooner
+    if (load) meanwhile();
     for (int chunk = begin; chunk < end; chunk++) {
       // The group with the rest of the images is one more that may be under way until it is needed.
       if (chunk - begin < STAGES - 1) {
@@ -242,8 +251,8 @@ struct MatchTile {
     return 1.0f / (norm > 1e-12f ? norm : 1e-12f);
   }
 
-  // The best host of every mover among this block's rows, to `keys`. After the last texts the cluster draws a ticket
-  // before anyone writes to what its peers have read; the selection of survivors does not wait for that.
+  // The best host of every mover among this block's rows, to `keys`. After the last texts the cluster meets before anyone
+  // writes to what its peers have read (Tickets::next); the selection of survivors does not wait for that.
   ATTANCHOR_DEVICE void publish(bool last) {
     const int base = rank * OWN;
 #pragma unroll 1

@@ -47,11 +47,16 @@ struct Places {
   word64 key;     // of the mover, 0: none
 };
 
+constexpr int STAGED_KEYS = 3072;  // of a sample, as many as fit where a match tile's chunks were
+
 // The steps that every way to assemble a sample takes.
 struct Plan {
+  static constexpr int LEAVER = 32;  // the thread that says when the block has read the keys
+
   const Problem& p;
   int sample;
   const float tau;
+  const word64* staged = nullptr;  // the keys in shared memory, once they are there
 
   ATTANCHOR_DEVICE Plan(const Problem& problem, int of_sample)
       : p(problem), sample(of_sample), tau(threshold(problem)) {}
@@ -64,10 +69,24 @@ struct Plan {
   ATTANCHOR_DEVICE void wait(unsigned arrivals, int movers) const {
     if (arch::thread() == 0) {
       const unsigned enough = arrivals + (DROPS || publishes_cut(p, movers));
-      while (arch::load_now(p.state.matched + sample) < enough) arch::pause();
-      arch::fence();
+      while (arch::load_acquire(matched(p, sample)) < enough) arch::pause();
     }
     arch::sync_block();
+  }
+
+  // Read the keys once for all steps to come, if there are no more than STAGED_KEYS, to `shared`. By the block.
+  ATTANCHOR_DEVICE void stage(int movers, word64* shared) {
+    if (movers > STAGED_KEYS) return;
+#pragma unroll 2
+    for (int mover = arch::thread(); mover < movers; mover += THREADS) {
+      shared[mover] = arch::load_fresh(keys() + mover);
+    }
+    staged = shared;
+    arch::sync_block();
+  }
+
+  ATTANCHOR_DEVICE word64 key(int mover) const {
+    return staged != nullptr ? staged[mover] : arch::load_fresh(keys() + mover);
   }
 
   // By the block; `shared` holds RANKED_MOVERS + 1 words.
@@ -75,8 +94,7 @@ struct Plan {
   ATTANCHOR_DEVICE word64 find_cut(int movers, word64* shared) const {
     if (!DROPS && !p.budgeted) return 0;
     if (DROPS || publishes_cut(p, movers)) return arch::load_fresh(p.state.cuts + sample);
-    const word64 key = arch::thread() < movers ? arch::load_fresh(keys() + arch::thread()) : 0;
-    return cut_by_ranking(key, movers, p.budget, tau, shared);
+    return cut_by_ranking(arch::thread() < movers ? key(arch::thread()) : 0, movers, p.budget, tau, shared);
   }
 
   ATTANCHOR_DEVICE bool inserted(word64 key, int mover, word64 cut) const {
@@ -94,22 +112,22 @@ struct Plan {
     int before = 0;
 #pragma unroll 2
     for (int mover = arch::lane(); mover < movers; mover += 32) {
-      const word64 key = arch::load_fresh(keys() + mover);
+      const word64 key = this->key(mover);
       const int other = host_slot(key);
       before += inserted(key, mover, cut) && (other < host || (other == host && mover < own));
     }
     return host_real + warp_sum(before);
   }
 
-  // `readers` blocks-times-tiles have read the keys, counting these: the last puts everything back to zero for the next
-  // launch. By the block, after a barrier behind the last read.
+  // What was published of the sample has been read. After a barrier of the block behind the last read. Of `readers`
+  // blocks-times-tiles these are `count`.
+  ATTANCHOR_DEVICE void leave(unsigned count, unsigned readers, unsigned* shared) const {
+    if (arch::thread() == LEAVER) ask_last(left(p, sample), count, readers, shared);
+  }
+
+  // The last who left puts everything back to zero for the next launch. Later, when the counter has answered.
   template <bool DROPS = false>
-  ATTANCHOR_DEVICE void leave(int movers, unsigned count, unsigned readers, unsigned* shared) const {
-    if (arch::thread() == 0) {
-      arch::fence();
-      *shared = arch::add(p.state.left + sample, count);
-      arch::fence();
-    }
+  ATTANCHOR_DEVICE void clear(int movers, unsigned count, unsigned readers, const unsigned* shared) const {
     arch::sync_block();
     if (*shared != readers - count) return;
     for (int mover = arch::thread(); mover < movers; mover += THREADS) keys()[mover] = 0;
@@ -117,7 +135,7 @@ struct Plan {
       word64* const words = p.drop.survivors + static_cast<int64_t>(sample) * p.drop.words;
       for (int at = arch::thread(); at < p.drop.words; at += THREADS) words[at] = 0;
     }
-    if (arch::thread() == 0) p.state.cuts[sample] = p.state.matched[sample] = p.state.left[sample] = 0;
+    if (arch::thread() == 0) p.state.cuts[sample] = *matched(p, sample) = *left(p, sample) = 0;
   }
 
   // Every field that one slot decides, by a thread.

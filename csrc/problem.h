@@ -32,9 +32,9 @@ struct State {
   unsigned long long* keys;  // (B, movers): best cosine and host of a mover, 0 = none yet
   unsigned long long* cuts;  // (B,): smallest rank key within the budget
   unsigned* ticket;          // next work item
-  unsigned* matched;         // (B,): finished match items of a sample
-  unsigned* left;            // (B,): assemble items of a sample that have read its keys
+  unsigned* counters;        // (B, COUNTER_STRIDE): finished match items of a sample, and readers done with its keys
 };
+constexpr int COUNTER_STRIDE = 32;  // a cache line for the counters of a sample, and one for the ticket
 
 // What there is where image tokens are dropped; `priority`, `best` and `survivors` are zero between launches, as State.
 struct Drop {

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import re
@@ -124,35 +125,42 @@ def test_compiles_without_spills_where_it_is_tuned(source, record_property):
     assert source.stem == "construct" or {kernel.target for kernel in kernels} == set(targets(source))
 
 
-# Of a PTX instruction, what it means for the barrier between blocks; the first that fits.
+# Of a PTX instruction, what it means for the barriers between blocks; the first that fits.
 EVENTS = {
     "maximum": r"(atom|red)\.\S*max\.u64",
-    "add": r"(atom|red)\.(?!shared)\S*add\.u32",
+    "ask": r"atom\.(?!shared)\S*add\.u32",
+    "count": r"red\.(?!shared)\S*add\.u32",
     "fence": r"fence\.acq_rel\.gpu",
-    "poll": r"ld\.(volatile|relaxed)\.\S*u32",
+    "pass": r"fence\.acq_rel\.cluster",
+    "poll": r"ld\.acquire\.gpu\.global\.u32",
     "barrier": r"(bar|barrier)\S*\.sync|barrier\.cluster\.wait",
-    "key": r"ld\.global\.(cg|relaxed\S*)\.u64",
+    "key": r"ld\.(global\.cg|relaxed\.gpu\.global)\.u64",
 }
 
 
 def barrier_faults(ptx: str) -> list[str]:
-    """What the kernels of a PTX file lack of the barrier between blocks, in the order of its lines.
+    """What the kernels of a PTX file lack of the barriers between blocks, in the order of its lines.
 
-    Arrivals (matched, left) stand between fences for the whole GPU behind a barrier of the block; what the last of them
-    finds out is published by one more, behind a fence. A wait polls, fences and meets at a barrier before a key is
-    read, which passes by the first-level cache.
+    Whoever says that something is done stands behind a barrier of the block and a fence for the whole GPU; who asks
+    whether it was the last, before another. What the last finds out is published by one more. A wait polls by loads
+    that acquire and meets at a barrier before a key is read, which passes by the first-level cache. What a cluster's
+    blocks show each other is fenced by one thread behind a barrier of its block.
     """
     faults = []
     for kernel, order in events(ptx, EVENTS):
+        held, drops, alone = "held" in kernel, "drops" in kernel, kernel.split()[3] == "1"
         wanted = {
-            "maxima before an arrival": r"maximum barrier (?:barrier )*fence add fence",
-            "arrivals": r"barrier fence add fence barrier",
-            "publications": r"fence add fence barrier (?:barrier )?fence add",
-            "waits": r"poll (?:poll )*fence barrier (?:barrier )*key",
+            r"maximum barrier (?:(?:barrier|pass|ask) )*fence (?:count|ask)": 1,  # maxima, then that they are out
+            r"barrier fence (?=count)": 1 if drops else 2,
+            r"barrier fence (?=ask fence barrier)": 3 if held else 2,
+            r"fence ask fence barrier (?:barrier )?fence count": 1,
+            r"poll (?:poll )*barrier (?:(?:barrier|ask) )*key": 1,
+            r"barrier (?=pass barrier)": 0 if alone else 3,  # the first ticket, the sums, a further block of texts
+            r"pass": 0 if alone else 3,
         }
-        counts = {name: len(re.findall(pattern, order)) for name, pattern in wanted.items()}
-        if counts != (expected := {"maxima before an arrival": 1, "arrivals": 2, "publications": 1, "waits": 1}):
-            faults.append(f"{kernel}: {counts}, expected {expected}")
+        counts = {pattern: len(re.findall(pattern, order)) for pattern in wanted}
+        if counts != wanted:
+            faults.append(f"{kernel}: {counts}, expected {wanted}")
     return faults
 
 
@@ -168,22 +176,23 @@ def events(ptx: str, patterns: dict[str, str]) -> list[tuple[str, str]]:
     return kernels
 
 
-def ptx_of(source: Path, folder: Path) -> str:
-    made = folder / "made.ptx"
-    command = [str(nvcc()), "-std=c++17", "-O3", f"-I{CSRC}", "-arch=compute_90", "-ptx", str(source)]
-    done = subprocess.run([*command, "-o", str(made)], capture_output=True, text=True)
+@functools.cache
+def ptx_of(name: str) -> str:
+    source = str(CSRC / "instantiations" / f"{name}.cu")
+    command = [str(nvcc()), "-std=c++17", "-O3", f"-I{CSRC}", "-arch=compute_90", "-ptx", source, "-o", "-"]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return made.read_text()
+    return done.stdout
 
 
 @needs_nvcc
 @pytest.mark.parametrize("name", ["construct_half", "construct_held_half", "construct_drop_half"])
-def test_the_barrier_is_in_the_code(name, tmp_path):
-    """Fences for the whole GPU around arrivals and behind waits; and the check would see them go."""
-    ptx = ptx_of(CSRC / "instantiations" / f"{name}.cu", tmp_path)
+def test_the_barrier_is_in_the_code(name):
+    """Fences where something is said to be done, acquiring loads where it is awaited; and the check sees them go."""
+    ptx = ptx_of(name)
     assert barrier_faults(ptx) == []
-    for planted in (("fence.acq_rel.gpu", "fence.acq_rel.cta"), ("ld.global.cg.u64", "ld.global.u64")):
-        assert barrier_faults(ptx.replace(*planted)), planted
+    for planted in ("fence.acq_rel.gpu", "fence.acq_rel.cluster", "ld.acquire.gpu", "ld.relaxed.gpu.global.u64"):
+        assert barrier_faults(ptx.replace(planted, "nothing")), planted
 
 
 # The same for bulk copies, which do not see shared memory as other instructions do.
@@ -218,9 +227,9 @@ def asynchronous_faults(ptx: str) -> list[str]:
 
 
 @needs_nvcc
-def test_asynchronous_work_is_ordered_in_the_code(tmp_path):
+def test_asynchronous_work_is_ordered_in_the_code():
     """Bulk copies come behind fences, barriers and waits; and the check would see them go."""
-    ptx = ptx_of(CSRC / "instantiations" / "construct_held_half.cu", tmp_path)
+    ptx = ptx_of("construct_held_half")
     assert asynchronous_faults(ptx) == []
     for step in ("fence.mbarrier_init", "fence.proxy.async", "mbarrier.try_wait", "cp.async.bulk.wait_group.read"):
         assert asynchronous_faults(ptx.replace(step, "nothing")), step

@@ -27,7 +27,7 @@ if emulated.missing():
 
 from checking import check, check_rows, emulator, launch, run, schedules
 
-from benchmarks import tune
+from benchmarks import smoke, tune
 
 PLAIN = ("text_into_image", "sequential", None, "right")
 
@@ -55,8 +55,8 @@ def test_merge(poisoned_empty, data):
 def test_more_than_a_tile(poisoned_empty, dtype, direction):
     """Several tiles, blocks of texts, chunks and slices of columns, twins far apart: every variant, one result."""
     generator = torch.Generator().manual_seed(5)
-    image = torch.randn(2, 70, 560, generator=generator)
-    text = torch.randn(2, 66, 560, generator=generator)
+    image = torch.randn(1, 70, 560, generator=generator)
+    text = torch.randn(1, 66, 560, generator=generator)
     text[:, ::9] += image[:, 3::8][:, :8]
     image[:, 68], text[:, 65] = image[:, 3], text[:, 9]  # equal hosts, equal movers
     arguments = None, None, None, 6, direction, "inherit", None, "left"
@@ -99,9 +99,9 @@ def test_large_budget(poisoned_empty, direction, budget):
 def test_merge_of_many_samples(poisoned_empty):
     """Features of a sample begin after those of all samples before it, however blocks meet the samples."""
     generator = torch.Generator().manual_seed(2)
-    roles = random_roles(9, 333, generator)
+    roles = random_roles(5, 170, generator)
     features = int(((roles == 2) | (roles == 4)).sum())
-    text = torch.randn(9, 333, 24, generator=generator, dtype=torch.bfloat16)
+    text = torch.randn(5, 170, 24, generator=generator, dtype=torch.bfloat16)
     image = torch.randn(features, 24, generator=generator, dtype=torch.bfloat16)
     turn = torch.randint(0, 3, roles.shape, generator=generator, dtype=torch.int32).sort(1).values
     for seed, direction in enumerate(("text_into_image", "image_into_text")):
@@ -128,23 +128,23 @@ def test_merge_of_many_samples(poisoned_empty):
 def test_held_tiles(poisoned_empty, direction, resident):
     """Clusters with more tiles of a sample than they can hold give some up and read them again; none waits for ever."""
     generator = torch.Generator().manual_seed(resident)
-    roles = random_roles(4, 260, generator)
+    roles = random_roles(4, 140, generator)
     roles[1] = 2  # a sample of images alone, one without any, one of padding
     roles[2][roles[2] != 0] = 3
     roles[3] = 0
     image = torch.randn(int(((roles == 2) | (roles == 4)).sum()), 32, generator=generator, dtype=torch.bfloat16)
-    text = torch.randn(4, 260, 32, generator=generator, dtype=torch.bfloat16)
+    text = torch.randn(4, 140, 32, generator=generator, dtype=torch.bfloat16)
     merge = checks.merge_call(*(text, image, roles, 0.5, None, 9, direction, "inherit", None, "left")).problem
-    image, text = (torch.randn(3, count, 32, generator=generator, dtype=torch.bfloat16) for count in (150, 90))
-    mask = torch.rand(3, 150, generator=generator) < 0.7
+    image, text = (torch.randn(3, count, 32, generator=generator, dtype=torch.bfloat16) for count in (110, 70))
+    mask = torch.rand(3, 110, generator=generator) < 0.7
     arguments = None, None, None, direction, "sequential", None, "right"
     build = checks.build_call(image, text, 0.5, mask, *arguments).problem
-    for problem in (merge, build):
+    for bulk, problem in enumerate((merge, build)):
         schedule = launch.Tuning(32, 4, hold=1, bulk=1), 4 * resident, resident
         expected = check(problem, schedule)
-        for bulk in (0, 1):  # the columns are one chunk, so clusters of any size have the same sums
-            result, _ = run(problem, (launch.Tuning(32, 8, hold=1, bulk=bulk), 8 * resident, resident), plan=False)
-            assert_same_fields(result, expected)
+        # The columns are one chunk, so clusters of any size have the same sums.
+        result, _ = run(problem, (launch.Tuning(32, 8, hold=1, bulk=bulk), 8 * resident, resident), plan=False)
+        assert_same_fields(result, expected)
 
 
 @pytest.mark.parametrize("features", [0, 5, 60, 70])
@@ -158,6 +158,16 @@ def test_missing_features_on_held_tiles(poisoned_empty, features):
     problem = Problem(text[0, :features].clone(), text, 0.5, roles=roles, max_anchors=9, pad_left=True)
     for tuning in (launch.Tuning(), launch.Tuning(32, 8, hold=1), launch.Tuning(32, 4, hold=1, bulk=0)):
         check(problem, (tuning, 8, features))
+
+
+@pytest.mark.parametrize("operation", ["forward", "drop"])
+def test_smoke_knows_every_way(operation):
+    """What `python -m benchmarks smoke` asks of the binary exists and is right, however the cluster is cut."""
+    emulator.configure(16, 3)
+    for tuning in smoke.compiled(torch.bfloat16, operation):
+        way = smoke.Way("cuda", torch.bfloat16, operation, tuning)
+        ended = smoke.check(way, torch.device("cpu"), [(Shape("aligned", 40, 12, 136), 1)])
+        assert ended == {"status": "right"}, f"{way}: {ended}"
 
 
 def test_tuning_changes_the_choice_and_puts_it_back():
@@ -177,7 +187,7 @@ def test_tuning_changes_the_choice_and_puts_it_back():
 
 def test_the_launch_says_what_ran():
     """What is asked for is what runs, or an error that says why not; left to the shape, the rule decides."""
-    image, text = (torch.zeros(2, count, 2048, dtype=torch.bfloat16) for count in (100, 10))
+    image, text = (torch.zeros(1, count, 2048, dtype=torch.bfloat16) for count in (5, 3))
     problem = Problem(image, text, 0.5)
     emulator.configure(32, 0)
     for tuning in launch.variants(torch.bfloat16):
@@ -231,10 +241,10 @@ def test_large_d_in_slices(poisoned_empty):
         assert result.host.tolist() == [[0, 1, 2]]
 
 
-@pytest.mark.parametrize(("tile_images", "cluster"), [(32, 4), (64, 4), (64, 8), (0, 0)])
+@pytest.mark.parametrize(("tile_images", "cluster"), [(32, 4), (64, 4), (64, 8), (32, 8)])
 def test_long_rows(poisoned_empty, tile_images, cluster):
     """The pipeline well under way in every block of a cluster: the reference's very rows and places."""
-    image, text = matched_pair(2, Shape("long rows", 100, 20, 3200), dtype=torch.bfloat16)
+    image, text = matched_pair(1, Shape("long rows", 70, 20, 400 * cluster), dtype=torch.bfloat16)
     problem = checks.build_call(image, text, TAU, None, None, None, 8, *PLAIN).problem
     expected_rows, expected = reference.construct(problem)
     ways = [{"hold": 0}, {"hold": 1, "bulk": 0}, {"hold": 1, "bulk": 1}]
@@ -262,6 +272,20 @@ def test_barrier_on_any_device(resident):
     assert_keeps_contract(results[0], problem, trimmed=False)
     for result in results[1:]:
         assert all(torch.equal(one, other) for one, other in zip(result, results[0], strict=True))
+
+
+@pytest.mark.parametrize(
+    "tuning", [launch.Tuning(16, 1, hold=0, lag=1), launch.Tuning(32, 4, hold=1)], ids=["", "held"]
+)
+def test_other_work_takes_room(poisoned_empty, tuning):
+    """Where fewer blocks run than the launch counted on, those that have not begun hold nothing up."""
+    image, text = matched_pair(2, Shape("crowded", 70, 6, 16), dtype=torch.bfloat16)
+    problem = Problem(image, text, TAU)
+    for seed, running in enumerate((1, 2)):
+        result, _ = run(
+            problem, (tuning, tuning.cluster * 5, seed), occupied=tuning.cluster * (5 - running), plan=False
+        )
+        assert_keeps_contract(result, problem, trimmed=False)
 
 
 def test_nothing_is_written_outside(poisoned_empty):

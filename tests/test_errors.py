@@ -103,6 +103,11 @@ def test_build_sequence(change, error, message):
         build_sequence(**{"img": IMAGE, "txt": TEXT, "tau": 0.1, **change})
 
 
+def test_merge_sequence_takes_a_count_for_each_sample():
+    with pytest.raises(TypeError, match=r"keep is float; it should be an int, an int32 tensor of shape \(2,\) or None"):
+        merge_sequence(TEXT, IMAGE[0, :0], torch.ones(2, 3, dtype=torch.uint8), 0.1, keep=1.5)
+
+
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_images_of_several_sizes_in_a_nested_tensor():
     with pytest.raises(TypeError, match="img has layout nested; it should be a dense tensor"):

@@ -154,7 +154,9 @@ def test_a_driver_that_hangs_or_fails_is_told(tmp_path):
         gpu.find_gpu(answering(tmp_path, "echo no CUDA driver >&2; exit 1"))
 
 
-@pytest.mark.parametrize(("capability", "built"), [((9, 0), "90a"), ((10, 0), "100a"), ((10, 3), "80+PTX")])
+@pytest.mark.parametrize(
+    ("capability", "built"), [((9, 0), "90a"), ((10, 0), "100a"), ((10, 3), "90+PTX"), ((8, 9), "80+PTX")]
+)
 def test_the_build_is_for_the_gpu_that_is_here(monkeypatch, capability, built):
     monkeypatch.delenv("ATTANCHOR_CUDA_ARCHS", raising=False)
     here = gpu.Gpu("Test GPU", *capability, 2**34)
@@ -242,5 +244,5 @@ def test_a_wrong_way_is_found(monkeypatch):
     monkeypatch.setattr(cases, "run", wrong)
     device = torch.device("cpu")
     small = [(cases.TOY, 2)]
-    assert smoke.check(smoke.Way("reference", torch.float32), device, small)["status"] == "right"
-    assert smoke.check(smoke.Way("triton", torch.float32), device, small)["status"] == "wrong"
+    assert smoke.check(smoke.Way("reference", torch.float32, "forward"), device, small)["status"] == "right"
+    assert smoke.check(smoke.Way("triton", torch.float32, "forward"), device, small)["status"] == "wrong"

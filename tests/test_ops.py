@@ -9,7 +9,8 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import gradcheck, gradgradcheck
 
-from attanchor_kernels import build_sequence, merge_sequence
+from attanchor_kernels import build_sequence, merge_sequence, place_sequence, plan_sequence, reference, trimming
+from attanchor_kernels.problem import Problem
 from attanchor_kernels.testing.contract import assert_same_fields
 from attanchor_kernels.testing.inputs import merge_form
 
@@ -52,6 +53,8 @@ def test_opcheck_merge(operator):
 def test_opcheck_of_the_internal_linear_operators():
     image, text = pair(dtype=torch.float32)
     *_, places = OPS._plan(image, text, 0.0, *[None] * 6, False, False, None, False, *[None] * 5, "reference")
+    options = (*[None] * 6, False, False, None, True, *[None] * 5, "reference")
+    torch.library.opcheck(OPS._plan_trimmed, (image.detach(), text.detach(), 0.0, *options))
     source = OPS.build_sequence(image, text, 0.0)[3]
     torch.library.opcheck(OPS._assemble, (image, text, source, places, "reference"))
     grad = torch.randn(*source.shape, 5, requires_grad=True)
@@ -214,10 +217,52 @@ def test_inductor_runs_it():
         torch.testing.assert_close(run(image, text), OPS.build_sequence(image, text, 0.0)[0].sin())
 
 
-def test_trimming_under_fullgraph_says_what_to_do():
-    image, text = pair()
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("form", ["build", "merge", "plan"])
+def test_trimming_stays_in_the_one_graph(form, side):
+    """Whatever the length comes to: a size that the graph does not know, and its gradients."""
+    torch._dynamo.reset()
+    graphs = CompileCounterWithBackend("aot_eager")
+
+    def insert(*rows, tau):
+        operator = {"build": build_sequence, "merge": merge_sequence, "plan": plan_sequence}[form]
+        made = operator(*rows, tau, padding_side=side)
+        return made.source if form == "plan" else made.embeds * 2
+
+    rows = pair() if form == "build" else merge_pair()
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):  # PyTorch 2.13 does so with fullgraph
+        run = torch.compile(insert, fullgraph=True, backend=graphs)
+        lengths = set()
+        for tau in (-2.0, 0.8, 2.0):
+            got, expected = (call(*rows, tau=torch.tensor(tau)) for call in (run, insert))
+            assert torch.equal(got, expected)
+            lengths.add(expected.shape[1])
+            if form != "plan":
+                upstream = torch.randn_like(expected)
+                grads = (torch.autograd.grad(made, rows[:2], upstream) for made in (got, expected))
+                assert all(torch.equal(*pair) for pair in zip(*grads, strict=True))
+    assert len(lengths) == 3
+    assert graphs.frame_count == 1
+
+
+@pytest.mark.parametrize("wrong", ["a role", "a placeholder too many", "a placeholder too few"])
+def test_one_read_says_length_and_what_is_wrong_with_roles(wrong):
+    """What a GPU is asked only once the plan is made; a CPU has refused such roles before."""
+    text, image, roles = (rows.detach() for rows in merge_pair())
+    problem = Problem(image, text, 0.0, roles, pad_left=True)
+    assert trimming.trim(problem, reference.plan(problem)).source.shape == (2, 14)
+    at = {"a role": (1, 0, 9), "a placeholder too many": (1, 0, 4), "a placeholder too few": (0, 3, 1)}[wrong]
+    roles[at[:2]] = at[2]
+    message = {"a role": "roles holds 9", "a placeholder too many": "14 rows; it should have 15"}
+    with pytest.raises(ValueError, match=message.get(wrong, "14 rows; it should have 13")):
+        trimming.trim(problem, reference.plan(problem))
+
+
+def test_places_under_fullgraph_without_a_length_to_read():
+    image, text = (row.detach()[0] for row in pair())
+    host, roles = torch.full((4,), -1), torch.ones(4, dtype=torch.uint8)
     with pytest.raises(Exception, match="pass trim=False"):
-        torch.compile(lambda i, t: build_sequence(i, t, 0.0).embeds, fullgraph=True, backend="eager")(image, text)
+        torch.compile(place_sequence, fullgraph=True, backend="eager")(text, image[:0], roles, host)
 
 
 def test_trimming_under_plain_compile_falls_back():
@@ -227,9 +272,12 @@ def test_trimming_under_plain_compile_falls_back():
     assert torch.equal(got, build_sequence(image, text, 0.0).embeds)
 
 
-def test_export():
+@pytest.mark.parametrize("trim", [False, True])
+def test_export(trim):
     class Module(torch.nn.Module):
         def forward(self, image, text):
+            if trim:
+                return build_sequence(image, text, 0.0).embeds
             return OPS.build_sequence(image, text, 0.0, max_anchors=2)[0]
 
     image, text = (row.detach() for row in pair())

@@ -123,8 +123,10 @@ def test_the_budget_keeps_the_best():
 
 def test_a_budget_beyond_what_there_is_to_insert_takes_no_memory(monkeypatch):
     """The largest that is allowed: a plan at its capacity would take tens of gigabytes."""
-    rows, plan = [], ops.plan
-    monkeypatch.setattr(ops, "plan", lambda problem, backend: rows.append(problem.capacity) or plan(problem, backend))
+    rows, plan = [], ops.plan_trimmed
+    monkeypatch.setattr(
+        ops, "plan_trimmed", lambda problem, backend: rows.append(problem.capacity) or plan(problem, backend)
+    )
     for direction, most in (("text_into_image", 3 + 4 + 4), ("image_into_text", 3 + 4 + 3)):
         expected = build_sequence(PATCHES, WORDS, 0.5, direction=direction)
         out = build_sequence(PATCHES, WORDS, 0.5, max_anchors=2**30, direction=direction)

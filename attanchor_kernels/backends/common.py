@@ -60,4 +60,6 @@ def contiguous(value: Tensor | None) -> Tensor | None:
 
 def on_device(device: torch.device) -> AbstractContextManager:
     """Makes `device` the current one, where there is such a thing: launches and captures are the current device's."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)

@@ -106,7 +106,7 @@ def _run(
     # What is missing is said before an earlier demo is removed.
     base, processor = load_pretrained(source)
     pictured = [(photograph(name), asked) for name, asked in PHOTOGRAPHS]
-    _clear(output)
+    clear(output, {"data", "runs", "results.json", "loss.png", "scenes.png", "photographs.png"})
     data = output / "data"
     say(f"1. Scenes to {data}")
     train_file = scenes.write_dataset(data, "train", size.train_images, seed, each=2)
@@ -184,20 +184,17 @@ def _examples(model: Any, processor: Any, rows: list[Row], kinds: list[str], amo
     return chosen
 
 
-def _clear(output: Path) -> None:
-    """Make room, without ever deleting what is not a demo's."""
+def clear(output: Path, ours: set[str]) -> None:
+    """Make room for a demo, without ever deleting what is not `ours`."""
     if output.exists() and not output.is_dir():
         raise SetupError(f"output {output} is a file; it should be a folder, or not exist")
-    ours = {"data", "runs", "results.json", "loss.png", "scenes.png", "photographs.png"}
     there = {path.name for path in output.iterdir()} if output.exists() else set()
     if there - ours:
         raise SetupError(
             f"output {output} holds {sorted(there - ours)[0]}, which is no part of a demo; take another folder"
         )
-    for name in there & {"data", "runs"}:
-        shutil.rmtree(output / name)
-    for name in there - {"data", "runs"}:
-        (output / name).unlink()
+    for path in (output / name for name in there):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _settings(source, data, train_file, val_file, output, name, tau, size: Size, seed: int) -> TrainConfig:

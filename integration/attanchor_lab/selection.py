@@ -1,4 +1,5 @@
-"""Other ways to choose which image tokens stay: controls of `keep_by` that the library does not offer.
+"""Other ways to choose which image tokens stay, controls of `keep_by` that the library does not offer, and down-sampled
+images, which have fewer from the beginning.
 
 Importing this module makes them known to `AttAnchorConfig`. The library's own are hosts + cells ("cells"), the best
 cosines ("relevance") and the class token's attention ("salience").
@@ -6,12 +7,16 @@ cosines ("relevance") and the class token's attention ("salience").
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from attanchor_kernels import Role, plan_sequence
+from attanchor_vlm.model.attach import base_of
 from attanchor_vlm.model.dropping import Images, Rule, register_rule
+from attanchor_vlm.model.families import adapter_for
 from attanchor_vlm.model.placements import drawn
 
 
@@ -50,6 +55,39 @@ def diverse(images: Images) -> Tensor:
             nearest = distance[chosen] if number == 0 else torch.minimum(nearest, distance[chosen])
             nearest = nearest.masked_fill(score[at] > -torch.inf, -torch.inf)
     return score
+
+
+def downsample(model: Any, processor: Any, side: int) -> None:
+    """Have a LLaVA take images in at `side` pixels, so that each has (side / patch size)² tokens from then on.
+
+    The image encoder's table of positions, where it has one, is interpolated as the encoder itself does it.
+
+    Args:
+        model: With or without anchors and adapters; changed, as `processor` is.
+
+    Raises:
+        ValueError: `side` is no multiple of the patch size.
+    """
+    target: Any = base_of(model)
+    if side <= 0 or side % processor.patch_size:
+        raise ValueError(f"side is {side}; it should be a multiple of the patch size, {processor.patch_size}")
+    square = {"height": side, "width": side}
+    images = processor.image_processor
+    images.size = {"shortest_edge": side} if "shortest_edge" in images.size else square
+    if getattr(images, "crop_size", None) is not None:
+        images.crop_size = square
+    target.config.vision_config.image_size = side
+    target.config.image_seq_length = (side // processor.patch_size) ** 2
+    tower: Any = adapter_for(target).vision_tower(target)
+    for part in tower.modules():
+        if hasattr(part, "interpolate_pos_encoding") and isinstance(part.position_embedding, nn.Embedding):
+            old = part.position_embedding.weight
+            count = target.config.image_seq_length + part.num_positions - part.num_patches
+            with torch.no_grad():
+                new = part.interpolate_pos_encoding(old.new_zeros(1, count, old.shape[1]), side, side)[0]
+            part.position_embedding = nn.Embedding.from_pretrained(new, freeze=not old.requires_grad)
+            part.position_ids = torch.arange(count, device=old.device)[None]
+            part.image_size, part.num_patches, part.num_positions = side, target.config.image_seq_length, count
 
 
 def _holds_image(roles: Tensor) -> Tensor:

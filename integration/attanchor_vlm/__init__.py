@@ -30,7 +30,7 @@ if TYPE_CHECKING:  # the table below, for type checkers and editors
     from attanchor_vlm.model.load import load, load_pretrained  # noqa: F401
     from attanchor_vlm.model.plan import AnchorPlan, AnchorStats  # noqa: F401
     from attanchor_vlm.training.config import TrainConfig  # noqa: F401
-    from attanchor_vlm.training.lora import LORA_TARGETS, add_lora  # noqa: F401
+    from attanchor_vlm.training.lora import add_lora, lora_targets  # noqa: F401
     from attanchor_vlm.training.run import run as train  # noqa: F401
 
 _PUBLIC = {
@@ -53,7 +53,7 @@ _PUBLIC = {
     "model.load": ("load", "load_pretrained"),
     "model.plan": ("AnchorPlan", "AnchorStats"),
     "training.config": ("TrainConfig",),
-    "training.lora": ("LORA_TARGETS", "add_lora"),
+    "training.lora": ("add_lora", "lora_targets"),
     "training.run": ("train",),
 }
 _THERE = {"train": "run"}  # what a public name is called at home, where that differs

@@ -18,6 +18,10 @@ class CheckpointError(ValueError):
     """A checkpoint or an adapter could not be written or read; the message says what is left."""
 
 
+class FamilyError(ValueError):
+    """A model or its adapter breaks what anchors rely on; the message says which rule, and what was found."""
+
+
 @dataclass(frozen=True)
 class BadRow:
     """A row that cannot be used, counted from 1, and why."""

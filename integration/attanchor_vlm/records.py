@@ -8,6 +8,8 @@ import datetime
 import json
 import os
 import platform
+import secrets
+import stat
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -31,7 +33,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     temporary = Path(name)
     try:
         write(temporary)
-        temporary.chmod(0o666 & ~_umask())  # mkstemp makes private files
+        temporary.chmod(_mode_of_new_files(path.parent))  # mkstemp makes private files
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -39,7 +41,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 def share_files(folder: Path) -> None:
     """Let others read what is in `folder` as far as the umask does: safetensors writes files that are private."""
-    allowed = 0o666 & ~_umask()
+    allowed = _mode_of_new_files(folder)
     for path in folder.rglob("*"):
         if path.is_file() and not path.is_symlink():
             path.chmod(path.stat().st_mode | allowed)
@@ -199,7 +201,11 @@ def _parsed(line: str) -> Row | None:
     return row if isinstance(row, dict) else None
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _mode_of_new_files(folder: Path) -> int:
+    """The permissions that the umask leaves. To ask for the umask itself is to change it for all threads meanwhile."""
+    probe = folder / f".{secrets.token_hex(8)}"
+    try:
+        with probe.open("xb") as file:
+            return stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+    finally:
+        probe.unlink(missing_ok=True)

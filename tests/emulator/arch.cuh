@@ -70,6 +70,7 @@ struct Thread {
 
 extern Thread* current;
 extern int grid_blocks, resident_limit;
+extern int occupied;  // blocks of other work, which the device does not tell of
 extern std::string failure;  // what the device answers when it is asked for its size
 
 void wait(Barrier& barrier);
@@ -217,11 +218,16 @@ inline unsigned add(unsigned* counter, unsigned amount) {
   emulator::maybe_switch();
   return before;
 }
+inline void count(unsigned* counter, unsigned amount) { add(counter, amount); }
 inline void fence() {
   emulator::publish_maxima();
   emulator::maybe_switch();
 }
-inline unsigned load_now(const unsigned* word) { return *word; }
+inline unsigned load_now(const unsigned* word) {
+  emulator::maybe_switch();
+  return *word;
+}
+inline unsigned load_acquire(const unsigned* word) { return *word; }
 template <class T>
 T load_fresh(const T* word) {
   emulator::maybe_switch();
@@ -243,7 +249,10 @@ template <int CLUSTER>
 void sync_cluster() {
   emulator::wait(*emulator::current->block->cluster_barrier);
 }
-inline void meet_cluster() { emulator::wait(*emulator::current->block->cluster_barrier); }
+template <int CLUSTER>
+void meet_cluster() {
+  sync_cluster<CLUSTER>();
+}
 template <int CLUSTER, class T>
 T* peer(T* own, int rank) {
   const emulator::Block& block = *emulator::current->block;

@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from attanchor_kernels import AnchoredSequence, reference
-from attanchor_kernels.api import shift_places
 from attanchor_kernels.backends.common import rows_contiguous
 from attanchor_kernels.problem import Problem
 from attanchor_kernels.testing.contract import assert_keeps_contract
+from attanchor_kernels.trimming import shift_places
 
 emulator = emulated.Emulator()
 launch = emulator.launch
@@ -36,10 +36,10 @@ def is_aligned(problem: Problem) -> bool:
     return all(number % 16 == 0 for number in numbers)
 
 
-def run(problem: Problem, schedule, *, plan: bool = True) -> tuple[AnchoredSequence, Tensor]:
+def run(problem: Problem, schedule, *, plan: bool = True, occupied: int = 0) -> tuple[AnchoredSequence, Tensor]:
     """Construct, and plan, over the emulated device: they must agree, and leave the workspace as they found it."""
     tuning, resident, seed = schedule
-    emulator.configure(resident, seed)
+    emulator.configure(resident, seed, occupied)
     embeds, made = launch.run(problem, copy=True, tuning=tuning)
     if plan:
         planned = launch.run(problem, copy=False, tuning=tuning._replace(hold=0))[1]

@@ -96,7 +96,7 @@ class Emulator:
         loader.exec_module(module)
         self.binary = module
         self._library = ctypes.CDLL(path)
-        self._library.attanchor_emulate.argtypes = [ctypes.c_int, ctypes.c_uint64]
+        self._library.attanchor_emulate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_uint64]
         self._library.attanchor_emulate_failure.argtypes = [ctypes.c_char_p]
         sys.modules[name] = module
         try:
@@ -109,9 +109,9 @@ class Emulator:
             else:
                 sys.modules[name] = before
 
-    def configure(self, resident: int, seed: int) -> None:
-        """From now on so many blocks run at once, and things happen in the order that the seed gives."""
-        self._library.attanchor_emulate(resident, seed)
+    def configure(self, resident: int, seed: int, occupied: int = 0) -> None:
+        """From now on so many blocks run at once, less those of other work, in the order that the seed gives."""
+        self._library.attanchor_emulate(resident, occupied, seed)
 
     def fail(self, reason: str) -> None:
         """From now on asking the device how much it runs is an error for this reason; empty: it answers."""

@@ -3,11 +3,14 @@
 
 #include <sys/mman.h>
 
+#include <algorithm>
+
 namespace attanchor::arch::emulator {
 
 Thread* current = nullptr;
 int grid_blocks = 0;
 int resident_limit = 4;
+int occupied = 0;
 std::string failure;
 Device device;
 
@@ -213,9 +216,10 @@ const char* run(int blocks, int threads, int shared, int cluster, const std::fun
   device.kernel = &kernel;
   device.pauses = 0;
   grid_blocks = blocks;
+  const int room = std::max(resident_limit - occupied, cluster);
   int next = 0, resident = 0;
   while (device.error.empty()) {
-    while (next < blocks && resident + cluster <= resident_limit) {
+    while (next < blocks && resident + cluster <= room) {
       start_cluster(next, cluster, threads, shared);
       next += cluster;
       resident += cluster;
@@ -257,10 +261,11 @@ const char* run(int blocks, int threads, int shared, int cluster, const std::fun
 
 }  // namespace attanchor::arch::emulator
 
-// For ctypes: how many blocks run at once, and the order in which things happen.
-extern "C" void attanchor_emulate(int resident, uint64_t seed) {
+// For ctypes: how many blocks run at once, how many of those other work takes, and the order in which things happen.
+extern "C" void attanchor_emulate(int resident, int others, uint64_t seed) {
   using namespace attanchor::arch::emulator;
   resident_limit = resident;
+  occupied = others;
   device.random.seed(seed);
   device.steps = device.change_at = 0;
 }

@@ -114,8 +114,8 @@ def _run(problem: Problem, copy: bool, tuning: Tuning | None) -> tuple[Tensor | 
 
     chosen = selection(problem)
     stream = current_stream(device)
-    # Keys (B, movers), cuts (B,), then 1 + 2 B counters of 32 bits.
-    words = batch * movers + batch + batch + 1
+    # A cache line for the ticket and for the counters of each sample, then keys (B, movers) and cuts (B,).
+    words = 16 * (1 + batch) + batch * (movers + 1)
     if drops:  # Ranks (B, S), survivors (B, S // 32 + 1), the best of each cell (B, images).
         words += batch * (slots + slots // 32 + 1 + (0 if problem.cells is None else problem.images))
     with on_device(device):

@@ -11,34 +11,41 @@ from attanchor_kernels.backends.workspace import zeroed
 PATIENCE = tl.constexpr(2**24)
 
 
-def allocate(
-    device: torch.device,
-    batch: int,
-    movers: int,
-    ring: int,
-    scratch: int,
-    relevances: int = 0,
-    ranks: int = 0,
-    survivors: int = 0,
-) -> State:
-    """Zeroed state for one launch on the current stream of `device`, and words of scratch that need not be zero."""
-    # Every part begins on 16 bytes: an unaligned pointer would be one more kernel to compile.
-    words = batch * movers, batch, -(-(1 + 3 * batch + ring) // 2), -(-relevances // 2)
-    lengths = [length + length % 2 for length in words]
-    keys, cuts, counters, relevance = zeroed(device, sum(lengths)).split(lengths)
-    return State(
-        keys=keys.view(torch.uint64),
-        cuts=cuts.view(torch.uint64),
-        counters=counters.view(torch.int32),
-        relevance=relevance.view(torch.uint32) if relevances else None,
-        scratch=_scratch(device, scratch, torch.float32),
-        ranks=_scratch(device, ranks, torch.uint64),
-        survivors=_scratch(device, survivors, torch.int32),
-    )
+class States:
+    """State for launches of one shape: how many zeroed words each needs, and of scratch that need not be zero."""
 
+    def __init__(
+        self,
+        device: torch.device,
+        batch: int,
+        movers: int,
+        ring: int,
+        scratch: int,
+        relevances: int = 0,
+        ranks: int = 0,
+        survivors: int = 0,
+    ) -> None:
+        self.device, self.has_relevance = device, relevances > 0
+        self.scratch = (scratch, torch.float32), (ranks, torch.uint64), (survivors, torch.int32)
+        # Every part begins on 16 bytes: an unaligned pointer would be one more kernel to compile.
+        words = batch * movers, batch, -(-(1 + 3 * batch + ring) // 2), -(-relevances // 2)
+        self.lengths = [length + length % 2 for length in words]
+        self.count = sum(self.lengths)
+        self.views: tuple[torch.Tensor | None, tuple[torch.Tensor | None, ...]] = None, ()
 
-def _scratch(device: torch.device, count: int, dtype: torch.dtype) -> torch.Tensor | None:
-    return torch.empty(count, dtype=dtype, device=device) if count else None
+    def take(self) -> State:
+        """State for one launch on the current stream."""
+        words = zeroed(self.device, self.count)
+        known, views = self.views  # once for all launches on a stream, whose words are mostly the same
+        if known is not words:
+            keys, cuts, counters, relevance = words[: self.count].split(self.lengths)
+            views = keys.view(torch.uint64), cuts.view(torch.uint64), counters.view(torch.int32)
+            views = *views, relevance.view(torch.uint32) if self.has_relevance else None
+            self.views = words, views
+        scratch = [
+            torch.empty(count, dtype=dtype, device=self.device) if count else None for count, dtype in self.scratch
+        ]
+        return State(*views, *scratch)
 
 
 @triton.jit

@@ -25,6 +25,21 @@ def demo(
     demonstration.run(output, str(model) if model else None, demonstration.Size(steps=steps), seed, typer.echo)
 
 
+@app.command("demo-photographs")
+def demo_photographs(
+    output: Annotated[Path, typer.Option(help="Folder for data, models and the picture; replaces an earlier demo.")],
+    seed: Annotated[int, typer.Option(help="For data, order and adapters.")] = 0,
+) -> None:
+    """Teach a pretrained language model to see photographs, and let it answer with anchors and without: minutes.
+
+    Needs Debian's tuxpaint-stamps-default and the packages that build-small-vlm names.
+    """
+    quiet()
+    from attanchor_lab import demo_photographs
+
+    demo_photographs.run(output, seed=seed, say=typer.echo)
+
+
 @app.command("demo-stage1")
 def demo_stage1(
     output: Annotated[Path, typer.Option(help="Folder for model and processor; should not exist.")],

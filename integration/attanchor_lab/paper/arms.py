@@ -168,7 +168,7 @@ def _train(study: Study, rows: TrainRows, arm: Arm, seed: int, say: Say, progres
 
     settings = train_settings(study, rows, arm, seed)
     folder = settings.output
-    if not is_trained(folder) and _train_or_go_on(settings, say, progress).interrupted:
+    if not is_trained(folder) and train_or_go_on(settings, say, progress).interrupted:
         raise InterruptedStudyError(f"interrupted while {arm.name} was trained; the same command goes on")
     summary = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))["result"]
     trained = {"train_steps": summary["steps"], "train_seconds": summary["seconds"]}
@@ -177,7 +177,7 @@ def _train(study: Study, rows: TrainRows, arm: Arm, seed: int, say: Say, progres
     return folder, trained
 
 
-def _train_or_go_on(settings: TrainConfig, say: Say, progress: bool) -> Any:
+def train_or_go_on(settings: TrainConfig, say: Say, progress: bool) -> Any:
     """Train from the last whole checkpoint, if there is one.
 
     A run killed between its last checkpoint and its adapter has no step left to make, which `train.run` refuses: it

@@ -77,6 +77,7 @@ ARMS: dict[str, Arm] = {
         for count in (12, 14)
     },
     "keep-12-random": Arm("12 patches, random", "none", keep=12, keep_by="random"),
+    "keep-12-pooling": Arm("12 patches, averages of cells", "none", keep=12, keep_by="pooling"),
     "keep-12-relevance": Arm("12 patches, best cosines", "none", keep=12, keep_by="relevance"),
     "t2i-keep-12": Arm("text into image, 12 patches, one a cell", "matched", keep=12),
     "t2i-keep-12-inherit": Arm(

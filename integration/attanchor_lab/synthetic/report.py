@@ -1,11 +1,20 @@
-"""`attanchor report`: rows of the laboratory to one page, a table with verdicts and three pictures.
+"""`attanchor report`: rows of experiments to one page, a table with verdicts and three pictures.
 
-What is looked at together is corrected together: the comparisons that a plan names are one family, all other arms
-against plain in that plan another.
+A folder's plan names what is compared; these comparisons are corrected together. Rows are those of `attanchor lab` and
+of experiments on photographs (`photographs.rows`):
+
+- plan: `size` (its name); `settings` with `name`, `arms`, `seeds`, `more`, `more_seeds`; `contrasts` with `setting`,
+  `arm`, `against`, `asks`, and where they are given `test` (compare the mean of this test instead of the first one's)
+  and `margin` (points; an open difference whose interval ends above -margin is "no worse"); `titles` of arms.
+- run: `setting`, `arm`, `seed`, `status`, `test` (by name of the test, the first being the main one, `mean` and further
+  shares), `training.log` with `step` and `answer_loss`.
+- a picture.png in the folder is the page's picture.
 """
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,14 +22,17 @@ from typing import Any
 
 import pandas as pd
 
-from attanchor_lab.runner import Row
+from attanchor_lab.photographs.rows import as_laboratory
+from attanchor_lab.runner import ROWS, Row
 from attanchor_lab.synthetic.arms import ARMS
 from attanchor_lab.synthetic.laboratory import latest, read
-from attanchor_lab.table import compare, interval, number, probability
-from attanchor_vlm.records import check_parent, markdown_table, write_atomically
+from attanchor_lab.table import OPEN, compare, interval, number, probability
+from attanchor_vlm.records import check_parent, markdown_table, read_rows, write_atomically
 
 NAMED = "## The comparisons named before the runs"  # the README shows lines of this section
-_COMPARED = ("plan", "setting", "arm", "against")
+NO_WORSE = "no worse"
+_COMPARED = ("plan", "setting", "arm", "against", "test")
+_MEAN = "mean"
 
 
 @dataclass(frozen=True)
@@ -34,24 +46,20 @@ class Measure:
 
 
 METRICS: dict[str, Measure] = {
-    "mean": Measure("mean accuracy, %", "test.mean"),
-    "existence": Measure("existence", "test.existence"),
-    "colour": Measure("colour", "test.colour"),
-    "place": Measure("place", "test.place"),
-    "random": Measure("absent, random", "test.negatives.random"),
-    "popular": Measure("absent, popular", "test.negatives.popular"),
-    "adversarial": Measure("absent, adversarial", "test.negatives.adversarial"),
-    "yes": Measure("yes-share", "test.yes_share"),
-    "loss": Measure("answer loss", "test.answer_loss", 1.0, 3),
-    "blurred": Measure("mean, blurred", "blurred.mean"),
+    _MEAN: Measure("mean accuracy, %", "main.mean"),
+    "random": Measure("absent, random", "main.negatives.random"),
+    "popular": Measure("absent, popular", "main.negatives.popular"),
+    "adversarial": Measure("absent, adversarial", "main.negatives.adversarial"),
+    "yes": Measure("yes-share", "main.yes_share"),
+    "loss": Measure("answer loss", "main.answer_loss", 1.0, 3),
     "without": Measure("mean, copies left out", "without_copies.mean"),
-    "hit": Measure("best patch holds the word", "test.matching.hit"),
-    "precision": Measure("anchors at a true patch", "test.matching.precision"),
-    "share": Measure("copies / candidates", "test.matching.share"),
+    "hit": Measure("best patch holds the word", "main.matching.hit"),
+    "precision": Measure("anchors at a true patch", "main.matching.precision"),
+    "share": Measure("copies / candidates", "main.matching.share"),
     "patch": Measure("attention to the true patch", "attention.with_copies.patch", digits=2),
     "copies": Measure("to copies there", "attention.with_copies.copies", digits=2),
 }
-_EXPLAINED = ("existence", "colour", "place", "adversarial", "patch")  # of the comparisons that a plan names
+_NO_SHARES = {"main.questions", *(metric.path for metric in METRICS.values())}
 
 
 class Laboratory:
@@ -60,31 +68,43 @@ class Laboratory:
     Attributes:
         plan: Its row.
         rows: All others.
-        runs: Finished runs, one a line: setting, arm, seed and what `METRICS` names, in the unit shown.
+        measures: `METRICS` and the shares of its tests, as far as the rows hold them.
+        runs: Finished runs, one a line: setting, arm, seed and what `measures` names, in the unit shown.
 
     Raises:
         ValueError: the rows lack their plan, or none was finished.
     """
 
     def __init__(self, path: Path) -> None:
-        found = read(path)
+        found = _rows_of(path)
         plans = [row for row in found if row["kind"] == "plan"]
         if not plans:
             raise ValueError(f"{path} lacks the row of its plan; it should be the rows.jsonl of `attanchor lab`")
         self.plan: Row = dict(plans[-1])
+        self.folder = path if path.is_dir() else path.parent
         self.rows = [row for row in found if row["kind"] != "plan"]
         self.latest = latest(self.rows)
         self.done = [row for row in self.latest.values() if row["kind"] == "run" and row["status"] == "done"]
         if not self.done:
             raise ValueError(f"{path} holds no finished run; let `attanchor lab` finish some")
-        flat = pd.json_normalize([_first_test(row) for row in self.done])
+        flat = pd.json_normalize([{**row, "main": next(iter(row["test"].values()))} for row in self.done])
+        kinds = [name for name in flat if name.startswith("main.") and name.count(".") == 1 and name not in _NO_SHARES]
+        mean = {_MEAN: METRICS[_MEAN]}
+        shares = {name.partition(".")[2]: Measure(name.partition(".")[2], name) for name in kinds}
+        tested = dict.fromkeys(name for row in self.done for name in row["test"])
+        others = [name for name in tested if name != next(iter(tested))]  # the laboratory calls them by their blur
+        titles = {name: f"blur {name}" if name.replace(".", "").isdigit() else name for name in others}
+        tests = {name: Measure(f"mean, {titles[name]}", f"test.{name}.mean") for name in others}
+        every = {**mean, **shares, **tests, **METRICS}
+        self.measures = {name: one for name, one in every.items() if one.path in flat and flat[one.path].notna().any()}
         columns = {name: flat[name] for name in ("setting", "arm", "seed")}
-        for name, metric in METRICS.items():
-            columns[name] = metric.scale * pd.to_numeric(flat.get(metric.path, pd.Series(index=flat.index)))
+        for name, metric in self.measures.items():
+            columns[name] = metric.scale * pd.to_numeric(flat[metric.path])
         self.runs = pd.DataFrame(columns)
         # The copies of "end" stand behind the last patch and mean none; older rows count them where that is the true
         # one.
-        self.runs.loc[self.runs["arm"] == "end", "copies"] = 0.0
+        if "copies" in columns:
+            self.runs.loc[self.runs["arm"] == "end", "copies"] = 0.0
 
     def wanted(self) -> list[tuple[str, str, int]]:
         """(setting, arm, seed) of the plan's runs."""
@@ -103,50 +123,53 @@ class Laboratory:
         there = set(zip(self.runs["setting"], self.runs["arm"], strict=True))
         return [pair for pair in dict.fromkeys((setting, arm) for setting, arm, _ in self.wanted()) if pair in there]
 
-    def differences(self, setting: str, arm: str, against: str, metric: str = "mean") -> pd.Series:
+    def differences(self, setting: str, arm: str, against: str, metric: str = _MEAN) -> pd.Series:
         """`arm` minus `against` by seed, of the seeds that have both."""
         runs = self.runs[self.runs["setting"] == setting].set_index(["arm", "seed"])[metric]
         ours, theirs = (runs.loc[runs.index.get_level_values("arm") == one].droplevel("arm") for one in (arm, against))
         return (ours - theirs).dropna().sort_index()
 
     def named(self) -> pd.DataFrame:
-        """The comparisons that the plan names, in mean accuracy, one family."""
-        return self._compared([(one["setting"], one["arm"], one["against"]) for one in self.plan["contrasts"]])
-
-    def others(self) -> pd.DataFrame:
-        """Every other arm against plain, in mean accuracy, one family."""
-        named = {(one["setting"], one["arm"], one["against"]) for one in self.plan["contrasts"]}
-        every = [(setting, arm, "plain") for setting, arm in self.arms() if arm != "plain"]
-        return self._compared([one for one in every if one not in named])
-
-    def explained(self) -> dict[tuple[str, str, str, str], pd.Series]:
-        """By plan, setting, arm and metric, where the named differences from plain come from."""
-        return {
-            (one["setting"], one["arm"], one["against"], metric): self.differences(
-                one["setting"], one["arm"], one["against"], metric
-            )
+        """The comparisons that the plan names, in mean accuracy of their test, one family; with what each asks."""
+        contrasts = {
+            (self.plan["size"], one["setting"], one["arm"], one["against"], one.get("test", _MEAN)): one
             for one in self.plan["contrasts"]
-            for metric in _EXPLAINED
         }
-
-    def _compared(self, comparisons: Sequence[tuple[str, str, str]]) -> pd.DataFrame:
-        found = compare({(self.plan["size"], *one): self.differences(*one).tolist() for one in comparisons})
-        if comparisons:
+        found = compare({key: self.differences(*key[1:]).tolist() for key in contrasts})
+        if contrasts:
             found.index.names = list(_COMPARED)
+            found["asks"] = [one["asks"] for one in contrasts.values()]
+            found["compared"] = [f"{self.title(key[2])} − {self.title(key[3])}" for key in contrasts]
+            margins = pd.Series([one.get("margin") for one in contrasts.values()], found.index, dtype=float)
+            found.loc[(found["verdict"] == OPEN) & (found["low"] > -margins), "verdict"] = NO_WORSE
         return found
 
+    def title(self, arm: str) -> str:
+        """An arm as the page calls it."""
+        known = ARMS[arm].title if arm in ARMS else arm
+        return self.plan.get("titles", {}).get(arm, known)
 
-def _first_test(row: Row) -> Row:
-    """The row with the test under the plan's first blur as `test`, and under its last one as `blurred`."""
-    tests = list(row["test"].values())
-    return {**row, "test": tests[0], **({"blurred": tests[-1]} if len(tests) > 1 else {})}
+    def where(self, setting: str) -> str:
+        """A setting as the page calls it."""
+        plan = self.plan["size"]
+        return plan if plan == setting else f"{plan}, {setting}"
+
+
+def _rows_of(path: Path) -> list[Row]:
+    """Those of a plan and its runs, wherever they come from."""
+    folder = path if path.is_dir() else path.parent
+    plan = folder / "plan.json"
+    told = json.loads(plan.read_text(encoding="utf-8")) if plan.is_file() else {}
+    if "question" not in told:
+        return read(path)
+    return as_laboratory(told, read_rows(folder / ROWS), folder.name)
 
 
 def write(paths: Sequence[Path], output: Path) -> list[Path]:
     """Write the page and, beside it, its pictures.
 
     Args:
-        paths: rows.jsonl files, or folders that hold one; each is one plan.
+        paths: rows.jsonl files, or folders that hold one; each is one plan, the first the one in full.
         output: A .md file. Pictures are called after it.
 
     Returns:
@@ -167,148 +190,92 @@ def write(paths: Sequence[Path], output: Path) -> list[Path]:
     for place, one in enumerate(laboratories):
         if same := sizes[:place].count(sizes[place]):
             one.plan["size"] += f" ({same + 1})"
-    named, others = (_stacked([getattr(one, part)() for one in laboratories]) for part in ("named", "others"))
+    tables = {one.plan["size"]: one.named() for one in laboratories}
+    named = pd.concat([table for table in tables.values() if len(table)] or list(tables.values())[:1])
     pictures = {name: output.with_name(f"{output.stem}-{name}.png") for name in ("forest", "curves", "scene")}
-    figures.forest(pictures["forest"], {_said(key): line for key, line in pd.concat([named, others]).iterrows()})
+    figures.forest(pictures["forest"], {f"{_where(key)}: {line['compared']}": line for key, line in named.iterrows()})
     figures.curves(pictures["curves"], _curves(laboratories))
+    drawn = next((one.folder / "picture.png" for one in laboratories if (one.folder / "picture.png").is_file()), None)
     kept = next((scene for one in laboratories if (scene := _scene(one))), None)
-    if kept:
+    if drawn:
+        shutil.copyfile(drawn, pictures["scene"])
+    elif kept:
         figures.scene(pictures["scene"], kept)
     else:
         del pictures["scene"]
-    lines = _page(laboratories, named, others, {name: path.name for name, path in pictures.items()})
+    lines = _page(laboratories, named, {name: path.name for name, path in pictures.items()})
     write_atomically(output, lambda path: path.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8"))
     return [output, *pictures.values()]
 
 
-def _stacked(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
-    full = [table for table in tables if len(table)]
-    return pd.concat(full) if full else tables[0]
-
-
-def _page(
-    laboratories: Sequence[Laboratory], named: pd.DataFrame, others: pd.DataFrame, pictures: dict[str, str]
-) -> list[str]:
-    asks = {
-        (one.plan["size"], c["setting"], c["arm"], c["against"]): c["asks"]
-        for one in laboratories
-        for c in one.plan["contrasts"]
-    }
+def _page(laboratories: Sequence[Laboratory], named: pd.DataFrame, pictures: dict[str, str]) -> list[str]:
     lines = [
         "# Does it help?",
         "",
-        "Made by `attanchor report` from the rows of `attanchor lab`; how to run and read it: "
-        "[the proving ground](../proving-ground.md). A difference is one arm minus another from the same weights, on "
-        "the same data in the same order, paired by seed, in points of mean accuracy over the kinds of question. The "
-        "verdict, the interval and p come from one test: Student's t over seeds, corrected by Holm for what is looked "
-        "at together (the comparisons that a plan names; all its other arms against plain). The interval leaves out 0 "
-        "exactly where p is below .05, and then the verdict is *better* or *worse*. *Not shown* does not mean none: "
-        "read the interval.",
+        "Does copying each word of the question behind the image token that it matches make a model answer better, "
+        "compared with the same model, trained on the same data in the same order, without the copies? How to run and "
+        "read this: [the proving ground](../proving-ground.md).",
         "",
         NAMED,
         "",
-        *_verdicts(named, asks),
+        "A difference is one arm minus another, paired by seed, in points of mean accuracy over the kinds of question. "
+        "Verdict, interval and p come from one test: Student's t over seeds, corrected by Holm for the comparisons of "
+        "its plan. The interval leaves out 0 exactly where p is below .05, and then the verdict is *better* or "
+        "*worse*. *Not shown* does not mean none: read the interval.",
+        "",
+        *_verdicts(named),
         "",
         f"![Every difference with its interval]({pictures['forest']})",
         "",
-        "## Every other arm against plain",
-        "",
-        "Arms *at the true patch* are told where the object is: a bound, not a method.",
-        "",
-        *_verdicts(others),
-        "",
-        "## Where the named differences come from",
-        "",
-        "Mean and corrected interval, all cells of a plan one family; bold where the verdict is not open. Attention is "
-        "that from the place of the answer to the true patch, in % of all.",
-        "",
-        *_explained(laboratories),
-        "",
         "## Does a gain last, or is it faster learning?",
         "",
-        "Answer loss of an arm minus that of plain on the same batch, over the steps of stage 2 (mean of the seeds, "
-        "and 95 % interval of each point alone); below 0 the arm is ahead. A gain that lasts stays below 0 to the end "
-        "of training; faster learning comes back to it.",
+        "Answer loss of an arm minus that of plain on the same batch, over the steps of training (mean of the seeds, "
+        "and 95 % interval of each point alone). A gain that lasts stays below 0 to the end; faster learning comes "
+        "back to it.",
         "",
         f"![Answer loss against plain over the steps]({pictures['curves']})",
         "",
-        "## What was measured",
-        "",
-        "Means over seeds, in % but for the loss.",
-        "",
-        *_levels(laboratories),
-        "",
     ]
     if "scene" in pictures:
-        lines += [
-            "## One scene",
-            "",
-            "A test scene of the first seed, then for each arm the attention of the answer's place to the patches "
-            "(dark: much), with the words at the patches behind which they were copied.",
-            "",
-            f"![A scene with anchors and attention]({pictures['scene']})",
-            "",
-        ]
-    return [*lines, "## What this does not show", "", *_limits(laboratories), "", "## Runs", "", *_runs(laboratories)]
+        lines += ["## One picture", "", f"![Words at the image tokens that they match]({pictures['scene']})", ""]
+    return [
+        *lines,
+        f"## What was measured: {laboratories[0].plan['size']}",
+        "",
+        "Means over seeds, in % but for the loss; every run of every plan is in the rows.",
+        "",
+        *_levels(laboratories[0]),
+        "",
+        "## Runs",
+        "",
+        *_runs(laboratories),
+    ]
 
 
-def _title(arm: str) -> str:
-    return ARMS[arm].title if arm in ARMS else arm
+def _where(key: Any) -> str:
+    plan, setting, _, _, test = key
+    parts = [plan, *([setting] if setting != plan else []), *([test] if test != _MEAN else [])]
+    return ", ".join(parts)
 
 
-def _where(plan: str, setting: str) -> str:
-    return plan if plan == setting else f"{plan}, {setting}"
+def _verdicts(table: pd.DataFrame) -> list[str]:
+    lines = [
+        [_where(key), line["asks"], line["compared"], str(line["seeds"]), number(line["mean"], sign=True),
+         interval(line["low"], line["high"]), probability(line["p"]), line["verdict"]]
+        for key, line in table.iterrows()
+    ]  # fmt: skip
+    heads = ["plan, setting", "question", "compared", "seeds", "difference, points", "95 % interval", "p", "verdict"]
+    return markdown_table(heads, lines, words=3) if lines else ["None."]
 
 
-def _said(key: Any) -> str:
-    plan, setting, arm, against = key
-    return f"{_where(plan, setting)}: {_title(arm)}" + ("" if against == "plain" else f" − {_title(against)}")
-
-
-def _verdicts(table: pd.DataFrame, asks: dict[Any, str] | None = None) -> list[str]:
-    if not len(table):
-        return ["None."]
-    lines = []
-    for key, line in table.iterrows():
-        plan, setting, arm, against = key
-        compared = f"{_title(arm)} − {_title(against)}"
-        words = [_where(plan, setting), *([asks[key]] if asks else []), compared]
-        figures = [number(line["mean"], sign=True), interval(line["low"], line["high"]), probability(line["p"])]
-        lines.append([*words, str(line["seeds"]), *figures, line["verdict"]])
-    heads = ["plan, setting", *(["question"] if asks else []), "compared"]
-    return markdown_table(
-        [*heads, "seeds", "difference, points", "95 % interval", "p", "verdict"], lines, words=3 if asks else 2
-    )
-
-
-def _explained(laboratories: Sequence[Laboratory]) -> list[str]:
-    lines = []
-    for one in laboratories:
-        table = compare({key: values.tolist() for key, values in one.explained().items()})
-        for c in one.plan["contrasts"]:
-            cells = []
-            for metric in _EXPLAINED:
-                line = table.loc[(c["setting"], c["arm"], c["against"], metric)]
-                digits = METRICS[metric].digits
-                text = number(line["mean"], digits, True)
-                if line["seeds"] and line["low"] == line["low"]:
-                    text += f" [{interval(line['low'], line['high'], digits)}]"
-                cells.append(f"**{text}**" if line["verdict"] in ("better", "worse") else text)
-            where = _where(one.plan["size"], c["setting"])
-            lines.append([where, f"{_title(c['arm'])} − {_title(c['against'])}", *cells])
-    if not lines:
-        return ["No plan names a comparison."]
-    return markdown_table(["plan, setting", "compared", *(METRICS[name].title for name in _EXPLAINED)], lines, words=2)
-
-
-def _levels(laboratories: Sequence[Laboratory]) -> list[str]:
-    lines = []
-    for one in laboratories:
-        means = one.runs.groupby(["setting", "arm"])[list(METRICS)].mean()
-        for setting, arm in one.arms():
-            cells = [number(means.loc[(setting, arm), name], metric.digits) for name, metric in METRICS.items()]
-            lines.append([_where(one.plan["size"], setting), _title(arm), *cells])
-    return markdown_table(["plan, setting", "arm", *(metric.title for metric in METRICS.values())], lines, words=2)
+def _levels(one: Laboratory) -> list[str]:
+    means = one.runs.groupby(["setting", "arm"])[list(one.measures)].mean()
+    lines = [
+        [one.where(setting), one.title(arm),
+         *(number(means.loc[(setting, arm), name], metric.digits) for name, metric in one.measures.items())]
+        for setting, arm in one.arms()
+    ]  # fmt: skip
+    return markdown_table(["setting", "arm", *(metric.title for metric in one.measures.values())], lines, words=2)
 
 
 def _curves(laboratories: Sequence[Laboratory]) -> dict[str, dict[str, pd.DataFrame]]:
@@ -327,8 +294,7 @@ def _curves(laboratories: Sequence[Laboratory]) -> dict[str, dict[str, pd.DataFr
             if c["against"] != "plain" or not len(seeds):
                 continue
             apart = {seed: losses[c["setting"], c["arm"], seed] - losses[c["setting"], "plain", seed] for seed in seeds}
-            where = _where(one.plan["size"], c["setting"])
-            panels.setdefault(where, {})[_title(c["arm"])] = pd.DataFrame(apart)
+            panels.setdefault(one.where(c["setting"]), {})[one.title(c["arm"])] = pd.DataFrame(apart)
     return panels
 
 
@@ -344,26 +310,7 @@ def _scene(laboratory: Laboratory) -> dict[str, Row]:
     if not kept:
         return {}
     most = max(range(len(kept[0]["pictures"])), key=copies)
-    return {_title(row["arm"]): row["pictures"][most] for row in kept}
-
-
-def _limits(laboratories: Sequence[Laboratory]) -> list[str]:
-    starts = [row for one in laboratories for row in one.rows if row["kind"] == "start" and row["status"] == "done"]
-    seen = pd.DataFrame([100 * pd.Series(row["encoder"]) for row in starts])
-    named = [
-        f"the {what} of {number(seen[what].min())} to {number(seen[what].max())} %"
-        for what in ("colour", "shape")
-        if what in seen
-    ]
-    encoder = f" It names {' and '.join(named)} of the objects." if named else ""
-    return [
-        "- No pretrained language model: these models have learned thirty words on the scenes themselves, so nothing "
-        "here says what anchors do to knowledge that a large model brings along.",
-        f"- No real images and no CLIP: the encoder sees one patch at a time.{encoder}",
-        "- The models are small and the training is short. An effect that needs scale or patience would not show, and "
-        "where plain concatenation has not learned the task to its end, a gain may be faster learning.",
-        "- Absolute values of cosine and tau mean nothing for another model.",
-    ]
+    return {laboratory.title(row["arm"]): row["pictures"][most] for row in kept}
 
 
 def _runs(laboratories: Sequence[Laboratory]) -> list[str]:
@@ -375,11 +322,11 @@ def _runs(laboratories: Sequence[Laboratory]) -> list[str]:
             states.append(row.get("status", "not started"))
             if states[-1] == "failed":
                 error = row["error"].replace("\n", " ")[:120]
-                failures.append(f"- {_where(plan['size'], setting)}, {_title(arm)}, seed {seed} failed: {error}")
+                failures.append(f"- {one.where(setting)}, {one.title(arm)}, seed {seed} failed: {error}")
         counts = [str(states.count(state)) for state in ("done", "failed", "not started")]
         commits = ", ".join(sorted({row["commit"] for row in one.done}))
         device = plan["gpu"] if plan.get("gpu", "none") != "none" else plan["processor"]
-        minutes = sum(row.get("cpu_seconds", 0) for row in one.rows) / 60
+        minutes = sum(row.get("cpu_seconds", float("nan")) for row in one.rows) / 60
         machine = [device, plan["torch"], plan["transformers"], commits, number(minutes, 0)]
         lines.append([plan["size"], plan["written"], *machine, str(len(states)), *counts])
     heads = ["plan", "written", "machine", "torch", "transformers", "commit", "minutes of processor time"]

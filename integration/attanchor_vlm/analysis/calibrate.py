@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Sized
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -108,7 +108,8 @@ def measure_scores(
         set_tau(model, HIGHEST_TAU)
         model.eval()
         iterator = iter(mine)
-        bar = tqdm(desc="measuring scores", unit="", disable=not progress, leave=False)
+        total = len(mine) if isinstance(mine, Sized) else None
+        bar = tqdm(desc="measuring scores", total=total, unit="", disable=not progress, leave=False)
         while part := list(islice(iterator, batch_size)):
             batch = to_model(collate(part), model)
             model(**batch)

@@ -24,6 +24,7 @@ from attanchor_vlm.data.rows import PLACEHOLDER, Sample
 from attanchor_vlm.model.attach import base_of
 from attanchor_vlm.model.families import adapter_for
 from attanchor_vlm.model.image_rows import rows_by_sample
+from attanchor_vlm.model.media import encode
 
 CONTENT, FUNCTION, PUNCTUATION = KINDS = ("content", "function", "punctuation")
 
@@ -200,8 +201,7 @@ def image_rows(model: Any, arguments: dict[str, Any]) -> list[Tensor]:
     """The projected features of every sample of a batch that can host, (M, D)."""
     target: Any = base_of(model)
     adapter = adapter_for(target)
-    rows = adapter.feature_rows(adapter.encode_images(target, arguments))
-    return rows_by_sample(target, adapter, rows, arguments)
+    return rows_by_sample(target, adapter, encode(target, adapter, arguments).rows, arguments)
 
 
 def _vocabulary(tokenizer: Any, samples: Sequence[Sample], function_words: Collection[str]) -> Tensor:

@@ -18,6 +18,7 @@ from jinja2 import TemplateError
 from torch import Tensor
 
 from attanchor_vlm.chat import paligemma
+from attanchor_vlm.chat.videos import Video, processor_arguments
 from attanchor_vlm.chat.words import content_spans, special_token_ids, words_to_leave_out
 from attanchor_vlm.constants import IGNORE_INDEX
 
@@ -49,6 +50,7 @@ def encode_chat(
     conversations: Sequence[Message] | Sequence[Sequence[Message]],
     images: Sequence[Any] | None = None,
     *,
+    videos: Sequence[Any] | None = None,
     add_generation_prompt: bool = False,
     supervise: str = "all",
     anchors: str = "all",
@@ -63,9 +65,10 @@ def encode_chat(
     Args:
         processor: A processor, or a tokenizer if there are no images; with a chat template and a fast tokenizer.
         conversations: A list of messages ``{"role": …, "content": …}`` or a list of such lists. Content is a string or
-            a list of ``{"type": "text", "text": …}`` and ``{"type": "image"}``.
+            a list of ``{"type": "text", "text": …}``, ``{"type": "image"}`` and ``{"type": "video"}``.
         images: A list of each conversation's images in order; of one conversation also its images themselves. None
             takes them from the image parts, ``{"type": "image", "image": …}``.
+        videos: The same of videos, each a `Video`; the times of frames that a processor writes are no user's text.
         add_generation_prompt: For inference: end with what makes the assistant answer; no labels.
         supervise: The assistant messages that are learned, "all" or "last".
         anchors: The user messages whose text may be copied, "all" or "last".
@@ -88,9 +91,9 @@ def encode_chat(
     left_out = words_to_leave_out(content_words)
     check_processor(processor)
     tokenizer = getattr(processor, "tokenizer", processor)
-    batch, images = _batched(conversations, images)
+    batch, *media = _batched(conversations, images, videos)
     batch = [_checked(messages, index, processor) for index, messages in enumerate(batch)]
-    images = _images_of(batch, images)
+    images, videos = (_media_of(kind, batch, own) for kind, own in zip(("image", "video"), media, strict=True))
 
     side = padding_side or ("left" if add_generation_prompt else "right")
     if paligemma.is_paligemma(processor):
@@ -110,7 +113,7 @@ def encode_chat(
         texts.append(text)
         spans.append((messages, found))
 
-    encoded, offsets, replacements = _tokenize(processor, tokenizer, texts, images, side)
+    encoded, offsets, replacements = _tokenize(processor, tokenizer, texts, images, videos, side)
     anchor_mask = torch.zeros(encoded["input_ids"].shape, dtype=torch.bool)
     answer_mask = torch.zeros_like(anchor_mask)
     for row, (messages, found) in enumerate(spans):
@@ -188,17 +191,25 @@ def _check_options(supervise: str, anchors: str, padding_side: str | None) -> No
             raise ValueError(f"{name} is {value!r}; it should be one of {', '.join(map(repr, allowed))}")
 
 
-def _batched(conversations: Any, images: Any) -> tuple[list[list[Message]], list[list[Any]] | None]:
+def _batched(conversations: Any, *media: Any) -> tuple[Any, ...]:
+    """Conversations, and of each kind of media a list for each of them, or None."""
     if not isinstance(conversations, Sequence) or isinstance(conversations, str) or not conversations:
         raise TypeError("conversations should be a list of messages, or a list of such lists, and not empty")
-    if isinstance(conversations[0], Mapping):
-        nested = isinstance(images, (list, tuple)) and len(images) == 1 and isinstance(images[0], (list, tuple))
-        conversations, images = [conversations], images if images is None or nested else [images]
-    if images is not None:
-        if not isinstance(images, Sequence) or len(images) != len(conversations):
-            raise ValueError(f"images should be a list, one entry for each of the {len(conversations)} conversations")
-        images = [list(group) if isinstance(group, (list, tuple)) else [group] for group in images]
-    return [list(messages) for messages in conversations], images
+    single = isinstance(conversations[0], Mapping)
+    found = []
+    for kind, given in zip(("images", "videos"), media, strict=True):
+        if single and given is not None:
+            nested = isinstance(given, (list, tuple)) and len(given) == 1 and isinstance(given[0], (list, tuple))
+            given = given if nested else [given]
+        if given is not None:
+            if not isinstance(given, Sequence) or len(given) != (1 if single else len(conversations)):
+                raise ValueError(
+                    f"{kind} should be a list, one entry for each of the {1 if single else len(conversations)} "
+                    "conversations"
+                )
+            given = [list(group) if isinstance(group, (list, tuple)) else [group] for group in given]
+        found.append(given)
+    return [list(messages) for messages in ([conversations] if single else conversations)], *found
 
 
 def _checked(messages: list[Message], index: int, processor: Any) -> list[Message]:
@@ -232,8 +243,8 @@ def _texts(content: Any, where: str = "") -> list[str]:
     return texts
 
 
-def _images_of(batch: list[list[Message]], images: list[list[Any]] | None) -> list[list[Any]]:
-    """The images of each conversation, as many as its image parts."""
+def _media_of(kind: str, batch: list[list[Message]], media: list[list[Any]] | None) -> list[list[Any]]:
+    """The images or videos of each conversation, as many as its parts of that kind."""
     given = []
     for index, messages in enumerate(batch):
         parts = [
@@ -241,14 +252,16 @@ def _images_of(batch: list[list[Message]], images: list[list[Any]] | None) -> li
             for message in messages
             if not isinstance(message["content"], str)
             for part in message["content"]
-            if part["type"] == "image"
+            if part["type"] == kind
         ]
-        if images is not None:
-            own = images[index]
+        if media is not None:
+            own = media[index]
         else:
-            own = [part[key] for part in parts for key in ("image", "url", "path") if key in part]
+            own = [part[key] for part in parts for key in (kind, "url", "path") if key in part]
         if len(own) != len(parts):
-            raise ValueError(f"conversation {index} has {len(parts)} image parts and {len(own)} images")
+            raise ValueError(f"conversation {index} has {len(parts)} {kind} parts and {len(own)} {kind}s")
+        if wrong := [one for one in own if kind == "video" and not isinstance(one, Video)]:
+            raise TypeError(f"conversation {index} has a video that is {type(wrong[0]).__name__}; it should be a Video")
         given.append(own)
     return given
 
@@ -374,7 +387,12 @@ def _with_end_of_turn(
 
 
 def _tokenize(
-    processor: Any, tokenizer: Any, texts: list[str], images: list[list[Any]], padding_side: str
+    processor: Any,
+    tokenizer: Any,
+    texts: list[str],
+    images: list[list[Any]],
+    videos: list[list[Any]],
+    padding_side: str,
 ) -> tuple[dict[str, Tensor], Tensor, list[list[Mapping[str, Any]]]]:
     """The processor's tensors, (B, S, 2) character offsets, and for each text how image placeholders grew in it."""
     options: dict[str, Any] = {
@@ -387,18 +405,19 @@ def _tokenize(
     if tokenizer.bos_token is not None and texts[0].startswith(tokenizer.bos_token):
         options["add_special_tokens"] = False
     if processor is tokenizer:
-        if any(images):
+        if any(images) or any(videos):
             raise ValueError("the conversations have images, but processor is a tokenizer; it should be a processor")
         encoded = dict(tokenizer(texts, **options))
         return _without_extras(encoded), encoded["offset_mapping"], [[] for _ in texts]
 
     given = images if any(images) else None
+    options |= processor_arguments([video for own in videos for video in own])
     try:
         encoded = dict(processor(text=texts, images=given, return_text_replacement_offsets=True, **options))
     except ValueError as error:  # such as Qwen's for images that are too narrow
         raise ValueError(f"{type(processor).__name__} does not take these images or texts: {error}") from error
     replacements = encoded.get("text_replacement_offsets")
-    if replacements is None and not any(images):
+    if replacements is None and not any(images) and not any(videos):
         replacements = []  # Idefics3's processor says nothing where nothing grows
     if replacements is None:
         raise ValueError(
@@ -409,7 +428,7 @@ def _tokenize(
 
 
 def _without_extras(encoded: Mapping[str, Any]) -> dict[str, Tensor]:
-    extras = ("offset_mapping", "text_replacement_offsets")
+    extras = ("offset_mapping", "text_replacement_offsets", "video_metadata")
     return {name: value for name, value in encoded.items() if name not in extras}
 
 

@@ -14,6 +14,7 @@ _DATA = "--data sample/train.json --images sample/images"
 _TEST = "--no-train --test sample/test.json --images sample/images --metrics loss --limit 8"
 EXAMPLES = {
     "sample": "attanchor sample --output sample",
+    "check": "attanchor check --model sample/model --image sample/images/test-00001.png",
     "probe": f"attanchor probe --model sample/model {_DATA} --samples 32",
     "calibrate": f"attanchor calibrate --model sample/model {_DATA} --fraction 0.1 --samples 64 --plot scores.png",
     "train": f"attanchor train --model sample/model {_DATA} --preset small-llava --max-steps 5 --output runs/anchors",
@@ -21,7 +22,9 @@ EXAMPLES = {
     "--images sample/images",
     "generate": "attanchor generate --model sample/model --tau 0.6 --image sample/images/test-00001.png "
     "--prompt 'Where is the purple triangle?' --explain anchors.png",
+    "export": "attanchor export --model sample/model --tau 0.6 --head-dim 32 --output sample-wide",
     "export-lm": "attanchor export-lm --model sample/model --tau 0.6 --output sample-lm",
+    "serve": "attanchor serve --model sample-wide",
     **{
         f"experiment {name}": f"attanchor experiment {name} {options} {_TEST} --output {name}"
         for name, options in {
@@ -36,10 +39,16 @@ EXAMPLES = {
     "lab": "attanchor lab --size smoke --output lab-out",
     "report": "attanchor report lab-out --output lab-out/report.md",
     "demo": "attanchor demo --output demo-out",
+    "demo-photographs": "attanchor demo-photographs --output photographs-out",
     "demo-stage1": "attanchor demo-stage1 --output small-llava",
+    "photographs": "attanchor photographs --output photographs --scenes 320 --pixels 224",
+    "build-small-vlm": "attanchor build-small-vlm --output small-vlm",
+    "lab-photographs": "attanchor lab-photographs --plan docs/lab/photographs-plan.json --output out --work work",
 }
-# Left out of the tests: report needs what lab has made, and the others take from ten seconds to minutes.
-SLOW = {"lab", "report", "demo", "demo-stage1", *(f"experiment {n}" for n in ("scale", "degrade", "tokens", "paper"))}
+# Left out of the tests: serve needs vLLM, report needs what lab has made, and the others take from ten seconds to
+# minutes, or photographs and weights that are not installed everywhere.
+SLOW = {"serve", "lab", "report", "demo", "demo-photographs", "demo-stage1", "photographs", "build-small-vlm"}
+SLOW |= {"lab-photographs", *(f"experiment {name}" for name in ("scale", "degrade", "tokens", "paper"))}
 
 _WIDTH = 76
 

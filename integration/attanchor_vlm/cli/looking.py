@@ -38,6 +38,10 @@ def generate(
         list[Path] | None,
         typer.Option(metavar="<path>", help="A picture that the question is about; several times for several."),
     ] = None,
+    video: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="<path>", help="A video: a file that PyAV reads, or a folder of its frames."),
+    ] = None,
     explain: Annotated[
         Path | None, typer.Option(help="Draw each anchor at its patch, with its score: a .png, .pdf or .svg.")
     ] = None,
@@ -74,14 +78,14 @@ def generate(
         raise typer.BadParameter("is empty; it should be the question", param_hint="--prompt")
     alone = {"--output": output, "--images": images, "--batch-size": batch_size, "--resume": resume or None}
     alone["--skip-bad"] = skip_bad or None
-    many = {"--image": image or None, "--explain": explain}
+    many = {"--image": image or None, "--video": video or None, "--explain": explain}
     for name, given in (alone if input is None else many).items():
         if given is not None:
             owner = "--input, a file of questions" if input is None else "--prompt, a single question"
             raise typer.BadParameter(f"belongs to {owner}", param_hint=name)
     if explain is not None:
-        if not image:
-            raise typer.BadParameter("needs an --image to draw on", param_hint="--explain")
+        if not image and not video:
+            raise typer.BadParameter("needs an --image or a --video to draw on", param_hint="--explain")
         check_picture(explain, "--explain")
     if input is not None and output is None:
         raise typer.BadParameter("is missing: the .jsonl that answers are written to", param_hint="--output")
@@ -109,7 +113,7 @@ def generate(
         return loading.load(model, adapter, dtype=chosen, **changes)
 
     if prompt is not None:
-        said = _answer(load, prompt, image or [], explain, max_new_tokens)
+        said = _answer(load, prompt, image or [], video or [], explain, max_new_tokens)
     else:
         assert input is not None
         assert output is not None
@@ -128,24 +132,32 @@ def _note(line: str) -> None:
 
 
 def _answer(
-    load: Callable[[], tuple[Any, Any]], prompt: str, images: list[Path], explain: Path | None, max_new_tokens: int
+    load: Callable[[], tuple[Any, Any]],
+    prompt: str,
+    images: list[Path],
+    videos: list[Path],
+    explain: Path | None,
+    max_new_tokens: int,
 ) -> dict[str, Any]:
     from attanchor_vlm.inference import ask
     from attanchor_vlm.inference import explain as explaining
     from attanchor_vlm.model.attach import base_of
 
-    ask.with_placeholders(prompt, len(images))
+    ask.with_placeholders(prompt, len(images), len(videos))
     opened = [ask.open_image(image) for image in images]
+    films = [ask.open_video(video) for video in videos]
     model, processor = load()
     settings: Any = base_of(model).attanchor_config
     said: dict[str, Any] = {"prompt": prompt, "tau": settings.tau, "direction": settings.direction}
     if explain is None:
-        text, inserted, candidates = ask.answer(model, processor, prompt, opened, max_new_tokens=max_new_tokens)
+        text, inserted, candidates = ask.answer(
+            model, processor, prompt, opened, videos=films, max_new_tokens=max_new_tokens
+        )
         return {**said, "answer": text, "inserted": inserted, "candidates": candidates}
     from attanchor_vlm.inference.picture import anchor_picture, describe
 
-    shown = explaining.explain(model, processor, opened, prompt, max_new_tokens)
-    anchor_picture(explain, [shown], settings.tau, "Anchors in " + ", ".join(image.name for image in images))
+    shown = explaining.explain(model, processor, opened, prompt, max_new_tokens, films)
+    anchor_picture(explain, [shown], settings.tau, "Anchors in " + ", ".join(path.name for path in [*images, *videos]))
     return {**said, **describe(shown), "picture": str(explain)}
 
 

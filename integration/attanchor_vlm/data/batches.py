@@ -13,7 +13,8 @@ from torch.utils.data import Dataset
 
 from attanchor_vlm.chat.encode import check_processor, encode_chat, placeholder_tokens
 from attanchor_vlm.data.images import ImageSource, size_of
-from attanchor_vlm.data.rows import PLACEHOLDER, Row, Sample, load_image, parts
+from attanchor_vlm.data.rows import PLACEHOLDER, Row, Sample, load_image, parts, without_places
+from attanchor_vlm.data.videos import load_video
 from attanchor_vlm.errors import BadRow, DataError
 
 
@@ -50,15 +51,21 @@ class Collator:
 
     def __call__(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
         images = [[load_image(path) for path in sample.images] for sample in samples]
+        videos = [[load_video(video) for video in sample.videos] for sample in samples]
         chats = [[message(role, text) for role, text in sample.messages] for sample in samples]
         try:
             batch = encode_chat(
-                self.processor, chats, images, supervise=self.supervise, content_words=self.content_words
+                self.processor,
+                chats,
+                images,
+                videos=videos,
+                supervise=self.supervise,
+                content_words=self.content_words,
             )
         except ValueError as error:
             rows = ", ".join(str(sample.row) for sample in samples)
             raise DataError(f"a batch cannot be made of rows {rows}: {error}") from error
-        if not any(images):
+        if not any(images) and not any(videos):
             del batch["anchor_mask"]  # without an image there is nothing to match
         return batch
 
@@ -94,6 +101,16 @@ class MostCopies:
     pauses: int = 0
     keep: int | float | None = None
 
+    @classmethod
+    def of(cls, anchors: Any, pauses: int) -> MostCopies | None:
+        """What an AttAnchorConfig, with so many pause tokens, adds; None for calls that are handed on."""
+        if anchors.changes_nothing:
+            return None
+        budget = anchors.max_anchors if anchors.placement != "front" else None  # the whole question, whatever matches
+        if anchors.inserts_nothing:
+            budget = 0
+        return cls(budget, anchors.direction == "image_into_text", pauses, anchors.keep)
+
     def __call__(self, text_tokens: int, images: Sequence[int]) -> int:
         """Of a row with so many tokens of text that take part, and so many in each of its images."""
         every = sum(images)
@@ -115,19 +132,19 @@ def check_texts(
     """Rows that this model can be given, and those that it cannot: with a placeholder of its own in the text, with an
     image that its processor does not take, or too long for its context, with all that `copies` says is added.
 
-    Without images being encoded; what a template adds is not counted, so a row at the very edge of the context may
-    still be found too long later.
+    Without images being encoded; what a template adds is not counted, nor are videos, so a row at the very edge of the
+    context may still be found too long later.
     """
     tokenizer, images = processor.tokenizer, _ImageTokens(processor)
     own = placeholder_tokens(processor)
     good, bad = [], []
     for start in range(0, len(rows), 1000):
         part = rows[start : start + 1000]
-        texts = ["\n".join(text for _, text in row.messages).replace(PLACEHOLDER, " ") for row in part]
+        texts = [without_places("\n".join(text for _, text in row.messages)) for row in part]
         asked = ["\n".join(text for role, text in row.messages if role == "user") for row in part]
         lengths, movers = (
             [len(ids) for ids in tokenizer(given, add_special_tokens=False).input_ids]
-            for given in (texts, [text.replace(PLACEHOLDER, " ") for text in asked])
+            for given in (texts, [without_places(text) for text in asked])
         )
         for row, text, length, words in zip(part, texts, lengths, movers, strict=True):
             try:
@@ -155,8 +172,8 @@ def _too_long(length: int, anchors: int, context: int) -> str:
 
 def sample_lengths(samples: Sequence[Sample], processor: Any) -> list[int]:
     """Tokens of each sample, with those of its images at their sizes: near enough to group samples by. The template's
-    own tokens are not counted."""
-    texts = {text.replace(PLACEHOLDER, " ") for sample in samples for _, text in sample.messages}
+    own tokens are not counted, nor are videos."""
+    texts = {without_places(text) for sample in samples for _, text in sample.messages}
     of_text: dict[str, int] = {}
     ordered = sorted(texts)
     for start in range(0, len(ordered), 1000):
@@ -166,7 +183,7 @@ def sample_lengths(samples: Sequence[Sample], processor: Any) -> list[int]:
     tokens = _ImageTokens(processor)
     of_image = {image: tokens(image) for image in {image for sample in samples for image in sample.images}}
     return [
-        sum(of_text[text.replace(PLACEHOLDER, " ")] for _, text in sample.messages)
+        sum(of_text[without_places(text)] for _, text in sample.messages)
         + sum(of_image[image] for image in sample.images)
         for sample in samples
     ]

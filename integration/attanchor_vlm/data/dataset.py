@@ -49,12 +49,12 @@ class TrainData:
     @property
     def may_have_images(self) -> bool:
         """Whether any sample has one, as far as is known."""
-        return isinstance(self.train, SampleStream) or any(sample.images for sample in self.train.samples)
+        return isinstance(self.train, SampleStream) or any(sample.media for sample in self.train.samples)
 
     @property
     def may_lack_images(self) -> bool:
         """Whether a batch may have no image, so that a process has nothing for the projector."""
-        return isinstance(self.train, SampleStream) or not all(sample.images for sample in self.train.samples)
+        return isinstance(self.train, SampleStream) or not all(sample.media for sample in self.train.samples)
 
 
 def read(config: DataConfig, progress: bool) -> Read:
@@ -145,8 +145,8 @@ class RowFilter:
         """The rows that can be used, and those that cannot."""
         good, bad = check_texts(file, rows, self.processor, self.context, self.copies)
         if self.needs_image:
-            bad += [BadRow(file, row.number, _NO_IMAGE) for row in good if not row.images]
-            good = [row for row in good if row.images]
+            bad += [BadRow(file, row.number, _NO_IMAGE) for row in good if not row.media]
+            good = [row for row in good if row.media]
         return good, bad
 
     def __call__(self, file: Path, row: Row) -> str | None:

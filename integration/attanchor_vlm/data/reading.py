@@ -54,12 +54,29 @@ def parse(file: Path, text: str, first_line: int) -> Any:
         DataError: it is none, naming line and column.
     """
     try:
-        return json.loads(text)
+        return from_json(text)
     except json.JSONDecodeError as error:
         line = first_line + error.lineno - 1
         several = error.msg == "Extra data" and file.suffix != ".jsonl"
         hint = "; a file with a row a line should be named .jsonl" if several else ""
         raise DataError(f"{file}, line {line}, column {error.colno}: not valid JSON ({error.msg}){hint}") from error
+    except ValueError as error:
+        raise DataError(f"{file}, from line {first_line}: {error}") from error
+
+
+def from_json(text: str | bytes) -> Any:
+    """What JSON says.
+
+    Raises:
+        json.JSONDecodeError, UnicodeDecodeError: it is none.
+        ValueError: it is nested too deep, or holds a number of thousands of digits.
+    """
+    try:
+        return json.loads(text)
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        raise
+    except (RecursionError, ValueError) as error:
+        raise ValueError(f"no JSON that can be read ({error})") from None
 
 
 def check_characters(name: str, text: str) -> None:

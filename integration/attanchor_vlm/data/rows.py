@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,12 +11,16 @@ from typing import Any, TypeVar
 
 from PIL import Image
 
+from attanchor_vlm.chat.videos import FPS
 from attanchor_vlm.data.images import ImageSource, decoded, unreadable, why_not
 from attanchor_vlm.data.reading import check_characters, lines_of, parse, parse_list, read_text
+from attanchor_vlm.data.videos import VideoFiles
 from attanchor_vlm.errors import BadRow, DataError
 
-PLACEHOLDER = "<image>"
-_SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
+PLACEHOLDER, VIDEO_PLACEHOLDER = "<image>", "<video>"
+_PLACES = re.compile(f"({PLACEHOLDER}|{VIDEO_PLACEHOLDER})")
+_SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+_MEDIA = ("image", "images", "video", "videos")
 _SHOWN = 10  # bad rows printed in an error; the others are counted
 
 
@@ -25,13 +30,19 @@ class Row:
 
     Attributes:
         number: Counts the rows of the file from 1.
-        messages: (role, text) in turn, user first, assistant last, the placeholders still in the user's text.
-        images: In the order of the placeholders.
+        messages: (role, text) in turn, user first (or behind a system turn), assistant last, the placeholders still in
+            the user's text.
+        images, videos: In the order of their placeholders.
     """
 
     number: int
     messages: tuple[tuple[str, str], ...]
     images: tuple[Any, ...]  # ImageSource; of read_rows, Path
+    videos: tuple[VideoFiles, ...] = ()
+
+    @property
+    def media(self) -> tuple[Any, ...]:
+        return self.images + self.videos
 
 
 def read_rows(
@@ -39,10 +50,12 @@ def read_rows(
 ) -> tuple[list[Row], list[BadRow]]:
     """Read `file` (a JSON list, or one object a line in a .jsonl) and check every row and every image it names.
 
-    A row is ``{"image": "name.png", "conversations": [{"from": "human", "value": "<image>\\n…"}, {"from": "gpt",
+    A row is ``{"image": "name.png", "conversations": [{"from": "human", "value": "<image>\n…"}, {"from": "gpt",
     "value": "…"}]}``; `image` may be a list, and is absent in rows of text alone. Rows of TRL's form are
     read as well: ``{"images": […], "messages": [{"role": "user", "content": [{"type": "image"}, {"type": "text",
-    "text": "…"}]}, …]}``. Other keys are ignored. Images are looked up under `images` and decoded once, in threads.
+    "text": "…"}]}, …]}``. Either may begin with a "system" turn. Videos stand at ``<video>``: `video` names a file, or
+    is the list of the image files of its frames, `videos` is a list of such, and `fps` how many frames a second has.
+    Other keys are ignored. Images and videos are looked up under `images`, and images decoded once, in threads.
 
     Args:
         decode: False leaves it to later to find images that cannot be decoded.
@@ -58,7 +71,7 @@ def read_rows(
     rows: list[Row] = []
     bad: list[BadRow] = []
     found = _load(file, skip_bad)
-    if images is None and any(isinstance(raw, dict) and (raw.get("image") or raw.get("images")) for raw in found):
+    if images is None and any(isinstance(raw, dict) and any(raw.get(key) for key in _MEDIA) for raw in found):
         raise DataError(f"{file} names images, and no folder of images is given; give --images")
     for number, raw in enumerate(found, start=1):
         try:
@@ -149,26 +162,27 @@ def check_row(number: int, raw: object, folder: Path | None) -> Row:
     if not isinstance(turns, list) or not turns:
         raise ValueError('"conversations" is missing or empty; it should be a list of turns')
     messages = tuple(turn(index, one) for index, one in enumerate(turns, start=1))
+    before = int(messages[0][0] == "system")
     for index, (role, text) in enumerate(messages, start=1):
-        expected = "user" if index % 2 else "assistant"
-        if role != expected:
+        if index > before and role != ("user" if (index - before) % 2 else "assistant"):
             raise ValueError(f"turn {index} is by the {role}; turns should alternate, beginning with the user")
         check_characters(f"turn {index}", text)
-        if role == "assistant":
-            if not text.strip():
-                raise ValueError(f"turn {index}, an answer, is empty")
-            if PLACEHOLDER in text:
-                raise ValueError(f"turn {index}, an answer, holds {PLACEHOLDER}; only questions may")
-    if len(messages) % 2:
+        if role == "assistant" and not text.strip():
+            raise ValueError(f"turn {index}, an answer, is empty")
+        if role != "user" and (held := _PLACES.search(text)):
+            what = "an answer" if role == "assistant" else "the system's"
+            raise ValueError(f"turn {index}, {what}, holds {held.group()}; only questions may")
+    if messages[-1][0] != "assistant":
         raise ValueError("the last turn is a question without an answer")
-    images = images_of(raw, folder)
-    placeholders = sum(text.count(PLACEHOLDER) for _, text in messages)
-    if placeholders != len(images):
-        raise ValueError(
-            f"{placeholders} {PLACEHOLDER} placeholder{'s' * (placeholders != 1)} for {len(images)} "
-            f"image{'s' * (len(images) != 1)}; there should be one for each"
-        )
-    return Row(number, messages, images)
+    images, videos = images_of(raw, folder), videos_of(raw, folder)
+    for kind, place, own in (("image", PLACEHOLDER, images), ("video", VIDEO_PLACEHOLDER, videos)):
+        places = sum(text.count(place) for _, text in messages)
+        if places != len(own):
+            raise ValueError(
+                f"{places} {place} placeholder{'s' * (places != 1)} for {len(own)} {kind}{'s' * (len(own) != 1)}; "
+                "there should be one for each"
+            )
+    return Row(number, messages, images, videos)
 
 
 def _turn(index: int, turn: object) -> tuple[str, str]:
@@ -186,18 +200,18 @@ def _message(index: int, turn: object) -> tuple[str, str]:
         raise ValueError(f'turn {index} should be an object with "role" and "content", text or a list of parts')
     role = turn.get("role")
     if not isinstance(role, str) or role not in _SPEAKERS:
-        raise ValueError(f'turn {index} has "role" {role!r}; it should be "user" or "assistant"')
+        raise ValueError(f'turn {index} has "role" {role!r}; it should be "user", "assistant" or "system"')
     if isinstance(content, str):
         return _SPEAKERS[role], content
     texts = []
     for part in content:
         kind = part.get("type") if isinstance(part, dict) else None
-        if kind == "image":
-            texts.append(PLACEHOLDER)
+        if kind in ("image", "video"):
+            texts.append(PLACEHOLDER if kind == "image" else VIDEO_PLACEHOLDER)
         elif kind == "text" and isinstance(part.get("text"), str):
             texts.append(part["text"])
         else:
-            raise ValueError(f'turn {index} has a part {part!r}; it should be of "type" "text" or "image"')
+            raise ValueError(f'turn {index} has a part {part!r}; it should be of "type" "text", "image" or "video"')
     return _SPEAKERS[role], "\n".join(texts)
 
 
@@ -214,33 +228,61 @@ def images_of(raw: dict[str, Any], folder: Path | None) -> tuple[ImageSource, ..
     return tuple(_image(one, folder) for one in several)
 
 
+def videos_of(raw: dict[str, Any], folder: Path | None) -> tuple[VideoFiles, ...]:
+    """The videos that a row names: `video`, a file or the list of its frames' image files, or `videos`, several.
+
+    Raises:
+        ValueError: one is no name, or there is no such file in `folder`.
+    """
+    several = raw.get("videos") if raw.get("video") is None else [raw["video"]]
+    if several is None:
+        return ()
+    fps = raw.get("fps", FPS)
+    if isinstance(fps, bool) or not isinstance(fps, (int, float)) or not 0 < fps < float("inf"):
+        raise ValueError(f'"fps" is {fps!r}; it should be a number above 0')
+    found = []
+    for one in several if isinstance(several, list) else [several]:
+        if not (files := one if isinstance(one, list) else [one]):
+            raise ValueError('"video" is an empty list; it should be a file, or the image files of its frames')
+        found.append(VideoFiles(tuple(_file(name, folder, "video") for name in files), float(fps)))
+    return tuple(found)
+
+
 def _image(named: Any, folder: Path | None) -> ImageSource:
     if isinstance(named, dict):  # as `datasets` writes images: the bytes, or a path, or both
         if isinstance(named.get("bytes"), bytes):
             return named["bytes"]
         named = named.get("path")
+    return _file(named, folder, "image")
+
+
+def _file(named: Any, folder: Path | None, kind: str) -> Path:
     if not isinstance(named, str) or not named:
-        raise ValueError(f'"image" is {named!r}; it should be the name of a file')
-    check_characters('"image"', named)
+        raise ValueError(f'"{kind}" is {named!r}; it should be the name of a file')
+    check_characters(f'"{kind}"', named)
     if folder is None:
-        raise ValueError(f"image {named} is a file, and no folder of images is given (--images)")
+        raise ValueError(f"{kind} {named} is a file, and no folder of images is given (--images)")
     try:
         there = (folder / named).is_file()
     except OSError as error:  # the image itself in place of its name is a name too long
         shown = named if len(named) < 80 else f"{named[:80]}…"
-        raise ValueError(f'"image" is {shown!r}; it should be the name of a file ({error.strerror})') from error
+        raise ValueError(f'"{kind}" is {shown!r}; it should be the name of a file ({error.strerror})') from error
     if not there:
-        raise ValueError(f"image {folder / named} does not exist")
+        raise ValueError(f"{kind} {folder / named} does not exist")
     return folder / named
 
 
 def split_readable(file: Path, rows: list[RowT], progress: bool) -> tuple[list[RowT], list[BadRow]]:
-    """Rows whose images can be decoded, and those with one that cannot. Their images are files."""
-    reasons = unreadable({path for row in rows for path in row.images}, progress)
+    """Rows whose images and videos can be decoded, and those with one that cannot. Their images are files."""
+    videos = {video for row in rows for video in row.videos}
+    frames = {path for video in videos for path in video.frames}
+    reasons: dict[Any, str] = dict(unreadable({path for row in rows for path in row.images} | frames, progress))
+    reasons |= {video: reason for video in videos if (reason := video.why_unreadable())}
     good: list[RowT] = []
     bad: list[BadRow] = []
     for row in rows:
-        own = [reasons[path] for path in row.images if path in reasons]
+        frames_of = (path for video in row.videos for path in video.frames)
+        own = [reasons[one] for one in (*row.media, *frames_of) if one in reasons]
         if own:
             bad.append(BadRow(file, row.number, own[0]))
         else:
@@ -284,11 +326,11 @@ def _rows_by_images(rows: list[Row]) -> dict[object, list[Row]]:
         return key
 
     for row in rows:
-        for image in row.images[1:]:
-            leader[find(image)] = find(row.images[0])
+        for one in row.media[1:]:
+            leader[find(one)] = find(row.media[0])
     groups: dict[object, list[Row]] = {}
     for row in rows:
-        groups.setdefault(find(row.images[0]) if row.images else row.number, []).append(row)
+        groups.setdefault(find(row.media[0]) if row.media else row.number, []).append(row)
     return groups
 
 
@@ -299,6 +341,11 @@ class Sample:
     row: int
     messages: tuple[tuple[str, str], ...]
     images: tuple[Any, ...]  # ImageSource
+    videos: tuple[VideoFiles, ...] = ()
+
+    @property
+    def media(self) -> tuple[Any, ...]:
+        return self.images + self.videos
 
 
 def samples(rows: Iterable[Row], turns: str) -> Iterator[Sample]:
@@ -308,22 +355,31 @@ def samples(rows: Iterable[Row], turns: str) -> Iterator[Sample]:
     the first question can be: a later one would show the earlier answers what comes next, so the operators forbid it.
     """
     for row in rows:
-        ends = range(2, len(row.messages) + 1, 2) if turns == "each" else (len(row.messages),)
+        first = 2 + len(row.messages) % 2  # behind a system turn
+        ends = range(first, len(row.messages) + 1, 2) if turns == "each" else (len(row.messages),)
         for end in ends:
             messages = row.messages[:end]
-            count = sum(text.count(PLACEHOLDER) for _, text in messages)
-            yield Sample(row.number, messages, row.images[:count])
+            images, videos = (
+                sum(text.count(place) for _, text in messages) for place in (PLACEHOLDER, VIDEO_PLACEHOLDER)
+            )
+            yield Sample(row.number, messages, row.images[:images], row.videos[:videos])
 
 
 def parts(text: str) -> list[dict[str, str]]:
-    """A turn's text as the content parts of a chat template: images at the placeholders, stripped text between."""
+    """A turn's text as the content parts of a chat template: images and videos at their placeholders, stripped text
+    between."""
     content: list[dict[str, str]] = []
-    for index, piece in enumerate(text.split(PLACEHOLDER)):
-        if index:
-            content.append({"type": "image"})
-        if piece.strip():
+    for piece in _PLACES.split(text):
+        if _PLACES.fullmatch(piece):
+            content.append({"type": piece[1:-1]})
+        elif piece.strip():
             content.append({"type": "text", "text": piece.strip()})
     return content
+
+
+def without_places(text: str) -> str:
+    """A turn's text without its placeholders."""
+    return _PLACES.sub(" ", text)
 
 
 def load_image(source: ImageSource) -> Image.Image:

@@ -14,6 +14,7 @@ from typing import Any
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from attanchor_vlm import distributed
+from attanchor_vlm.data.reading import from_json
 from attanchor_vlm.data.rows import Row, Sample, check_row, load_image, samples
 from attanchor_vlm.errors import BadRow, DataError, SetupError
 
@@ -206,7 +207,7 @@ def _parsed(entry: dict[str, Any]) -> Any:
     if entry["line"] is None:
         return entry["value"]
     try:
-        return json.loads(entry["line"])
+        return from_json(entry["line"])
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8 text ({error.reason})") from error
     except json.JSONDecodeError as error:

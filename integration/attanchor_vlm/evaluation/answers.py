@@ -15,6 +15,7 @@ from attanchor_vlm.chat.encode import encode_chat
 from attanchor_vlm.constants import IGNORE_INDEX
 from attanchor_vlm.data.batches import Collator, message, to_model
 from attanchor_vlm.data.rows import Sample, load_image
+from attanchor_vlm.data.videos import load_video
 from attanchor_vlm.errors import DataError
 from attanchor_vlm.model.attach import anchor_counts, base_of
 from attanchor_vlm.model.config import AttAnchorConfig
@@ -99,12 +100,15 @@ def generate_answers(
     tally, words = _Tally(), _config(model).content_words
     for part in _batches(samples, batch_size, "answering", progress):
         images = [[load_image(path) for path in sample.images] for sample in part]
+        videos = [[load_video(video) for video in sample.videos] for sample in part]
         chats = [[message(role, text) for role, text in sample.messages[:-1]] for sample in part]
         try:
-            batch = encode_chat(processor, chats, images, add_generation_prompt=True, content_words=words)
+            batch = encode_chat(
+                processor, chats, images, videos=videos, add_generation_prompt=True, content_words=words
+            )
         except ValueError as error:
             raise DataError(f"a prompt cannot be made of rows {[sample.row for sample in part]}: {error}") from error
-        if not any(images):
+        if not any(images) and not any(videos):
             del batch["anchor_mask"]  # without an image there is nothing to match
         batch = to_model(batch, model)
         sequences = model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False)

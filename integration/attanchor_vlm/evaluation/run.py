@@ -13,13 +13,13 @@ from typing import Any
 
 from tqdm import tqdm
 
-from attanchor_vlm.data.batches import check_texts
+from attanchor_vlm.data.batches import MostCopies, check_texts
 from attanchor_vlm.data.rows import Sample, read_rows, samples
 from attanchor_vlm.errors import DataError, SetupError
 from attanchor_vlm.evaluation import answers, harness, text_metrics
 from attanchor_vlm.evaluation.config import LOSS, EvalConfig
 from attanchor_vlm.model import load as loading
-from attanchor_vlm.model.attach import base_of
+from attanchor_vlm.model.attach import base_of, is_attached
 from attanchor_vlm.records import write_atomically, write_json
 
 # What a report says beside the metrics, for those who want to compare runs.
@@ -37,8 +37,10 @@ class Report:
     not_finite: tuple[str, ...] = ()  # metrics that came out as NaN or infinite, and are not in `values`
 
 
-def read(config: EvalConfig, processor: Any, context: int | None, progress: bool = True) -> list[Sample]:
-    """The samples that text metrics are of: one for every answer of the rows.
+def read(
+    config: EvalConfig, processor: Any, context: int | None, progress: bool = True, copies: MostCopies | None = None
+) -> list[Sample]:
+    """The samples that text metrics are of: one for every answer of the rows. `copies`: what anchors add to a row.
 
     Raises:
         DataError: a row is bad (unless `skip_bad`), or none is left.
@@ -46,7 +48,7 @@ def read(config: EvalConfig, processor: Any, context: int | None, progress: bool
     assert config.data is not None
     assert config.images is not None
     rows, unreadable = read_rows(config.data, config.images, config.skip_bad, progress)
-    rows, bad = check_texts(config.data, rows, processor, context)
+    rows, bad = check_texts(config.data, rows, processor, context, copies)
     bad = unreadable + bad
     if bad and not config.skip_bad:
         raise DataError("\n".join([*map(str, bad[:10]), f"{len(bad)} bad rows: mend them, or leave them out"]), bad)
@@ -106,8 +108,11 @@ def evaluate(
     count = 0
     pairs: tuple[tuple[str, str], ...] = ()
     if config.metrics:
-        context = getattr(base_of(model).config.get_text_config(), "max_position_embeddings", None)
-        chosen = read(config, processor, context, progress)
+        target: Any = base_of(model)
+        context = getattr(target.config.get_text_config(), "max_position_embeddings", None)
+        anchors = target.attanchor_config if is_attached(target) else None
+        copies = None if anchors is None else MostCopies.of(anchors, anchors.pause_tokens)
+        chosen = read(config, processor, context, progress, copies)
         count = len(chosen)
         found = _answers(model, processor, chosen, config, progress)
         text = [name for name in config.metrics if name != LOSS]

@@ -15,9 +15,12 @@ import torch
 from PIL import Image
 
 from attanchor_vlm.chat.encode import encode_chat
+from attanchor_vlm.chat.videos import Video
 from attanchor_vlm.data.batches import message, to_model
 from attanchor_vlm.data.reading import check_characters
-from attanchor_vlm.data.rows import PLACEHOLDER, load_image
+from attanchor_vlm.data.rows import PLACEHOLDER, VIDEO_PLACEHOLDER, load_image
+from attanchor_vlm.data.videos import VideoFiles, load_video
+from attanchor_vlm.errors import DataError
 from attanchor_vlm.model.attach import base_of, is_attached
 
 Picture = Image.Image | str | PathLike[str]
@@ -38,6 +41,7 @@ def answer(
     prompt: str,
     images: Picture | Sequence[Picture] = (),
     *,
+    videos: Sequence[Video] = (),
     max_new_tokens: int = 64,
     **options: Any,
 ) -> Answer:
@@ -48,6 +52,7 @@ def answer(
         processor: Its processor.
         prompt: The question. Images go in front of it, or where it says ``<image>``.
         images: PIL images or paths, or a single one.
+        videos: Those that it is about, in front of the images or where it says ``<video>``.
         max_new_tokens: Bound of the answer's length.
         options: Further arguments of `generate`; greedy decoding unless they say otherwise.
 
@@ -55,7 +60,7 @@ def answer(
         ValueError: an image cannot be read, there are not as many as the prompt has places for, or `options` make
             `generate` return anything but one sequence for each question.
     """
-    return answers(model, processor, [prompt], [images], max_new_tokens=max_new_tokens, **options)[0]
+    return answers(model, processor, [prompt], [images], [videos], max_new_tokens=max_new_tokens, **options)[0]
 
 
 @torch.no_grad()
@@ -64,28 +69,34 @@ def answers(
     processor: Any,
     prompts: Sequence[str],
     images: Sequence[Picture | Sequence[Picture]],
+    videos: Sequence[Sequence[Video]] | None = None,
     *,
     max_new_tokens: int = 64,
     **options: Any,
 ) -> list[Answer]:
-    """`answer` for a batch, padded on the left: ``images[i]`` are those of ``prompts[i]``."""
+    """`answer` for a batch, padded on the left: ``images[i]`` and ``videos[i]`` are those of ``prompts[i]``."""
     _check_batch(prompts, images, options)
     model.eval()
     opened = [open_images(own) for own in images]
-    chats = [[message("user", with_placeholders(text, len(own)))] for text, own in zip(prompts, opened, strict=True)]
+    films = [()] * len(prompts) if videos is None else [tuple(own) for own in videos]
+    media = list(zip(opened, films, strict=True))
+    chats = [
+        [message("user", with_placeholders(text, *map(len, own)))] for text, own in zip(prompts, media, strict=True)
+    ]
     target: Any = base_of(model)
     attached = is_attached(target)
     words = target.attanchor_config.content_words if attached else False
-    batch = to_model(encode_chat(processor, chats, opened, add_generation_prompt=True, content_words=words), model)
+    encoded = encode_chat(processor, chats, opened, videos=films, add_generation_prompt=True, content_words=words)
+    batch = to_model(encoded, model)
     mask = batch["anchor_mask"]
-    if not any(opened) or not attached:
+    if not any(map(any, media)) or not attached:
         del batch["anchor_mask"]  # nothing to match, or nobody to take it
     sequences = model.generate(**batch, **{"do_sample": False, **options, "max_new_tokens": max_new_tokens})
     plan = target.attanchor_plan if attached else None
     inserted = [0] * len(chats) if plan is None else plan.is_anchor.sum(-1).tolist()
     new = sequences[:, batch["input_ids"].shape[1] :]
     texts = processor.tokenizer.batch_decode(new, skip_special_tokens=True)
-    candidates = [count if own else 0 for own, count in zip(opened, mask.sum(-1).tolist(), strict=True)]
+    candidates = [count if any(own) else 0 for own, count in zip(media, mask.sum(-1).tolist(), strict=True)]
     return [Answer(text.strip(), *counts) for text, *counts in zip(texts, inserted, candidates, strict=True)]
 
 
@@ -101,20 +112,24 @@ def _check_batch(prompts: Sequence[str], images: Sequence[Any], options: dict[st
             raise ValueError(f"{name} is {options[name]}, but a question has one answer; call model.generate for that")
 
 
-def with_placeholders(text: str, images: int) -> str:
-    """A question with a place for each of its images: in front, unless it says where.
+def with_placeholders(text: str, images: int, videos: int = 0) -> str:
+    """A question with a place for each of its images and videos: in front, unless it says where.
 
     Raises:
-        ValueError: it says so for another number of images, or is no whole text.
+        ValueError: it says so for another number of them, or is no whole text.
     """
     check_characters("the prompt", text)
-    places = text.count(PLACEHOLDER)
+    return _with_places(_with_places(text, VIDEO_PLACEHOLDER, videos, "video"), PLACEHOLDER, images, "image")
+
+
+def _with_places(text: str, place: str, count: int, kind: str) -> str:
+    places = text.count(place)
     if places == 0:
-        return f"{PLACEHOLDER}\n" * images + text
-    if places != images:
+        return f"{place}\n" * count + text
+    if places != count:
         raise ValueError(
-            f"the prompt has {places} {PLACEHOLDER} placeholder{'s' * (places != 1)} for {images} "
-            f"image{'s' * (images != 1)}; there should be one for each, or none, which puts images first"
+            f"the prompt has {places} {place} placeholder{'s' * (places != 1)} for {count} {kind}{'s' * (count != 1)}; "
+            f"there should be one for each, or none, which puts {kind}s first"
         )
     return text
 
@@ -135,3 +150,19 @@ def open_image(image: Picture) -> Image.Image:
         DataError: there is no such file, or it is no image.
     """
     return load_image(image if isinstance(image, Image.Image) else Path(image))
+
+
+def open_video(path: str | PathLike[str]) -> Video:
+    """The frames of a video in a file, or in a folder of pictures, in the order of their names.
+
+    Raises:
+        DataError: there is no such file or folder, or it cannot be read.
+    """
+    path = Path(path)
+    files = sorted(one for one in path.iterdir() if one.is_file()) if path.is_dir() else [path]
+    if not files or not files[0].is_file():
+        raise DataError(f"video {path} {'holds no picture' if path.is_dir() else 'does not exist'}")
+    video = VideoFiles(tuple(files))
+    if reason := video.why_unreadable():
+        raise DataError(reason)
+    return load_video(video)

@@ -14,8 +14,17 @@ import torch
 from tqdm import tqdm
 
 from attanchor_vlm.data.batches import check_texts
-from attanchor_vlm.data.reading import check_characters, lines_of, parse_list, read_text
-from attanchor_vlm.data.rows import PLACEHOLDER, Row, images_of, sorted_out, split_readable
+from attanchor_vlm.data.reading import check_characters, from_json, lines_of, parse_list, read_text
+from attanchor_vlm.data.rows import (
+    PLACEHOLDER,
+    VIDEO_PLACEHOLDER,
+    Row,
+    images_of,
+    sorted_out,
+    split_readable,
+    videos_of,
+)
+from attanchor_vlm.data.videos import load_video
 from attanchor_vlm.errors import BadRow, DataError
 from attanchor_vlm.inference.ask import Answer, answers, with_placeholders
 from attanchor_vlm.records import alone_in, check_parent
@@ -173,7 +182,8 @@ def _one_by_one(
 def _answers(model: Any, processor: Any, part: Sequence[Question], max_new_tokens: int) -> list[Answer]:
     try:
         images = [one.images for one in part]
-        return answers(model, processor, [one.prompt for one in part], images, max_new_tokens=max_new_tokens)
+        videos = [[load_video(video) for video in one.videos] for one in part]
+        return answers(model, processor, [one.prompt for one in part], images, videos, max_new_tokens=max_new_tokens)
     except torch.OutOfMemoryError as error:
         raise DataError(
             f"the GPU's memory does not hold a batch of {len(part)} questions; give a smaller --batch-size, and "
@@ -265,7 +275,7 @@ def _check_output(output: Path, resume: bool) -> None:
 
 def _batches(questions: Sequence[Question], size: int) -> Iterator[list[Question]]:
     """In order; questions without images, whose calls have other arguments, are batches of their own."""
-    for _, alike in groupby(questions, key=lambda one: bool(one.images)):
+    for _, alike in groupby(questions, key=lambda one: bool(one.media)):
         while part := list(islice(alike, size)):
             yield part
 
@@ -281,9 +291,11 @@ def _rows(file: Path) -> Iterator[tuple[int, Any]]:
         return
     for number, line in lines_of(file, text):
         try:
-            yield number, json.loads(line)
+            yield number, from_json(line)
         except json.JSONDecodeError as error:
             yield number, ValueError(f"not valid JSON ({error.msg}, column {error.colno})")
+        except ValueError as error:
+            yield number, error
 
 
 def _check(number: int, raw: Any, folder: Path, seen: Collection[str | int]) -> Question:
@@ -299,11 +311,13 @@ def _check(number: int, raw: Any, folder: Path, seen: Collection[str | int]) -> 
     of_training = raw.get("prompt") is None
     if of_training and name in seen:
         name = f"{name}#{number}"
-    prompt, images = _prompt(raw), images_of(raw, folder)
+    prompt, images, videos = _prompt(raw), images_of(raw, folder), videos_of(raw, folder)
     if of_training and PLACEHOLDER in str(raw["conversations"]):
         images = images[: prompt.count(PLACEHOLDER)]  # the others are those of later turns
-    text = with_placeholders(prompt, len(images))
-    return Question(number, (("user", text),), images, name)
+    if of_training and VIDEO_PLACEHOLDER in str(raw["conversations"]):
+        videos = videos[: prompt.count(VIDEO_PLACEHOLDER)]
+    text = with_placeholders(prompt, len(images), len(videos))
+    return Question(number, (("user", text),), images, videos, name)
 
 
 def _prompt(raw: dict[str, Any]) -> str:

@@ -11,7 +11,7 @@ import copy
 import dataclasses
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +23,8 @@ from attanchor_vlm.data.batches import to_model
 from attanchor_vlm.model import load as loading
 from attanchor_vlm.model.adapter_files import save_settings
 from attanchor_vlm.model.attach import base_of, is_attached
-from attanchor_vlm.model.families import FamilyAdapter, adapter_for
+from attanchor_vlm.model.families import adapter_for
+from attanchor_vlm.model.plan import AnchorPlan
 from attanchor_vlm.model.rewrite import rewrite
 from attanchor_vlm.records import check_parent, share_files
 
@@ -77,27 +78,36 @@ def prompt_embeds(
         )
     check_servable(target)
     target.eval()
-    settings = dataclasses.replace(target.attanchor_config, route="embeds")
-    if settings.changes_nothing:  # generate hands such calls through, without pauses
-        settings = dataclasses.replace(settings, pause_tokens=0)
     encoded = encode_chat(
         processor,
         chat,
         images,
         add_generation_prompt=True,
         template_options=template_options,
-        content_words=settings.content_words,
+        content_words=target.attanchor_config.content_words,
     )
     batch = to_model(encoded, target)
-    adapter = adapter_for(target)
-    if not adapter.has_images(batch):
+    if not adapter_for(target).has_images(batch):
         ids = batch["input_ids"][0]
         return PromptEmbeds(target.get_input_embeddings()(ids), torch.arange(len(ids), device=ids.device), ids)
-    prepared = rewrite(target, adapter, settings, batch, batch.pop("anchor_mask"), "left")
-    target.record_plan(prepared.plan)
-    real = prepared.plan.attention_mask[0].bool()
-    rows = (prepared.prompt["inputs_embeds"], prepared.plan.position_ids, prepared.plan.input_ids)
-    return PromptEmbeds(*(values[0][real] for values in rows))
+    embeds, plan = prompt_rows(target, batch)
+    positions = plan.position_ids[0]  # M-RoPE's are the same on every axis: inherited ones are refused
+    return PromptEmbeds(embeds, positions[0] if positions.dim() == 2 else positions, plan.input_ids[0])
+
+
+def prompt_rows(model: Any, batch: dict[str, Any]) -> tuple[Tensor, AnchorPlan]:
+    """(L, D) rows of a batch of one conversation with images, and its plan, which is recorded too.
+
+    Args:
+        model: An attached model of transformers; of its language model, the embedding table alone is used.
+        batch: What `encode_chat` returns, on the model's device.
+    """
+    settings = dataclasses.replace(model.attanchor_config, route="embeds")
+    if settings.changes_nothing:  # generate hands such calls through, without pauses
+        settings = dataclasses.replace(settings, pause_tokens=0)
+    prepared = rewrite(model, adapter_for(model), settings, batch, batch.pop("anchor_mask"), "left")
+    model.record_plan(prepared.plan)
+    return prepared.prompt["inputs_embeds"][0], prepared.plan
 
 
 def check_servable(model: Any) -> None:
@@ -109,11 +119,20 @@ def check_servable(model: Any) -> None:
     """
     target: Any = base_of(model)
     family, adapter = target.config.model_type, adapter_for(target)
-    if reason := _refusal(target, adapter):
+    inherit = ((is_attached(target) and target.attanchor_config.positions) or adapter.positions) == "inherit"
+    reasons = [refusal(target)]
+    if adapter.positions_per_token > 1 and inherit:
+        reasons.insert(
+            0,
+            f"its tokens have {adapter.positions_per_token} positions each (M-RoPE: time, height, width), and engines "
+            "give prompt embeddings one, counted; attach it with positions='sequential', or serve it with "
+            "`attanchor serve`",
+        )
+    if reason := "; ".join(filter(None, reasons)):
         raise ServingError(
             f"{family} cannot be served by prompt embeddings: {reason}. Use `generate` of the attached model"
         )
-    if is_attached(target) and (target.attanchor_config.positions or adapter.positions) == "inherit":
+    if inherit:
         raise ServingError(
             "positions is 'inherit', but engines count the positions of prompt embeddings, 0, 1, 2, …; use "
             "'sequential', with which the adapter should be trained too"
@@ -127,28 +146,22 @@ def check_family(model: str) -> None:
         SetupError: there is no such model.
         ServingError: see `check_servable`.
     """
-    from transformers import AutoConfig, AutoModelForImageTextToText
+    from transformers import AutoConfig
 
     source = loading.source_of(model)
     try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-        with torch.device("meta"):
-            empty = AutoModelForImageTextToText.from_config(config)
+        empty = loading.empty_model(AutoConfig.from_pretrained(source, trust_remote_code=False))
     except Exception:
         return  # what is wrong with it is said when it is loaded
     check_servable(empty)
 
 
-def _refusal(model: Any, adapter: FamilyAdapter) -> str | None:
-    reasons = []
-    if adapter.positions_per_token > 1:
-        reasons.append(
-            f"its tokens have {adapter.positions_per_token} positions each (M-RoPE: time, height, width), and engines "
-            "give prompt embeddings one, counted"
-        )
+def refusal(model: Any) -> str | None:
+    """Why a model's prompts are more than rows of embeddings at positions; None if they are not."""
+    adapter, reasons = adapter_for(model), []
     if any("deepstack" in name for name, _ in model.base_model.named_modules()):
         reasons.append("further image features are added in its first layers (deepstack), which embeddings do not hold")
-    if "token_type_ids" in adapter.token_types:
+    if any(value is not None for value in adapter.token_types.values()):
         reasons.append(
             "its image tokens see later ones (bidirectional attention), which a plain causal language model hides"
         )
@@ -247,16 +260,51 @@ def export_language_model(model: Any, processor: Any, output: str | os.PathLike[
     output = Path(output)
     check_output(output)
     check_servable(model)
-    merged: Any = model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
+    merged = _merged(model)
     causal = language_model(merged)
+
+    def write(folder: Path) -> None:
+        causal.save_pretrained(folder)
+        getattr(processor, "tokenizer", processor).save_pretrained(folder)
+        if is_attached(merged):
+            save_settings(merged, folder)
+
+    return _write_whole(output, write)
+
+
+def export_model(model: Any, processor: Any, output: str | os.PathLike[str]) -> Path:
+    """Write a whole model with its processor, the adapter merged into it (into `model` itself, too). config.json keeps
+    the settings, with which `load` and `attanchor serve` attach it; transformers loads it plain.
+
+    Args:
+        model: An attached model, or a PeftModel around one.
+        processor: Its processor.
+        output: A folder that does not exist or is empty; written whole or not at all.
+
+    Raises:
+        ValueError: `output` holds something.
+    """
+    output = Path(output)
+    check_output(output)
+    merged = _merged(model)
+
+    def write(folder: Path) -> None:
+        merged.save_pretrained(folder)
+        processor.save_pretrained(folder)
+
+    return _write_whole(output, write)
+
+
+def _merged(model: Any) -> Any:
+    return model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
+
+
+def _write_whole(output: Path, write: Callable[[Path], None]) -> Path:
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as temporary:
         made = Path(temporary) / "model"  # its own permissions are those that a user's mkdir gives
         made.mkdir()
-        causal.save_pretrained(made)
-        getattr(processor, "tokenizer", processor).save_pretrained(made)
-        if is_attached(merged):
-            save_settings(merged, made)
+        write(made)
         share_files(made)
         made.replace(output)
     return output

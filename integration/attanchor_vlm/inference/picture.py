@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -47,11 +47,12 @@ class Anchored:
     """A question about images, and where its anchors went.
 
     Attributes:
-        images: Those of the question, as the user has them.
+        images: Those of the question, as the user has them, and frames of its videos.
         boxes: Of every image token of the prompt, as `geometry.patch_boxes` gives them.
         matches: In the order of the prompt.
         truth: Shown where `answer` differs from it.
         dropped: The image tokens that the model was not given, counted as `boxes` are.
+        frames: What those of `images` are called that are frames of videos; they are shown where they have anchors.
     """
 
     images: Sequence[Image.Image]
@@ -61,6 +62,11 @@ class Anchored:
     answer: str | None = None
     truth: str | None = None
     dropped: frozenset[int] = frozenset()
+    frames: Mapping[int, str] = field(default_factory=dict)
+
+    def name(self, image: int) -> str:
+        """What a picture is called where there are several."""
+        return self.frames.get(image) or f"image {1 + sum(n not in self.frames for n in range(image))}"
 
 
 def describe(shown: Anchored) -> dict[str, Any]:
@@ -68,7 +74,8 @@ def describe(shown: Anchored) -> dict[str, Any]:
 
     These are the text tokens that took part, each with its `text`, `score` (null where it had no candidate) and whether
     it was `inserted`; if so, with the patch's place: in words (`where`), and `image`, `tile` (null in a view of the
-    whole image), `row`, `column`, counted from 0, and `pixels` (x0, y0, x1, y1 in that image).
+    whole image), `row`, `column`, counted from 0, and `pixels` (x0, y0, x1, y1 in that image); of a video also
+    `video` and `frame`, counted from 0.
     """
     anchors: list[dict[str, Any]] = []
     for match in shown.matches:
@@ -77,6 +84,8 @@ def describe(shown: Anchored) -> dict[str, Any]:
         if match.patch is not None:
             box = shown.boxes[match.patch]
             one |= {"where": _where(shown, box), **box._asdict()}
+            if box.video is None:
+                del one["video"], one["frame"]
             one["pixels"] = None if box.pixels is None else [round(value, 2) for value in box.pixels]
         anchors.append(one)
     inserted = sum(one["inserted"] for one in anchors)
@@ -91,7 +100,7 @@ def describe(shown: Anchored) -> dict[str, Any]:
 
 
 def _where(shown: Anchored, box: Box) -> str:
-    parts = [f"image {box.image + 1}"] if len(shown.images) > 1 else []
+    parts = [shown.name(box.image)] if len(shown.images) > 1 else []
     if box.tile is not None:
         parts.append(f"tile {box.tile + 1}")
     elif _has_tiles(shown, box.image):
@@ -132,7 +141,7 @@ def anchor_picture(path: Path, examples: Sequence[Anchored], tau: float, title: 
 
 
 def _page(examples: Sequence[Anchored], tau: float, title: str) -> plt.Figure:
-    panels = [[_panel(example, index) for index in range(len(example.images))] for example in examples]
+    panels = [[_panel(example, index) for index in _shown(example)] for example in examples]
     labels = max(
         (len(_label(one, m.patch)) for one in examples for m in one.matches if m.patch is not None), default=20
     )
@@ -171,6 +180,13 @@ def _page(examples: Sequence[Anchored], tau: float, title: str) -> plt.Figure:
         _draw_scores(axes(_MARGIN + left + words, top, _BARS, max(bars, 0.3)), example, colours, tau)
         top += body + feet
     return figure
+
+
+def _shown(example: Anchored) -> list[int]:
+    """Every image, and the frames that have an anchor; the first if none has."""
+    hosts = {example.boxes[match.patch].image for match in example.matches if match.patch is not None}
+    found = [index for index in range(len(example.images)) if index not in example.frames or index in hosts]
+    return found or [0]
 
 
 def _panel(example: Anchored, index: int) -> _Panel:
@@ -228,7 +244,7 @@ def _draw_image(axes: Axes, example: Anchored, panel: _Panel, colours: Mapping[i
         reason = "no token reaches tau" if not colours else "no anchors in this image"
         axes.text(x, low + span / 2, reason, **note)
     if len(example.images) > 1:
-        axes.text(0, -0.1 / panel.scale, f"image {panel.index + 1}", **note)
+        axes.text(0, -0.1 / panel.scale, example.name(panel.index), **note)
     axes.set_xlim(0, width / panel.scale)
     axes.set_ylim(low + span, low)
     axes.set_axis_off()

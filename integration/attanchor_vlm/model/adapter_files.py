@@ -58,7 +58,7 @@ def load_settings(directory: str | PathLike[str]) -> AttAnchorConfig:
             told = json.loads(control.read_text(encoding="utf-8"))
             found |= {"placement": told["placement"], "placement_seed": told["seed"]}
         return AttAnchorConfig.from_dict(found)
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ValueError(f"{path}: {error}") from error
 
 

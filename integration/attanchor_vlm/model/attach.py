@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from attanchor_vlm.model import check as checking
 from attanchor_vlm.model import generate as generation
 from attanchor_vlm.model import guard
 from attanchor_vlm.model.calls import Calls
@@ -40,7 +41,7 @@ else:
     _Model = object
 
 
-def attach(model: nn.Module, config: AttAnchorConfig | None = None) -> nn.Module:
+def attach(model: nn.Module, config: AttAnchorConfig | None = None, *, check: str = "auto") -> nn.Module:
     """Insert anchors in every call of `model` that has images: `forward`, with or without labels, and `generate`.
 
     Both then take an `anchor_mask`: (B, S) bool over `input_ids`, the text tokens that take part (`encode_chat` makes
@@ -55,13 +56,16 @@ def attach(model: nn.Module, config: AttAnchorConfig | None = None) -> nn.Module
             settings are replaced, once the calls under way in other threads have returned. The first time, no call
             should be under way.
         config: None takes the settings that the model was saved with, in ``model.config.attanchor``.
+        check: Whether the first call with an image also checks, by three further forwards of its first sample, that
+            anchors are right in this model, and refuses with a `FamilyError` if not: "auto" in families whose adapter
+            no test has shown to be right, "always", or "never". Of this model object alone, not saved with it.
 
     Returns:
         `model` itself.
 
     Raises:
         TypeError: `model` or `config` is something else.
-        ValueError: a family without an adapter, or settings that the family does not allow.
+        ValueError: a family without an adapter, settings that the family does not allow, or another `check`.
         RuntimeError: inside a call of the model.
     """
     target: Any = base_of(model)
@@ -72,6 +76,8 @@ def attach(model: nn.Module, config: AttAnchorConfig | None = None) -> nn.Module
         config = AttAnchorConfig.from_dict(stored)
     if not isinstance(config, AttAnchorConfig):
         raise TypeError(f"config is {type(config).__name__}; it should be an AttAnchorConfig")
+    if check not in checking.WHEN:
+        raise ValueError(f"check is {check!r}; it should be one of {', '.join(map(repr, checking.WHEN))}")
     adapter = adapter_for(target)
     if not target.can_generate():
         raise TypeError(
@@ -82,9 +88,9 @@ def attach(model: nn.Module, config: AttAnchorConfig | None = None) -> nn.Module
 
     if is_attached(target):
         with target._attanchor_calls.none_running():
-            target.config.attanchor = config.to_dict()
+            target.config.attanchor, target._attanchor_calls.check = config.to_dict(), check
     else:
-        target.config.attanchor, target._attanchor_calls = config.to_dict(), Calls()
+        target.config.attanchor, target._attanchor_calls = config.to_dict(), Calls(check)
         _change_class(target, _attached_class(type(target)))  # type: ignore[arg-type]
         guard.install(target)
     return model
@@ -154,6 +160,7 @@ def prepare_inputs(model: nn.Module, *, padding_side: str | None = None, **argum
     check_call(adapter, settings, arguments, anchor_mask)
     if not needs_rewriting(adapter, settings, arguments):
         return arguments
+    checking.check_once(target, adapter, settings, arguments, anchor_mask)
     prepared = rewrite(target, adapter, settings, arguments, anchor_mask, padding_side)
     target.record_plan(prepared.plan)
     return prepared.for_forward()
@@ -229,6 +236,7 @@ class AttAnchorMixin(_Model):
         input_ids = arguments["input_ids"]
         if arguments.get("attention_mask") is None:
             arguments["attention_mask"] = generation.infer_mask(self, input_ids, arguments)
+        checking.check_once(self, adapter, settings, arguments, anchor_mask)
         prepared = rewrite(self, adapter, settings, arguments, anchor_mask, "left")
         self.record_plan(prepared.plan)
         arguments = prepared.for_generate()
@@ -274,6 +282,7 @@ def _forward_anchored(model: Any, original: Callable[..., Any], args: tuple[Any,
             if given_cache(arguments) is None and not is_prepared(arguments):
                 model.record_plan(None)
             return original(model, *args, **kwargs)
+        checking.check_once(model, adapter, settings, arguments, anchor_mask)
         prepared = rewrite(model, adapter, settings, arguments, anchor_mask, None)
         model.record_plan(prepared.plan)
         return original(model, **prepared.for_forward())

@@ -15,17 +15,22 @@ class Calls:
     Attributes:
         rewritten: Number of calls rewritten, in all threads.
         warned: Whether the warning about answers in a mask was given.
+        check: When the model is checked: "auto", "always" or "never".
+        checked: The kinds of calls, with "image" and with "video", in which the model passed. To be read and written
+            while `checking` is held.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, check: str = "auto") -> None:
+        self.check, self.checking = check, threading.Lock()
         self._running, self._closed, self._changed = 0, False, threading.Condition()
         self._forget()
 
     def _forget(self) -> None:
         self.rewritten, self.warned, self._own = 0, False, threading.local()
+        self.checked: set[str] = set()
 
-    def __reduce__(self) -> tuple[type[Calls], tuple[()]]:
-        return Calls, ()
+    def __reduce__(self) -> tuple[type[Calls], tuple[str]]:
+        return Calls, (self.check,)
 
     @property
     def plan(self) -> AnchorPlan | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterable
 from typing import Any
 
@@ -14,8 +15,8 @@ from attanchor_vlm.chat.words import function_token_ids, special_token_ids, word
 from attanchor_vlm.constants import IGNORE_INDEX
 from attanchor_vlm.model.config import AttAnchorConfig
 
-_MARKERS = ("vision_start_token_id", "vision_end_token_id", "boi_token_index", "eoi_token_index")
-_NAMES = ("bos_token_id", "eos_token_id", "pad_token_id", "image_token_id", "video_token_id", *_MARKERS)
+# Whatever a config names so is a marker: vision_start_token_id, image_end_token_id, eoi_token_index, …
+_MARKERS = ("_token_id", "_token_ids", "_token_index")
 
 
 def mask_from_ids(
@@ -49,6 +50,28 @@ def mask_from_ids(
         prompt = is_real if labels is None else is_real & ((labels != IGNORE_INDEX).cumsum(-1) == 0)
         mask &= ~_ends_with(input_ids, prompt, settings.generation_prompt_ids)
     return mask
+
+
+def frame_labels(is_video: Tensor, steps: list[int]) -> Tensor:
+    """(B, S) bool: the times that stand between the frames of a video, which are no user's text. In front of the first
+    frame, as many tokens as the longest one between two has.
+
+    Args:
+        is_video: (B, S) bool, the placeholders of videos.
+        steps: How many frames, or steps of time, each video of the batch has.
+    """
+    found = torch.zeros_like(is_video)
+    starts = is_video & ~torch.nn.functional.pad(is_video, (1, 0))[:, :-1]
+    runs = starts.nonzero().tolist()
+    if len(runs) != sum(steps) or len(runs) == len(steps):  # each video is one strip, or it is not known which is whose
+        return found
+    real = is_video.cpu()
+    for count in steps:
+        own, runs = runs[:count], runs[count:]
+        (sample, first), last = own[0], own[-1][1]
+        gaps = [int((~real[sample, one:other]).sum()) for (_, one), (_, other) in itertools.pairwise(own)]
+        found[sample, max(0, first - max(gaps, default=0)) : last] = True
+    return found & ~is_video
 
 
 def with_tokens_of(config: AttAnchorConfig, processor: Any) -> AttAnchorConfig:
@@ -89,12 +112,9 @@ def _generation_prompt(processor: Any, tokenizer: Any) -> tuple[int, ...]:
 
 def _named_token_ids(model: PreTrainedModel) -> Iterable[int]:
     for config in (model.config, model.config.get_text_config(), model.generation_config):
-        for name in _NAMES:
-            value = getattr(config, name, None)
-            if isinstance(value, int):
-                yield value
-            elif value is not None:
-                yield from value
+        for name, value in vars(config).items():
+            if name.endswith(_MARKERS) and value is not None:
+                yield from [value] if isinstance(value, int) else value
 
 
 def _ends_with(input_ids: Tensor, is_prompt: Tensor, suffix: tuple[int, ...]) -> Tensor:

@@ -14,7 +14,7 @@ DIRECTIONS = ("text_into_image", "image_into_text")
 POSITIONS = ("sequential", "inherit")
 ROUTES = ("embeds", "ids")
 BACKENDS = ("auto", "reference", "triton", "cuda")
-KEEP_BY = ["cells", "salience", "relevance"]  # and what `dropping.register_rule` adds
+KEEP_BY = ["cells", "salience", "relevance", "pooling"]  # and what `dropping.register_rule` adds
 MOST_PAUSES = 4096  # more fit in no context with a prompt, and a damaged file's would fill the memory
 PLACEMENTS = ["matched", "random", "front"]  # and what `placements.register_placement` adds
 
@@ -46,6 +46,11 @@ class AnchorOptions:
         choices=POSITIONS,
     )
     max_anchors: int | None = setting(None, "At most so many copies a sample, the best-scoring ones.")
+    max_anchors_per_frame: int | None = setting(
+        None,
+        "At most so many copies in, or of, each frame of a video and each image (tiles that are encoded as images of "
+        "their own are meant one by one), the best-scoring ones: so that one frame does not take all.",
+    )
     keep: int | float | None = setting(
         None,
         "How much of each image stays, a fraction (0.33) or a number of tokens (192); the others are dropped in the "
@@ -56,7 +61,8 @@ class AnchorOptions:
         "cells",
         "Who stays, besides the hosts of anchors. cells: the question's best match in each of as many rectangles of "
         "the image as may stay; salience: what the image encoder's class token attends to most, where it has one; "
-        "relevance: the question's best matches.",
+        "relevance: the question's best matches; pooling: the mean of each of those rectangles, in place of its tokens "
+        "(with a tau above 0).",
         choices=KEEP_BY,
     )
     placement: str = setting(
@@ -98,16 +104,24 @@ class AnchorOptions:
         _one_of("positions", self.positions, (None, *POSITIONS))
         _one_of("route", self.route, (None, *ROUTES))
         _one_of("backend", self.backend, BACKENDS)
-        if self.max_anchors is not None:
-            object.__setattr__(self, "max_anchors", _natural("max_anchors", self.max_anchors))
+        for name in ("max_anchors", "max_anchors_per_frame"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, _natural(name, getattr(self, name)))
         if self.keep is not None:
             object.__setattr__(self, "keep", _share(self.keep))
         _one_of("keep_by", self.keep_by, KEEP_BY)
+        if self.keep is not None and self.keep_by == "pooling" and not self.tau > 0:
+            raise ValueError(f"keep_by is 'pooling' with tau {self.tau:g}; it needs a tau above 0")
         _one_of("placement", self.placement, PLACEMENTS)
         object.__setattr__(self, "placement_seed", _natural("placement_seed", self.placement_seed))
         if self.placement != "matched" and self.direction != "text_into_image":
             raise ValueError(
                 f"placement is {self.placement!r} with direction {self.direction!r}; only copies of text can be placed"
+            )
+        if self.placement != "matched" and self.max_anchors_per_frame is not None:
+            raise ValueError(
+                f"placement is {self.placement!r} with max_anchors_per_frame {self.max_anchors_per_frame}; only copies "
+                "at their matches are counted by frame"
             )
         if not isinstance(self.force_inherit, bool):
             raise TypeError(f"force_inherit is {type(self.force_inherit).__name__}; it should be a bool")

@@ -50,16 +50,19 @@ class Images(NamedTuple):
 
 class Rule(NamedTuple):
     """A way to choose. `score` gives (T,) float32 by which tokens are ranked within their image, or None for their
-    relevance, the best cosine over the question's tokens; `cells` spreads the survivors over the image."""
+    relevance, the best cosine over the question's tokens; `cells` spreads the survivors over the image; `pooled` makes
+    each the mean of its cell, before anything is matched."""
 
     score: Callable[[Images], Tensor | None] | None = None
     cells: bool = False
+    pooled: bool = False
 
 
 _RULES = {
     "cells": Rule(cells=True),
     "salience": Rule(lambda images: images.attention()),
     "relevance": Rule(),
+    "pooling": Rule(cells=True, pooled=True),
 }
 
 
@@ -70,7 +73,6 @@ def register_rule(name: str, rule: Rule) -> None:
         settings.KEEP_BY.append(name)
 
 
-@torch.no_grad()
 def survivors(
     config: settings.AttAnchorConfig,
     adapter: FamilyAdapter,
@@ -82,8 +84,9 @@ def survivors(
     text_embeds: Tensor,
     roles: Tensor,
     turn: Tensor | None,
-) -> dict[str, Any]:
-    """`keep`, `salience` and `cells` of `attanchor_kernels.merge_sequence`; empty if nothing is to be dropped.
+) -> tuple[Tensor, dict[str, Any]]:
+    """The features that the sequence is built of, and `keep`, `salience` and `cells` of
+    `attanchor_kernels.merge_sequence`, none of them if nothing is to be dropped.
 
     Args:
         arguments: Those of the call.
@@ -96,7 +99,7 @@ def survivors(
         ValueError: the score needs what the call does not hold.
     """
     if config.keep is None:
-        return {}
+        return rows, {}
     total, slots, device = len(rows), roles.shape[1], roles.device
     content = torch.ones(total, dtype=torch.bool, device=device) if silent is None else ~silent.to(device)
     count = total if silent is None else int(content.sum())
@@ -134,13 +137,32 @@ def survivors(
     rule = _RULES[config.keep_by]
     if rule.score is not None:
         attention = functools.partial(adapter.class_token_attention, model, arguments, encoded)
-        score = rule.score(Images(rows, text_embeds, roles, turn, image, budget, config.placement_seed, attention))
+        given = Images(rows, text_embeds, roles, turn, image, budget, config.placement_seed, attention)
+        with torch.no_grad():
+            score = rule.score(given)
         if score is not None:
             chosen["salience"] = _within_images(score.to(device), image, budget)
     if rule.cells:
         spent = per_sample.index_add(0, owner, budgets_of)
         chosen["cells"] = torch.where(cell < 0, -1, cell - (spent.cumsum(0) - spent)[sample]).int()
-    return chosen
+    if rule.pooled:
+        rows, first_of_cell = _pooled(rows, torch.where(dropped_from, cell, -1))
+        chosen["salience"] = first_of_cell.float()
+    return rows, chosen
+
+
+def _pooled(rows: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean of every cell in place of its first row and zeros in place of its others, which no cosine above 0 ever
+    chooses; and (T,) bool, the rows that are first. Rows of no cell stay as they are."""
+    first = torch.full((len(rows) + 1,), len(rows), device=rows.device)
+    place = torch.arange(len(rows), device=rows.device)
+    own = torch.where(cell < 0, len(rows), cell)  # what is in no cell shares one that is not looked at
+    is_first = first.scatter_reduce(0, own, place, "amin")[own] == place
+    count = torch.zeros(len(rows) + 1, device=rows.device).index_add(0, own, torch.ones_like(own, dtype=torch.float))
+    share = rows / count[own][:, None].to(rows.dtype)
+    means = torch.zeros(len(rows) + 1, rows.shape[1], dtype=rows.dtype, device=rows.device).index_add(0, own, share)
+    pooled = means[own] * is_first[:, None]
+    return torch.where((cell < 0)[:, None], rows, pooled), is_first | (cell < 0)
 
 
 def _lines(encoded: Any, content: Tensor) -> list[list[Shape]]:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from attanchor_vlm.chat.videos import Video
 from attanchor_vlm.model.attach import base_of
 from attanchor_vlm.model.families import adapter_for
 from attanchor_vlm.model.families.grid import Region
@@ -25,11 +26,12 @@ class Box(NamedTuple):
     """What an image token stands for.
 
     Attributes:
-        image: Index among the images of its row.
+        image: Index among the pictures of its row: its images and, of its videos, a frame for each step of time.
         tile: Index of its tile; None in a view of the whole image.
         row, column: In the grid of its tile or view. LLaVA-NeXT's tiles form one grid together.
         pixels: x0, y0, x1, y1 in pixels of the original image, not rounded and within it; None where there is none of
             it: newline tokens, padding.
+        video, frame: Index among the videos of its row, and of the frame that is its picture, where it is of a video.
     """
 
     image: int
@@ -37,6 +39,8 @@ class Box(NamedTuple):
     row: int
     column: int
     pixels: Region | None
+    video: int | None = None
+    frame: int | None = None
 
 
 def patch_boxes(
@@ -49,7 +53,8 @@ def patch_boxes(
         processor: What made `batch`, with the settings that it made it with.
         batch: From `encode_chat`.
         row: Index in the batch.
-        images: Those of every row, as given to `encode_chat`: PIL images, or (width, height).
+        images: Those of every row in the order of the prompt, as given to `encode_chat`: PIL images, or (width,
+            height), or a `Video`.
 
     Raises:
         ValueError: the images are not those that the batch was made of, or were processed in an unknown way.
@@ -57,18 +62,31 @@ def patch_boxes(
     target: Any = base_of(model)
     adapter = adapter_for(target)
     count = int(adapter.placeholders(target, batch["input_ids"][row : row + 1]).sum())
-    first = sum(len(own) for own in images[:row])  # rows hold their images one behind the other
+    earlier = [isinstance(one, Video) for own in images[:row] for one in own]  # rows lie one behind the other
+    before = {False: len(earlier) - sum(earlier), True: sum(earlier)}
     boxes: list[Box] = []
-    for number, image in enumerate(images[row]):
-        width, height = image if isinstance(image, tuple) else image.size
-        for grid in adapter.grids(target, processor, batch, first + number, (height, width)):
+    pictures, seen = 0, {False: 0, True: 0}
+    for image in images[row]:
+        if is_video := isinstance(image, Video):
+            (width, height), frames = image.frames[0].size, len(image.frames)
+            index = before[True] + seen[True]
+            steps = adapter.frame_grids(target, processor, batch, index, (height, width), frames)
+            each = -(-frames // max(len(steps), 1))
+            views = [([grid], {"video": seen[True], "frame": step * each}) for step, grid in enumerate(steps)]
+        else:
+            width, height = image if isinstance(image, tuple) else image.size
+            views = [(adapter.grids(target, processor, batch, before[False] + seen[False], (height, width)), {})]
+        for grids, place in views:
             boxes += [
-                Box(number, tile, line, column, region and _within(region, width, height))
+                Box(pictures, tile, line, column, region and _within(region, width, height), **place)
+                for grid in grids
                 for tile, line, column, region in grid.cells()
             ]
+            pictures += 1
+        seen[is_video] += 1
     if len(boxes) != count:
         raise ValueError(
-            f"row {row} has {count} image tokens, but its {len(images[row])} images of this size should take "
+            f"row {row} has {count} image tokens, but its {len(images[row])} images or videos of this size should take "
             f"{len(boxes)} in {target.config.model_type}: pass the images and the processor that the batch was made of"
         )
     return boxes

@@ -5,11 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import pickle
-import re
 import socket
 import warnings
 from collections.abc import Callable, Collection, Mapping
+from importlib.metadata import entry_points
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -52,6 +51,42 @@ def load_pretrained(name: str, dtype: torch.dtype = torch.float32) -> tuple[Any,
     return model, processor
 
 
+def empty_model(config: Any) -> Any:
+    """The model of a config, without weights (on the meta device)."""
+    from transformers import AutoModelForImageTextToText
+
+    with torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(config)
+
+
+def load_front(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
+    """As `load_pretrained`, without the layers of the language model: for prompts, whose rows need none of them."""
+    from transformers import AutoConfig, AutoModelForImageTextToText
+    from transformers.utils import logging
+
+    from attanchor_vlm.model.processors import load_processor
+
+    source, loud = source_of(name), logging.get_verbosity()
+    logging.set_verbosity_error()  # it would list the layers
+    try:
+        processor = load_processor(source)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        text = config.get_text_config()
+        text.num_hidden_layers = 0
+        if getattr(text, "layer_types", None):
+            text.layer_types = []
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(
+            source, config=config, dtype=dtype, output_loading_info=True, trust_remote_code=False
+        )
+    except Exception as error:
+        raise cannot_be_loaded(name, error) from error
+    finally:
+        logging.set_verbosity(loud)
+    model, found = loaded
+    _check_weights(name, model, {**found, "unexpected_keys": ()})
+    return model, processor
+
+
 def _check_weights(name: str, model: torch.nn.Module, found: Mapping[str, Collection[str]]) -> None:
     """Refuse a model with weights that are random, for want of stored ones, or NaN; tell of stored ones left over."""
     if missing := sorted(found["missing_keys"]):
@@ -85,9 +120,14 @@ def cannot_be_loaded(name: str, error: Exception) -> SetupError:
 def source_of(name: str) -> str:
     """What transformers is given for `name`: a local folder, or a Hub id whose Hub can be reached.
 
+    Architectures of other packages, which register themselves with transformers on import, are known afterwards: the
+    entry points of the group `attanchor.models`.
+
     Raises:
         SetupError: it is neither, or an adapter.
     """
+    for entry in entry_points(group="attanchor.models"):
+        entry.load()
     path = Path(name).expanduser()
     if path.is_dir():
         refuse_adapter(name)
@@ -161,6 +201,8 @@ def choose_dtype(wanted: str, say: Callable[[str], None]) -> torch.dtype:
     if wanted == "float32":
         return torch.float32
     if not torch.cuda.is_available():
+        if wanted == "bfloat16" and torch.cpu.get_capabilities().get("amx_bf16"):
+            return torch.bfloat16
         say(f"{wanted} needs a GPU, and there is none: float32 is used")
         return torch.float32
     if wanted == "bfloat16" and not torch.cuda.is_bf16_supported(including_emulation=False):
@@ -285,9 +327,9 @@ def with_adapter(loaded: Any, model: str, adapter: str | PathLike[str]) -> Any:
     """
     try:
         return load_adapter(loaded, adapter)
-    except (json.JSONDecodeError, SafetensorError) as error:
+    except (json.JSONDecodeError, RecursionError, SafetensorError) as error:
         raise SetupError(f"adapter {adapter} cannot be read; a file of it is damaged: {error}") from error
-    except (RuntimeError, ValueError, KeyError, TypeError, pickle.UnpicklingError, re.error) as error:
+    except Exception as error:  # of a damaged configuration, nearly any kind
         reason = " ".join(str(error).split())
         raise SetupError(
             f"adapter {adapter} does not fit model {model}, which it should have been trained on: {reason[:300]}"

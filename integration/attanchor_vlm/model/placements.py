@@ -59,6 +59,7 @@ def place(
     image_embeds: Tensor,
     roles: Tensor,
     *,
+    frames: Tensor | None,
     turn: Tensor | None,
     kept: dict[str, Any],
     positions: str,
@@ -69,7 +70,8 @@ def place(
     """What `attanchor_kernels.merge_sequence` returns, with the copies where ``config.placement`` puts them.
 
     Args:
-        config: With tau < 1 and another placement than "matched".
+        config: With tau < 1.
+        frames: (B, S) int64, the frame of each image token, counted over the batch, or None without a cap for each.
         kept: `keep` and its companions of `merge_sequence`; who stays is decided as with matched copies.
         copy: False leaves `embeds` None, as `plan_sequence` does.
         text_embeds, …: As for `merge_sequence`.
@@ -84,10 +86,13 @@ def place(
         roles,
         config.tau,
         turn=turn,
-        max_anchors=config.max_anchors,
+        max_anchors=config.max_anchors if frames is None else None,
+        direction=config.direction,
         backend=config.backend,
         **kept,
     )
+    if frames is not None:
+        found = found._replace(host=_capped(config, found.host, found.score, frames))
     if kept:
         if positions == "inherit" and position_ids is None:
             options["position_ids"] = roles.ne(Role.PADDING).long().cumsum(1) - 1
@@ -107,6 +112,26 @@ def _without_dropped(roles: Tensor, image_embeds: Tensor, found: AnchoredSequenc
     stays = stays.scatter_(1, torch.where(own, found.source + 1, 0), True)[:, 1:]
     holds = roles.eq(Role.IMAGE) | roles.eq(Role.SILENT_IMAGE)
     return roles.masked_fill(holds & ~stays, Role.PADDING), image_embeds[stays[holds]]
+
+
+def _capped(config: settings.AttAnchorConfig, host: Tensor, score: Tensor, frames: Tensor) -> Tensor:
+    """(B, S) int64, `host` without what exceeds the best of each frame, and then those of the sample."""
+    frame = frames.gather(1, host.clamp(min=0)) if config.direction == "text_into_image" else frames
+    sample = torch.arange(len(host), device=host.device)[:, None].expand_as(host)
+    for group, most in ((frame, config.max_anchors_per_frame), (sample, config.max_anchors)):
+        if most is not None:
+            host = host.masked_fill(_rank(score, torch.where(host >= 0, group, -1)) >= most, -1)
+    return host
+
+
+def _rank(score: Tensor, group: Tensor) -> Tensor:
+    """(B, S) int64, how many of its group score better than each, earlier slots first among equals."""
+    flat = group.flatten()
+    order = score.flatten().argsort(descending=True, stable=True)
+    order = order[flat[order].argsort(stable=True)]
+    place = torch.arange(len(order), device=order.device)
+    rank = place - torch.searchsorted(flat[order].contiguous(), flat[order].contiguous())
+    return torch.empty_like(order).scatter_(0, order, rank).view_as(group)
 
 
 def _random(matched: Matched, seed: int) -> Tensor:
@@ -156,4 +181,8 @@ def _front(matched: Matched, seed: int) -> Tensor:
     return torch.where(matched.roles.eq(Role.ANCHOR_TEXT), first[:, None], -1)
 
 
-_PLACEMENTS = {"random": Placement(_random), "front": Placement(_front, ahead=True)}
+_PLACEMENTS = {
+    "matched": Placement(lambda matched, seed: matched.host),
+    "random": Placement(_random),
+    "front": Placement(_front, ahead=True),
+}

@@ -6,14 +6,14 @@ import functools
 from types import SimpleNamespace
 from typing import Any
 
-from transformers import AutoConfig, AutoProcessor
+from transformers import AutoConfig, AutoProcessor, ProcessorMixin
 from transformers.utils import is_torchvision_available
 
 
 def load_processor(source: str) -> Any:
     """The processor of a folder or Hub id.
 
-    Processors of Qwen-VL, InternVL, LLaVA-OneVision and SmolVLM bring a part for videos, which torchvision does; where
+    Processors such as those of Qwen-VL, InternVL and Gemma 4 bring a part for videos, which torchvision does; where
     that is not installed, they are loaded without it: images and text are processed as ever (by PIL), a video is
     refused. LLaVA's of early checkpoints, whose files do not say how many tokens an image takes, are told it by the
     model's config.
@@ -64,6 +64,13 @@ def _video_settings(source: str) -> dict[str, Any] | None:
         return None
 
 
+class _NoVideos(ProcessorMixin):
+    """Stands behind a processor class to take the part for videos, None, that it hands up by name."""
+
+    def __init__(self, *args: Any, video_processor: None = None, **options: Any) -> None:
+        super().__init__(*args, **options)
+
+
 def _empty_without_videos(own: Any) -> Any:
     made = _without_videos(own)
     return made.__new__(made)
@@ -107,5 +114,5 @@ def _without_videos(own: Any) -> Any:
         "prepare_inputs_layout": prepare_inputs_layout,
         "__reduce__": lambda self: (_empty_without_videos, (own,), self.__dict__),  # no import finds a class made here
     }
-    made: Any = type(own.__name__, (own,), body)
+    made: Any = type(own.__name__, (own, _NoVideos), body)
     return made

@@ -14,10 +14,11 @@ from transformers import PreTrainedModel
 
 from attanchor_kernels import AnchoredSequence, Role, merge_sequence, plan_sequence
 from attanchor_vlm.constants import IGNORE_INDEX
-from attanchor_vlm.model.candidates import mask_from_ids
+from attanchor_vlm.model.candidates import frame_labels, mask_from_ids
 from attanchor_vlm.model.config import AttAnchorConfig
 from attanchor_vlm.model.dropping import survivors
 from attanchor_vlm.model.families import FamilyAdapter
+from attanchor_vlm.model.media import Media, encode
 from attanchor_vlm.model.pauses import add_pauses
 from attanchor_vlm.model.placements import place
 from attanchor_vlm.model.plan import AnchorPlan
@@ -53,11 +54,11 @@ class Prepared(NamedTuple):
 
 def by_name(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of a call of a method, those given by position as well."""
-    return {**kwargs, **dict(zip(_names(function), args, strict=False))}
+    return {**kwargs, **dict(zip(parameters(function), args, strict=False))}
 
 
 @functools.cache
-def _names(function: Callable[..., Any]) -> tuple[str, ...]:
+def parameters(function: Callable[..., Any]) -> tuple[str, ...]:
     """Parameter names of a method, in order, without `self`."""
     return tuple(inspect.signature(function).parameters)[1:]
 
@@ -86,8 +87,8 @@ def check_call(
     """Refuse calls that cannot mean what the caller wants, whatever tau is.
 
     Raises:
-        ValueError: `anchor_mask` without an image or with `inputs_embeds`; and, if anchors are to be inserted, videos,
-            and images with `inputs_embeds` or with a filled KV cache.
+        ValueError: `anchor_mask` without an image or with `inputs_embeds`; and, if anchors are to be inserted, images
+            with `inputs_embeds` or with a filled KV cache, and videos in a family without them, or with `keep`.
     """
     images, embeds = adapter.has_images(arguments), arguments.get("inputs_embeds") is not None
     if anchor_mask is not None:
@@ -98,10 +99,14 @@ def check_call(
                 f"anchor_mask is given without {adapter.image_arguments[0]}; text tokens are matched with image "
                 "tokens, so leave it out of a call without images"
             )
-    if not settings.changes_nothing and (video := adapter.video_argument(arguments)) is not None:
+    unknown = arguments.get("pixel_values_videos") is not None and not adapter.video_arguments
+    if unknown and not settings.changes_nothing:
         raise ValueError(
-            f"{video} is given, but anchors are inserted in images only; leave videos out, or detach the model"
+            "pixel_values_videos is given, but it is not known how this family's model encodes videos; leave them out, "
+            "or detach the model"
         )
+    if settings.keep is not None and "video" in adapter.kinds(arguments):
+        raise ValueError(f"keep is {settings.keep} in a call with videos; tokens of images alone can be dropped")
     if not needs_rewriting(adapter, settings, arguments):
         return
     if embeds or arguments.get("input_ids") is None:
@@ -125,7 +130,7 @@ def rewrite(
     anchor_mask: Tensor | None,
     padding_side: str | None,
 ) -> Prepared:
-    """Insert the anchors of one call that has images.
+    """Insert the anchors of one call that has images or videos.
 
     Args:
         model: The attached model; its embedding and image encoder are called.
@@ -148,13 +153,15 @@ def rewrite(
             "leave it out"
         )
 
-    encoded = adapter.encode_images(model, arguments)
-    rows = adapter.feature_rows(encoded)
+    media = encode(model, adapter, arguments)
+    rows = media.rows
     silent = adapter.silent_features(model, rows)
     is_image = adapter.placeholders(model, ids)
     is_real = torch.ones_like(is_image) if mask is None else mask.bool()
     if anchor_mask is None:
         anchor_mask = mask_from_ids(model, settings, ids, is_real, is_image, labels)
+        if (grids := arguments.get("video_grid_thw")) is not None:
+            anchor_mask &= ~frame_labels(adapter.video_placeholders(model, ids) & is_real, grids[:, 0].tolist())
     elif labels is not None:
         _warn_of_answers(model, anchor_mask, labels)
     if padding_side is None:
@@ -182,9 +189,16 @@ def rewrite(
         "padding_side": padding_side,
     }
     try:
-        kept = survivors(settings, adapter, model, arguments, encoded, rows, silent, text_embeds, roles, turn)
-        if settings.placement != "matched" and not settings.inserts_nothing:
-            built = place(settings, text_embeds, rows, roles, kept=kept, copy=route == "embeds", **placed)
+        encoded = media.encoded.get("image")
+        rows, kept = survivors(settings, adapter, model, arguments, encoded, rows, silent, text_embeds, roles, turn)
+        frames = None
+        if settings.max_anchors_per_frame is not None and not settings.inserts_nothing:
+            frame = media.frames(model, adapter, arguments, silent).to(device)
+            holds = (is_image & is_real).to(device)
+            frames = torch.full_like(roles, -1, dtype=torch.long).masked_scatter(holds, frame)
+        if (settings.placement != "matched" or frames is not None) and not settings.inserts_nothing:
+            placed |= {"frames": frames, "copy": route == "embeds"}
+            built = place(settings, text_embeds, rows, roles, kept=kept, **placed)
         else:
             built = (merge_sequence if route == "embeds" else plan_sequence)(
                 text_embeds,
@@ -216,7 +230,7 @@ def rewrite(
         name: value
         for name, value in arguments.items()
         if name not in ("input_ids", "attention_mask", "position_ids", "labels", "mm_encoder_outputs")
-        and name not in adapter.image_arguments
+        and name not in (*adapter.image_arguments, *adapter.video_arguments)
     }
     for name, anchor_value in adapter.token_types.items():
         if others.get(name) is not None:
@@ -224,20 +238,20 @@ def rewrite(
     if route == "embeds":
         prompt = {"inputs_embeds": built.embeds}
     else:
-        prompt = _ids_prompt(adapter, plan, encoded, rows, (is_image & is_real).to(device))
+        prompt = _ids_prompt(adapter, plan, media, rows, (is_image & is_real).to(device))
     return Prepared(plan if pauses is None else pauses.in_callers_slots(plan), prompt, others)
 
 
 def _ids_prompt(
-    adapter: FamilyAdapter, plan: AnchorPlan, encoded: Any, rows: Tensor, holds_image: Tensor
+    adapter: FamilyAdapter, plan: AnchorPlan, media: Media, rows: Tensor, holds_image: Tensor
 ) -> dict[str, Any]:
     """The lengthened ids, with the image features in the order of their placeholders."""
     row_of_slot = holds_image.flatten().cumsum(0).view_as(holds_image) - 1
     source = plan.source.clamp(min=0)
     is_image = holds_image.gather(1, source) & (plan.source >= 0)
     order = row_of_slot.gather(1, source)[is_image]
-    images = adapter.regroup(encoded, rows, order, is_image.sum(-1).tolist())
-    return {"input_ids": plan.input_ids, "mm_encoder_outputs": PreparedImages(image=images)}
+    regrouped = media.regrouped(adapter, rows, order, is_image.sum(-1).tolist())
+    return {"input_ids": plan.input_ids, "mm_encoder_outputs": PreparedImages(regrouped)}
 
 
 def _plan(model: PreTrainedModel, built: AnchoredSequence, ids: Tensor, labels: Tensor | None) -> AnchorPlan:

@@ -12,8 +12,8 @@ from attanchor_vlm.data.config import DataConfig
 from attanchor_vlm.model.config import AnchorOptions, AttAnchorConfig
 from attanchor_vlm.settings import REQUIRED, check_fraction, check_values, redefined, setting
 
-# The paper's settings (arXiv 2509.23109, its table of training configurations), and one for the demo: what differs from
-# the defaults of `Method`, which are those of tinyllava-1b.
+# The paper's settings (arXiv 2509.23109, its table of training configurations), and those of the laboratory's two
+# models: what differs from the defaults of `Method`, which are those of tinyllava-1b.
 PRESETS: dict[str, dict[str, Any]] = {
     "tinyllava-1b": {},
     "llava-7b": {
@@ -46,6 +46,18 @@ PRESETS: dict[str, dict[str, Any]] = {
         "lr": 2e-3,
         "weight_decay": 0.0,
         "epochs": 2.0,
+        "patience": 0,
+    },
+    "small-vlm": {
+        "dtype": "bfloat16",
+        "lora_rank": 16,
+        "lora_alpha": 32,
+        "lora_dropout": 0.0,
+        "batch_size": 8,
+        "accumulation": 1,
+        "lr": 1e-3,
+        "weight_decay": 0.0,
+        "epochs": 1.0,
         "patience": 0,
     },
 }
@@ -199,8 +211,8 @@ class TrainConfig(DataConfig, Method):
 def preset_for(model: str) -> str:
     """The preset of a model's family, as far as its configuration tells.
 
-    The paper trained TinyLLaVA, LLaVA-1.5 and Qwen2.5-VL. A LLaVA's width tells the first two apart, and the demo's;
-    all other families train as Qwen2.5-VL does, in bfloat16.
+    The paper trained TinyLLaVA, LLaVA-1.5 and Qwen2.5-VL. A LLaVA's width tells the first two apart, and the small
+    ones; all other families train as Qwen2.5-VL does, in bfloat16.
 
     Raises:
         SetupError: there is no such model, or its configuration is damaged.
@@ -217,7 +229,8 @@ def preset_for(model: str) -> str:
         raise loading.cannot_be_loaded(model, error) from error
     if config.model_type not in ("llava", "llava_next"):
         return "qwen2.5-vl-3b"
-    return "small-llava" if width < 512 else "tinyllava-1b" if width < 4096 else "llava-7b"
+    widths = {"small-llava": 512, "small-vlm": 1024, "tinyllava-1b": 4096}
+    return next((name for name, bound in widths.items() if width < bound), "llava-7b")
 
 
 def _check_alignment(config: TrainConfig) -> None:

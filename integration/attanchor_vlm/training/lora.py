@@ -9,17 +9,32 @@ import torch
 from torch import nn
 
 from attanchor_vlm.errors import SetupError
+from attanchor_vlm.model.attach import base_of
+from attanchor_vlm.model.families.structure import language_model, projectors
 
-# Language model and projector, never the vision tower: "all-linear" and plain names hit the tower as well. Gemma 3's
-# projector is a bare parameter, which LoRA cannot adapt.
-LORA_TARGETS = (
-    r".*(language_model|text_model)\..*\.(q|k|v|o|gate|up|down)_proj"
-    r"|.*multi_modal_projector\.linear(_[12])?"
-    r"|.*visual\.merger\.mlp\.[02]"
-    r"|.*visual\.(merger|deepstack_merger_list\.\d+)\.linear_fc[12]"
-    r"|.*connector\.modality_projection\.proj"
-)
-_TOWERS = ("vision_tower.", "vision_model.", "visual.blocks.", "visual.patch_embed.")
+# Of these peft takes every name for an expert's, where experts are one parameter, and cannot drop out what it adapts.
+_OF_EXPERTS = ("gate_proj", "up_proj", "down_proj", "gate", "w1", "w2", "w3")
+
+
+def lora_targets(model: nn.Module) -> list[str]:
+    """The `target_modules` of peft's LoraConfig: all linear layers of the language model and of the projectors, found
+    by the model's structure and named in full. "all-linear" and plain names hit the vision tower as well. In a mixture
+    of experts the feed-forward layers are left out.
+
+    Args:
+        model: A transformers model, attached or not.
+    """
+    target = base_of(model)
+    decoder = language_model(target)
+    prefix = next(name for name, module in target.named_modules() if module is decoder)
+    layers = (module for module in decoder.modules() if not isinstance(module, nn.Conv1d))
+    mixture = any(parameter.dim() == 3 for layer in layers for parameter in layer.parameters(recurse=False))
+    names = [*_linear(decoder, prefix), *(n for name, module in projectors(target) for n in _linear(module, name))]
+    return [name for name in names if not (mixture and name.rpartition(".")[2] in _OF_EXPERTS)]
+
+
+def _linear(module: nn.Module, prefix: str) -> list[str]:
+    return [name for name, layer in module.named_modules(prefix=prefix) if isinstance(layer, nn.Linear)]
 
 
 def choose_optimizer(wanted: str, say: Callable[[str], None], sharded: bool = False) -> str:
@@ -62,26 +77,32 @@ def _is_of_bitsandbytes(optimizer: str) -> bool:
 
 
 def add_lora(model: Any, rank: int, alpha: int, dropout: float) -> nn.Module:
-    """A PeftModel with fresh adapters on language model and projector; everything else is frozen.
+    """A PeftModel with fresh adapters on language model and projector; everything else is frozen. Projectors without
+    linear layers, which are small, are trained whole.
 
     Args:
         rank, alpha, dropout: Of LoRA.
 
     Raises:
-        SetupError: the model has no module that the adapters could go on, or one of its vision tower would be hit.
+        SetupError: there is no projector to be found in the model, so that it would stay as it is.
     """
     from peft import LoraConfig, get_peft_model
 
-    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=LORA_TARGETS)
-    try:
-        model = get_peft_model(model, config)
-    except ValueError as error:
-        raise SetupError(f"LoRA finds no language model or projector in {type(model).__name__}: {error}") from error
-    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    hit = [name for name in trained if any(tower in name for tower in _TOWERS)]
-    if hit:
-        raise SetupError(f"LoRA would train the vision tower of {type(model).__name__}: {hit[0]}")
-    return model
+    found = [(name, module) for name, module in projectors(base_of(model)) if any(True for _ in module.parameters())]
+    if not found:
+        raise SetupError(
+            f"nothing of a projector is found in {type(model).__name__}, so LoRA would leave it untrained; name its "
+            "layers in peft's LoraConfig yourself, beside attanchor_vlm.lora_targets(model)"
+        )
+    whole = [name for name, module in found if not _linear(module, name)]
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=lora_targets(model),
+        modules_to_save=whole or None,
+    )
+    return get_peft_model(model, config)
 
 
 def layer_classes(model: nn.Module) -> list[str]:

@@ -123,7 +123,7 @@ def _run_alone(
     dtype = loading.choose_dtype(config.dtype, say)
     optimizer = choose_optimizer(config.optimizer, say, config.fsdp)
     model, processor = loading.load_pretrained(config.model, dtype)
-    copies = _most_copies(anchors, config.pause_tokens)
+    copies = MostCopies.of(anchors, config.pause_tokens)
     data = train_data.make(found, config, processor, model, say, config.batch_size, config.fsdp, copies)
 
     # What to leave out in calls without a mask, as of an evaluation harness.
@@ -145,16 +145,6 @@ def _run_alone(
     say(f"{samples} to train, {validation}; {trained:,} of {total:,} parameters are trained")
     say(_described(config, dtype))
     return _train(config, model, processor, data, dtype, optimizer, checkpoint, say, progress)
-
-
-def _most_copies(anchors: AttAnchorConfig, pauses: int) -> MostCopies | None:
-    """What these anchors, with so many pause tokens, add to a row at the most; None for calls that are handed on."""
-    if anchors.changes_nothing:
-        return None
-    budget = anchors.max_anchors if anchors.placement != "front" else None  # the whole question, whatever matches
-    if anchors.inserts_nothing:
-        budget = 0
-    return MostCopies(budget, anchors.direction == "image_into_text", pauses, anchors.keep)
 
 
 def _described(config: TrainConfig, dtype: torch.dtype) -> str:
@@ -317,7 +307,7 @@ def _arguments(config: TrainConfig, model: Any, data: TrainData, dtype: torch.dt
         optim=optimizer,
         fp16=dtype == torch.float16,
         bf16=dtype == torch.bfloat16,
-        use_cpu=distributed.on_cpu(),
+        use_cpu=distributed.on_cpu() or (dtype == torch.bfloat16 and not torch.cuda.is_available()),
         **_memory(config, model),
         # A process whose batch has no image has no gradient for the projector, and DDP would wait for it.
         ddp_find_unused_parameters=data.may_lack_images,

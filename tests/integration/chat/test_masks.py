@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import functools
-
 import pytest
 import torch
+from chats import KINDS, assistant, processor_of, user
 from tiny import (
     BOS,
     CHATML,
@@ -28,29 +27,6 @@ from attanchor_vlm.model.candidates import mask_from_ids
 
 QUESTION, ANSWER = "What is to the left of the red dog?", "It is a small blue cube."
 SECOND, REPLY = "Is there a cat in the picture?", "Yes, there are two cats."
-
-
-def user(*parts: str) -> dict:
-    content = [{"type": "image"} if part == "<image>" else {"type": "text", "text": part} for part in parts]
-    return {"role": "user", "content": content}
-
-
-def assistant(text: str) -> dict:
-    return {"role": "assistant", "content": [{"type": "text", "text": text}]}
-
-
-@functools.cache
-def processor_of(kind: str):
-    tokenizer, template = {
-        "bytes-chatml": (byte_level_tokenizer, CHATML),
-        "bytes-vicuna": (byte_level_tokenizer, VICUNA),
-        "metaspace-vicuna": (metaspace_tokenizer, VICUNA),
-        "metaspace-unsplit-vicuna": (lambda: metaspace_tokenizer(split=False), VICUNA),
-    }[kind]
-    return llava_processor(tokenizer(), template)
-
-
-KINDS = ["bytes-chatml", "bytes-vicuna", "metaspace-vicuna", "metaspace-unsplit-vicuna"]
 
 
 def said(processor, encoded, name: str, row: int) -> str:

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from test_masks import KINDS, processor_of, user
+from chats import KINDS, processor_of, user
 from tiny import byte_level_tokenizer, metaspace_tokenizer, picture, tiny_llava
 
 from attanchor_lab.scenes import dataset as scenes

@@ -23,6 +23,8 @@ from attanchor_vlm import cli, load_settings
 from attanchor_vlm.cli.options import Options, takes
 from attanchor_vlm.errors import SetupError, missing
 from attanchor_vlm.model import load as loading
+from attanchor_vlm.model.families.llava import LlavaAdapter
+from attanchor_vlm.model.rules import RULES
 from attanchor_vlm.settings import setting
 from attanchor_vlm.training.config import PRESETS, TrainConfig
 
@@ -361,3 +363,17 @@ def test_help_answers_without_loading_torch():
     said = " ".join(done.stdout.split())
     for default in ("0.12; qwen2.5-vl-3b 0.08", "0.0001; llava-7b 0.0002; small-llava 0.002", "32; llava-7b 8", "each"):
         assert f"[default: {default}" in said
+
+
+def test_check_says_rule_by_rule_what_holds(world, capsys, monkeypatch):
+    command = ["check", "--model", str(world / "model")]
+    assert cli.main(command) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in lines] == [["ok", rule] for rule in RULES]
+    # An adapter that knows the image's features in another order.
+    monkeypatch.setattr(LlavaAdapter, "feature_rows", lambda self, encoded: encoded.pooler_output[0].flip(0))
+    assert cli.main([*command, "--json"]) == 1
+    said = json.loads(capsys.readouterr().out)
+    assert not said["ok"]
+    assert "others than those in the prompt" in said["rules"]["rows"]["found"]
+    assert said["rules"]["positions"] == {"found": None, "note": None}

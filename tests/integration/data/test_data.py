@@ -66,6 +66,12 @@ BAD_ROWS = {
     "two questions": (row(conversations=turns(("human", "<image>a"), ("human", "b"))), "turn 2 is by the user"),
     "no answer": (row(conversations=turns(("human", "<image>a"))), "a question without an answer"),
     "empty answer": (row(answer=" "), "turn 2, an answer, is empty"),
+    "image before a question": (row(conversations=turns(("system", "<image>"))), "turn 1, the system's, holds <image>"),
+    "system alone": (row(image=None, conversations=turns(("system", "Be brief."))), "a question without an answer"),
+    "system late": (
+        row(conversations=turns(("human", "<image>a"), ("system", "Be brief."), ("gpt", "b"))),
+        "turn 2 is by the system",
+    ),
 }
 
 
@@ -225,6 +231,22 @@ def test_what_llava_instruct_holds_is_read(folder):
     assert [len(sample.messages) for sample in each] == [2, 4]
     assert [sample.messages[-1][1] for sample in each] == ["one", "two"]
     assert [len(sample.messages) for sample in data.samples(rows[:1], "all")] == [4]
+
+
+def test_a_system_turn_stands_before_every_answer_of_its_row(folder):
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "First?"}]},
+        {"role": "assistant", "content": "one"},
+        {"role": "user", "content": "Second?"},
+        {"role": "assistant", "content": [{"type": "text", "text": "two"}]},
+    ]
+    rows, _ = data.read_rows(write(folder, [{"images": ["a.png"], "messages": messages}]), folder / "images")
+    each = [sample.messages for sample in data.samples(rows, "each")]
+    assert [len(said) for said in each] == [3, 5]
+    assert {said[0] for said in each} == {("system", "Be brief.")}
+    assert [said[-1] for said in each] == [("assistant", "one"), ("assistant", "two")]
+    assert [sample.messages for sample in data.samples(rows, "all")] == each[1:]
 
 
 def test_the_split_keeps_every_image_on_one_side():

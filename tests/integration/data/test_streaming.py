@@ -178,7 +178,7 @@ def test_parquet_holds_the_same_rows(world, tmp_path):
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        ([{"type": "video"}], "has a part {'type': 'video'}"),
+        ([{"type": "audio"}], "has a part {'type': 'audio'}"),
         (7, 'should be an object with "role" and "content"'),
         ([{"type": "text", "text": "no image"}], "0 <image> placeholders for 1 image"),
     ],

@@ -15,7 +15,8 @@ from attanchor_lab.scenes import dataset as scenes
 from attanchor_lab.small_llava import model as small_llava
 from attanchor_vlm import AttAnchorConfig, attach, cli
 from attanchor_vlm.data.rows import read_rows, samples
-from attanchor_vlm.evaluation import amber, answers, extras, text_metrics
+from attanchor_vlm.errors import DataError
+from attanchor_vlm.evaluation import amber, answers, extras, run, text_metrics
 from attanchor_vlm.evaluation.config import EvalConfig
 from attanchor_vlm.evaluation.text_metrics import BertScoreModel
 from attanchor_vlm.model.load import load_pretrained
@@ -256,6 +257,17 @@ def test_forced_predictions_are_the_likeliest_tokens(world, test_samples, tau):
     first = [text.split()[0] for text in made.predictions]
     assert [text.split()[0] for text in forced.predictions] == first
     assert text_metrics.exact_match(made.predictions, [[one] for one in made.references]) > 0.5  # it has learnt this
+
+
+def test_rows_that_fit_the_context_without_anchors_alone_are_named_first(world):
+    model, processor = load_pretrained(str(world / "model"))
+    config = EvalConfig(data=world / "test.json", images=world / "images", metrics=("exact",), limit=1)
+    model.config.get_text_config().max_position_embeddings = 64 + 17
+    attach(model, AttAnchorConfig(tau=1.0))
+    run.evaluate(model, processor, config, progress=False)
+    attach(model, AttAnchorConfig(tau=0.3))
+    with pytest.raises(DataError, match=r"test\.json, row \d+: \d+ tokens with its images and up to \d+ anchors"):
+        run.evaluate(model, processor, config, progress=False)
 
 
 def test_eval_reports_only_what_was_computed(world, test_samples, tmp_path, capsys):

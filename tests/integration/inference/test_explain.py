@@ -13,7 +13,6 @@ from matplotlib.colors import to_hex
 from matplotlib.patches import Rectangle
 from PIL import Image
 
-from attanchor_lab.sample import write_sample
 from attanchor_vlm import cli, detach
 from attanchor_vlm.inference import ask as infer
 from attanchor_vlm.inference import explain as evaluate
@@ -23,13 +22,6 @@ from attanchor_vlm.model.geometry import Box
 from attanchor_vlm.model.load import load
 
 TAU = 0.5
-
-
-@pytest.fixture(scope="module")
-def sample(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("explain") / "sample"
-    write_sample(folder)
-    return folder
 
 
 def grid(image, tile, rows, columns, x0, y0, x1, y1):
@@ -194,6 +186,20 @@ def test_explain_says_which_patches_stayed(sample):
         hosts = {match.patch for match in shown.matches if match.patch is not None}
         assert bool(hosts) == (settings["tau"] < 1)
         assert not hosts & shown.dropped
+
+
+@pytest.mark.parametrize(
+    ("prompt", "shown"),
+    [
+        ("<image>\n<image>\nAlike?", "Alike?"),
+        ("Alike?", "Alike?"),
+        ("<image> and <image>: alike?", "[image 1] and [image 2]: alike?"),
+        ("Is it here? <image>", "Is it here? [image 1]"),
+    ],
+)
+def test_images_that_stand_inside_of_a_question_are_numbered(sample, loaded, prompt, shown):
+    images = [sample / "images" / "test-00000.png"] * max(prompt.count("<image>"), 1)
+    assert evaluate.explain(*loaded, images, prompt, 1).question == shown
 
 
 def test_no_anchors_is_said(tiled, figure):

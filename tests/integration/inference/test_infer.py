@@ -16,7 +16,7 @@ from attanchor_vlm.evaluation import run as evaluation
 from attanchor_vlm.inference import ask as infer
 from attanchor_vlm.model import load as loading
 from attanchor_vlm.model.load import load, settings_for
-from attanchor_vlm.training.lora import LORA_TARGETS
+from attanchor_vlm.training.lora import lora_targets
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +101,7 @@ def test_an_adapter_of_another_model_is_one_error(sample, tmp_path, capsys):
     model, _ = loading.load_pretrained(str(sample / "model"))
     model.config.text_config.intermediate_size *= 2
     wider = type(model)(model.config)
-    wrapped = get_peft_model(wider, LoraConfig(r=2, target_modules=LORA_TARGETS))
+    wrapped = get_peft_model(wider, LoraConfig(r=2, target_modules=lora_targets(wider)))
     wrapped.save_pretrained(tmp_path)
     save_settings(AttAnchorConfig(tau=TAU), tmp_path)
     code, out, line = run(capsys, "generate", "--model", sample / "model", "--adapter", tmp_path, "--prompt", "a")

@@ -10,24 +10,16 @@ from peft import LoraConfig, get_peft_model
 from tiny import tiny_llava
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from attanchor_lab.sample import write_sample
 from attanchor_vlm import AttAnchorConfig, attach, cli, load_settings, save_settings
 from attanchor_vlm.inference import ask as infer
 from attanchor_vlm.inference import export as serve
 from attanchor_vlm.inference.export import ServingError, prompt_embeds
 from attanchor_vlm.model import load as loading
 from attanchor_vlm.model.load import load
-from attanchor_vlm.training.lora import LORA_TARGETS
+from attanchor_vlm.training.lora import lora_targets
 
 QUESTION = "Where is the purple triangle?"
 TAU = 0.5
-
-
-@pytest.fixture(scope="module")
-def sample(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("serve") / "sample"
-    write_sample(folder)
-    return folder
 
 
 @pytest.fixture
@@ -42,7 +34,7 @@ def adapter(sample, tmp_path_factory):
     model, _ = load(str(sample / "model"), tau=TAU)
     attach(model, AttAnchorConfig(tau=-1, max_anchors=3))  # what random adapters leave of the scores is low
     torch.manual_seed(1)
-    targets = LoraConfig(r=4, lora_alpha=16, target_modules=LORA_TARGETS, init_lora_weights=False)
+    targets = LoraConfig(r=4, lora_alpha=16, target_modules=lora_targets(model), init_lora_weights=False)
     wrapped = get_peft_model(model, targets)
     wrapped.save_pretrained(folder)
     save_settings(wrapped, folder)
@@ -197,7 +189,8 @@ def test_a_family_that_cannot_be_served_is_refused_before_its_weights_are_loaded
 
 
 def test_an_adapter_that_is_not_merged_is_refused(tmp_path):
-    model = get_peft_model(tiny_llava(), LoraConfig(r=2, target_modules=LORA_TARGETS)).get_base_model()
+    model = tiny_llava()
+    get_peft_model(model, LoraConfig(r=2, target_modules=lora_targets(model)))
     with pytest.raises(ServingError, match="an adapter stands in the model's layers; merge it first"):
         serve.export_language_model(model, _NoTokenizer(), tmp_path / "lm")
     assert not list(tmp_path.iterdir())

@@ -201,12 +201,12 @@ def test_words_of_the_photographs_go_to_patches(finished):
 def test_an_earlier_demo_is_replaced_and_nothing_else(tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "results.json").write_text("{}")
-    demo._clear(tmp_path)
+    demo.clear(tmp_path, {"data", "runs", "results.json", "loss.png"})
     assert not list(tmp_path.iterdir())
     (tmp_path / "thesis.tex").write_text("years of work")
     (tmp_path / "loss.png").write_text("old")
     with pytest.raises(SetupError, match=r"holds thesis.tex, which is no part of a demo"):
-        demo._clear(tmp_path)
+        demo.clear(tmp_path, {"data", "runs", "results.json", "loss.png"})
     assert len(list(tmp_path.iterdir())) == 2
 
 

@@ -134,7 +134,6 @@ def test_what_helps_harms_and_does_neither_is_told_apart(tmp_path):
     folder = rows_of(tmp_path, {"plain": 0, "t2i": 0.08, "front": -0.06, "end": 0.0}, named=2)
     found = report.Laboratory(folder)
     assert verdicts(found.named()) == {"t2i": BETTER, "front": WORSE}
-    assert verdicts(found.others()) == {"end": OPEN}  # a family of its own
     assert found.named()["mean"].tolist() == pytest.approx([8, -6], abs=0.8)
     assert found.differences("main", "t2i", "plain", "loss").mean() == pytest.approx(-0.08, abs=0.01)
 
@@ -205,6 +204,72 @@ def test_without_its_packages_the_report_says_what_to_install(tmp_path, capsys, 
     assert cli.main(["report", str(folder), "--output", str(tmp_path / "page.md")]) == 1
     assert 'need `pip install ".[lab]"`' in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
+
+
+def test_rows_of_another_experiment_are_shown_by_their_own_names(tmp_path, undrawn):
+    """Kinds of questions, tests and arms that the laboratory does not know; a comparison on held-out concepts; a margin
+    fixed beforehand; a picture of its own."""
+    folder = rows_of(tmp_path / "photographs", {"plain": 0, "t2i": 0.05, "end": 0.0}, seeds=6, spread=0.002)
+    found = json.loads(json.dumps(read_rows(folder / "rows.jsonl")).replace('"end"', '"third"'))
+    plan, *runs = found
+    plan |= {"size": "photographs", "titles": {"third": "a third of the image tokens"}}
+    plan["contrasts"] = [
+        {"setting": "main", "arm": "t2i", "against": "plain", "asks": "On concepts never seen?", "test": "concepts"},
+        {"setting": "main", "arm": "third", "against": "plain", "asks": "As good with a third?", "margin": 1.0},
+        {"setting": "main", "arm": "third", "against": "plain", "asks": "And there?", "test": "concepts"},
+    ]
+    for row in runs:
+        mean = row["test"]["0"]["mean"]
+        row["test"] = {
+            "seen": {"mean": mean, "left": mean - 0.1, "count": mean + 0.1, "questions": 60},
+            "concepts": {"mean": mean - (0.2 if row["arm"] == "t2i" else 0.1)},
+        }
+        del row["attention"]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
+    (folder / "picture.png").write_bytes(b"a picture")
+    written = report.write([folder, PAGES / "cpu"], tmp_path / "page.md")
+    text = (tmp_path / "page.md").read_text()
+    assert re.search(r"\| photographs, main, concepts \| On concepts never seen\? \|.*\| −[45]\..*\| worse \|", text)
+    third = "a third of the image tokens − plain"
+    assert re.search(rf"\| photographs, main \| As good with a third\? \| {third} \|.*\| no worse \|", text)
+    assert re.search(rf"\| photographs, main, concepts \| And there\? \| {third} \|.*\| not shown \|", text)
+    head = "| setting | arm | mean accuracy, % | left | count | mean, concepts |\n"
+    assert "## What was measured: photographs\n\nMeans over seeds, in % but for the loss" in text
+    assert head in text
+    assert "| cpu, main | Do anchors as published" in text
+    assert written[-1].name == "page-scene.png"
+    assert written[-1].read_bytes() == b"a picture"
+
+
+def test_rows_of_the_experiment_on_photographs(tmp_path, undrawn):
+    """Its plan has a question; its rows are one for each measurement of an arm."""
+    folder = tmp_path / "photographs"
+    folder.mkdir()
+    plan = {"question": "Do anchors help?", "contrasts": [["t2i", "plain"]], "margin": 0.03, "seeds": [0, 1, 2],
+            "arms": {"plain": {}, "t2i": {}}, "more": {"i2t": {}}, "splits": ["seen", "concepts"]}  # fmt: skip
+    rows = []
+    for seed in plan["seeds"]:
+        for arm, gain in (("plain", 0.0), ("t2i", 0.1)):
+            common = {"arm": arm, "seed": seed, "date": "2026-01-01T00:00:00Z", **ENVIRONMENT}
+            values = {"seen": 0.5 + gain + seed / 100, "concepts": 0.3, "seen/what": 0.2 + gain, "concepts/what": 0.1}
+            values["concepts"] += gain * (-1, 0, 1)[seed]
+            rows.append(common | {"test": "as trained", "values": values, "figures": {"losses": [2.0, 1.0 - gain]}})
+            kept = {"seen": 0.4 + gain, "seen/what": 0.2}
+            rows.append(common | {"test": "keep 1/3 cells", "values": kept, "figures": {}})
+    (folder / "plan.json").write_text(json.dumps(plan))
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    report.write([folder], tmp_path / "page.md")
+    text = (tmp_path / "page.md").read_text()
+    line = r"\| photographs \| Do anchors help\? \| text into image − plain \| 3 \| \+10\.0 .* \| better \|"
+    assert re.search(line, text)
+    assert re.search(
+        r"\| photographs, concepts \|  \| text into image − plain \| 3 \| \+?0\.0 .* \| not shown \|", text
+    )
+    assert "| mean accuracy, % | what | mean, concepts | mean, keep 1/3 cells |" in text
+    assert "| photographs | text into image | 61.0 | 30.0 | 30.0 | 50.0 |" in text
+    assert re.search(r"\| photographs \| 2026.*\| – \| 9 \| 6 \| 0 \| 3 \|", text)  # image into text was not run
+    panel = report._curves([report.Laboratory(folder)])["photographs"]["text into image"]
+    assert panel.loc[2].tolist() == pytest.approx([-0.1] * 3)
 
 
 def test_every_arm_has_a_title_of_its_own():

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from tiny import IMAGE, PATCHES, prompts, tiny_llava
 from torch.nn import functional as F
 
 from attanchor_lab import selection
-from attanchor_vlm import AttAnchorConfig, attach
+from attanchor_vlm import AttAnchorConfig, attach, prepare_inputs
 
 RULES = ("random", "strided", "lowest-cosine", "diverse", "salience-cells")
 KEEP = 5
@@ -78,3 +80,65 @@ def test_newline_rows_have_no_place_in_an_image():
     place, size = selection._places(torch.tensor([0, 0, -1, 0, 1, 1, -1]))
     assert place[[0, 1, 3, 4, 5]].tolist() == [0, 1, 2, 0, 1]
     assert size[[0, 1, 3, 4, 5]].tolist() == [3, 3, 3, 2, 2]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tau", [1.0, 0.1])
+def test_pooling_is_torch_s_average_pooling(tau):
+    """Of a quarter of the tokens, each is the mean of two by two, and anchors stand behind the means they match."""
+    batch = prompts([1, 2, 0], "left")
+    model = attach(tiny_llava(), AttAnchorConfig(tau=tau, keep=PATCHES // 4, keep_by="pooling"))
+    prepared = prepare_inputs(model, **batch)
+    plan, images = model.attanchor_plan, batch["input_ids"] == IMAGE
+    side = int(PATCHES**0.5)
+    pooled = F.avg_pool2d(rows_of(batch).mT.unflatten(-1, (side, side)), 2).flatten(2).mT.flatten(0, 1)
+    placed = images.gather(1, plan.source.clamp(min=0)) & (plan.source >= 0) & ~plan.is_anchor
+    torch.testing.assert_close(prepared["inputs_embeds"][placed], pooled)
+    if tau < 1:
+        words = model.get_input_embeddings()(batch["input_ids"].masked_fill(images, 0))
+        inserted = plan.host >= 0
+        assert inserted.any()
+        sample = inserted.nonzero()[:, 0]
+        count = (images.sum(1) // 4).tolist()
+        for row, score, number in zip(words[inserted], plan.score[inserted], sample, strict=True):
+            own = pooled.split(count)[int(number)]
+            assert score == pytest.approx(float(F.cosine_similarity(row[None], own).max()), abs=1e-5)
+
+
+def test_pooling_sends_its_gradient_to_every_token_of_a_cell():
+    model = attach(tiny_llava(), AttAnchorConfig(tau=1.0, keep=4, keep_by="pooling"))
+    seen = []
+    hook = model.model.multi_modal_projector.register_forward_hook(
+        lambda module, given, made: (made.retain_grad(), seen.append(made))[1]
+    )
+    batch = prompts([1])
+    labels = torch.where(torch.arange(batch["input_ids"].shape[1]) >= batch["input_ids"].shape[1] - 2, 5, -100)[None]
+    model(**batch, labels=labels).loss.backward()
+    hook.remove()
+    (rows,) = seen
+    assert (rows.grad.abs().sum(-1) > 0).all()
+
+
+def test_pooling_needs_a_tau_above_0():
+    with pytest.raises(ValueError, match=r"keep_by is 'pooling' with tau 0; it needs a tau above 0"):
+        AttAnchorConfig(tau=0.0, keep=4, keep_by="pooling")
+
+
+@torch.no_grad()
+def test_a_downsampled_input_has_fewer_tokens_and_the_encoder_s_own_interpolated_positions():
+    model, batch = tiny_llava(), prompts([1])
+    small = F.interpolate(batch["pixel_values"], size=(8, 8))
+    wanted = model.model.vision_tower(small, interpolate_pos_encoding=True, output_hidden_states=True)
+    wanted = model.model.multi_modal_projector(wanted.hidden_states[-2][:, 1:])
+    processor = SimpleNamespace(
+        patch_size=4, image_processor=SimpleNamespace(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+    )
+    selection.downsample(model, processor, 8)
+    assert processor.image_processor.crop_size == {"height": 8, "width": 8}
+    torch.testing.assert_close(torch.stack(list(model.get_image_features(small).pooler_output)), wanted)
+    ids = torch.cat([batch["input_ids"][:, :3], torch.full((1, 4), IMAGE), batch["input_ids"][:, -4:]], 1)
+    attach(model, AttAnchorConfig(tau=0.1, keep=2))
+    model(input_ids=ids, pixel_values=small)
+    assert int((model.attanchor_plan.input_ids == IMAGE).sum()) == 2
+    with pytest.raises(ValueError, match=r"side is 10; it should be a multiple of the patch size, 4"):
+        selection.downsample(model, processor, 10)

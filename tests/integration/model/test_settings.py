@@ -8,16 +8,19 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from types import MappingProxyType
 
 import numpy as np
 import pytest
 import torch
 from tiny import IMAGE, PATCHES, prompts, tiny_llava
-from transformers import LlavaForConditionalGeneration
+from transformers import LlamaForCausalLM, LlavaForConditionalGeneration
 
 import attanchor_vlm
 from attanchor_vlm import AttAnchorConfig, attach, detach, is_attached, load_settings, prepare_inputs, save_settings
+from attanchor_vlm.model.adapter_files import load_adapter
+from attanchor_vlm.model.attach import base_of
 from attanchor_vlm.model.config import BACKENDS, DIRECTIONS, POSITIONS
 from attanchor_vlm.model.families import FamilyAdapter, adapter_for, register
 
@@ -59,11 +62,41 @@ def test_inherit_in_a_family_with_one_position_per_token():
         attach(model, AttAnchorConfig(tau=TAU, positions="inherit", force_inherit=True))
 
 
-def test_an_unknown_family_is_told_what_an_adapter_needs():
+def test_an_unknown_family_is_served_by_the_contract_of_transformers():
+    model, batch = tiny_llava(), prompts([1, 2])
+    expected = attach(model, AttAnchorConfig(tau=TAU, route="ids"))(**batch).logits
+    _rename(detach(model), "other_vl")
+    assert torch.equal(attach(model, AttAnchorConfig(tau=TAU))(**batch).logits, expected)
+    assert model.attanchor_plan.is_anchor.any()
+    assert adapter_for(model).routes == ("ids",)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "reason"),
+    [
+        ("mllama", {}, "read by cross-attention"),
+        ("instructblip", {}, "learned queries"),
+        ("encoding_vl", {"is_encoder_decoder": True}, "it is an encoder-decoder"),
+        ("nameless_vl", {"image_token_id": None}, "names no image_token_id"),
+    ],
+)
+def test_a_family_that_cannot_have_anchors_is_told_why(name, change, reason):
     model = tiny_llava()
-    model.config.__class__ = type("Other", (type(model.config),), {"model_type": "other_vl"})
-    with pytest.raises(ValueError, match=r"no adapter for model_type 'other_vl'.*image_arguments.*routes"):
+    _rename(model, name)
+    for key, value in change.items():
+        setattr(model.config, key, value)
+    with pytest.raises(ValueError, match=rf"cannot insert anchors in '{name}' \(Llava\w+\): .*{reason}.*register"):
         attach(model, AttAnchorConfig(tau=TAU))
+
+
+def test_a_forward_without_encoded_images_is_told_so():
+    model = LlamaForCausalLM(tiny_llava().config.text_config)
+    with pytest.raises(ValueError, match="it has no mm_encoder_outputs in forward"):
+        attach(model, AttAnchorConfig(tau=TAU))
+
+
+def _rename(model, name):
+    model.config.__class__ = type("Other", (type(model.config),), {"model_type": name})
 
 
 def test_a_model_that_names_no_base_model():
@@ -239,3 +272,14 @@ def test_sidecar(tmp_path):
         load_settings(tmp_path)
     with pytest.raises(ValueError, match="the model is not attached"):
         save_settings(tiny_llava(), tmp_path)
+
+
+def test_an_adapter_of_an_earlier_version_gives_what_it_gave_then():
+    """Written by the version before the rooms, with what its model said to the same prompts."""
+    folder = Path(__file__).parent / "adapter-of-earlier-version"
+    expected = json.loads((folder / "expected.json").read_text())
+    model = load_adapter(tiny_llava(), folder)
+    with torch.no_grad():
+        logits = model(**prompts([1, 2])).logits
+    assert base_of(model).attanchor_plan.is_anchor.sum(-1).tolist() == expected["inserted"]
+    assert logits[1, -1, :8].tolist() == pytest.approx(expected["logits"], abs=1e-3)

@@ -62,7 +62,8 @@ class Family:
                     parameter.normal_(0, fan_in**-0.5, generator=generator)
                 elif name.endswith("bias") or "newline" in name:
                     parameter.normal_(0, 0.2, generator=generator)
-            model.lm_head.weight[:FIRST_WORD] = 0  # never the most likely: a generated placeholder has no image
+            head = model.lm_head if hasattr(model, "lm_head") else model.language_model.lm_head
+            head.weight[:FIRST_WORD] = 0  # never the most likely: a generated placeholder has no image
         model.generation_config.pad_token_id, model.generation_config.eos_token_id = PAD, None
         return model
 
@@ -136,8 +137,18 @@ def features(model: transformers.PreTrainedModel, batch: Image) -> Tensor:
     """(T, D) image features of a batch, by the model's own method."""
     own = ("input_ids", "attention_mask", "anchor_mask", "labels", "token_type_ids", "mm_token_type_ids")
     with torch.no_grad():
-        output = model.get_image_features(**{k: v for k, v in batch.items() if k not in own}, return_dict=True)
-    return torch.cat([part.reshape(-1, part.shape[-1]) for part in output.pooler_output])
+        output = model.base_model.get_image_features(
+            **{k: v for k, v in batch.items() if k not in own}, return_dict=True
+        )
+        found = _ELSEWHERE.get(model.config.model_type, lambda model, output: output.pooler_output)(model, output)
+    return torch.cat([part.reshape(-1, part.shape[-1]) for part in found])
+
+
+# Where the rows of the prompt stand in encoded images, if not in `pooler_output`.
+_ELSEWHERE = {
+    "llama4": lambda model, output: model.multi_modal_projector(output.last_hidden_state),
+    "granite4_vision": lambda model, output: output.deepstack_features[0][1],
+}
 
 
 def _rows_of(family: Family, picture: Image) -> int:
@@ -145,7 +156,7 @@ def _rows_of(family: Family, picture: Image) -> int:
     sizes = tuple(int(x) for name, value in picture.items() if not value.is_floating_point() for x in value.flatten())
     key = (family.name, shapes, sizes)
     if key not in _known_rows:
-        _known_rows[key] = len(features(_any_model(family.name), family.stack([[picture]])))
+        _known_rows[key] = len(features(_any_model(family), family.stack([[picture]])))
     return _known_rows[key]
 
 
@@ -153,8 +164,8 @@ _known_rows: dict[tuple, int] = {}
 
 
 @functools.cache
-def _any_model(name: str) -> transformers.PreTrainedModel:
-    return next(family for family in FAMILIES if family.name == name).model()
+def _any_model(family: Family) -> transformers.PreTrainedModel:
+    return family.model()
 
 
 def _words(count: int, generator: torch.Generator) -> list[int]:
@@ -199,11 +210,11 @@ def _pad_tiles(value: Tensor, axis: int, count: int) -> Tensor:
     return torch.cat([value, value.new_zeros(shape)], axis)
 
 
-def _square(generator: torch.Generator, index: int) -> Image:
+def square(generator: torch.Generator, index: int) -> Image:
     return {"pixel_values": torch.randn(1, 3, SIDE, SIDE, generator=generator)}
 
 
-def _tiled(generator: torch.Generator, index: int) -> Image:
+def tiled(generator: torch.Generator, index: int) -> Image:
     """Any resolution: a base view and the tiles of the best grid, in an image that is not a square."""
     height, width = [(16, 30), (32, 14), (28, 32)][index % 3]
     tiles = 1 + -(-height // SIDE) * -(-width // SIDE)
@@ -213,7 +224,7 @@ def _tiled(generator: torch.Generator, index: int) -> Image:
     }
 
 
-def _grid(generator: torch.Generator, index: int) -> Image:
+def grid(generator: torch.Generator, index: int) -> Image:
     height, width = [(4, 6), (6, 4), (8, 4)][index % 3]
     patches = torch.randn(height * width, 3 * 2 * QWEN_PATCH**2, generator=generator)
     return {"pixel_values": patches, "image_grid_thw": torch.tensor([[1, height, width]])}
@@ -232,22 +243,22 @@ def _split(generator: torch.Generator, index: int) -> Image:
 
 # --- Families. --------------------------------------------------------------------------------------------------------
 
-QWEN = {"image": _grid, "inherits": True, "token_types": "mm_token_type_ids"}
+QWEN = {"image": grid, "inherits": True, "token_types": "mm_token_type_ids"}
 TILES = {"image": _split, "stack": _tiles_per_sample}
 IDS = {"routes": ("ids",), "token_types": "token_type_ids"}
 
 FAMILIES = [
-    Family("llava", tiny_families.llava, _square),
-    Family("llava_next", tiny_families.llava_next, _tiled, newlines=True),
-    Family("llava_onevision", tiny_families.llava_onevision, _tiled, newlines=True),
+    Family("llava", tiny_families.llava, square),
+    Family("llava_next", tiny_families.llava_next, tiled, newlines=True),
+    Family("llava_onevision", tiny_families.llava_onevision, tiled, newlines=True),
     Family("qwen2_vl", tiny_families.qwen2_vl, **QWEN),
     Family("qwen2_5_vl", tiny_families.qwen2_5_vl, **QWEN),
     Family("qwen3_vl", tiny_families.qwen3_vl, routes=("ids",), **QWEN),
-    Family("internvl", tiny_families.internvl, _square),
+    Family("internvl", tiny_families.internvl, square),
     Family("idefics3", tiny_families.idefics3, **TILES),
     Family("smolvlm", tiny_families.smolvlm, **TILES),
-    Family("paligemma", tiny_families.paligemma, _square, **IDS, prefix_types=True),
-    Family("gemma3", tiny_families.gemma3, _square, **IDS),
+    Family("paligemma", tiny_families.paligemma, square, **IDS, prefix_types=True),
+    Family("gemma3", tiny_families.gemma3, square, **IDS),
 ]
 
 BY_NAME = {family.name: family for family in FAMILIES}

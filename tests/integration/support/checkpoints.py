@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import table_families
 import tiny_families
 import transformers
-from builders import BY_NAME
+from builders import FAMILIES
 from PIL import Image
 from tiny import CHATML, VICUNA, byte_level_tokenizer, metaspace_tokenizer
 from tiny_families import IMAGE, PATCH, PINPOINTS, QWEN_PATCH, SIDE
@@ -82,10 +83,10 @@ def _write(folder: Path, tokens: Any, template: str | None, **files: dict[str, A
 
 
 def _qwen(folder: Path, name: str) -> None:
-    classes = {"qwen2_vl": "Qwen2VL", "qwen2_5_vl": "Qwen2_5_VL", "qwen3_vl": "Qwen3VL"}
+    kind = {"qwen2_vl": "Qwen2VL", "qwen2_5_vl": "Qwen2_5_VL"}.get(name, "Qwen3VL")
     images = {
-        "image_processor_type": "Qwen2VLImageProcessor" + "Fast" * (name == "qwen3_vl"),
-        "processor_class": f"{classes[name]}Processor",
+        "image_processor_type": "Qwen2VLImageProcessor" + "Fast" * (kind == "Qwen3VL"),
+        "processor_class": f"{kind}Processor",
         "patch_size": QWEN_PATCH,
         "temporal_patch_size": 2,
         "merge_size": 2,
@@ -93,9 +94,36 @@ def _qwen(folder: Path, name: str) -> None:
         "max_pixels": 12 * (2 * QWEN_PATCH) ** 2,
         **IMAGENET,
     }
-    if name == "qwen3_vl":  # its files say it so
+    if kind == "Qwen3VL":  # its files say it so
         images["size"] = {"shortest_edge": images.pop("min_pixels"), "longest_edge": images.pop("max_pixels")}
     _write(folder, tokenizer(VISION), QWEN, preprocessor_config=images)
+
+
+def _glm4v(folder: Path, name: str) -> None:
+    images = {
+        "image_processor_type": "Glm4vImageProcessor",
+        "processor_class": "Glm4vProcessor",
+        "patch_size": QWEN_PATCH,
+        "temporal_patch_size": 2,
+        "merge_size": 2,
+        "size": {"shortest_edge": 8 * (2 * QWEN_PATCH) ** 2, "longest_edge": 24 * (2 * QWEN_PATCH) ** 2},
+        **IMAGENET,
+    }
+    markers = [f"<|{part}{kind}|>" for kind in ("image", "video") for part in ("begin_of_", "", "end_of_")]
+    template = CHATML.replace("<image>\n", "<|begin_of_image|><|image|><|end_of_image|>")
+    _write(folder, tokenizer(markers), template, preprocessor_config=images)
+
+
+def _gemma4(folder: Path, name: str) -> None:
+    named = {"boi_token": "<|image>", "image_token": "<|image|>", "eoi_token": "<image|>"}
+    named |= {"boa_token": "<|audio>", "audio_token": "<|audio|>", "eoa_token": "<audio|>"}
+    named |= {"video_token": "<|video|>"}
+    turns = {"sot_token": "<start_of_turn>", "eot_token": "<end_of_turn>"}
+    images = {"image_processor_type": "Gemma4ImageProcessor", "patch_size": PATCH, "max_soft_tokens": 70, **IMAGENET}
+    parts = {"feature_extractor": {"feature_extractor_type": "Gemma4AudioFeatureExtractor"}, "image_processor": images}
+    own = {"image_seq_length": 70, "processor_class": "Gemma4Processor", **parts}
+    template = GEMMA.replace("<start_of_image>", "<|image|>")
+    _write(folder, tokenizer(**named, **turns), template, preprocessor_config=images, processor_config=own)
 
 
 def _internvl(folder: Path, name: str) -> None:
@@ -186,16 +214,26 @@ WRITERS = {
     "paligemma": _paligemma,
     "gemma3": _gemma3,
 }
+# Of the families that are served by facts alone, some that are used most.
+FURTHER = {
+    "qwen3_5": _qwen,
+    "qwen3_vl_moe": _qwen,
+    "gemma4": _gemma4,
+    "glm4v": _glm4v,
+}
 LOCATIONS = 1024 + 128  # tokens that PaliGemma's processor adds
 
 
 def write(folder: Path, name: str, monkeypatch: Any) -> tuple[Any, Any]:
     """Write a checkpoint of a family into `folder`; its model, in evaluation mode, and its processor as loaded."""
     folder.mkdir(parents=True, exist_ok=True)
-    WRITERS[name](folder, name)
+    (WRITERS | FURTHER)[name](folder, name)
     tokens = transformers.AutoTokenizer.from_pretrained(folder)
-    monkeypatch.setitem(tiny_families.TEXT, "vocab_size", len(tokens) + LOCATIONS * (name == "paligemma"))
-    model = BY_NAME[name].model()
+    size = len(tokens) + LOCATIONS * (name == "paligemma")
+    monkeypatch.setitem(tiny_families.TEXT, "vocab_size", size)
+    for field in ("vocab_size", "vocab_size_per_layer_input"):
+        monkeypatch.setitem(table_families.TEXT, field, size)
+    model = next(family for family in (*FAMILIES, *table_families.TABLE) if family.name == name).model()
     _set_token_ids(model.config, tokens)
     model.save_pretrained(folder)
     return model, load_processor(str(folder))
@@ -204,8 +242,10 @@ def write(folder: Path, name: str, monkeypatch: Any) -> tuple[Any, Any]:
 def _set_token_ids(config: Any, tokens: Any) -> None:
     known = tokens.get_vocab()
     for name, markers in {
-        "image_token_id": ("<|image_pad|>", "<IMG_CONTEXT>", "<image_soft_token>", "<image>"),
-        "video_token_id": ("<|video_pad|>", "<video>"),
+        "image_token_id": ("<|image_pad|>", "<IMG_CONTEXT>", "<image_soft_token>", "<|image|>", "<image>"),
+        "video_token_id": ("<|video_pad|>", "<video>", "<|video|>"),
+        "image_end_token_id": ("<|end_of_image|>",),
+        "eoi_token_id": ("<image|>",),
         "vision_start_token_id": ("<|vision_start|>",),
         "vision_end_token_id": ("<|vision_end|>",),
         "boi_token_index": ("<start_of_image>",),

@@ -6,7 +6,7 @@ import functools
 
 import pytest
 import torch
-from builders import BY_NAME, FAMILIES, Family
+from builders import FAMILIES, Family
 from torch import Tensor
 
 from attanchor_vlm import AttAnchorConfig, attach
@@ -32,9 +32,8 @@ both_sides = pytest.mark.parametrize("side", ["left", "right"])
 
 
 @functools.cache
-def tau_for(name: str, direction: str = "text_into_image") -> float:
+def tau_for(family: Family, direction: str = "text_into_image") -> float:
     """A threshold that inserts about half of the candidates, in the middle between two scores."""
-    family = BY_NAME[name]
     model, (batch, _) = attach(family.model(), AttAnchorConfig(tau=-1, direction=direction)), family.prompts(MIXED)
     with torch.no_grad():
         model(**batch)
@@ -46,7 +45,7 @@ def tau_for(name: str, direction: str = "text_into_image") -> float:
 
 def attached(family: Family, route: str | None = None, direction: str = "text_into_image", **settings):
     tau = settings.pop("tau", None)
-    tau = tau_for(family.name, direction) if tau is None else tau
+    tau = tau_for(family, direction) if tau is None else tau
     return attach(family.model(), AttAnchorConfig(tau=tau, route=route, direction=direction, **settings))
 
 

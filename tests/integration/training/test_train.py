@@ -311,7 +311,16 @@ def test_label_smoothing_is_refused(world, tmp_path):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
-def test_what_needs_a_gpu_falls_back_with_one_line():
+def test_a_cpu_with_amx_computes_in_bfloat16(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
+    said: list[str] = []
+    assert loading.choose_dtype("bfloat16", said.append) == torch.bfloat16
+    assert not said
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
+def test_what_needs_a_gpu_falls_back_with_one_line(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": False})
     said: list[str] = []
     assert loading.choose_dtype("float16", said.append) == torch.float32
     assert loading.choose_dtype("bfloat16", said.append) == torch.float32

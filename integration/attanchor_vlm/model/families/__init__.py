@@ -1,28 +1,33 @@
-"""What AttAnchor knows about each family of models. A new family is one module here and one line below."""
+"""What AttAnchor knows about each family of models: facts where they differ from `FamilyAdapter`, reasons against."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from transformers import PreTrainedModel
 
 from attanchor_vlm.model.families.base import FamilyAdapter
+from attanchor_vlm.model.families.encoded import Granite4VisionAdapter, Llama4Adapter
 from attanchor_vlm.model.families.gemma3 import Gemma3Adapter
 from attanchor_vlm.model.families.idefics3 import Idefics3Adapter
 from attanchor_vlm.model.families.internvl import InternVLAdapter
 from attanchor_vlm.model.families.llava import LlavaAdapter
 from attanchor_vlm.model.families.llava_next import LlavaNextAdapter
 from attanchor_vlm.model.families.llava_onevision import LlavaOnevisionAdapter
-from attanchor_vlm.model.families.paligemma import PaliGemmaAdapter
-from attanchor_vlm.model.families.qwen2_vl import Qwen2VLAdapter
-from attanchor_vlm.model.families.qwen3_vl import Qwen3VLAdapter
+from attanchor_vlm.model.families.qwen_vl import QwenVLAdapter
+from attanchor_vlm.model.families.refusals import reason_against
+from attanchor_vlm.model.families.tiles import TileAdapter
 
+_ANY = FamilyAdapter()
 _REGISTRY: dict[str, FamilyAdapter] = {}
+_BOUND: dict[tuple[FamilyAdapter, str, type], FamilyAdapter] = {}
 
 
 def register(adapter: FamilyAdapter) -> None:
-    """Make a family known to `attach`, under every ``config.model_type`` that the adapter names.
+    """Make what a family needs known to `attach`, under every ``config.model_type`` that the adapter names.
 
     Raises:
-        TypeError: `adapter` is no instance of a subclass of `FamilyAdapter`.
+        TypeError: `adapter` is no instance of `FamilyAdapter` or a subclass.
         ValueError: it names no model type.
     """
     if not isinstance(adapter, FamilyAdapter):
@@ -35,34 +40,86 @@ def register(adapter: FamilyAdapter) -> None:
 
 
 def adapter_for(model: PreTrainedModel) -> FamilyAdapter:
-    """The adapter of a model's family.
+    """The adapter of a model's family: the registered one, or `FamilyAdapter` itself; bound to the model's class.
 
     Raises:
-        ValueError: there is none; the message says what one needs.
+        ValueError: anchors cannot be inserted in it; the message says why.
     """
-    model_type = getattr(model.config, "model_type", None)
-    if model_type in _REGISTRY:
-        return _REGISTRY[model_type]
-    raise ValueError(
-        f"AttAnchor has no adapter for model_type {model_type!r} ({type(model).__name__}); it knows "
-        f"{', '.join(sorted(_REGISTRY))}. An adapter is a subclass of attanchor_vlm.model.families.FamilyAdapter, "
-        "passed to attanchor_vlm.model.families.register, that says: which arguments of forward hold the image "
-        "(image_arguments), how they become one (T, D) tensor of projected features in the order of the placeholders "
-        "(encode_images, feature_rows), where the placeholders are (placeholders), which features are no image content "
-        "(silent_features), the position ids of the plain prompt if tokens have several (positions_per_token, "
-        "plain_positions), the per-token inputs that must grow with the prompt (token_types), the routes that the "
-        "model allows (routes), and, for pictures of anchors, where in an image its tokens lie (grids)"
-    )
+    target: Any = model
+    model_type = str(getattr(target.config, "model_type", None))
+    adapter = _REGISTRY.get(model_type, _ANY)
+    key = adapter, model_type, type(target.base_model)
+    if key not in _BOUND:
+        if adapter is _ANY and (reason := reason_against(target)):
+            raise ValueError(
+                f"AttAnchor cannot insert anchors in {model_type!r} ({type(model).__name__}): {reason}. Where that is "
+                "mistaken, register an instance of attanchor_vlm.model.families.FamilyAdapter that says what differs "
+                "(image_arguments, encode_images, placeholders, routes, …)"
+            )
+        _BOUND[key] = adapter.bound_to(target)
+    return _BOUND[key]
 
 
-register(LlavaAdapter())
-register(LlavaNextAdapter())
-register(LlavaOnevisionAdapter())
-register(Qwen2VLAdapter())
-register(Qwen3VLAdapter())
-register(InternVLAdapter())
-register(Idefics3Adapter())
-register(PaliGemmaAdapter())
-register(Gemma3Adapter())
+EMBEDS_FIRST, BOTH = ("embeds", "ids"), ("ids", "embeds")
+for known in (
+    LlavaAdapter(),
+    LlavaNextAdapter(),
+    LlavaOnevisionAdapter(),
+    QwenVLAdapter(model_types=("qwen2_vl", "qwen2_5_vl"), routes=EMBEDS_FIRST),
+    QwenVLAdapter(model_types=("qwen3_vl", "qwen3_vl_moe")),  # deepstack features have no place in inputs_embeds
+    QwenVLAdapter(model_types=("qwen3_5", "qwen3_5_moe"), routes=BOTH),
+    QwenVLAdapter(model_types=("glm4v", "glm46v", "glm4v_moe", "glm_ocr", "glmga", "paddleocr_vl"), routes=BOTH),
+    InternVLAdapter(),
+    Idefics3Adapter(),
+    TileAdapter(model_types=("paligemma",), routes=("ids",), token_types={"token_type_ids": 0}),  # of the prefix
+    Gemma3Adapter(),
+    # Of another type than its image, an anchor would cut the image's block of mutual attention in two.
+    FamilyAdapter(model_types=("gemma4", "gemma4_unified", "molmo2"), token_types={"mm_token_type_ids": 1}),
+    FamilyAdapter(
+        model_types=("video_llava",),
+        image_arguments=(
+            "pixel_values",
+            "pixel_values_images",
+            "vision_feature_layer",
+            "vision_feature_select_strategy",
+        ),
+        routes=BOTH,
+    ),
+    Llama4Adapter(),
+    Granite4VisionAdapter(),
+    # All that the contract says is right of these, and `inputs_embeds` hold all that their decoders are given.
+    FamilyAdapter(
+        model_types=(
+            "aria",
+            "aya_vision",
+            "cohere2_vision",
+            "deepseek_ocr2",
+            "deepseek_vl",
+            "got_ocr2",
+            "hunyuan_vl",
+            "idefics2",
+            "janus",
+            "kimi_k25",
+            "lfm2_vl",
+            "lfm3_vl",
+            "lighton_ocr",
+            "llava_next_video",
+            "minicpm_ocr",
+            "minicpmv4_6",
+            "minicpmv4_7",
+            "minimax_m3_vl",
+            "mistral3",
+            "mistral_large4",
+            "muse_glimmer",
+            "qianfan_ocr",
+            "qwen2_5_omni_thinker",
+            "step3p7",
+            "video_llama_3",
+            "vipllava",
+        ),
+        routes=BOTH,
+    ),
+):
+    register(known)
 
 __all__ = ["FamilyAdapter", "adapter_for", "register"]

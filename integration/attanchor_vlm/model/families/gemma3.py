@@ -9,11 +9,11 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from attanchor_vlm.model.families.base import FamilyAdapter
 from attanchor_vlm.model.families.grid import Grid, whole
+from attanchor_vlm.model.families.tiles import TileAdapter
 
 
-class Gemma3Adapter(FamilyAdapter):
+class Gemma3Adapter(TileAdapter):
     """An anchor of another type than 1 would cut the image's block in two. `generate` takes no `inputs_embeds`."""
 
     model_types = ("gemma3",)

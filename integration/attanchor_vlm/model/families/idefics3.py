@@ -6,18 +6,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
-from attanchor_vlm.model.families.base import FamilyAdapter
 from attanchor_vlm.model.families.grid import Grid, split, whole
+from attanchor_vlm.model.families.tiles import TileAdapter
 
 
-class Idefics3Adapter(FamilyAdapter):
+class Idefics3Adapter(TileAdapter):
     model_types = ("idefics3", "smolvlm")
-    image_arguments = ("pixel_values", "pixel_attention_mask")
-
-    def vision_tower(self, model: Any) -> nn.Module | None:
-        return model.base_model.vision_model
 
     def pooling(self, model: Any) -> float:
         return model.config.scale_factor
@@ -33,3 +29,9 @@ class Idefics3Adapter(FamilyAdapter):
         shape = self.tile_shape(model, batch)
         tiles = split(whole(size), rows, columns) if rows else []
         return [*(Grid(*shape, region, tile) for tile, region in enumerate(tiles)), Grid(*shape, whole(size))]
+
+    def frame_grids(
+        self, model: Any, processor: Any, batch: Mapping[str, Tensor], index: int, size: tuple[int, int], frames: int
+    ) -> list[Grid]:
+        """The processor makes an image of every frame, which is not cut into tiles."""
+        return [Grid(*self.tile_shape(model, batch), whole(size))] * frames

@@ -8,13 +8,12 @@ from typing import Any
 
 from torch import Tensor
 
-from attanchor_vlm.model.families.base import FamilyAdapter
 from attanchor_vlm.model.families.grid import Grid, split, whole
+from attanchor_vlm.model.families.tiles import TileAdapter
 
 
-class InternVLAdapter(FamilyAdapter):
+class InternVLAdapter(TileAdapter):
     model_types = ("internvl",)
-    image_arguments = ("pixel_values", "vision_feature_layer", "vision_feature_select_strategy")
 
     def pooling(self, model: Any) -> float:
         return 1 / model.config.downsample_ratio
@@ -34,6 +33,12 @@ class InternVLAdapter(FamilyAdapter):
             return [Grid(*shape, whole(size))]
         tiles = split(whole(size), rows, columns)
         return [*(Grid(*shape, region, tile) for tile, region in enumerate(tiles)), Grid(*shape, whole(size))]
+
+    def frame_grids(
+        self, model: Any, processor: Any, batch: Mapping[str, Tensor], index: int, size: tuple[int, int], frames: int
+    ) -> list[Grid]:
+        """The processor makes an image of every frame, which is not cut into tiles."""
+        return [Grid(*self.tile_shape(model, batch), whole(size))] * frames
 
 
 def _canvas_of(image_processor: Any) -> Any:

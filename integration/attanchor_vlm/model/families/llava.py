@@ -7,16 +7,15 @@ from typing import Any
 
 from torch import Tensor
 
-from attanchor_vlm.model.families.base import FamilyAdapter
 from attanchor_vlm.model.families.clip import clip_attention
 from attanchor_vlm.model.families.grid import Grid, whole
+from attanchor_vlm.model.families.tiles import TileAdapter
 
 
-class LlavaAdapter(FamilyAdapter):
+class LlavaAdapter(TileAdapter):
     """One feature row per patch, one position per token, nothing per token besides."""
 
     model_types = ("llava",)
-    image_arguments = ("pixel_values", "vision_feature_layer", "vision_feature_select_strategy", "image_sizes")
 
     def token_shapes(self, model: Any, arguments: Mapping[str, Any], count: int) -> list[list[tuple[int, int]]]:
         if arguments.get("image_sizes") is None:

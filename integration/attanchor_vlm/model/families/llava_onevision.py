@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
-from attanchor_vlm.model.families.grid import Grid, squared
+from attanchor_vlm.model.families.grid import Grid, squared, whole
 from attanchor_vlm.model.families.llava_next import LlavaNextAdapter
 
 
 class LlavaOnevisionAdapter(LlavaNextAdapter):
     model_types = ("llava_onevision",)
-    image_arguments = (*LlavaNextAdapter.image_arguments, "vision_aspect_ratio", "batch_num_images")
 
     def grids(
         self, model: Any, processor: Any, batch: Mapping[str, Tensor], index: int, size: tuple[int, int]
@@ -34,3 +34,17 @@ class LlavaOnevisionAdapter(LlavaNextAdapter):
         most = int(model.config.vision_aspect_ratio.removeprefix("anyres_max_"))
         ratio = math.sqrt(rows * columns / (most * cells**2))
         return (int(rows // ratio), int(columns // ratio)) if ratio > 1.1 else (rows, columns)
+
+    def frame_grids(
+        self, model: Any, processor: Any, batch: Mapping[str, Tensor], index: int, size: tuple[int, int], frames: int
+    ) -> list[Grid]:
+        """Every frame pooled two by two, and one newline behind the last."""
+        vision = model.config.vision_config
+        cells = math.ceil(vision.image_size // vision.patch_size / 2)
+        grid = Grid(cells, cells, whole(size))
+        return [grid] * (frames - 1) + [dataclasses.replace(grid, ends=True)]
+
+    def video_shapes(self, model: Any, arguments: Mapping[str, Any], count: int) -> list[list[tuple[int, int]]]:
+        vision = model.config.vision_config
+        cells = math.ceil(vision.image_size // vision.patch_size / 2)
+        return [[(cells, cells)]] * (count // cells**2)

@@ -77,7 +77,8 @@ class Aligner:
             self._encoded = None
 
     def __call__(self, model: Any, inputs: Mapping[str, Any], outputs: Any) -> Tensor:
-        """The weighted loss of the batch that `model` was just called with; 0 without an image or a label.
+        """The weighted loss of the batch that `model` was just called with; 0 without an image or a label, or
+        with videos.
 
         Raises:
             RuntimeError: the call did not go through the model's `get_image_features`.
@@ -85,7 +86,7 @@ class Aligner:
         encoded, self._encoded = self._encoded, None
         target: Any = base_of(model)
         adapter = adapter_for(target)
-        if not adapter.has_images(inputs):
+        if adapter.kinds(inputs) != ["image"]:  # of videos nothing was labelled
             return torch.zeros((), device=inputs["input_ids"].device)
         if encoded is None:
             raise RuntimeError(

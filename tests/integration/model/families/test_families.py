@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import family_pages
 import pytest
 import torch
 from builders import FAMILIES, features, plain
@@ -104,7 +105,7 @@ def test_hosts_are_the_best_matches_by_the_models_own_features(family, direction
         expected = torch.full((ids.shape[1],), -1)
         for mover in movers if hosts else []:
             scores = F.cosine_similarity(embeds[row, mover].double(), embeds[row, hosts].double())
-            if float(scores.max()) >= tau_for(family.name, direction):
+            if float(scores.max()) >= tau_for(family, direction):
                 expected[mover] = hosts[int(scores.argmax())]
         assert torch.equal(plan.host[row], expected)
         inserted += int((expected >= 0).sum())
@@ -164,7 +165,8 @@ def test_the_page_lists_every_family_and_names_tests_that_exist():
     # What is tested of every family has its place on the page.
     expected = {name for path, names in files.items() for name in names if path.stem in ON_THE_PAGE}
     assert expected - named == {"test_the_page_lists_every_family_and_names_tests_that_exist"}
-    listed = re.findall(r"^\| `(\w+)` \| ([\w, ]+) \| (\w+) \|", page, re.MULTILINE)
+    assert family_pages.filled(page) == page, "python tests/integration/support/family_pages.py writes it anew"
+    listed = re.findall(r"^\| `(\w+)` \| ([\w, ]+) \| (\w+) \| ✓ \| ✓", page, re.MULTILINE)
     adapters = {family.name: adapter_for(family.model()) for family in FAMILIES}
     expected = [(name, ", ".join(adapter.routes), adapter.positions) for name, adapter in adapters.items()]
     assert listed == expected

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from builders import BY_NAME, FAMILIES, features
-from shared import GREEDY, LOGITS, NEW, NEWLINES, VIDEO, attached, both_directions, difference, greedy_by_forward
+from shared import GREEDY, LOGITS, NEW, NEWLINES, attached, both_directions, difference, greedy_by_forward
 from tiny_families import IMAGE, VOCABULARY
 
 # --- Newline rows. ---
@@ -108,14 +108,3 @@ def test_paligemma_prompts_see_no_answer():
     prompt = (plan.labels == -100) & (plan.source >= 0)
     assert torch.equal(before[prompt], after[prompt])
     assert difference(before[plan.labels != -100], after[plan.labels != -100]) > 0.01
-
-
-@pytest.mark.parametrize("family", VIDEO, ids=str)
-def test_videos_are_refused(family):
-    model, batch = attached(family), family.prompts([1], "left")[0]
-    for video in ({"pixel_values_videos": torch.zeros(1)}, {"mm_encoder_outputs": {"video": object()}}):
-        name = next(iter(video))
-        for call in (model, model.generate):
-            for images in (batch, {"input_ids": batch["input_ids"]}):
-                with pytest.raises(ValueError, match=f"{name}.* is given, but anchors are inserted in images only"):
-                    call(**images, **video)

@@ -33,7 +33,7 @@ with_and_without_anchors = pytest.mark.parametrize("anchors", [True, False], ids
 
 
 def dropping(family, route=None, anchors=True, **settings):
-    tau = tau_for(family.name, settings.get("direction", "text_into_image")) if anchors else 1
+    tau = tau_for(family, settings.get("direction", "text_into_image")) if anchors else 1
     return attached(family, route, tau=tau, **{"keep": KEEP, **settings})
 
 

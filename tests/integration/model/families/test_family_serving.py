@@ -79,5 +79,20 @@ def test_families_whose_prompts_are_more_than_rows_are_refused(name, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl"])
+def test_sequential_positions_make_m_rope_prompts_rows(name, tmp_path, monkeypatch):
+    """Served by the whole model, whose language half has no checkpoint of its own."""
+    model, processor = checkpoints.write(tmp_path / "model", name, monkeypatch)
+    attach(model, AttAnchorConfig(tau=-1, max_anchors=5, positions="sequential"))
+    embeds, positions, _ = prompt_embeds(model, processor, chat(1), [picture(0)])
+    assert torch.equal(positions, torch.arange(len(embeds)))
+    batch = encode_chat(processor, [chat(1)], [[picture(0)]], add_generation_prompt=True)
+    with torch.no_grad():
+        expected = model(**batch).logits
+        assert torch.allclose(model(inputs_embeds=embeds[None]).logits, expected, atol=1e-5)
+    with pytest.raises(ServingError, match="no causal language model for"):
+        export_language_model(model, processor, tmp_path / "lm")
+
+
 def test_every_family_is_served_or_refused():
     assert BY_NAME.keys() == SERVED.keys() | REFUSED.keys()

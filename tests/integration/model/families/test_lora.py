@@ -1,23 +1,44 @@
 """LoRA goes on every family's language model and projector, and on nothing of its vision tower."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
-from builders import FAMILIES
+from builders import BY_NAME, FAMILIES
+from table_families import TABLE
 
+from attanchor_vlm.errors import SetupError
+from attanchor_vlm.model.families import structure
 from attanchor_vlm.training.lora import add_lora
 
-PROJECTOR = re.compile(r"multi_modal_projector|visual\.(merger|deepstack)|connector")
-LANGUAGE = re.compile(r"(language_model|text_model)\.layers\.")
+PROJECTOR = re.compile(
+    r"projector|resampler|(?<!vit_)merger|connector|(?<!generation_)aligner|vision_adapter|(embed|layerwise|spatial)_vision"
+    r"|(vision|image)_proj|visual_embeddings"
+)
+LANGUAGE = re.compile(r"(language_model|text_model)\.(?!lm_head)")
+FEED_FORWARD = re.compile(r"\.(gate|up|down)_proj$|\.gate$")
+WHOLE = ("gemma3", "ovis2")  # whose projectors are a bare parameter and an embedding
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=str)
+@pytest.mark.parametrize("family", [*FAMILIES, *TABLE], ids=str)
 def test_lora_covers_language_model_and_projector_alone(family):
-    model = family.model()
+    with torch.device("meta"):
+        model = family.build()
     linear = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     expected = {name for name in linear if PROJECTOR.search(name) or LANGUAGE.search(name)}
+    if any("experts" in name and parameter.dim() == 3 for name, parameter in model.named_parameters()):
+        expected = {name for name in expected if not FEED_FORWARD.search(name)}
     adapted = add_lora(model, rank=32, alpha=64, dropout=0.05)
     names = {name for name, module in adapted.get_base_model().named_modules() if hasattr(module, "lora_A")}
     assert names == expected
-    assert any(PROJECTOR.search(name) for name in names) != (family.name == "gemma3")
+    trained = [name for name, parameter in adapted.named_parameters() if parameter.requires_grad]
+    assert any(PROJECTOR.search(name) for name in trained)
+    assert all("lora_" in name for name in trained) != (family.name in WHOLE)
+
+
+def test_a_projector_that_is_not_found_is_no_silence(monkeypatch):
+    model = BY_NAME["llava"].model()
+    monkeypatch.setattr(structure, "_PROJECTOR", SimpleNamespace(search=lambda name: None))
+    with pytest.raises(SetupError, match="nothing of a projector is found in LlavaForConditionalGeneration"):
+        add_lora(model, rank=4, alpha=8, dropout=0.0)

@@ -29,6 +29,7 @@ QUESTIONS = ["What is to the left of the red dog?", "Is there a cat in the pictu
 VIDEO = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl", "llava_onevision", "smolvlm"]
 
 every_processor = pytest.mark.parametrize("name", list(checkpoints.WRITERS))
+further_ones_too = pytest.mark.parametrize("name", list(checkpoints.WRITERS | checkpoints.FURTHER))
 without_torchvision = pytest.mark.skipif(is_torchvision_available(), reason="torchvision is installed")
 
 
@@ -38,7 +39,7 @@ def written(name: str, folder, monkeypatch):
     return checkpoints.write(folder, name, monkeypatch)
 
 
-@every_processor
+@further_ones_too
 def test_a_chat_is_answered_with_anchors_on_the_users_text(name, tmp_path, monkeypatch):
     model, processor = written(name, tmp_path, monkeypatch)
     parts = [[{"type": "image"}] * (row + 1) + [{"type": "text", "text": text}] for row, text in enumerate(QUESTIONS)]
@@ -140,7 +141,7 @@ def test_rows_that_this_processor_cannot_take_are_found_before_a_run(name, token
         encode_chat(processor, [[message(role, text) for role, text in row.messages]], [[picture(0)]])
 
 
-@every_processor
+@further_ones_too
 def test_a_checkpoint_on_disk_is_trained_by_the_command_line(name, monkeypatch, tmp_path, capsys):
     """And asked, with the adapter that came out: the model's path is all that the command line is told of it."""
     written(name, tmp_path / "model", monkeypatch)

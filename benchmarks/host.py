@@ -1,0 +1,175 @@
+"""Time that a call takes on the host, with its launch left out, beside a plain `autograd.Function` of the same size.
+
+The Triton backend is called on CPU tensors over a driver that launches nothing, in the CPU time of this thread. What
+stays is every check, choice, allocation and lookup of a call; what the allocator and the streams of CUDA add is not in
+it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from attanchor_kernels import backends, build_sequence, checks, merge_sequence, trimming
+from attanchor_kernels.testing.inputs import TAU
+from benchmarks import options
+from benchmarks.cases import MAX_ANCHORS, SHAPE_OF, Case, make_inputs, problem_of
+from benchmarks.rows import Run, table
+
+CPU = torch.device("cpu")
+CALLS = 100
+# Operation, trimmed, with a gradient.
+KINDS = [
+    ("forward", False, False),
+    ("forward", False, True),
+    ("forward", True, False),
+    ("merge", False, False),
+    ("merge", True, False),
+    ("backward", False, True),
+]
+
+
+@contextlib.contextmanager
+def no_launch() -> Iterator[Any]:
+    """The Triton backend takes CPU tensors, compiles nothing and launches nothing; no length is read.
+
+    Gives the class of what stands for compiled kernels; launches are appended to its `launched`, if that is a list.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import CompiledKernel
+
+    class Driver:
+        get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
+        get_current_device = staticmethod(lambda: 0)
+        get_current_stream = staticmethod(lambda device: 0)
+
+    class Kernel(CompiledKernel):
+        launched: list[tuple[Any, ...]] | None = None
+
+        def __init__(self, src: Any, **_: Any) -> None:
+            self.src, self.name, self.module, self.function = src, src.name, None, None
+            self.metadata = self.packed_metadata = ()
+
+        def _run(self, *given: Any) -> None:
+            if self.launched is not None:
+                self.launched.append((self, given[:3], given[9:]))
+
+        def _init_handles(self) -> None:
+            pass
+
+    def nothing(*_: Any) -> None:
+        pass
+
+    if triton.knobs.runtime.interpret:
+        raise RuntimeError("TRITON_INTERPRET is set; without it, Triton takes the way that it takes on a GPU")
+    driver = triton.runtime.driver
+    before = driver._active
+    driver.set_active(Driver())
+    try:
+        with (
+            mock.patch("triton.compiler.compile", Kernel),
+            mock.patch.object(backends, "why_not", nothing),
+            mock.patch.object(checks, "contents", nothing),  # of a GPU's tensors, nothing is read
+            mock.patch.object(trimming, "read_length", lambda problem, _: problem.capacity - 1),
+        ):
+            yield Kernel
+    finally:
+        driver._active = before
+
+
+def plain_function(fields: tuple[Tensor, ...], arguments: int) -> Callable[..., Any]:
+    """An `autograd.Function` that takes as many arguments, allocates what an operator returns, and does no more."""
+
+    class Plain(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *given: Any) -> tuple[Tensor, ...]:
+            made = tuple(torch.empty(field.shape, dtype=field.dtype, device=given[0].device) for field in fields)
+            ctx.save_for_backward(made[-1])
+            ctx.shapes = [rows.shape for rows in given[:2]]
+            ctx.mark_non_differentiable(*made[1:])
+            ctx.set_materialize_grads(False)
+            return made
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+            return (*(grad.new_empty(shape) for shape in ctx.shapes), *[None] * (arguments - 2))
+
+    others = [None] * (arguments - 2)
+    return lambda image, text: Plain.apply(image, text, *others)
+
+
+def calls_of(case: Case, trim: bool, grad: bool) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    """A call and the plain one beside it."""
+    inputs = make_inputs(case._replace(operation="merge" if case.operation == "merge" else "forward"), CPU, seed=0)
+    image, text = (rows.requires_grad_(grad) for rows in (inputs.image, inputs.text))
+    chosen: dict[str, Any] = {"max_anchors": MAX_ANCHORS, "trim": trim, "backend": "triton"}
+
+    def operator() -> Any:
+        if inputs.roles is not None:
+            return merge_sequence(text, image, inputs.roles, TAU, **chosen)
+        return build_sequence(image, text, TAU, **chosen)
+
+    construct = torch.ops.attanchor._construct.default
+    function = plain_function(construct(*problem_of(case, inputs), "triton"), len(construct._schema.arguments))
+    if case.operation != "backward":
+        return operator, lambda: function(image, text)
+    grads = []
+    for result in (operator().embeds, function(image, text)[0]):
+        upstream = torch.empty_like(result)
+        grads.append(partial(torch.autograd.grad, result, [image, text], upstream, retain_graph=True))
+    return grads[0], grads[1]
+
+
+def compare(case: Case, trim: bool, grad: bool, repeats: int) -> dict[str, Any]:
+    """The least time of a call of both, taken by turns: CPU time of this thread is nearly free of others."""
+    calls = calls_of(case, trim, grad)
+    least = [float("inf"), float("inf")]
+    gc.disable()
+    try:
+        for repeat in range(repeats + 1):  # the first prepares what later calls find
+            for which, call in enumerate(calls):
+                begin = time.thread_time()
+                for _ in range(CALLS):
+                    call()
+                if repeat:
+                    least[which] = min(least[which], (time.thread_time() - begin) / CALLS)
+    finally:
+        gc.enable()
+    described = case.describe()
+    return {
+        **{key: described[key] for key in ("operation", "shape", "batch", "dtype", "max_anchors")},
+        **{"trim": trim, "grad": grad, "backend": "triton", "method": "thread time, no launch"},
+        "us": round(1e6 * least[0], 1),
+        "plain_us": round(1e6 * least[1], 1),
+        "ratio": round(least[0] / least[1], 2),
+    }
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    options.output(parser, "host")
+    parser.add_argument("--repeats", type=options.number, default=20, help="of 100 calls each (default: %(default)s)")
+
+
+def main(given: argparse.Namespace) -> int:
+    """Store and print a row for each kind of call."""
+    on = Run(given.output, "cpu", "host")
+    with no_launch():
+        for operation, trim, grad in KINDS:
+            case = Case(operation, SHAPE_OF["llava-7b"], 1, torch.bfloat16)
+            on.add(compare(case, trim, grad, given.repeats))
+    lines = []
+    for row in on.rows:
+        what = row["operation"] + ", trimmed" * row["trim"] + ", with gradient" * row["grad"]
+        lines.append([what, f"{row['us']:.0f} us", f"{row['ratio']:.1f} x"])
+    print(table(["", "host time", "of a plain autograd.Function"], lines))
+    return 0

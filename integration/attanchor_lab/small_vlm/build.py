@@ -1,0 +1,132 @@
+"""Make the small VLM: `attanchor build-small-vlm`. Parts, a projector from the classifier's words, stage 1 on captions.
+
+The outcome is a checkpoint like any other: `attanchor train`, `eval`, `generate` and `export-lm` take its folder.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from attanchor_lab.small_vlm import parts as sources
+from attanchor_lab.small_vlm import projector
+from attanchor_lab.small_vlm.config import BuildConfig
+from attanchor_lab.small_vlm.parts import CHAT_TEMPLATE, IMAGE, Parts
+from attanchor_vlm.records import check_parent, share_files
+
+_MULTIPLE = 64  # rows of the vocabulary, which matrix products like round
+
+
+def make(config: BuildConfig, say: Callable[[str], None] = print) -> Path:
+    """Build the model and save it, whole or not at all, to `config.output`.
+
+    Raises:
+        SetupError: a part is not installed; the message has the command that installs it.
+        ValueError: `output` exists or cannot be written, or the captions cannot be trained on.
+    """
+    if config.output.exists():
+        raise ValueError(f"output {config.output} exists; take another folder")
+    check_parent(config.output)
+    sources.check_installed()
+    pictures = projector.pictures(config.pictures, config.pixels, config.seed)
+    first = next(pictures)  # says now what is not installed for them
+    parts = sources.read(config.pixels)
+    torch.manual_seed(config.seed)
+    model, processor = assemble(parts)
+    say(f"{sum(p.numel() for p in model.parameters()):,} parameters, {model.config.image_seq_length} tokens an image")
+    features = projector.patches(parts.tower, [first, *pictures])
+    embeddings: Any = parts.language_model.get_input_embeddings()
+    words = projector.class_words(parts.names, parts.tokenizer, embeddings.weight)
+    fit = projector.distil(model.model.multi_modal_projector, features, parts.head, words, config.fit_steps)
+    say(f"projector: mean cosine {fit:.3f} to the classifier's words, on {len(features):,} patches")
+    config.output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{config.output.name}-", dir=config.output.parent) as folder:
+        made = Path(folder) / "model"
+        save(model, processor, made)
+        if config.captions is not None:
+            made = stage1(config, made, Path(folder), say)
+        made.replace(config.output)
+    return config.output
+
+
+def assemble(parts: Parts) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    """The model of `parts`, its projector random, and its processor."""
+    tokenizer, tower = parts.tokenizer, parts.tower
+    tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE]})
+    text = type(parts.language_model.config)(**parts.language_model.config.to_dict())
+    vars(text).pop("quantization_config", None)  # of the file that it was read from
+    text.vocab_size = -(-len(tokenizer) // _MULTIPLE) * _MULTIPLE
+    side = tower.config.image_size
+    tokens = (side // tower.config.patch_size) ** 2
+    config = LlavaConfig(
+        vision_config=tower.config,
+        text_config=text,
+        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE),
+        image_seq_length=tokens,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+        tie_word_embeddings=True,
+    )
+    model = LlavaForConditionalGeneration(config)
+    model.model.vision_tower.load_state_dict(tower.state_dict())
+    weights = parts.language_model.model.state_dict()
+    known = weights["embed_tokens.weight"]
+    weights["embed_tokens.weight"] = torch.cat([known, known.new_zeros(text.vocab_size - len(known), known.shape[1])])
+    model.model.language_model.load_state_dict(weights)
+    model.tie_weights()
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    images = CLIPImageProcessorPil(
+        size={"shortest_edge": side},
+        crop_size={"height": side, "width": side},
+        image_mean=[127 / 255] * 3,
+        image_std=[128 / 255] * 3,
+    )
+    processor = LlavaProcessor(
+        images,
+        tokenizer,
+        patch_size=tower.config.patch_size,
+        vision_feature_select_strategy="full",
+        chat_template=CHAT_TEMPLATE,
+        num_additional_image_tokens=0,
+    )
+    return model, processor
+
+
+def save(model: LlavaForConditionalGeneration, processor: LlavaProcessor, folder: Path) -> None:
+    """Write a checkpoint that others may read as far as the umask lets them."""
+    model.eval().save_pretrained(folder)
+    processor.save_pretrained(folder)
+    share_files(folder)
+
+
+def stage1(config: BuildConfig, model: Path, folder: Path, say: Callable[[str], None]) -> Path:
+    """`attanchor train` on captions, without anchors, merged into the model that it began with."""
+    from attanchor_vlm import detach, load
+    from attanchor_vlm.training import run as training
+    from attanchor_vlm.training.config import TrainConfig
+
+    assert config.captions is not None
+    settings: dict[str, Any] = {
+        "data": config.captions,
+        "images": config.images,
+        "output": folder / "stage1",
+        "max_steps": config.steps,
+    }
+    settings |= {"batch_size": config.batch_size, "lr": config.lr, "align_weight": config.align_weight}
+    told = TrainConfig.from_preset(
+        "small-vlm", model=str(model), tau=1.0, seed=config.seed, val_fraction=0.0, **settings
+    )
+    training.run(told, say, progress=False)
+    # Into float32, whatever it was trained in.
+    adapted, processor = load(str(model), told.output, dtype=torch.float32)
+    whole = adapted.merge_and_unload()
+    detach(whole)
+    save(whole, processor, folder / "trained")
+    return folder / "trained"

@@ -1,0 +1,132 @@
+"""Start vLLM's own API server on an attached model."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import importlib.util
+import io
+import json
+import shlex
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+
+from attanchor_vlm.errors import SetupError
+from attanchor_vlm.inference.vllm import ARCHITECTURE, MODE
+from attanchor_vlm.inference.vllm.front import settings_of
+from attanchor_vlm.model.config import AttAnchorConfig
+from attanchor_vlm.model.load import source_of
+
+# Without a GPU: the arithmetic of `attanchor generate`, no compilation, and a KV cache that leaves memory to others.
+_ON_CPU = ("--dtype", "float32", "--enforce-eager", "--kv-cache-memory-bytes", str(1 << 30))
+
+
+def check_vllm() -> None:
+    """Refuse to go on without vLLM.
+
+    Raises:
+        SetupError: with the command that installs it.
+    """
+    if importlib.util.find_spec("vllm") is None:
+        raise SetupError(
+            "vLLM is not installed here; give it an environment of its own, since it wants an older transformers: "
+            "`pip install vllm 'attanchor-kernels[serve]'`, or on a machine without a GPU as requirements/serve.in says"
+        )
+
+
+def check_model(model: str, settings: AttAnchorConfig) -> None:
+    """Refuse, by its config alone, a model that cannot be served.
+
+    Raises:
+        SetupError: there is no such model.
+        ServingError: the reason.
+    """
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(source_of(model), trust_remote_code=False)
+    config.attanchor = settings.to_dict()
+    settings_of(config)
+
+
+def server_command(
+    model: str, name: str, settings: AttAnchorConfig, host: str, port: int, options: Sequence[str] = ()
+) -> list[str]:
+    """The command that starts vLLM's server; of an option that is given twice, the last one counts.
+
+    Args:
+        model: The folder of a saved model, adapters merged, or a Hub id.
+        name: By which requests ask for it.
+        options: vLLM's own.
+    """
+    overrides = {"architectures": [ARCHITECTURE], "attanchor": settings.to_dict()}
+    own: dict[str, Any] = {
+        "--model": model,
+        "--served-model-name": name,
+        "--tokenizer-mode": MODE,
+        "--hf-overrides": json.dumps(overrides),
+        "--mm-processor-cache-gb": 0,  # rows go by the cache of images
+        "--middleware": f"{__package__}.counts.CountHeaders",
+        "--host": host,
+        "--port": port,
+    }
+    words = [str(word) for pair in own.items() for word in pair]
+    on_cpu = () if torch.cuda.is_available() else _ON_CPU
+    return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *words, *on_cpu, *options]
+
+
+def curl_line(address: str, name: str) -> str:
+    """A request with a small picture, as a shell takes it."""
+    picture = io.BytesIO()
+    Image.new("RGB", (64, 64), "red").save(picture, "PNG")
+    url = f"data:image/png;base64,{base64.b64encode(picture.getvalue()).decode()}"
+    parts = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "What is this?"}]
+    body = {"model": name, "messages": [{"role": "user", "content": parts}], "max_tokens": 32, "temperature": 0}
+    request = ["curl", "-i", f"{address}/v1/chat/completions", "-H", "Content-Type: application/json"]
+    return shlex.join([*request, "-d", json.dumps(body)])
+
+
+def run_server(command: Sequence[str], address: str, ready: Callable[[], object]) -> int:
+    """Run the server until it ends, or is told to by SIGTERM or SIGINT; returns its exit code.
+
+    Args:
+        ready: Called once, when it answers.
+    """
+    server = subprocess.Popen(command)
+    with _passing_on(server):
+        while server.poll() is None and not _answers(address):
+            time.sleep(0.5)
+        if server.poll() is None:
+            ready()
+        return server.wait()
+
+
+@contextlib.contextmanager
+def _passing_on(server: subprocess.Popen) -> Iterator[None]:
+    """Signals go to the server, which ends in its own way."""
+
+    def pass_on(number: int, _: object) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            server.send_signal(number)
+
+    before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _answers(address: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{address}/health", timeout=5):
+            return True
+    except OSError:
+        return False

@@ -1,0 +1,179 @@
+"""The self-check: on its first call with images, a model of a family that no test covers shows that anchors are right.
+
+The call's first sample with an image is run three times more, without gradient and without randomness: as it is, with
+its prompt rewritten but nothing inserted, and with anchors. `rules.py` has what must hold between the three.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attanchor_vlm.errors import FamilyError
+from attanchor_vlm.model import guard, rules
+from attanchor_vlm.model.candidates import mask_from_ids
+from attanchor_vlm.model.config import AttAnchorConfig
+from attanchor_vlm.model.families import FamilyAdapter
+from attanchor_vlm.model.media import encode
+from attanchor_vlm.model.recording import record
+from attanchor_vlm.model.rewrite import Prepared, parameters, rewrite
+from attanchor_vlm.model.rules import RULES, Finding, Prompts
+
+WHEN = ("auto", "always", "never")
+# Their adapters are tested on the models themselves, whatever the prompt.
+TESTED = {"llava", "llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl", "idefics3"}
+TESTED |= {"smolvlm", "paligemma", "gemma3"}
+MOST_ANCHORS = 64
+
+
+def check_once(
+    model: Any, adapter: FamilyAdapter, settings: AttAnchorConfig, arguments: Mapping[str, Any], mask: Tensor | None
+) -> None:
+    """`findings`, at a model's first call, and no more once it has passed; see `attach` for when.
+
+    Raises:
+        FamilyError: a rule is broken.
+    """
+    calls = model._attanchor_calls
+    if calls.check == "never" or torch.compiler.is_compiling() or (calls.check == "auto" and _tested(model, adapter)):
+        return
+    with calls.checking:
+        kinds = set(adapter.kinds(arguments))
+        if kinds <= calls.checked:
+            return
+        found = findings(model, adapter, settings, arguments, mask)
+        if broken := [f"{RULES[one.rule]} ({one.rule}): {one.found}" for one in found if one.found]:
+            raise FamilyError(
+                f"AttAnchor would be wrong in {type(model).__name__} (model_type {model.config.model_type!r}): what "
+                f"should hold, and what was found: {'; '.join(broken)}. The adapter, {type(adapter).__name__}, answers "
+                "wrongly for this model, or the model allows no anchors; attach(..., check='never') insists"
+            )
+        if found:
+            calls.checked |= kinds
+
+
+def _tested(model: Any, adapter: FamilyAdapter) -> bool:
+    # An adapter that a user registered in the place of ours is not the one that was tested.
+    return model.config.model_type in TESTED and type(adapter).__module__.startswith("attanchor_vlm.")
+
+
+def findings(
+    model: Any, adapter: FamilyAdapter, settings: AttAnchorConfig, arguments: Mapping[str, Any], mask: Tensor | None
+) -> list[Finding]:
+    """What each rule finds at one call of an attached model; an empty list if there was no text to copy.
+
+    Args:
+        arguments: The call's, those of `generate` included.
+        mask: Its `anchor_mask`; without one, or if none of the sample's is set, all text is copied.
+
+    Raises:
+        ValueError: as `rewrite`; the call itself is wrong.
+    """
+    forward = type(model).attanchor_original.forward
+    names = {*parameters(forward), *adapter.image_arguments, *adapter.video_arguments, *adapter.token_types}
+    names |= {"mm_encoder_outputs", *_POSITIONS}
+    names -= {"labels", "past_key_values", "cache", "position_ids"}
+    call = {name: value for name, value in arguments.items() if name in names and value is not None}
+    call.setdefault("attention_mask", torch.ones_like(call["input_ids"]))
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    room = MOST_ANCHORS if context is None else min(MOST_ANCHORS, context - call["input_ids"].shape[1])
+    if room < 1:
+        return []
+    # What else a user chose (tau, positions, what is kept) is right or wrong whatever the family.
+    settings = AttAnchorConfig(tau=-1, max_anchors=room, direction=settings.direction, route=settings.route)
+    with _undisturbed(model), guard.inside_attached_call(model):
+        one, mask, same = _first_sample(model, adapter, settings, call, mask)
+        new = rewrite(model, adapter, settings, one, mask, None)
+        if not bool(new.plan.is_anchor.any()):
+            return []
+        options = {name: value for name, value in _OPTIONS.items() if name in parameters(forward)}
+        plain = record(model, forward, {**one, **options})
+        try:
+            unchanged, changed = (record(model, forward, {**each.for_forward(), **options}) for each in (same, new))
+        except Exception as error:  # of the model's own code, which may be anything
+            return [Finding("arguments", f"the model's forward fails: {type(error).__name__}: {error}")]
+        ids, is_real = one["input_ids"], one["attention_mask"].bool()
+        is_image = adapter.placeholders(model, ids) & is_real
+        before, after = (Prompts(is_real, is_image, each.plan) for each in (same, new))
+        return [
+            rules.parity(plain, unchanged, before),
+            rules.arguments(plain, changed, after, adapter.token_types),
+            rules.rows(plain, encode(model, adapter, one).rows, before),
+            rules.positions(plain, changed, after),
+            *rules.sight(plain, changed, after),
+        ]
+
+
+_POSITIONS = ("second_per_grid_ts",)  # read from further arguments
+_OPTIONS = {"use_cache": False, "logits_to_keep": 1}  # the head is the same in all
+
+
+def _first_sample(
+    model: Any, adapter: FamilyAdapter, settings: AttAnchorConfig, call: dict[str, Any], mask: Tensor | None
+) -> tuple[dict[str, Any], Tensor, Prepared]:
+    """The call for its first sample with an image, less padding; what may be copied; the call with nothing inserted."""
+
+    def nothing_inserted(one: dict[str, Any]) -> Prepared:
+        return rewrite(model, adapter, settings, one, torch.zeros_like(one["input_ids"], dtype=torch.bool), None)
+
+    one, own = _cropped(model, adapter, call, mask)
+    try:
+        same = nothing_inserted(one)
+    except (ValueError, RuntimeError, IndexError):  # whose image is whose was guessed wrongly: then all samples
+        one, own, same = call, mask, nothing_inserted(call)
+    ids, is_real = one["input_ids"], one["attention_mask"].bool()
+    is_image = adapter.placeholders(model, ids) & is_real
+    for found in (own, mask_from_ids(model, settings, ids, is_real, is_image)):
+        if found is not None and bool(found.any()):
+            return one, found, same
+    return one, is_real & ~is_image, same  # all text stands in front of the image
+
+
+def _cropped(
+    model: Any, adapter: FamilyAdapter, call: dict[str, Any], mask: Tensor | None
+) -> tuple[dict[str, Any], Tensor | None]:
+    """The first sample with an image; images are divided as placeholders are, which need not be right."""
+    ids, is_real = call["input_ids"], call["attention_mask"].bool()
+    held = adapter.placeholders(model, ids) & is_real
+    is_video = adapter.video_placeholders(model, ids)
+    sample = int(held.any(-1).byte().argmax())
+
+    def of_tokens(value: Tensor) -> Tensor:
+        return value[sample : sample + 1, is_real[sample].to(value.device)]
+
+    def of_media(value: Any, own: Tensor) -> Any:
+        counts, total = own.sum(-1).tolist(), max(int(own.sum()), 1)
+        if not isinstance(value, Tensor) or value.dim() == 0 or not sum(counts):
+            return value
+        if len(value) == len(ids):
+            return value[sample : sample + 1]
+        return value[len(value) * sum(counts[:sample]) // total : len(value) * sum(counts[: sample + 1]) // total]
+
+    one = {}
+    for name, value in call.items():
+        if name in adapter.image_arguments:
+            one[name] = of_media(value, held & ~is_video)
+        elif name in adapter.video_arguments or name in _POSITIONS:
+            one[name] = of_media(value, held & is_video)
+        else:
+            one[name] = of_tokens(value) if isinstance(value, Tensor) and value.shape[:2] == ids.shape else value
+    return one, None if mask is None else of_tokens(mask)
+
+
+@contextmanager
+def _undisturbed(model: Any) -> Iterator[None]:
+    """Evaluation without gradient; afterwards nothing is as if there had been any."""
+    training = [module for module in model.modules() if module.training]
+    gpus = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
+    with torch.no_grad(), torch.random.fork_rng(devices=list(gpus)):
+        for module in training:
+            module.training = False
+        try:
+            yield
+        finally:
+            for module in training:
+                module.training = True

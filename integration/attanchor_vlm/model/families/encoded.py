@@ -1,0 +1,39 @@
+"""Families whose encoded images hold the rows of the prompt elsewhere than in `pooler_output`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from attanchor_vlm.model.families.base import FamilyAdapter, by_sample, flat
+
+
+class Llama4Adapter(FamilyAdapter):
+    """Encoded images are not yet projected: forward does it."""
+
+    model_types = ("llama4",)
+    routes = ("ids", "embeds")
+
+    def encode_images(self, model: Any, arguments: Any) -> Any:
+        encoded = super().encode_images(model, arguments)
+        projected = model.base_model.multi_modal_projector(flat(encoded.last_hidden_state))
+        return type(encoded)(**{**encoded, "pooler_output": projected[:, None]})
+
+    def regroup(self, encoded: Any, rows: Tensor, order: Tensor, per_sample: list[int]) -> Any:
+        grouped = super().regroup(encoded, rows, order, per_sample)
+        return type(encoded)(**{**grouped, "last_hidden_state": flat(encoded.last_hidden_state)[order][:, None]})
+
+
+class Granite4VisionAdapter(FamilyAdapter):
+    """All features are added in layers of the language model, whose prompt is empty at the images' places. Anchors go
+    by the first of them, in which each layer's number stands before its features."""
+
+    model_types = ("granite4_vision",)
+
+    def feature_rows(self, encoded: Any) -> Tensor:
+        return flat(encoded.deepstack_features[0][1])
+
+    def regroup(self, encoded: Any, rows: Tensor, order: Tensor, per_sample: list[int]) -> Any:
+        layers = [(number, by_sample(flat(layer)[order], per_sample)) for number, layer in encoded.deepstack_features]
+        return type(encoded)(**{**encoded, "deepstack_features": layers})

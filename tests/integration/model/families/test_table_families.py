@@ -1,0 +1,107 @@
+"""Every family that is served by facts alone, on one small random model each: what its decoder is given, and logits.
+
+The oracle is the untouched model: whatever its decoder is given for the plain prompt, gathered by the plan's source.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from builders import Family, plain
+from shared import difference, own_logits
+from table_families import TABLE
+from torch import Tensor
+
+from attanchor_vlm import AnchorPlan, AttAnchorConfig, attach
+from attanchor_vlm.model.families import adapter_for
+from attanchor_vlm.model.families.structure import language_model
+from attanchor_vlm.model.geometry import patch_boxes
+
+# Counted or made anew for the longer sequence.
+_MADE = ("attention_mask", "position_ids", "past_key_values", "cache_position")
+
+
+@pytest.mark.parametrize("family", TABLE, ids=str)
+def test_the_decoder_is_given_the_gathered_plain_prompt(family: Family):
+    model, (batch, _) = family.model(), family.prompts([1, 2])
+    calls: list[dict[str, Any]] = []
+    language_model(model).register_forward_pre_hook(lambda *call: calls.append(call[2]), with_kwargs=True)
+    with torch.no_grad():
+        before = model(**plain(batch)).logits
+        attach(model, AttAnchorConfig(tau=-1), check="never")  # whose calls would be among these
+        nothing = model(**{**batch, "anchor_mask": torch.zeros_like(batch["anchor_mask"])}).logits
+        assert difference(before[batch["attention_mask"].bool()], own_logits(model, nothing)) < 1e-4
+        anchored = model(**batch).logits
+    plan, (old, _, new) = model.attanchor_plan, calls
+    assert int(plan.is_anchor.sum()) == int(batch["anchor_mask"].sum()) > 8
+    real = plan.source >= 0
+    for name in {*old, *new} - {*_MADE}:
+        _check_gathered(name, old.get(name), new.get(name), plan, batch["input_ids"].shape)
+    _check_positions(family, old["position_ids"], new["position_ids"], plan)
+    if adapter_for(model).token_types.get(family.token_types) is not None:
+        _check_masks(old["attention_mask"], new["attention_mask"], batch["attention_mask"].bool(), plan)
+    assert adapter_for(model).routes == family.routes
+    for route in family.routes[1:]:
+        with torch.no_grad():
+            other = attach(model, AttAnchorConfig(tau=-1, route=route))(**batch).logits
+        assert difference(anchored[real], other[real]) < 1e-4
+
+
+def _check_gathered(name: str, old: Any, new: Any, plan: AnchorPlan, shape: torch.Size) -> None:
+    """An argument of the decoder, as deep as it is nested; what has no value per token is the same."""
+    assert type(old) is type(new), name
+    if isinstance(old, dict):
+        old, new = [*old.items()], [*new.items()]
+    if isinstance(old, (list, tuple)):
+        assert len(old) == len(new), name
+        for before, after in zip(old, new, strict=True):
+            _check_gathered(name, before, after, plan, shape)
+    elif not isinstance(old, Tensor):
+        assert old == new or not isinstance(old, (int, float, str)), name
+    elif old.shape[:2] == shape:
+        expected = torch.stack([own[source] for own, source in zip(old, plan.source.clamp(min=0), strict=True)])
+        real = plan.source >= 0
+        assert difference(expected[real].float(), new[real].float()) < 1e-5, name
+    else:
+        assert difference(old.float(), new.float()) < 1e-5, name
+
+
+def _check_positions(family: Family, old: Tensor, new: Tensor, plan: AnchorPlan) -> None:
+    real = plan.source >= 0
+    if not family.inherits:
+        assert torch.equal(new[real], (real.cumsum(-1) - 1)[real])
+        return
+    host = plan.host.gather(1, plan.source.clamp(min=0))
+    place = torch.where(plan.is_anchor, host, plan.source).clamp(min=0)
+    expected = old[-len(new) :].gather(2, place.expand(len(new), -1, -1))
+    assert torch.equal(new[:, real], expected[:, real])
+    assert (new[0] != new[-1])[real].any()
+
+
+def _check_masks(before: Any, after: Any, real: Tensor, plan: AnchorPlan) -> None:
+    """In blocks of mutual attention, in every kind of layer: of what stands behind them, the prompt's own tokens see
+    what they saw, and an anchor what its host sees."""
+    pairs = [(before[kind], after[kind]) for kind in before] if isinstance(before, dict) else [(before, after)]
+    for old, new in pairs:
+        for row, (source, is_anchor) in enumerate(zip(plan.source, plan.is_anchor, strict=True)):
+            kept, own = old[row, 0][real[row]][:, real[row]], (source >= 0) & ~is_anchor
+            assert torch.equal(kept.triu(1), new[row, 0][own][:, own].triu(1))
+            for at in is_anchor.nonzero()[:, 0].tolist():
+                host = int(((source == plan.host[row, source[at]]) & own).nonzero())
+                assert torch.equal(new[row, 0, at, at + 1 :], new[row, 0, host, at + 1 :])
+
+
+def test_without_a_known_grid_there_are_no_boxes_and_each_image_is_one_line():
+    family = next(family for family in TABLE if family.name == "lighton_ocr")
+    model, (batch, _) = family.model(), family.prompts([1, 2])
+    with pytest.raises(ValueError, match="not known for lighton_ocr: boxes are not available"):
+        patch_boxes(model, None, batch, 0, [[(24, 16)], [(16, 24), (16, 16)]])
+    attach(model, AttAnchorConfig(tau=1, keep=0.5))
+    with torch.no_grad():
+        model(**batch)
+    before = adapter_for(model).placeholders(model, batch["input_ids"])
+    kept = adapter_for(model).placeholders(model, model.attanchor_plan.input_ids)
+    assert before.sum(-1).tolist() == [6, 10]
+    assert kept.sum(-1).tolist() == [3, 5]

@@ -1,0 +1,44 @@
+"""What `docs/families.md` lists, from the registry and the models of the suite: `python family_pages.py` writes it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from builders import FAMILIES
+from table_families import TABLE
+
+from attanchor_vlm.model.families import adapter_for
+from attanchor_vlm.model.families.base import FamilyAdapter
+from attanchor_vlm.model.families.refusals import REASONS
+
+PAGE = Path(__file__).parents[3] / "docs" / "families.md"
+
+
+def generated() -> dict[str, str]:
+    """The text between each pair of markers of the page."""
+    rows = ["| family | routes | positions | boxes |", "|---|---|---|---|"]
+    for family in sorted(TABLE, key=str):
+        adapter = adapter_for(family.model())
+        boxes = "✓" if type(adapter).grids is not FamilyAdapter.grids else "—"
+        rows.append(f"| `{family}` | {', '.join(adapter.routes)} | {adapter.positions} | {boxes} |")
+    reasons: dict[str, list[str]] = {}
+    for model_type, reason in REASONS.items():
+        reasons.setdefault(reason, []).append(f"`{model_type}`")
+    refused = [f"- {', '.join(sorted(names))}: {reason}" for reason, names in reasons.items()]
+    return {"count": str(len(FAMILIES) + len(TABLE)), "further": "\n".join(rows), "refused": "\n".join(refused)}
+
+
+def filled(page: str) -> str:
+    """A page with what is generated between its markers."""
+    for name, text in generated().items():
+        space = "" if name == "count" else "\n"
+        before, start, rest = page.partition(f"<!-- {name} -->")
+        _, end, after = rest.partition(f"<!-- /{name} -->")
+        assert start, name
+        assert end, name
+        page = f"{before}{start}{space}{text}{space}{end}{after}"
+    return page
+
+
+if __name__ == "__main__":
+    PAGE.write_text(filled(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
