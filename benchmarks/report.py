@@ -19,7 +19,7 @@ COMMAND = "python -m benchmarks report"
 LABORATORY = "docs/lab/report.md"
 NAMED = "## The comparisons named before the runs"
 README_PLANS = ("cpu", "shorter", "long")  # the main one, image tokens left out, and the longest training
-PAGES = ("README.md", "docs/costs.md", "docs/demo.md")
+PAGES = ("README.md", "docs/costs.md", "docs/demo.md", "docs/serve.md")
 BLOCK = re.compile(r"(<!-- generated: (?P<name>[\w-]+) -->\n)(?P<body>.*?)(<!-- /generated -->)", re.DOTALL)
 
 
@@ -180,6 +180,27 @@ def cpu_reference_block(rows: list[Row], image: str) -> str:
     return table(cpu_reference.HEAD, lines) + _made_by(rows, "python -m benchmarks cpu-reference")
 
 
+def serve_block(rows: list[Row], image: str) -> str:
+    """Requests behind vLLM, and the memory that many of them leave behind."""
+    rows = [row for row in rows if row.get("run") == "serve"]
+    measured = [row for row in rows if "side" in row]
+    if not measured:
+        return ""
+    lines = [
+        [row["side"], str(row["clients"]), str(row["length"]), str(row["pairs"]), ratio(row, "requests")]
+        for row in measured
+    ]
+    memory = "".join(
+        "\nResident memory after "
+        + ", ".join(f"{done} requests {size / 1e6:.0f} MB" for done, size in row["resident_bytes"].items())
+        + ".\n"
+        for row in rows
+        if row.get("measure") == "memory"
+    )
+    head = ["", "clients", "tokens of a prompt", "pairs", "time of a request over the plain model's"]
+    return table(head, lines) + memory + _made_by(rows, "python -m benchmarks serve")
+
+
 def demo_block(rows: list[Row], image: str) -> str:
     """The demonstration's table, verdict and pictures."""
     rows = [row for row in rows if row.get("run") == "demo"]
@@ -264,6 +285,7 @@ BLOCKS: dict[str, Callable[[list[Row], str], str]] = {
     "sweep": sweep_block,
     "training": training_block,
     "cpu-reference": cpu_reference_block,
+    "serve": serve_block,
     "targets": targets_block,
     "demo": demo_block,
     "laboratory": laboratory_block,

@@ -10,6 +10,7 @@ from checkpoints import picture
 
 from attanchor_vlm import AttAnchorConfig, attach, encode_chat
 from attanchor_vlm.inference.export import ServingError
+from attanchor_vlm.inference.vllm import front
 from attanchor_vlm.inference.vllm.front import Front, settings_of
 
 SERVED = ["llava", "llava_next", "qwen2_5_vl", "idefics3"]
@@ -27,10 +28,10 @@ def chat(text=QUESTION, images=1):
 def test_a_prompt_is_that_of_the_whole_model(name, settings, tmp_path, monkeypatch):
     model, processor = checkpoints.write(tmp_path / name, name, monkeypatch)
     attach(model, AttAnchorConfig(**settings))
-    front = Front(str(tmp_path / name), model.config, torch.float32, "cpu")
-    assert len(front.model.get_decoder().layers) == 0
+    made = Front(str(tmp_path / name), model.config, torch.float32, "cpu")
+    assert len(made.model.get_decoder().layers) == 0
     images = [picture(0), picture(1)]
-    prompt = front.prompt(front.encode(chat(images=2), images, {}))
+    prompt = made.prompt(made.encode(chat(images=2), images, {}))
 
     encoded = encode_chat(processor, [chat(images=2)], [images], add_generation_prompt=True)
     with torch.no_grad():
@@ -50,10 +51,10 @@ def test_a_prompt_is_that_of_the_whole_model(name, settings, tmp_path, monkeypat
 def test_prompts_that_differ_in_the_question_alone_have_other_digests(tmp_path, monkeypatch):
     model, _ = checkpoints.write(tmp_path / "llava", "llava", monkeypatch)
     attach(model, AttAnchorConfig(tau=-1, max_anchors=2))
-    front = Front(str(tmp_path / "llava"), model.config, torch.float32, "cpu")
+    made = Front(str(tmp_path / "llava"), model.config, torch.float32, "cpu")
 
     def asked(text, image):
-        return front.prompt(front.encode(chat(text), [picture(image)], {}))
+        return made.prompt(made.encode(chat(text), [picture(image)], {}))
 
     dog, cat, other = asked("the red dog?", 0), asked("is the sky grey", 0), asked("the red dog?", 1)
     assert len(dog.rows) == len(cat.rows) == len(other.rows)
@@ -66,6 +67,15 @@ def test_models_that_cannot_be_served_are_refused_by_their_config(name):
     config = BY_NAME[name].model().config
     config.attanchor = {"tau": 0.5}
     with pytest.raises(ServingError, match=f"^{name} cannot be served with anchors: .*{REFUSED[name]}"):
+        settings_of(config)
+
+
+def test_a_family_that_was_never_compared_is_refused(monkeypatch):
+    config = BY_NAME["llava"].model().config
+    config.attanchor = {"tau": 0.5}
+    settings_of(config)
+    monkeypatch.setattr(front, "FAMILIES", ("llava_next",))
+    with pytest.raises(ServingError, match=r"^llava cannot be served with anchors: it was never compared"):
         settings_of(config)
 
 

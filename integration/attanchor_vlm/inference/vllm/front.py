@@ -18,6 +18,9 @@ from attanchor_vlm.model.config import AttAnchorConfig
 from attanchor_vlm.model.families import adapter_for
 from attanchor_vlm.model.load import empty_model, load_front
 
+# Whose tokens in vLLM were compared with those of `generate`.
+FAMILIES = ("idefics3", "internvl", "llava", "llava_next", "llava_onevision", "qwen2_5_vl", "qwen2_vl")
+
 
 class Prompt(NamedTuple):
     """A prompt of L tokens, n of which are given as rows: from the first that no embedding table holds to the last.
@@ -67,6 +70,8 @@ def settings_of(config: Any) -> AttAnchorConfig:
         reason = refusal(model)
         if not reason and adapter.positions_per_token == 1 and (settings.positions or adapter.positions) == "inherit":
             reason = "positions is 'inherit', but vLLM counts the positions of this family's tokens, 0, 1, 2, …"
+        if not reason and config.model_type not in FAMILIES:
+            reason = f"it was never compared with `generate`, as {', '.join(FAMILIES)} were"
     except (TypeError, ValueError) as error:
         raise ServingError(f"this model cannot be served with anchors: {error}") from error
     if reason:

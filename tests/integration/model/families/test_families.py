@@ -35,7 +35,7 @@ from attanchor_vlm.model.families import adapter_for
 HERE = Path(__file__).parent
 PAGE = HERE.parents[3] / "docs" / "families.md"
 ON_THE_PAGE = {"test_families"} | {
-    f"test_family_{part}" for part in ("generate", "calls", "positions", "inputs", "keep")
+    f"test_family_{part}" for part in ("generate", "calls", "positions", "inputs", "keep", "video")
 }
 
 
