@@ -9,6 +9,7 @@ roofline, overhead, training, cpu_reference     the runs
 host        what a call takes on the host, its launch left out
 smoke, sanitize     every kernel before it is measured: is it right, does it end
 tune       a search for faster launch configurations
+phases, schedule_model     what the phases of a CUDA launch take: measured by a build of its own; predicted
 compare, targets, report, plots, store_demo     what is made of their rows
 gpu        all of it on a machine with a GPU, by one command
 """

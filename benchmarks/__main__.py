@@ -18,6 +18,7 @@ COMMANDS = {
     "tune": "search for faster launch configurations of the forward kernels",
     "serve": "what anchors cost behind vLLM, on a CPU; in the environment of `make serve-test`",
     "host": "host time of a call whose launch is left out, against a plain autograd.Function",
+    "phases": "time each phase of the CUDA kernel, by a build of its own; exit status 3 without a GPU",
     "schedule-model": "predict what schedules of the CUDA kernel take, from assumed latencies",
     "cpu-reference": "the reference on a CPU against its unavoidable work, masked_scatter and a literal loop",
     "store-demo": "store what `make demo` wrote, for the README",

@@ -118,6 +118,12 @@ ATTANCHOR_DEVICE float load_fresh(const float* word) {
   return value;
 }
 ATTANCHOR_DEVICE void pause() { __nanosleep(32); }
+// Nanoseconds, the same on every multiprocessor.
+ATTANCHOR_DEVICE word64 now() {
+  word64 time;
+  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(time)::"memory");
+  return time;
+}
 
 // --- Clusters: blocks that reach into each other's shared memory --------------------------------------------------
 

@@ -187,6 +187,14 @@ std::vector<int64_t> construct(Tensor image, Tensor text, Optional roles, Option
   return {l.tile_images, l.cluster, l.holds, l.bulk, l.tile_rows, l.lag, l.blocks, l.resident, l.shared_bytes};
 }
 
+#ifdef ATTANCHOR_STAMPS
+// From now on launches note their times in (blocks, items, phases) int64, which the caller keeps.
+void stamp(Tensor times) {
+  attanchor::stamp_rows = {data<unsigned long long>(times), static_cast<int>(times.size(0)),
+                           static_cast<int>(times.size(1))};
+}
+#endif
+
 // What assemble and its transpose share. A tensor of no elements stands for one that is not there.
 Copy copy_of(const Tensor& image, const Tensor& text, const Tensor& places, const Tensor& sequence) {
   Copy copy = {};
@@ -236,8 +244,15 @@ STABLE_TORCH_LIBRARY(attanchor_cuda, library) {
       "bool need_text, int stream) -> ()");
 }
 
+#ifdef ATTANCHOR_STAMPS
+STABLE_TORCH_LIBRARY_FRAGMENT(attanchor_cuda, library) { library.def("stamp(Tensor(a!) times) -> ()"); }
+#endif
+
 STABLE_TORCH_LIBRARY_IMPL(attanchor_cuda, ATTANCHOR_DISPATCH_KEY, library) {
   library.impl("construct", TORCH_BOX(&construct));
+#ifdef ATTANCHOR_STAMPS
+  library.impl("stamp", TORCH_BOX(&stamp));
+#endif
   library.impl("assemble", TORCH_BOX(&assemble));
   library.impl("assemble_backward", TORCH_BOX(&assemble_backward));
 }

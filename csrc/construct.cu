@@ -4,6 +4,11 @@
 #include "construct_held.cuh"
 
 namespace attanchor {
+
+#ifdef ATTANCHOR_STAMPS
+StampRows stamp_rows = {};
+#endif
+
 namespace {
 
 int divide_up(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
@@ -118,6 +123,9 @@ const char* launch_construct(Problem p, Scalar scalar, Tuning tuning, Launched& 
   const int lag = tuning.lag >= 0 ? tuning.lag : divide_up(clusters, p.match_tiles);
   p.held_pitch = static_cast<int>(held_pitch(p.rows.row_bytes, v.cluster));
   p.bulk = v.holds && tuning.bulk != 0;
+#ifdef ATTANCHOR_STAMPS
+  p.stamps = stamp_rows;
+#endif
   p.lag = lag < 1 ? 1 : lag > p.batch ? p.batch : lag;
   const int64_t items = static_cast<int64_t>(p.batch) * (p.match_tiles + divide_up(p.assemble_tiles, v.cluster));
   const int blocks = static_cast<int>(items < clusters ? items : clusters) * v.cluster;

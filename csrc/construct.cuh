@@ -82,12 +82,14 @@ ATTANCHOR_DEVICE void construct(const Problem& p) {
   const unsigned arrivals = p.match_tiles * CLUSTER;
   FeatureBase match_base, assemble_base;
   Tickets<CLUSTER> tickets{p, s.ticket, rank, total};
-  for (unsigned ticket = tickets.first(); ticket < total; ticket = tickets.next()) {
+  Stamps stamps{p};
+  for (unsigned ticket = tickets.first(); ticket < total; ticket = tickets.next(), stamps.next()) {
+    stamps.reach(Phase::begun);
     const Work work = work_of(p, assemble_items, ticket);
     if (work.matches) {
       const int base = p.rows.merges ? match_base.advance(p, work.sample, s.match.scratch) : 0;
       MatchTile<E, IMAGES, CLUSTER, false, DROPS> tile(p, s.match, rank, work.sample);
-      const int movers = tile.run(work.item, base, [&] { tickets.draw(); });
+      const int movers = tile.run(work.item, base, stamps, [&] { tickets.draw(); });
       if constexpr (DROPS) {
         finish_match_dropping(p, s.survivors, work.sample, movers, arrivals, base);
       } else {

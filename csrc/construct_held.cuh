@@ -48,6 +48,7 @@ struct ConstructHeld {
   const int rank;
   HeldRows<IMAGES> held;
   Tickets<CLUSTER> tickets;
+  Stamps stamps{p};
   int given_up = 0;  // how many tiles of the sample
 
   ATTANCHOR_DEVICE ConstructHeld(const Problem& problem)
@@ -63,14 +64,18 @@ struct ConstructHeld {
       s.base = FeatureBase();
       held.start_barriers();
     }
-    for (unsigned ticket = tickets.first(); ticket < tickets.total;) {
+    for (unsigned ticket = tickets.first(); ticket < tickets.total; stamps.next()) {
+      stamps.reach(Phase::begun);
       const int sample = static_cast<int>(ticket / p.match_tiles), tile = static_cast<int>(ticket % p.match_tiles);
       if (p.rows.merges && sample != s.base.sample) advance_base(sample);
       Match match(p, s.match, rank, sample, &held);
       const unsigned end = (sample + 1u) * p.match_tiles;
-      const int movers = match.run(tile, s.base.base, [&] { tickets.draw_below(end); });
+      const int movers = match.run(tile, s.base.base, stamps, [&] { tickets.draw_below(end); });
+      stamps.reach(Phase::published);
       finish_match(p, s.match, sample, movers, p.match_tiles * CLUSTER);
+      stamps.reach(Phase::arrived);
       ticket = tickets.next();
+      stamps.reach(Phase::met);
       if (static_cast<int>(ticket / p.match_tiles) == sample) {
         give_up(tile);
       } else {
@@ -99,6 +104,7 @@ struct ConstructHeld {
     const unsigned own = 1 + given_up, all = p.match_tiles * CLUSTER;
     HeldTile<IMAGES, CLUSTER> tiles(p, s.assemble, rank, sample, s.base.base, held);
     tiles.plan.wait(all, tiles.movers);
+    stamps.reach(Phase::waited);
     if (draws) tickets.take();
     tiles.plan.stage(tiles.movers, s.assemble.keys);
     if (draws) tickets.tell();
@@ -107,6 +113,7 @@ struct ConstructHeld {
     const auto leave = [&] {
       if (leaves) tiles.plan.leave(own, all, &s.assemble.arrived);
       leaves = false;
+      stamps.reach(Phase::planned);  // of the last tile, if several
     };
     const int last = given_up > 0 ? p.match_tiles : held_tile + 1;
     for (int tile = given_up > 0 ? 0 : held_tile; tile < last; tile++) {
@@ -119,6 +126,7 @@ struct ConstructHeld {
     for (int word = arch::thread(); given_up > 0 && word < MOST_HELD_TILES / 32; word += THREADS) s.given_up[word] = 0;
     given_up = 0;
     arch::sync_block();
+    stamps.reach(Phase::copied);
   }
 };
 

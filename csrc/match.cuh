@@ -16,6 +16,7 @@
 #include "keys.cuh"
 #include "multiply.cuh"
 #include "slots.cuh"
+#include "stamps.cuh"
 
 namespace attanchor {
 
@@ -65,7 +66,7 @@ struct MatchTile {
   // Returns the number of movers of the sample. Never waits for work of another cluster. `meanwhile` is called once, with
   // the first copies on their way.
   template <class Meanwhile>
-  ATTANCHOR_DEVICE int run(int tile, int feature_base, const Meanwhile& meanwhile) {
+  ATTANCHOR_DEVICE int run(int tile, int feature_base, const Stamps& stamps, const Meanwhile& meanwhile) {
     const bool merges = p.rows.merges;
     const int first = tile * IMAGES;
     int images = p.rows.images, texts = p.texts;
@@ -88,9 +89,9 @@ struct MatchTile {
       }
       arch::sync_block();
       if constexpr (HELD) {
-        multiply_held(first_text == 0, meanwhile);
+        multiply_held(first_text == 0, stamps, meanwhile);
       } else {
-        multiply(first_text == 0, meanwhile);
+        multiply(first_text == 0, stamps, meanwhile);
       }
       publish(first_text + TEXTS >= text_total);
     }
@@ -136,7 +137,7 @@ struct MatchTile {
 
   // This block's columns of the products and squared norms, to `sum`.
   template <class Meanwhile>
-  ATTANCHOR_DEVICE void multiply(bool first, const Meanwhile& meanwhile) {
+  ATTANCHOR_DEVICE void multiply(bool first, const Stamps& stamps, const Meanwhile& meanwhile) {
     const int begin = first_chunk(p.rows, rank, CLUSTER), end = first_chunk(p.rows, rank + 1, CLUSTER);
     const Stager<ROWS, false> stager(s.row, arch::keep_in_l2());
     Product product;
@@ -145,7 +146,10 @@ struct MatchTile {
       if (begin + ahead < end) stager.start(s.stages[ahead], PITCH, p.rows, begin + ahead);
       arch::commit_copies();
     }
-    if (first) meanwhile();
+    if (first) {
+      stamps.reach(Phase::loading);
+      meanwhile();
+    }
     for (int chunk = begin; chunk < end; chunk++) {
       arch::wait_copies<STAGES - 2>();
       arch::sync_block();  // the chunk is here for everyone, and everyone is done with the one before
@@ -156,12 +160,13 @@ struct MatchTile {
       product.multiply(stage, PITCH, stage + IMAGES * PITCH);
       if ((chunk - begin) % SLICE_CHUNKS == SLICE_CHUNKS - 1) product.end_slice();
     }
+    stamps.reach(Phase::multiplied);
     add_up(product);
   }
 
   // The same with the image rows on their way all at once, to stay; `load` says whether they are still to come.
   template <class Meanwhile>
-  ATTANCHOR_DEVICE void multiply_held(bool load, const Meanwhile& meanwhile) {
+  ATTANCHOR_DEVICE void multiply_held(bool load, const Stamps& stamps, const Meanwhile& meanwhile) {
     const int begin = first_chunk(p.rows, rank, CLUSTER), end = first_chunk(p.rows, rank + 1, CLUSTER);
     const Stager<TEXTS, true> texts(s.row + IMAGES, arch::keep_in_l2());
     const bool stages = load && !p.bulk;
@@ -175,7 +180,10 @@ struct MatchTile {
     if (stages) stage_images(begin, begin + STAGES - 1, end);
     arch::commit_copies();
     if (load && p.bulk) held->load(s.row);  // behind the texts, which are on their way sooner
-    if (load) meanwhile();
+    if (load) {
+      stamps.reach(Phase::loading);
+      meanwhile();
+    }
     for (int chunk = begin; chunk < end; chunk++) {
       // The group with the rest of the images is one more that may be under way until it is needed.
       if (chunk - begin < STAGES - 1) {
@@ -185,6 +193,7 @@ struct MatchTile {
       }
       if (load && p.bulk) held->wait(chunk - begin);
       arch::sync_block();
+      if (load && chunk == begin) stamps.reach(Phase::first_chunk);
       const int next = chunk + STAGES - 1;
       if (next < end) texts.start(s.stages[(next - begin) % STAGES], PITCH, p.rows, next);
       arch::commit_copies();
@@ -194,6 +203,7 @@ struct MatchTile {
     }
     arch::wait_copies<0>();
     if (load && p.bulk) held->loads++;
+    stamps.reach(Phase::multiplied);
     add_up(product);
   }
 

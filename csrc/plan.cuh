@@ -11,6 +11,7 @@
 #include "copy.cuh"
 #include "keys.cuh"
 #include "slots.cuh"
+#include "stamps.cuh"
 
 namespace attanchor {
 
@@ -69,7 +70,7 @@ struct Plan {
   ATTANCHOR_DEVICE void wait(unsigned arrivals, int movers) const {
     if (arch::thread() == 0) {
       const unsigned enough = arrivals + (DROPS || publishes_cut(p, movers));
-      while (arch::load_acquire(matched(p, sample)) < enough) arch::pause();
+      for (const Patience patience; arch::load_acquire(matched(p, sample)) < enough;) patience.pause();
     }
     arch::sync_block();
   }

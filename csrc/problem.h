@@ -50,6 +50,14 @@ struct Drop {
   bool drops;
 };
 
+#ifdef ATTANCHOR_STAMPS
+// Where blocks note when they reach which phase of which of their items (stamps.cuh).
+struct StampRows {
+  unsigned long long* times;  // (blocks, items, phases)
+  int blocks, items;
+};
+#endif
+
 struct Problem {
   Rows rows;
   State state;
@@ -91,6 +99,9 @@ struct Problem {
 
   const float* tau_on_device;  // in place of tau, or null
   Drop drop;
+#ifdef ATTANCHOR_STAMPS
+  StampRows stamps;
+#endif
 };
 
 // The copy alone, and its transpose.
@@ -128,6 +139,10 @@ struct Launched {
   int blocks, resident;
   int shared_bytes;
 };
+
+#ifdef ATTANCHOR_STAMPS
+extern StampRows stamp_rows;  // of the launches to come; no blocks: nowhere
+#endif
 
 // Launch on `stream` of the current device. Null, or what went wrong.
 const char* launch_construct(Problem problem, Scalar scalar, Tuning tuning, Launched& launched, void* stream);

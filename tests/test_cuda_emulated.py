@@ -1,5 +1,6 @@
 """The CUDA kernels' own source, run on a CPU over an emulated device, against the float64 oracle and the reference."""
 
+import itertools
 import math
 import sys
 from pathlib import Path
@@ -27,7 +28,7 @@ if emulated.missing():
 
 from checking import check, check_rows, emulator, launch, run, schedules
 
-from benchmarks import smoke, tune
+from benchmarks import cases, phases, smoke, tune
 
 PLAIN = ("text_into_image", "sequential", None, "right")
 
@@ -168,6 +169,23 @@ def test_smoke_knows_every_way(operation):
         way = smoke.Way("cuda", torch.bfloat16, operation, tuning)
         ended = smoke.check(way, torch.device("cpu"), [(Shape("aligned", 40, 12, 136), 1)])
         assert ended == {"status": "right"}, f"{way}: {ended}"
+
+
+def test_phases_follow_each_other():
+    """The build with stamps, which the emulator is: every block of a cluster goes through all phases in their order."""
+    emulator.configure(32, 5)
+    case = cases.Case("forward", Shape("toy", 70, 9, 1024), 2, anchored=2)
+    times = phases.stamped(case, torch.device("cpu"))
+    reached = times.flatten(0, 1)[(times > 0).flatten(0, 1).any(1)]
+    assert len(reached) == 2 * 3 * 4  # samples, tiles, blocks of a cluster
+    assert (reached > 0).all()
+    assert (reached.diff(dim=1) >= 0).all()
+    made = phases.rows(case, times)
+    assert [row["step"] for row in made] == ["whole", *(" -> ".join(two) for two in itertools.pairwise(phases.PHASES))]
+    assert all(0 <= row["us"] <= row["p90"] <= made[0]["us"] and row["count"] == len(reached) for row in made[1:])
+    source = (Path(__file__).parent.parent / "csrc" / "stamps.cuh").read_text()
+    assert ", ".join(phases.PHASES) in source
+    assert phases.rows(case, torch.zeros_like(times)) == []
 
 
 def test_tuning_changes_the_choice_and_puts_it_back():

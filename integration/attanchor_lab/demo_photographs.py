@@ -21,6 +21,7 @@ from attanchor_lab.photographs.grounding import grounding
 from attanchor_lab.photographs.questions import KINDS
 from attanchor_lab.small_vlm import build, parts
 from attanchor_lab.small_vlm.config import BuildConfig
+from attanchor_lab.small_vlm.experiment import known_stamps
 from attanchor_vlm.data.batches import question, to_model
 from attanchor_vlm.data.rows import Row, load_image, read_rows, samples
 from attanchor_vlm.evaluation.answers import generate_answers
@@ -39,7 +40,7 @@ _ARMS: dict[str, dict[str, Any]] = {
     ANCHORS: {"fraction": 0.5, "content_words": True},
     SHORTER: {"fraction": 0.5, "content_words": True, "keep": 1 / 3},
 }
-_OURS = {"data", "unseeing", "stage1", "model", "runs", "results.json", "anchors.png"}
+_OURS = {"stamps", "data", "unseeing", "stage1", "model", "runs", "results.json", "anchors.png"}
 _CAPTION, _ANSWER = 48, 6  # most tokens
 _TITLE = "Words of the question at their patches, in photographs"
 _ASKED = (("chelsea", "Is there a cat in the picture?"), ("coffee", "Is there a cup in the picture?"))
@@ -89,9 +90,10 @@ def run(
     data = output / "data"
     images = data / "images"
     say(f"1. Photographs to {data}")
+    known = known_stamps(folder, parts.class_names(), output / "stamps")
     world = PhotographConfig(
         output=data, seed=seed, scenes=size.scenes, test_scenes=size.test_scenes, concepts=size.concepts,
-        held_out=size.held_out, pixels=224, stamps=folder,
+        held_out=size.held_out, pixels=224, stamps=known,
     )  # fmt: skip
     write_photographs(world, lambda line: say(f"   {line}"))
     held_out = json.loads((data / "world.json").read_text(encoding="utf-8"))["concepts"]["held_out"]

@@ -76,6 +76,7 @@ extern std::string failure;  // what the device answers when it is asked for its
 void wait(Barrier& barrier);
 void pause();
 void maybe_switch();
+word64 clock();  // steps of the scheduler
 void fail(const char* reason);
 void queue_copy(void* to, const void* from, int bytes, int size);
 void commit_copies();
@@ -234,6 +235,7 @@ T load_fresh(const T* word) {
   return *word;
 }
 inline void pause() { emulator::pause(); }
+inline word64 now() { return emulator::clock(); }
 
 // --- Clusters -------------------------------------------------------------------------------------------------------
 

@@ -21,7 +21,8 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 CSRC = ROOT / "csrc"
 CACHE = ROOT / "build" / "emulator"
-FLAGS = ["-std=c++17", "-O2", "-g1", "-fPIC", "-U_FORTIFY_SOURCE", "-Wno-unknown-pragmas", f"-I{HERE}", f"-I{CSRC}"]
+FLAGS = ["-std=c++17", "-O2", "-g1", "-fPIC", "-U_FORTIFY_SOURCE", "-Wno-unknown-pragmas", "-DATTANCHOR_STAMPS"]
+FLAGS += [f"-I{HERE}", f"-I{CSRC}"]
 TORCH = Path(torch.__file__).parent
 BINDING_FLAGS = [
     "-DATTANCHOR_DISPATCH_KEY=CPU",

@@ -190,6 +190,8 @@ void maybe_switch() {
   leave(State::ready);
 }
 
+word64 clock() { return device.steps + 1; }
+
 void maximize(word64* word, word64 value) {
   maybe_switch();
   maxima_of(current->block).push_back({word, value, current, current->block->barrier.generation});

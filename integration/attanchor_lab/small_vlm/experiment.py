@@ -13,14 +13,14 @@ import json
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pydantic
 
-from attanchor_lab import runner, selection
+from attanchor_lab import runner, selection  # noqa: F401  plans name its rules of `keep_by`
 from attanchor_lab.paper.arms import is_trained, train_or_go_on
 from attanchor_lab.paper.degrade import write_degraded
 from attanchor_lab.photographs.config import FOLDER, PhotographConfig
@@ -38,10 +38,9 @@ from attanchor_vlm.records import Row, alone_in, write_json
 PLAN = "plan.json"
 _NEEDED = ("arm", "seed", "test", "values", "right")
 _BATCH = 20  # prompts at a time
-_WORDS = 8  # tokens of an answer; the longest, "bottom right", has two
+_WORDS = 40  # tokens of an answer; captions have the most
 Say = Callable[[str], None]
 Settings = dict[str, Any]
-assert selection  # its rules of `keep_by` are what plans name
 
 
 @dataclass(frozen=True)
@@ -54,6 +53,7 @@ class Measurement:
         change: Settings of `AttAnchorConfig` in the place of the arm's; "fraction" chooses tau on training questions.
         degrade: (kind, level) of the test images, as in `attanchor experiment degrade`.
         splits: Instead of the plan's.
+        kinds: Of questions.
     """
 
     name: str
@@ -61,6 +61,7 @@ class Measurement:
     change: Settings = field(default_factory=dict)
     degrade: tuple[str, float] | None = None
     splits: tuple[str, ...] = ()
+    kinds: tuple[str, ...] = KINDS
     seeds: int = 3
 
 
@@ -129,7 +130,7 @@ def _jobs(plan: PhotographPlan, work: Path, output: Path, say: Say) -> list[Job]
         return Job((arm, seed, test.name), f"{arm}, seed {seed}, {test.name}", work_of)
 
     plain = Measurement("as trained", ())
-    jobs = [job("stage 1", plan.seeds[0], plain)]
+    jobs = [job("stage 1", plan.seeds[0], Measurement("captions", (), kinds=("caption",)))]
     jobs += [job(arm, seed, plain) for seed in plan.seeds for arm in plan.arms]
     jobs += [job(arm, seed, test) for test in plan.tests for seed in plan.seeds[: test.seeds] for arm in test.arms]
     return jobs + [job(arm, seed, plain) for seed in plan.seeds for arm in plan.more]
@@ -162,10 +163,10 @@ def known_stamps(source: Path, names: Iterable[str], folder: Path) -> Path:
     return folder
 
 
-def questions(plan: PhotographPlan, world: Path, split: str) -> list[dict[str, Any]]:
+def questions(plan: PhotographPlan, world: Path, split: str, kinds: Sequence[str] = KINDS) -> list[dict[str, Any]]:
     """The rows of a split that are asked: the first of each kind, as many as the plan says."""
     found = []
-    for kind in KINDS:
+    for kind in kinds:
         path = world / f"test-{kind}-{split}.json"
         if path.is_file():
             found += json.loads(path.read_text(encoding="utf-8"))[: plan.questions]
@@ -236,7 +237,7 @@ def _ask(
     from attanchor_vlm.data.rows import read_rows, samples
     from attanchor_vlm.evaluation.answers import generate_answers
 
-    asked = questions(plan, work / "world", split)
+    asked = questions(plan, work / "world", split, test.kinds)
     data, images = work / f"test-{split}.json", work / "world" / "images"
     write_json(data, asked)
     if test.degrade is not None:
@@ -244,17 +245,21 @@ def _ask(
         data, images = write_degraded(data, images, work / f"{split}-{kind}-{level:g}", kind, level, progress=False)
     rows, _ = read_rows(data, images, False, False)
     found = generate_answers(model, processor, list(samples(rows, "each")), _BATCH, _WORDS, progress=False)
-    right = [
-        said.lower().rstrip(".") == wanted.lower()
-        for said, wanted in zip(found.predictions, found.references, strict=True)
-    ]
+    right = [share_right(said, wanted) for said, wanted in zip(found.predictions, found.references, strict=True)]
     by_kind = defaultdict(list)
-    for one, is_right in zip(asked, right, strict=True):
-        by_kind[one["kind"]].append(is_right)
+    for one, share in zip(asked, right, strict=True):
+        by_kind[one["kind"]].append(share)
     accuracy = {kind: statistics.mean(values) for kind, values in by_kind.items()}
     figures = {name: getattr(found, name) for name in ("inserted_share", "anchor_score", "image_tokens", "seconds")}
     known = {name: round(value, 4) for name, value in figures.items() if value is not None}
-    return statistics.mean(accuracy.values()), accuracy, "".join("01"[one] for one in right), known
+    return statistics.mean(accuracy.values()), accuracy, "".join("01"[share == 1] for share in right), known
+
+
+def share_right(said: str, wanted: str) -> float:
+    """How much of an answer is right: 0 or 1, and of a caption the share of its corners."""
+    given = said.lower().rstrip(".").split(" / ")
+    parts = wanted.lower().split(" / ")
+    return sum(part in given for part in parts) / len(parts)
 
 
 def differences(rows: list[Row], plan: PhotographPlan, scenes: Mapping[str, list[str]]) -> list[dict[str, Any]]:
@@ -302,10 +307,11 @@ def as_markdown(rows: list[Row], plan: PhotographPlan, work: Path) -> list[str]:
     lines = [
         [line["arm"], line["against"], line["split"], str(line["seeds"]), number(100 * line["difference"], 1, True),
          interval(100 * line["low"], 100 * line["high"]), interval(100 * line["low_seeds"], 100 * line["high_seeds"]),
-         probability(line["p"])]
+         probability(line["p"]), verdict(line["low"], line["high"], plan.margin)]
         for line in differences(rows, plan, scenes)
     ]  # fmt: skip
-    heads = ["arm", "against", "split", "seeds", "points", "95 %, over scenes", "95 %, over seeds", "p (seeds, Holm)"]
+    heads = ["arm", "against", "split", "seeds", "points", "95 %, over scenes", "95 %, over seeds", "p (seeds, Holm)",
+             "verdict over scenes"]  # fmt: skip
     groups: dict[tuple[str, str], list[Row]] = defaultdict(list)
     for row in rows:
         groups[row["arm"], row["test"]].append(row)
@@ -318,6 +324,13 @@ def as_markdown(rows: list[Row], plan: PhotographPlan, work: Path) -> list[str]:
         *markdown_table(heads, lines, 3), "",
         *markdown_table(["arm", "test", "seeds", *plan.splits, "wordings", "inserted"], means, 2),
     ]  # fmt: skip
+
+
+def verdict(low: float, high: float, margin: float) -> str:
+    """What an interval shows of a difference that is to be at least `margin` to matter."""
+    if -margin < low and high < margin:
+        return "too small to matter"
+    return "better" if low > 0 else "worse" if high < 0 else "not shown"
 
 
 def _mean(rows: list[Row], name: str, part: str = "values") -> str:

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import small_vlm_toy
-from stamps_toy import write_stamps
+from stamps_toy import CONCEPTS, write_stamps
 
 from attanchor_lab import demo_photographs as demo
 from attanchor_lab.small_vlm import parts
@@ -18,6 +18,8 @@ pytest.importorskip("skimage")
 def test_the_demonstration_leaves_its_figures_and_a_picture(tmp_path, monkeypatch):
     monkeypatch.setattr(parts, "check_installed", lambda: None)
     monkeypatch.setattr(parts, "read", lambda side: small_vlm_toy.parts())
+    names = [f"young {name}" for names in CONCEPTS.values() for name in names if name != "fox"]
+    monkeypatch.setattr(parts, "class_names", lambda: names)
     size = demo.Size(
         scenes=8, test_scenes=4, concepts=None, pictures=2, fit_steps=10, caption_steps=1, question_steps=1,
         captions=2, questions=1, held_out=0.34,
@@ -32,6 +34,8 @@ def test_the_demonstration_leaves_its_figures_and_a_picture(tmp_path, monkeypatc
     assert plain["inserted_share"] == 0 < anchors["inserted_share"]
     assert set(plain["kinds"]) >= {"existence", "count", "what"}
     assert results["held_out"]
+    world = json.loads((tmp_path / "out" / "data" / "world.json").read_text())["concepts"]
+    assert "fox" not in world["seen"] + world["held_out"]  # the image encoder's classes do not name it
     assert all(0 <= value <= 1 for sight in results["sight"].values() for value in sight.values())
     lines = [line for line in said if line.startswith("|")]
     assert [line.split("|")[1].strip() for line in lines[2:]] == list(results["arms"])

@@ -48,6 +48,7 @@ def work(tmp_path, monkeypatch):
         ("train-questions", "existence"),
         ("test-existence-seen", "existence"),
         ("test-what-seen", "what"),
+        ("test-caption-seen", "caption"),
     ):
         (world / f"{name}.json").write_text(json.dumps(rows(kind)))
     (world / "world.json").write_text("{}")
@@ -61,7 +62,7 @@ def test_every_arm_and_measurement_gets_its_row_once(work, tmp_path):
     said: list[str] = []
     rows = experiment.run(PLAN, tmp_path / "out", work, said.append)
     assert [(row["arm"], row["seed"], row["test"]) for row in rows] == [
-        ("stage 1", 0, "as trained"),
+        ("stage 1", 0, "captions"),
         *((arm, seed, "as trained") for seed in (0, 1) for arm in ("plain", "t2i")),
         ("t2i", 0, "keep"),
         ("t2i", 0, "tau"),
@@ -91,6 +92,19 @@ def test_arms_are_compared_question_by_question():
     # Scene a gains in three of four answers, scene b in none: two clusters of means 3/4 and 0 around 3/8.
     assert line["low"] < 0 < line["high"]
     assert np.isnan(line["p"])  # too few seeds
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "said"),
+    [(0.01, 0.2, "better"), (-0.2, -0.01, "worse"), (-0.01, 0.2, "not shown"), (0.01, 0.02, "too small to matter")],
+)
+def test_a_difference_below_the_margin_does_not_matter(low, high, said):
+    assert experiment.verdict(low, high, 0.03) == said
+
+
+def test_a_caption_is_right_by_its_corners():
+    assert experiment.share_right("Yes.", "yes") == 1
+    assert experiment.share_right("top left: owl / top right: cup", "top left: owl / bottom right: cup") == 0.5
 
 
 def test_scenes_are_of_what_the_tower_can_tell(tmp_path):
