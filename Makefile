@@ -11,7 +11,7 @@ TORCH ?= torch==2.13.0
 LOCK := requirements/ci.txt
 RESOLVE = $(1)/bin/python -m uv pip compile --quiet --config-file requirements/uv.toml --python $(1)/bin/python
 
-.PHONY: demo test lint bench clean
+.PHONY: demo demo-photographs test lint bench clean
 
 # A virtual environment with PyTorch and pip's other arguments.
 define environment
@@ -35,6 +35,9 @@ $(STAMP): $(LOCK) pyproject.toml setup.py
 
 demo: $(STAMP)
 	$(VENV)/bin/attanchor demo --output $(OUT)
+
+demo-photographs: $(STAMP)
+	$(VENV)/bin/attanchor demo-photographs --output photographs-out
 
 test: $(STAMP) lint
 	$(PYTHON) -m pytest -n 2 --dist loadgroup tests
@@ -116,4 +119,4 @@ oldest:
 	.venv-oldest/bin/python -m pytest -n 2 $(OLDEST_TESTS)
 
 clean:
-	rm -rf $(VENV) .venv-latest .venv-oldest $(SERVE) build *.egg-info attanchor_kernels/*.so $(OUT) $(GPU_OUT)
+	rm -rf $(VENV) .venv-latest .venv-oldest $(SERVE) build *.egg-info attanchor_kernels/*.so $(OUT) $(GPU_OUT) photographs-out

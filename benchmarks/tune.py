@@ -28,7 +28,7 @@ NOISE = 0.01  # a change must win by this share
 BACKENDS = ("cuda", "triton")
 FIELDS: dict[str, dict[str, tuple[Any, ...]]] = {
     "triton": {
-        "persistent": (True, False),
+        "ring": (16, 32, 64, 128),
         "block_images": (32, 64, 128),
         "num_stages": (2, 3, 4, 5),
         "num_warps": (4, 8),

@@ -1,6 +1,7 @@
 """Without a GPU, Triton's kernels run in its interpreter: it must be chosen before anything imports triton."""
 
 import os
+import sys
 from pathlib import Path
 
 import torch
@@ -14,6 +15,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest  # noqa: E402
 from hypothesis import HealthCheck, settings  # noqa: E402
 
+from attanchor_kernels.testing.interpreter import hasten  # noqa: E402
+
 # No test may fail for a slow machine: no deadline, and drawing examples may take its time. The fixture that poisons
 # memory is the same for all examples of a test.
 PATIENT = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
@@ -25,6 +28,11 @@ HERE = Path(__file__).parent
 
 def pytest_addoption(parser):
     parser.addoption("--newest", action="store_true", help="expect the failures that upstream.txt lists")
+
+
+def pytest_runtest_setup():
+    if "triton" in sys.modules:
+        hasten()
 
 
 def pytest_report_header():

@@ -101,9 +101,8 @@ def test_any_schedule(make, poisoned_empty):
     split = SCHEDULE._replace(slice_blocks=1, slices=3, split=True)
     expected = launch.run(problem, copy=True, schedule=split)
     assert_workspace_zero()
-    for schedule in (split._replace(split=False, programs=1, lag=0), split._replace(persistent=False)):
-        assert_same(launch.run(problem, copy=True, schedule=schedule), expected)
-        assert_workspace_zero()
+    assert_same(launch.run(problem, copy=True, schedule=split._replace(split=False, lag=0)), expected)
+    assert_workspace_zero()
     assert_same((None, launch.run(problem, copy=False, schedule=split)[1]), (None, expected[1]))
     assert torch.equal(backend.match(problem)[0].isinf(), expected[1].score.isinf())
 

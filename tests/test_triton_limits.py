@@ -12,10 +12,10 @@ from attanchor_kernels.problem import Problem
 from attanchor_kernels.testing.contract import assert_keeps_contract
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-# Lengths that only these kernels have: keys in blocks of 2048, roles of earlier samples in blocks of 4096.
+# Lengths that only these kernels have: keys in blocks of 2048, roles of earlier samples in blocks of 2048.
 OWN = {
     "2049 movers": lambda: build(3, 2049, 2),
-    "4100 earlier slots": lambda: merge(1025, batch=5, pad_left=True),
+    "2052 earlier slots": lambda: merge(513, batch=5, pad_left=True),
 }
 CASES = {**LIMITS, **OWN}
 

@@ -23,7 +23,8 @@ from attanchor_kernels.backends.triton.slots import (
     GROUPS,
     LANES,
     SCAN,
-    count_earlier_placeholders,
+    count_bits,
+    first_feature,
     is_placeholder,
     is_real,
     load_roles,
@@ -63,7 +64,7 @@ def choose_survivors(rows, inputs, outputs, state, sizes, config: tl.constexpr, 
     first = sample64 * sizes.images  # of the values that there is one of for each image row
     values = sizes.batch * tl.cast(sizes.images, tl.int64)
     if config.merges:
-        first += count_earlier_placeholders(inputs, sizes, sample)
+        first += first_feature(inputs, state, sizes, sample)
         values += rows.features
     keep = sizes.keep
     if inputs.keep_each is not None:
@@ -201,13 +202,3 @@ def count_survivors(state, sizes, sample):
     """How many slots of the sample stay."""
     words = survivor_words(sizes)
     return tl.load(state.survivors + tl.cast(sample, tl.int64) * 2 * words + 2 * words - 1)
-
-
-@triton.jit
-def count_bits(word):
-    """Set bits of each int32."""
-    word = word.to(tl.uint32, bitcast=True)
-    word = word - ((word >> 1) & 0x55555555)
-    word = (word & 0x33333333) + ((word >> 2) & 0x33333333)
-    word = (word + (word >> 4)) & 0x0F0F0F0F
-    return ((word * 0x01010101) >> 24).to(tl.int32)

@@ -20,7 +20,7 @@ LEAST_TAU = tl.constexpr(common.LEAST_TAU)
 LENGTHS = [
     *("batch", "images", "texts", "slots", "features", "movers", "capacity", "axes", "budget"),
     *("image_batch_stride", "image_row_stride", "text_batch_stride", "text_row_stride"),
-    *("image_tiles", "row_tiles", "lag", "keep", "slices", "slice_blocks"),
+    *("image_tiles", "row_tiles", "lag", "keep", "slices", "slice_blocks", "ring"),
 ]
 
 
@@ -51,14 +51,15 @@ def construct_kernel(
     keep,
     slices,
     slice_blocks,
+    ring,
     config: tl.constexpr,
 ):
-    """Match and assemble every sample in one launch, with any number of programs.
+    """Match and assemble every sample in one launch, of as many programs as there are work items.
 
     Work is handed out by tickets: the match tiles of the first `lag` samples, then in turn the match tiles of a sample
-    and the assemble tiles of the one `lag` before it, then the assemble tiles of the last `lag` samples. A program that
-    waits for a sample so holds a later ticket than every match tile of it, and match work never waits: no deadlock,
-    whatever runs at the same time.
+    and the assemble tiles of the one `lag` before it, then the assemble tiles of the last `lag` samples. Whoever waits,
+    waits for work of earlier tickets alone, all of them held by programs that have begun. So the earliest that is not
+    done never waits: no deadlock, whatever runs at the same time.
     """
     rows = Rows(image, text, image_batch_stride, image_row_stride, text_batch_stride, text_row_stride, images, features)
     if inputs.tau is not None:
@@ -66,20 +67,12 @@ def construct_kernel(
         tau = tl.where(tau < 1, tl.maximum(tau, LEAST_TAU), NEVER)  # NEVER for NaN too
     sizes = Sizes(
         *(batch, images, texts, slots, movers, capacity, axes, budget, tau, image_tiles, row_tiles),
-        *(keep, slices, slice_blocks),
+        *(keep, slices, slice_blocks, ring),
     )
-    total = batch * (match_items(sizes, config) + row_tiles)
     ticket = tl.atomic_add(state.counters, 1, sem="relaxed")
-    if config.persistent:
-        while ticket < total:
-            work(rows, inputs, outputs, state, sizes, config, lag, ticket)
-            ticket = tl.atomic_add(state.counters, 1, sem="relaxed")
-        # Every program draws one ticket too many.
-        total += tl.num_programs(0)
-    else:
-        work(rows, inputs, outputs, state, sizes, config, lag, ticket)
-    if ticket == total - 1:
+    if ticket == batch * (match_items(sizes, config) + row_tiles) - 1:
         tl.store(state.counters, 0)
+    work(rows, inputs, outputs, state, sizes, config, lag, ticket)
 
 
 @triton.jit

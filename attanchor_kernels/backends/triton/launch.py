@@ -128,20 +128,18 @@ def _prepare(
     images = min(slots, image.shape[0]) if merges else image.shape[1]
     drops = problem.drops and assembles
     if schedule is None:
-        masked = not (problem.image_mask is problem.text_mask is problem.anchor_mask is None)
-        crowded = merges or masked or problem.image_into_text
-        shape = (batch, images, slots, hidden, alike)
-        schedule = schedules.construct(text.device, text.element_size(), *shape, crowded, drops)
+        schedule = schedules.construct(text.device, text.element_size(), batch, images, slots, hidden, alike)
     image_tiles = max(1, -(-images // schedule.block_images))
     items = image_tiles * (schedule.slices if schedule.split else 1)
     row_tiles = -(-max(problem.capacity, slots) // schedule.block_rows) if assembles else 0
+    ring = min(schedule.ring, batch * image_tiles) if schedule.split else 0
     ranks = max(1, batch * problem.images) if drops else 0
     state = States(
         text.device,
         batch,
         problem.movers,
-        tiles=image_tiles if schedule.split else 0,
-        scratch=batch * items * partial_size(schedule) if schedule.split else 0,
+        ring=ring,
+        scratch=ring * schedule.slices * partial_size(schedule),
         relevances=0 if problem.image_into_text else ranks,
         ranks=ranks if problem.cells is None else 2 * ranks,
         survivors=2 * batch * (-(-slots // 32) + 1) if drops else 0,
@@ -163,13 +161,12 @@ def _prepare(
         slices=0 if schedule.split else schedule.slices,
         slice_blocks=0 if schedule.split else schedule.slice_blocks,
         split=schedule.split,
-        persistent=schedule.persistent,
         block_rows=schedule.block_rows,
         block_columns=schedule.block_columns,
     )
     launch = Launch(
         construct_kernel,
-        schedule.programs if schedule.persistent else batch * (items + row_tiles),
+        batch * (items + row_tiles),
         compilation(schedule.num_warps, schedule.num_stages, schedule.registers),
         batch=batch,
         texts=text.shape[1],
@@ -185,6 +182,7 @@ def _prepare(
         keep=problem.keep if drops else None,
         slices=schedule.slices if schedule.split else None,
         slice_blocks=schedule.slice_blocks if schedule.split else None,
+        ring=ring if schedule.split else None,
         config=config,
     )
     return _Outputs(problem, names), state, launch

@@ -13,13 +13,14 @@ import triton.language as tl
 from attanchor_kernels.backends.triton.copy import image_rows, text_rows, widen
 from attanchor_kernels.backends.triton.slots import (
     SCAN,
-    count_earlier_placeholders,
+    base_of,
     count_ranked,
     find_slots,
+    first_feature_in_turn,
     is_ranked,
     load_roles,
 )
-from attanchor_kernels.backends.triton.state import arrive
+from attanchor_kernels.backends.triton.state import arrive, wait
 from attanchor_kernels.backends.triton.types import ANCHOR_TEXT, IMAGE
 
 # Up to so many movers are ranked against each other by everyone who needs to know; above, one program finds the cut.
@@ -139,13 +140,14 @@ def multiply(image_row, image_kept, text_row, text_kept, first_slice, end_slice,
     N: tl.constexpr = config.block_texts
     K: tl.constexpr = config.block_hidden
     HIDDEN: tl.constexpr = config.hidden
+    LANE: tl.constexpr = 128 // image_row.dtype.element_ty.primitive_bitwidth  # elements that one thread loads at once
     product = tl.zeros([M, N], tl.float32)
     image_square = tl.zeros([M], tl.float32)
     text_square = tl.zeros([N], tl.float32)
     for part in range(first_slice, end_slice):
         dot = tl.zeros([M, N], tl.float32)
-        image_part = tl.zeros([M, K], tl.float32)
-        text_part = tl.zeros([N, K], tl.float32)
+        image_part = tl.zeros([M, K // LANE], tl.float32)
+        text_part = tl.zeros([N, K // LANE], tl.float32)
         first = part * slice_blocks(sizes, config) * K
         for start in range(first, min(first + slice_blocks(sizes, config) * K, HIDDEN), K):
             column = start + tl.arange(0, K)
@@ -162,12 +164,19 @@ def multiply(image_row, image_kept, text_row, text_kept, first_slice, end_slice,
                 image = widen(image, True)
                 text = widen(text, True)
             dot = tl.dot(image, tl.trans(text), dot, input_precision="ieee")
-            image_part += image.to(tl.float32) * image.to(tl.float32)
-            text_part += text.to(tl.float32) * text.to(tl.float32)
+            image_part += sum_squares(image, LANE)
+            text_part += sum_squares(text, LANE)
         product += dot
         image_square += tl.sum(image_part, axis=1)
         text_square += tl.sum(text_part, axis=1)
     return product, image_square, text_square
+
+
+@triton.jit
+def sum_squares(rows, LANE: tl.constexpr):
+    """For each row, sums over every LANE columns: what a thread holds, so that no sum crosses threads in a loop."""
+    rows = rows.to(tl.float32)
+    return tl.sum(tl.reshape(rows * rows, [rows.shape[0], rows.shape[1] // LANE, LANE]), axis=2)
 
 
 @triton.jit
@@ -223,8 +232,6 @@ def publish(
     product,
     image_square,
     text_square,
-    image_kept,
-    text_kept,
     allowed,
     image,
     text,
@@ -235,8 +242,8 @@ def publish(
     reports it."""
     INFINITY: tl.constexpr = float("inf")
     # Rows whose squared norm is not finite (a NaN compares false) neither move nor host.
-    image_kept = image_kept & (image_square < INFINITY)
-    text_kept = text_kept & (text_square < INFINITY)
+    image_kept = image_square < INFINITY
+    text_kept = text_square < INFINITY
     image_scale = 1.0 / tl.maximum(tl.sqrt(image_square), NORM_FLOOR)
     text_scale = 1.0 / tl.maximum(tl.sqrt(text_square), NORM_FLOOR)
     cosine = product * image_scale[:, None] * text_scale[None, :]
@@ -258,7 +265,7 @@ def publish(
 def match_tile(rows, inputs, state, sizes, config: tl.constexpr, sample, tile, part):
     """Match one tile of image rows; if tiles are split, `part` is the slice of columns to do.
 
-    Never waits for another program. Returns whether this was the last match work of the sample.
+    Waits, if ever, for a tile of earlier tickets. Returns whether this was the last match work of the sample.
     """
     M: tl.constexpr = config.block_images
     N: tl.constexpr = config.block_texts
@@ -266,23 +273,22 @@ def match_tile(rows, inputs, state, sizes, config: tl.constexpr, sample, tile, p
     image_rank = tile * M + tl.arange(0, M)
     if config.merges:
         image_slot = find_slots(inputs, sizes, config, sample, tile * M, True, M)
-        feature = count_earlier_placeholders(inputs, sizes, sample) + image_rank
-        image_kept = (load_roles(inputs, sizes, config, sample, image_slot) == IMAGE) & (feature < rows.features)
-        image_row = image_rows(rows, config, sample, feature)
+        first = first_feature_in_turn(inputs, state, sizes, config, sample, (tile == 0) & (part == 0))
+        index = first + image_rank
+        index = tl.where(load_roles(inputs, sizes, config, sample, image_slot) == IMAGE, index, -1)
+        index = tl.where(index < rows.features, index, -1)
         texts = count_ranked(inputs, sizes, config, sample, False)
     else:
         image_slot = image_rank
-        image_kept = (image_rank < sizes.images) & (load_roles(inputs, sizes, config, sample, image_rank) == IMAGE)
-        image_row = image_rows(rows, config, sample, image_rank)
+        index = tl.where(image_rank < sizes.images, image_rank, -1)
+        index = tl.where(load_roles(inputs, sizes, config, sample, index) == IMAGE, index, -1)
         texts = sizes.texts
 
-    keys = state.keys + sample64 * sizes.movers
-    relevance = state.relevance
-    if config.drops and not config.image_into_text:
-        relevance += sample64 * image_candidates(sizes, config)
-    unit = sample * sizes.image_tiles + tile
-    blocks = tl.where(tl.max(image_kept.to(tl.int32)) > 0, tl.cdiv(texts, N), 0)
-    for block in range(0, blocks):
+    blocks = tl.where(tl.max(index) >= 0, tl.cdiv(texts, N), 0)
+    LEAST: tl.constexpr = 1 if config.split else 0  # with nothing to do, a tile still passes its place in the ring on
+    for block in tl.range(0, tl.maximum(blocks, LEAST), disable_licm=True):
+        image_kept = index >= 0
+        image_row = image_rows(rows, config, sample, index)
         text_rank = block * N + tl.arange(0, N)
         if config.merges:
             text_slot = find_slots(inputs, sizes, config, sample, block * N, False, N)
@@ -305,40 +311,55 @@ def match_tile(rows, inputs, state, sizes, config: tl.constexpr, sample, tile, p
         product, image_square, text_square = multiply(
             image_row, image_kept, text_row, text_kept, first_slice, end_slice, sizes, config
         )
+        # Beyond here a row that takes no part is known by its norm: less is held through the loop over columns.
+        image_square = tl.where(image_kept, image_square, float("inf"))
+        text_square = tl.where(text_kept, text_square, float("inf"))
         if config.split:  # noqa: SIM102  a compile-time choice, then a run-time one
             if block == 0:
-                at = state.scratch + tl.cast(unit, tl.int64) * sizes.slices * partial_size(config)
+                # Partial sums are in a ring of tiles, so that it stays in L2. Each tile counts its place on by its
+                # slices and by one when they have been added; the next tile there waits for that.
+                unit = sample * sizes.image_tiles + tile
+                place = unit % sizes.ring
+                at = state.scratch + tl.cast(place, tl.int64) * sizes.slices * partial_size(config)
+                parts = state.counters + 1 + 3 * sizes.batch + place
+                before = unit // sizes.ring * (sizes.slices + 1)
+                if before > 0:
+                    wait(parts, before, config)
                 store_partial(at + part * partial_size(config), product, image_square, text_square, config)
-                parts = state.counters + 1 + 2 * sizes.batch + unit
-                if arrive(parts, config) == sizes.slices - 1:
+                if arrive(parts, config) == before + sizes.slices - 1:
                     tl.debug_barrier()
                     product, image_square, text_square = add_partials(at, sizes, config)
-                    tl.store(parts, 0)
+                    if unit + sizes.ring < sizes.batch * sizes.image_tiles:
+                        arrive(parts, config)
+                    else:
+                        tl.store(parts, 0)
                     complete = tl.full([], True, tl.int1)
         if complete:
-            allowed = image_kept[:, None] & text_kept[None, :]
+            allowed = tl.full([M, N], True, tl.int1)
             if inputs.turn is not None:
                 turn = inputs.turn + sample64 * sizes.slots
-                image_turn = tl.load(turn + image_slot, mask=image_kept, other=0)
-                text_turn = tl.load(turn + text_slot, mask=text_kept, other=0)
+                image_turn = tl.load(turn + image_slot, mask=image_slot >= 0, other=0)
+                text_turn = tl.load(turn + text_slot, mask=text_slot >= 0, other=0)
                 if config.image_into_text:
-                    allowed = allowed & (text_turn[None, :] >= image_turn[:, None])
+                    allowed = text_turn[None, :] >= image_turn[:, None]
                 else:
-                    allowed = allowed & (image_turn[:, None] >= text_turn[None, :])
+                    allowed = image_turn[:, None] >= text_turn[None, :]
             if config.image_into_text:
                 image_index = image_rank
                 text_index = text_slot if config.merges else text_rank
             else:
                 image_index = image_slot
                 text_index = text_rank
+            keys = state.keys + sample64 * sizes.movers
+            relevance = state.relevance
+            if config.drops and not config.image_into_text:
+                relevance += sample64 * image_candidates(sizes, config)
             publish(
                 keys,
                 relevance,
                 product,
                 image_square,
                 text_square,
-                image_kept,
-                text_kept,
                 allowed,
                 image_index,
                 text_index,
@@ -381,6 +402,8 @@ def report_matches(inputs, outputs, state, sizes, config: tl.constexpr, sample):
         tl.store(outputs.score + reports + at, decode_score(key), mask=at < sizes.movers)
         tl.store(keys + mover, tl.zeros([SCAN], tl.uint64), mask=moves)  # read by no one else
     tl.store(state.counters + 1 + sample, 0)
+    if config.merges:
+        tl.store(base_of(state, sizes, sample), 0)
 
 
 @triton.jit

@@ -24,9 +24,10 @@ from attanchor_kernels.backends.triton.match import (
     load_movers,
 )
 from attanchor_kernels.backends.triton.slots import (
-    count_earlier_placeholders,
+    base_of,
     count_real_through,
     count_slots,
+    first_feature,
     is_placeholder,
     is_real,
     load_roles,
@@ -60,7 +61,6 @@ def assemble_tile(rows, inputs, outputs, state, sizes, config: tl.constexpr, sam
     if config.merges:
         placeholder = is_placeholder(role)
         image_rank = images_before + tl.cumsum(placeholder.to(tl.int32), 0) - placeholder.to(tl.int32)
-        feature = tl.where(placeholder, count_earlier_placeholders(inputs, sizes, sample) + image_rank, -1)
         if config.image_into_text:
             mover = image_rank
             moves = role == IMAGE
@@ -82,6 +82,8 @@ def assemble_tile(rows, inputs, outputs, state, sizes, config: tl.constexpr, sam
 
     matched = state.counters + 1 + sample
     wait(matched, arrivals(sizes, config, movers), config)
+    if config.merges:
+        feature = tl.where(placeholder, first_feature(inputs, state, sizes, sample) + image_rank, -1)
     keys = state.keys + sample64 * sizes.movers
     cut = tl.full([], 0, tl.uint64)
     if config.budgeted and config.drops:
@@ -126,6 +128,8 @@ def assemble_tile(rows, inputs, outputs, state, sizes, config: tl.constexpr, sam
             tl.store(keys + at, tl.zeros([1024], tl.uint64), mask=at < movers)
         tl.store(left, 0)
         tl.store(matched, 0)
+        if config.merges:
+            tl.store(base_of(state, sizes, sample), 0)
         if config.budgeted:
             tl.store(state.cuts + sample, tl.full([], 0, tl.uint64))
 

@@ -16,8 +16,7 @@ class Schedule(NamedTuple):
     slices: int
     slice_blocks: int
     split: bool
-    persistent: bool
-    programs: int  # of a persistent launch
+    ring: int  # split tiles that have room for their partial sums at once
     lag: int  # samples between match and assemble
     block_rows: int
     block_columns: int
@@ -36,12 +35,12 @@ class Copying(NamedTuple):
 
 # Columns up to which one accumulator keeps tensor cores, which truncate, within 2e-5 of the true cosine.
 EXACT_HIDDEN = 8192
-# A slice shorter than this is done before its partial sums are.
-LEAST_SLICE = 512
-# Bytes of partial sums that a launch may use.
-SCRATCH = 7 * 2**19
+# Columns of a slice that is a work item of its own.
+SPLIT_HIDDEN = 512
 # Programs of 256 threads on a multiprocessor, at up to 128 registers a thread.
 RESIDENT = 2
+# Bytes of image that L2 holds until their second read: half of an H200's, which keeps some of it twice.
+CACHED = 25 * 10**6
 
 
 @functools.lru_cache(maxsize=256)
@@ -53,39 +52,34 @@ def construct(
     slots: int,
     hidden: int,
     alignment: int,
-    crowded: bool = False,
-    drops: bool = False,
 ) -> Schedule:
     """The configuration for `batch` samples of `slots` rows, at most `images` of them image.
 
-    64 image rows a tile read the text on chip 0.8 times as often as the image and reach the warpgroup tensor cores; 32
-    rows where that would leave multiprocessors idle. Where even these are too few, slices of the columns are shared
-    out. float32 has no tensor cores (TF32 is not exact enough); its smaller blocks keep it from spilling registers.
-    `crowded` are launches of more than rows alone: roles, masks, image into text; `drops` those that drop image tokens.
-    A block of texts is large enough for most questions: smaller ones would read as much and be compiled apart.
+    64 image rows a tile read the text on chip 0.8 times as often as the image and reach the warpgroup tensor cores.
+    Slices of its columns are work items of their own: a small batch fills the device, and at a large one the programs
+    at work hold so little of the image that L2 still has it when it is copied. Tiles and slices do not depend on the
+    batch, so neither does a score. float32 has no tensor cores (TF32 is not exact enough); its smaller blocks keep it
+    from spilling registers. A block of texts is large enough for most questions: smaller ones would read as much
+    and be compiled apart.
     """
     units = multiprocessors(device)
     resident = RESIDENT * units
     half = itemsize == 2
-    block_images = 64 if half and batch * -(-images // 64) >= resident else 32
-    block_texts, block_hidden = (64, 64) if half else (32, 16)
-
-    tiles = max(1, -(-images // block_images))
-    partial = 4 * (block_images * block_texts + block_images + block_texts)
-    shares = 1
-    while (
-        half
-        and batch * tiles * shares < resident
-        and hidden >= 2 * shares * LEAST_SLICE
-        and 2 * shares * batch * tiles * partial <= SCRATCH
-    ):
-        shares *= 2
-    slices = max(shares, 1 if hidden <= EXACT_HIDDEN else -(-hidden // (EXACT_HIDDEN // 2)))
-    slice_blocks = max(1, -(-hidden // (slices * block_hidden)))
+    block_images, block_texts, block_hidden = (64, 64, 64) if half else (32, 32, 16)
+    split = half and hidden > SPLIT_HIDDEN
+    longest = SPLIT_HIDDEN if split else EXACT_HIDDEN if hidden <= EXACT_HIDDEN else EXACT_HIDDEN // 2
+    slice_blocks = max(1, -(-hidden // (-(-hidden // longest) * block_hidden)))
     slices = max(1, -(-hidden // (slice_blocks * block_hidden)))
-    split = shares > 1
     few = batch * -(-slots // 8) <= units  # rows to copy: the fewer to a program, the more programs copy
-    lean = not (crowded and (split or drops)) and (split or slices == 1)
+    block_rows = 8 if few else 16 if half else 32
+
+    # What a work item reads and writes, in columns of a row, is how long it takes; so many samples are being matched
+    # at once, and more of them wait for their copy only if L2 has room or the device would idle.
+    items = max(1, -(-images // block_images)) * (slices if split else 1)
+    match = (block_images + block_texts) * hidden // (slices if split else 1)
+    work = items * match + -(-slots // block_rows) * 2 * block_rows * hidden
+    room = CACHED // max(1, images * hidden * itemsize)
+    lag = min(-(-resident * match // max(1, work)), max(room, -(-resident // items)) - 1)
     return Schedule(
         block_images=block_images,
         block_texts=block_texts,
@@ -93,15 +87,14 @@ def construct(
         slices=slices,
         slice_blocks=slice_blocks,
         split=split,
-        persistent=False,
-        programs=resident,
-        lag=min(batch, -(-resident // (tiles * (slices if split else 1)))),
-        block_rows=8 if few else 16 if half else 32,
+        ring=-(-3 * resident // (2 * slices)) if split else 0,  # half as many again as can be at work
+        lag=min(batch, lag),
+        block_rows=block_rows,
         block_columns=columns(2048 if few or half else 512, itemsize, hidden),
         num_warps=8,
-        num_stages=5 if block_images == 64 else 4,
-        # 128 let two programs share a multiprocessor, but spill with narrow loads, several sums, or too much beside.
-        registers=128 if half and alignment * itemsize == 16 and lean else 255,
+        num_stages=5 if half else 4,
+        # 128 let two programs share a multiprocessor, but spill with narrow loads.
+        registers=128 if half and alignment * itemsize == 16 else 255,
     )
 
 

@@ -3,13 +3,16 @@
 import triton
 import triton.language as tl
 
+from attanchor_kernels.backends.triton.state import wait
 from attanchor_kernels.backends.triton.types import ANCHOR_TEXT, IMAGE, PADDING, SILENT_IMAGE, TEXT
 
 # A scan reads role bytes in blocks of GROUPS x LANES; single slots are then looked up in one group.
 LANES = tl.constexpr(32)
 GROUPS = tl.constexpr(32)
 SCAN = tl.constexpr(1024)
-SCAN_BATCH = tl.constexpr(4096)
+SCAN_BATCH = tl.constexpr(2048)
+# Slots before a sample that are not too many for each of its programs to count.
+COUNTED = tl.constexpr(8192)
 
 
 @triton.jit
@@ -107,8 +110,41 @@ def count_real_through(inputs, sizes, config: tl.constexpr, sample, slot):
 
 
 @triton.jit
+def first_feature(inputs, state, sizes, sample):
+    """Merge form: where the feature rows of a sample begin, for a program that comes after its match tiles."""
+    if is_counted(sizes, sample):
+        return count_earlier_placeholders(inputs, sizes, sample)
+    return tl.load(base_of(state, sizes, sample)) - 1
+
+
+@triton.jit
+def first_feature_in_turn(inputs, state, sizes, config: tl.constexpr, sample, publishes):
+    """The same for a match tile; one of each sample `publishes` it for the next sample, where that does not count."""
+    if is_counted(sizes, sample):
+        first = count_earlier_placeholders(inputs, sizes, sample)
+    else:
+        wait(base_of(state, sizes, sample), 1, config)
+        first = tl.load(base_of(state, sizes, sample)) - 1
+    if publishes & (sample + 1 < sizes.batch) & (is_counted(sizes, sample + 1) == 0):
+        first_of_next = first + count_ranked(inputs, sizes, config, sample, True)
+        tl.atomic_add(base_of(state, sizes, sample + 1), first_of_next + 1, sem="relaxed")
+    return first
+
+
+@triton.jit
+def is_counted(sizes, sample):
+    return tl.cast(sample, tl.int64) * sizes.slots <= COUNTED
+
+
+@triton.jit
+def base_of(state, sizes, sample):
+    """The word of one more than a sample's first feature."""
+    return state.counters + 1 + 2 * sizes.batch + sample
+
+
+@triton.jit
 def count_earlier_placeholders(inputs, sizes, sample):
-    """Merge form: placeholders of the samples before this one, which is where its feature rows begin."""
+    """Placeholders of the samples before this one."""
     count = tl.zeros([SCAN_BATCH], tl.int32)
     end = tl.cast(sample, tl.int64) * sizes.slots
     for start in range(0, end, SCAN_BATCH):
@@ -134,20 +170,42 @@ def find_slots(inputs, sizes, config: tl.constexpr, sample, first, IMAGES: tl.co
     found = tl.full([COUNT], -1, tl.int32)
     passed = 0
     for start in range(0, sizes.slots, SCAN):
-        kind = is_ranked(load_groups(inputs, sizes, config, sample, start), IMAGES)
-        in_group = tl.sum(kind.to(tl.int32), axis=1)
+        kind = is_ranked(load_groups(inputs, sizes, config, sample, start), IMAGES).to(tl.int32)
+        in_group = tl.sum(kind, axis=1)
         here = tl.sum(in_group)
         if (passed < first + COUNT) & (passed + here > first):
             inside = (wanted >= passed) & (wanted < passed + here)
             through = passed + tl.cumsum(in_group, 0)
-            earlier = through[None, :] <= wanted[:, None]
-            group = tl.sum(earlier.to(tl.int32), axis=1)
-            skipped = passed + tl.sum(tl.where(earlier, in_group[None, :], 0), axis=1)
-            slot = (start + group * LANES)[:, None] + tl.arange(0, LANES)[None, :]
-            role = load_roles(inputs, sizes, config, sample, tl.where(inside[:, None], slot, -1))
-            chosen = is_ranked(role, IMAGES)
-            rank = skipped[:, None] + tl.cumsum(chosen.to(tl.int32), 1) - 1
-            hit = chosen & (rank == wanted[:, None])
-            found = tl.maximum(found, tl.max(tl.where(hit, slot, -1), axis=1))
+            earlier = through[:, None] <= wanted[None, :]
+            group = tl.sum(earlier.to(tl.int32), axis=0)
+            skipped = passed + tl.sum(tl.where(earlier, in_group[:, None], 0), axis=0)
+            word = tl.sum(kind << tl.arange(0, LANES)[None, :], axis=1)
+            own = tl.arange(0, GROUPS)[:, None] == group[None, :]
+            lane = nth_bit(tl.sum(tl.where(own, word[:, None], 0), axis=0), wanted - skipped)
+            found = tl.where(inside, start + group * LANES + lane, found)
         passed += here
     return found
+
+
+@triton.jit
+def nth_bit(word, place):
+    """Where the set bit stands that so many lower ones precede, for each int32; halved until one is left."""
+    lane = tl.zeros_like(word)
+    for step in tl.static_range(5):
+        lower = count_bits((word >> lane) & ((1 << (16 >> step)) - 1))
+        beyond = place >= lower
+        lane += tl.where(beyond, 16 >> step, 0)
+        place -= tl.where(beyond, lower, 0)
+    return lane
+
+
+@triton.jit
+def count_bits(word):
+    """Set bits of each int32."""
+    word = word.to(tl.uint32, bitcast=True)
+    word = word - ((word >> 1) & 0x55555555)
+    word = (word & 0x33333333) + ((word >> 2) & 0x33333333)
+    word = (word + (word >> 4)) & 0x0F0F0F0F
+    word += word >> 8  # a multiplication would overflow, which is an error where TRITON_DEBUG=1
+    word += word >> 16
+    return (word & 63).to(tl.int32)

@@ -7,6 +7,9 @@ import triton.language as tl
 from attanchor_kernels.backends.triton.types import State
 from attanchor_kernels.backends.workspace import zeroed
 
+# Polls, a microsecond or more each, until a launch is taken to hang; checked with TRITON_DEBUG=1 alone.
+PATIENCE = tl.constexpr(2**24)
+
 
 class States:
     """State for launches of one shape: how many zeroed words each needs, and of scratch that need not be zero."""
@@ -16,7 +19,7 @@ class States:
         device: torch.device,
         batch: int,
         movers: int,
-        tiles: int,
+        ring: int,
         scratch: int,
         relevances: int = 0,
         ranks: int = 0,
@@ -25,7 +28,7 @@ class States:
         self.device, self.has_relevance = device, relevances > 0
         self.scratch = (scratch, torch.float32), (ranks, torch.uint64), (survivors, torch.int32)
         # Every part begins on 16 bytes: an unaligned pointer would be one more kernel to compile.
-        words = batch * movers, batch, -(-(1 + 2 * batch + batch * tiles) // 2), -(-relevances // 2)
+        words = batch * movers, batch, -(-(1 + 3 * batch + ring) // 2), -(-relevances // 2)
         self.lengths = [length + length % 2 for length in words]
         self.count = sum(self.lengths)
         self.views: tuple[torch.Tensor | None, tuple[torch.Tensor | None, ...]] = None, ()
@@ -64,12 +67,23 @@ def meet(config: tl.constexpr):
 def wait(counter, count, config: tl.constexpr):
     """Until `counter` has reached `count`; then what was written before is visible to every thread."""
     if config.amd == "":  # there Triton 3.6 takes a volatile load out of the loop
+        polls = 0
         while tl.load(counter, volatile=True) < count:
-            pass
+            pause()
+            polls += 1
+            tl.device_assert(polls < PATIENCE, "a program waited in vain for others of its launch")
     # Compiled to a load that acquires, once. Its result must be used, or Triton 3.6 drops it, acquire and all.
     while tl.atomic_add(counter, 0, sem="acquire") < count:
         pass
     tl.debug_barrier()
+
+
+@triton.jit
+def pause():
+    """NVIDIA: a moment in which arrivals at a counter are not held up by those who poll it."""
+    tl.inline_asm_elementwise(
+        "nanosleep.u32 64;\nmov.u32 $0, $1;", "=r,r", [tl.full([], 0, tl.int32)], dtype=tl.int32, is_pure=False, pack=1
+    )
 
 
 @triton.jit

@@ -66,9 +66,9 @@ class State(NamedTuple):
 
     keys: Any  # u64 (B, movers): best cosine and host of a mover, 0 = none yet
     cuts: Any  # u64 (B,): smallest rank key within the budget
-    counters: Any  # i32: [ticket, then `matched`, `left` of every sample, then `parts` of every image tile]
+    counters: Any  # i32: [ticket, then `matched`, `left`, base of every sample, then `parts` of each place in the ring]
     relevance: Any  # u32 (B, M), merge (B, S), if text moves and images drop: orderable bits, 0 = none yet
-    scratch: Any  # f32: partial products of split tiles, or None
+    scratch: Any  # f32: the ring of partial products of split tiles, or None
     ranks: Any  # u64 (B, M), merge (B, S), if images drop; with cells twice: the best of each cell
     survivors: Any  # i32 (B, 2, words), if images drop
 
@@ -90,6 +90,7 @@ class Sizes(NamedTuple):
     keep: Any  # image tokens of a sample that stay
     slices: Any  # of the columns, if they are shared out
     slice_blocks: Any  # blocks of columns in each
+    ring: Any  # tiles that have room for their partial products at once
 
 
 class Config(NamedTuple):
@@ -111,7 +112,6 @@ class Config(NamedTuple):
     slices: int  # of the columns, each summed in an accumulator of its own; 0 if they are shared out
     slice_blocks: int  # blocks of columns in each
     split: bool  # the slices of a tile are work items of their own, as many as `Sizes` says
-    persistent: bool  # a program goes on taking tickets; otherwise it takes one, and there are as many programs
     block_rows: int
     block_columns: int
 

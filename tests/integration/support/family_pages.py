@@ -1,4 +1,5 @@
-"""What `docs/families.md` lists, from the registry and the models of the suite: `python family_pages.py` writes it."""
+"""What `docs/families.md` lists and the README counts, from the registry and the models of the suite: `python
+family_pages.py` writes it."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ from attanchor_vlm.model.families import adapter_for
 from attanchor_vlm.model.families.base import FamilyAdapter
 from attanchor_vlm.model.families.refusals import REASONS
 
-PAGE = Path(__file__).parents[3] / "docs" / "families.md"
+ROOT = Path(__file__).parents[3]
+PAGES = (ROOT / "docs" / "families.md", ROOT / "README.md")
 
 
 def generated() -> dict[str, str]:
@@ -31,6 +33,8 @@ def generated() -> dict[str, str]:
 def filled(page: str) -> str:
     """A page with what is generated between its markers."""
     for name, text in generated().items():
+        if name != "count" and f"<!-- {name} -->" not in page:
+            continue  # the README only counts
         space = "" if name == "count" else "\n"
         before, start, rest = page.partition(f"<!-- {name} -->")
         _, end, after = rest.partition(f"<!-- /{name} -->")
@@ -41,4 +45,5 @@ def filled(page: str) -> str:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(filled(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    for path in PAGES:
+        path.write_text(filled(path.read_text(encoding="utf-8")), encoding="utf-8")

@@ -7,7 +7,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from attanchor_vlm.model.families.base import FamilyAdapter
-from attanchor_vlm.model.families.encoded import Granite4VisionAdapter, Llama4Adapter
+from attanchor_vlm.model.families.encoded import Granite4VisionAdapter, HunYuanVLAdapter, Llama4Adapter
 from attanchor_vlm.model.families.gemma3 import Gemma3Adapter
 from attanchor_vlm.model.families.idefics3 import Idefics3Adapter
 from attanchor_vlm.model.families.internvl import InternVLAdapter
@@ -87,6 +87,7 @@ for known in (
     ),
     Llama4Adapter(),
     Granite4VisionAdapter(),
+    HunYuanVLAdapter(),
     # All that the contract says is right of these, and `inputs_embeds` hold all that their decoders are given.
     FamilyAdapter(
         model_types=(
@@ -96,7 +97,6 @@ for known in (
             "deepseek_ocr2",
             "deepseek_vl",
             "got_ocr2",
-            "hunyuan_vl",
             "idefics2",
             "janus",
             "kimi_k25",

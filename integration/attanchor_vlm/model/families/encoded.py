@@ -1,9 +1,10 @@
-"""Families whose encoded images hold the rows of the prompt elsewhere than in `pooler_output`."""
+"""Families whose encoded images hold the rows of the prompt elsewhere than in `pooler_output`, or other separators."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from attanchor_vlm.model.families.base import FamilyAdapter, by_sample, flat
@@ -37,3 +38,18 @@ class Granite4VisionAdapter(FamilyAdapter):
     def regroup(self, encoded: Any, rows: Tensor, order: Tensor, per_sample: list[int]) -> Any:
         layers = [(number, by_sample(flat(layer)[order], per_sample)) for number, layer in encoded.deepstack_features]
         return type(encoded)(**{**encoded, "deepstack_features": layers})
+
+
+class HunYuanVLAdapter(FamilyAdapter):
+    """Learned rows stand around an image and behind its lines, projected and normalised like its features."""
+
+    model_types = ("hunyuan_vl",)
+    routes = ("ids", "embeds")
+
+    @torch.no_grad()
+    def silent_features(self, model: Any, rows: Tensor) -> Tensor:
+        merger = model.base_model.vision_tower.patch_merger
+        learned = torch.stack([merger.image_begin, merger.image_end, merger.mlp(merger.image_newline)])
+        learned = merger.after_rms(learned).to(rows).float()
+        apart = (rows.float()[:, None] - learned).norm(dim=-1)  # the same but for rounding
+        return (apart < 0.01 * learned.norm(dim=-1)).any(-1)

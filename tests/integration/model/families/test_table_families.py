@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from builders import Family, plain
+from builders import Family, features, plain
 from shared import difference, own_logits
 from table_families import TABLE
 from torch import Tensor
@@ -91,6 +91,26 @@ def _check_masks(before: Any, after: Any, real: Tensor, plan: AnchorPlan) -> Non
             for at in is_anchor.nonzero()[:, 0].tolist():
                 host = int(((source == plan.host[row, source[at]]) & own).nonzero())
                 assert torch.equal(new[row, 0, at, at + 1 :], new[row, 0, host, at + 1 :])
+
+
+@pytest.mark.parametrize(
+    ("name", "silent"),
+    # By image: behind each line of tokens, and around them; behind each view; behind each line of its tiles.
+    [("hunyuan_vl", [2 + 2, 3 + 2, 4 + 2]), ("deepseek_ocr2", [1, 1, 1]), ("llava_next_video", [4, 8, 8])],
+)
+def test_separators_are_no_image_content(name, silent):
+    family = next(family for family in TABLE if family.name == name)
+    model, (batch, _) = family.model(), family.prompts([1, 2])
+    rows = features(model, batch)
+    found = adapter_for(model).silent_features(model, rows)
+    assert int(found.sum()) == sum(silent)
+    attach(model, AttAnchorConfig(tau=-1), check="never")(**batch)
+    plan, is_image = model.attanchor_plan, adapter_for(model).placeholders(model, batch["input_ids"])
+    hosts = torch.zeros_like(is_image)
+    for row, host in enumerate(plan.host):
+        hosts[row, host[host >= 0]] = True
+    assert hosts.any()
+    assert not (hosts[is_image] & found).any()
 
 
 def test_without_a_known_grid_there_are_no_boxes_and_each_image_is_one_line():
