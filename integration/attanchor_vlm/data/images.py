@@ -49,6 +49,11 @@ def open_file(source: Path | bytes) -> Image.Image:
     return Image.open(source, formats=FORMATS)
 
 
+def open_no_others() -> None:
+    """From now on, code of this process that names no formats, such as vLLM, opens `FORMATS` alone."""
+    Image.ID[:] = FORMATS
+
+
 def size_of(source: ImageSource) -> tuple[int, int]:
     """(height, width) of an image as `decoded` gives it, by the head of its file alone.
 

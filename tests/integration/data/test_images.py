@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
-from attanchor_vlm.data.images import unreadable
+from attanchor_vlm.data.images import open_no_others, unreadable
 from attanchor_vlm.data.rows import load_image
 from attanchor_vlm.errors import DataError
 
@@ -31,6 +32,18 @@ def test_a_program_that_looks_like_a_picture_starts_nothing(tmp_path, monkeypatc
     monkeypatch.setattr("subprocess.check_call", lambda *_, **__: pytest.fail("a program was started"))
     with pytest.raises(DataError, match=r"a\.png is not an image that can be read"):
         load_image(tmp_path / "a.png")
+
+
+def test_after_open_no_others_nothing_else_is_opened(monkeypatch):
+    monkeypatch.setattr(Image, "ID", list(Image.ID))
+    postscript, picture = io.BytesIO(), io.BytesIO()
+    Image.new("RGB", (8, 8)).save(postscript, "EPS")
+    Image.new("RGB", (8, 8)).save(picture, "PNG")
+    assert Image.open(postscript).format == "EPS"
+    open_no_others()
+    with pytest.raises(UnidentifiedImageError):
+        Image.open(postscript)
+    assert Image.open(picture).format == "PNG"
 
 
 @pytest.mark.parametrize("top", [1.0, 255.0])

@@ -15,6 +15,7 @@ from vllm.renderers.hf import HfRenderer
 from vllm.utils.async_utils import make_async
 from vllm.utils.torch_utils import set_default_torch_num_threads
 
+from attanchor_vlm.data.images import open_no_others
 from attanchor_vlm.inference.vllm.counts import record
 from attanchor_vlm.inference.vllm.front import Front
 from attanchor_vlm.inference.vllm.model import engine_input
@@ -38,6 +39,7 @@ class AnchorRenderer(HfRenderer):
 
     def __init__(self, config: Any, tokenizer: Any) -> None:
         super().__init__(config, tokenizer)
+        open_no_others()  # vLLM decodes a request's images before they come here
         self._front: Front | None = None
         self._loading = threading.Lock()
         # On the one thread for images: neither tokenizer nor model is for several at a time.
