@@ -13,11 +13,13 @@ from same_tokens import SETTINGS
 
 SCRIPT = Path(__file__).with_name("same_tokens.py")
 PROMPTS = os.environ.get("PROMPTS", "15")  # for each setting
+LIMIT = 120 * int(PROMPTS)  # seconds
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
 def test_tokens_are_those_of_generate(family):
-    done = subprocess.run([sys.executable, SCRIPT, family, PROMPTS], capture_output=True, text=True, check=False)
+    command = [sys.executable, SCRIPT, family, PROMPTS]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=LIMIT)
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [json.loads(line.removeprefix("ROW ")) for line in done.stdout.splitlines() if line.startswith("ROW ")]
     assert [row["setting"] for row in rows] == list(SETTINGS)

@@ -69,24 +69,26 @@ def server(sample):
     process = subprocess.Popen(
         [*command, *vllm], stdout=subprocess.PIPE, stderr=log, text=True, env=os.environ | QUIET | ONE_THREAD
     )
-    said = []
+    said, limit = [], threading.Timer(600, process.terminate)
+    limit.start()
     for line in process.stdout:
         said.append(line)
         if line.startswith("curl "):
             break
     else:
         pytest.fail((sample / "log").read_text()[-3000:])
+    limit.cancel()
     threading.Thread(target=process.stdout.read, daemon=True).start()
     yield Server(process, f"http://127.0.0.1:{port}", said[-1])
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 0
 
 
-def encoded(image):
+def encoded(image, kind="PNG"):
     data = image
     if isinstance(image, Image.Image):
         buffer = io.BytesIO()
-        image.save(buffer, "PNG")
+        image.save(buffer, kind)
         data = buffer.getvalue()
     elif isinstance(image, Path):
         data = image.read_bytes()
@@ -134,7 +136,9 @@ def test_eight_clients_get_the_answers_of_generate(server, asked):
 
 def test_the_printed_line_works(server):
     line = re.sub('"model": "[^"]+"', '"model": "wide"', server.curl)
-    done = subprocess.run([*shlex.split(line), "--silent", "--fail"], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [*shlex.split(line), "--silent", "--fail", "--max-time", "120"], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0
     assert "x-attanchor-kept: 64" in done.stdout
     assert '"object":"chat.completion"' in done.stdout
@@ -156,6 +160,7 @@ WHERE = text("Where is it?")
 MISTAKES = {
     "no image": lambda: chat(encoded(b""), WHERE),
     "no image's bytes": lambda: chat(encoded(b"abc" * 99), WHERE),
+    "a program for Ghostscript": lambda: chat(encoded(Image.new("RGB", (8, 8)), "EPS"), WHERE),
     "half an image": lambda: chat(encoded(base64.b64decode(encoded(SMALL)["image_url"]["url"][22:])[:60]), WHERE),
     "more pixels than memory": lambda: chat(encoded(Image.new("1", (20000, 20000))), WHERE),
     "a line": lambda: chat(encoded(Image.new("RGB", (1, 4000))), WHERE),

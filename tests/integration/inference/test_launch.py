@@ -34,7 +34,7 @@ def test_without_vllm_the_command_that_installs_it_is_named(sample, monkeypatch,
     monkeypatch.setattr(launch.importlib.util, "find_spec", lambda name: None)
     line = error_of(capsys, "--model", sample / "model", "--tau", "0.6")
     assert line.startswith("error: vLLM is not installed here")
-    assert "pip install vllm 'attanchor-kernels[serve]'" in line
+    assert "pip install vllm '.[serve]'" in line
 
 
 def test_what_cannot_be_served_is_refused_before_anything_is_loaded(sample, tmp_path, monkeypatch, capsys):
@@ -87,6 +87,35 @@ def test_a_server_is_announced_when_it_answers_and_ended_by_the_signal():
     assert signal.getsignal(signal.SIGTERM) is before
     assert launch.run_server([sys.executable, "-c", "raise SystemExit(5)"], f"http://127.0.0.1:{port}", announce) == 5
     assert ready == [port]
+
+
+DEAF = """
+import socket, sys
+listening = socket.create_server(("127.0.0.1", int(sys.argv[1])))
+for _ in range(2):
+    listening.accept()[0].sendall(b"no HTTP\\n\\n")
+sys.exit(6)
+"""
+
+
+def test_what_answers_in_another_language_is_waited_for_without_a_proxy(monkeypatch):
+    """A server behind TLS says nothing that HTTP knows; it goes on to its own end."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    command = [sys.executable, "-c", DEAF, str(port)]
+    assert launch.run_server(command, f"http://127.0.0.1:{port}", lambda: pytest.fail("it is not ready")) == 6
+
+
+def test_a_server_does_not_outlive_a_command_that_fails(monkeypatch):
+    monkeypatch.setattr(launch, "_answers", lambda address: 1 / 0)
+    started = []
+    popen = launch.subprocess.Popen
+    monkeypatch.setattr(launch.subprocess, "Popen", lambda command: started.append(popen(command)) or started[0])
+    with pytest.raises(ZeroDivisionError):
+        launch.run_server([sys.executable, "-c", "import time; time.sleep(60)"], "http://127.0.0.1", print)
+    assert started[0].returncode == -signal.SIGTERM
 
 
 def test_the_printed_line_is_one_that_a_shell_takes_whole():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import http.client
 import importlib.util
 import io
 import json
@@ -38,7 +39,7 @@ def check_vllm() -> None:
     if importlib.util.find_spec("vllm") is None:
         raise SetupError(
             "vLLM is not installed here; give it an environment of its own, since it wants an older transformers: "
-            "`pip install vllm 'attanchor-kernels[serve]'`, or on a machine without a GPU as requirements/serve.in says"
+            "`pip install vllm '.[serve]'` in a clone, or on a machine without a GPU as docs/serve.md says"
         )
 
 
@@ -99,13 +100,16 @@ def run_server(command: Sequence[str], address: str, ready: Callable[[], object]
     Args:
         ready: Called once, when it answers.
     """
-    server = subprocess.Popen(command)
-    with _passing_on(server):
-        while server.poll() is None and not _answers(address):
-            time.sleep(0.5)
-        if server.poll() is None:
-            ready()
-        return server.wait()
+    with subprocess.Popen(command) as server, _passing_on(server):
+        try:
+            while server.poll() is None and not _answers(address):
+                time.sleep(0.5)
+            if server.poll() is None:
+                ready()
+            return server.wait()
+        except BaseException:
+            server.terminate()  # it does not outlive the command, nor the model that it serves
+            raise
 
 
 @contextlib.contextmanager
@@ -125,8 +129,9 @@ def _passing_on(server: subprocess.Popen) -> Iterator[None]:
 
 
 def _answers(address: str) -> bool:
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with urllib.request.urlopen(f"{address}/health", timeout=5):
+        with direct.open(f"{address}/health", timeout=5):
             return True
-    except OSError:
+    except (OSError, http.client.HTTPException):  # the latter from what speaks no HTTP, such as a server behind TLS
         return False
