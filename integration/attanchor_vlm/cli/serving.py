@@ -39,17 +39,13 @@ def export(
     """
     quiet()
     from attanchor_vlm.inference import export as exporting
-    from attanchor_vlm.inference.widen import widen_heads
     from attanchor_vlm.model.load import load, settings_for
 
     exporting.check_output(output)
     settings_for(model, adapter, **changes)
     weights = "auto" if dtype is None else dtype.value
     loaded, processor = load(model, adapter, dtype=weights, device="cpu", **changes)
-    loaded = loaded.merge_and_unload() if adapter is not None else loaded
-    if head_dim is not None:
-        widen_heads(loaded, head_dim)
-    exporting.export_model(loaded, processor, output)
+    exporting.export_model(loaded, processor, output, head_dim)
     _tell(output, as_json, settings="config.json")
 
 

@@ -42,7 +42,8 @@ def explain(
     """
     if not is_attached(model):
         raise ValueError("the model is not attached, so it has no anchors to explain; it should be one given to attach")
-    config = _attached(model).attanchor_config
+    target: Any = base_of(model)
+    config = target.attanchor_config
     if config.changes_nothing or config.direction != "text_into_image":
         raise ValueError(
             f"the model has tau {config.tau} and direction {config.direction}; only text in images can be drawn"
@@ -62,7 +63,7 @@ def explain(
     media = [next(own[part["type"]]) for part in parts(asked) if part["type"] in own]
     boxes = patch_boxes(model, processor, batch, 0, [media])
     sequences = model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False)
-    plan = _attached(model).attanchor_plan
+    plan = target.attanchor_plan
     ids = batch["input_ids"][0]
     patch_of = {slot: patch for patch, slot in enumerate(image_slots(model, batch, 0))}
     stayed = set(plan.source[0][~plan.is_anchor[0]].tolist())
@@ -90,8 +91,3 @@ def _with_numbers(prompt: str) -> str:
     if not any(text.strip() for text in (before, *others[:-1])):
         return prompt.replace(PLACEHOLDER, "").strip()
     return (before + "".join(f"[image {number}]{text}" for number, text in enumerate(others, start=1))).strip()
-
-
-def _attached(model: Any) -> Any:
-    """The transformers model itself, with the attributes that `attach` gave it."""
-    return base_of(model)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from attanchor_vlm.chat.encode import encode_chat
 from attanchor_vlm.data.batches import to_model
+from attanchor_vlm.inference.widen import widen_heads
 from attanchor_vlm.model import load as loading
 from attanchor_vlm.model.adapter_files import save_settings
 from attanchor_vlm.model.attach import base_of, is_attached
@@ -272,7 +273,7 @@ def export_language_model(model: Any, processor: Any, output: str | os.PathLike[
     return _write_whole(output, write)
 
 
-def export_model(model: Any, processor: Any, output: str | os.PathLike[str]) -> Path:
+def export_model(model: Any, processor: Any, output: str | os.PathLike[str], head_dim: int | None = None) -> Path:
     """Write a whole model with its processor, the adapter merged into it (into `model` itself, too). config.json keeps
     the settings, with which `load` and `attanchor serve` attach it; transformers loads it plain.
 
@@ -280,13 +281,16 @@ def export_model(model: Any, processor: Any, output: str | os.PathLike[str]) -> 
         model: An attached model, or a PeftModel around one.
         processor: Its processor.
         output: A folder that does not exist or is empty; written whole or not at all.
+        head_dim: See `widen_heads`; None leaves attention heads as they are.
 
     Raises:
-        ValueError: `output` holds something.
+        ValueError: `output` holds something, or the heads cannot be widened.
     """
     output = Path(output)
     check_output(output)
     merged = _merged(model)
+    if head_dim is not None:
+        widen_heads(merged, head_dim)
 
     def write(folder: Path) -> None:
         merged.save_pretrained(folder)
