@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 FPS = 2.0
@@ -27,9 +27,14 @@ class Video:
     def __post_init__(self) -> None:
         sizes = {frame.size for frame in self.frames}
         if len(sizes) != 1:
-            raise ValueError(f"the frames of a video have the sizes {sorted(sizes)}; they should have one size")
+            raise ValueError(differ(sizes))
         if not self.fps > 0:
             raise ValueError(f"fps is {self.fps}; it should be above 0")
+
+
+def differ(sizes: Collection[tuple[int, int]]) -> str:
+    """What is wrong with frames of these (width, height)."""
+    return f"the frames of a video have the sizes {sorted(sizes)}; they should have one size"
 
 
 def processor_arguments(videos: Sequence[Video]) -> dict[str, Any]:

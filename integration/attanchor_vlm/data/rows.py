@@ -72,7 +72,7 @@ def read_rows(
     bad: list[BadRow] = []
     found = _load(file, skip_bad)
     if images is None and any(isinstance(raw, dict) and any(raw.get(key) for key in _MEDIA) for raw in found):
-        raise DataError(f"{file} names images, and no folder of images is given; give --images")
+        raise DataError(f"{file} names images or videos, and no folder of them is given; give --images")
     for number, raw in enumerate(found, start=1):
         try:
             if isinstance(raw, DataError):
@@ -237,7 +237,7 @@ def videos_of(raw: dict[str, Any], folder: Path | None) -> tuple[VideoFiles, ...
     several = raw.get("videos") if raw.get("video") is None else [raw["video"]]
     if several is None:
         return ()
-    fps = raw.get("fps", FPS)
+    fps = FPS if raw.get("fps") is None else raw["fps"]
     if isinstance(fps, bool) or not isinstance(fps, (int, float)) or not 0 < fps < float("inf"):
         raise ValueError(f'"fps" is {fps!r}; it should be a number above 0')
     found = []
@@ -277,7 +277,8 @@ def split_readable(file: Path, rows: list[RowT], progress: bool) -> tuple[list[R
     videos = {video for row in rows for video in row.videos}
     frames = {path for video in videos for path in video.frames}
     reasons: dict[Any, str] = dict(unreadable({path for row in rows for path in row.images} | frames, progress))
-    reasons |= {video: reason for video in videos if (reason := video.why_unreadable())}
+    whole = [video for video in videos if not any(path in reasons for path in video.frames)]
+    reasons |= {video: reason for video in whole if (reason := video.why_unreadable())}
     good: list[RowT] = []
     bad: list[BadRow] = []
     for row in rows:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import itertools
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
-from attanchor_vlm.chat.videos import FPS, Video
-from attanchor_vlm.data.images import decoded, why_not
+from attanchor_vlm.chat.videos import FPS, Video, differ
+from attanchor_vlm.data.images import FORMATS, decoded, size_of, why_not
 from attanchor_vlm.errors import DataError
 
 MOST_FRAMES = 32  # of a file of a video; of a longer one they stand further apart
@@ -35,12 +35,15 @@ class VideoFiles:
 
     @property
     def is_file(self) -> bool:
-        return len(self.files) == 1 and self.files[0].suffix.lower() not in Image.registered_extensions()
+        # A film that PIL knows by name alone (MPEG), or of which it reads the first picture (GIF), is none of its.
+        kind = Image.registered_extensions().get(self.files[0].suffix.lower())
+        return len(self.files) == 1 and (kind not in FORMATS or kind == "GIF")
 
     def why_unreadable(self) -> str | None:
-        """Why no frame of the file can be decoded; None if one can, or if the video is its frames."""
+        """Why no frame of the file can be decoded, or frames that can be are no video; None if all is well."""
         if not self.is_file:
-            return None
+            sizes = {size_of(path)[::-1] for path in self.files}
+            return None if len(sizes) == 1 else f"video {self.files[0]}, …: {differ(sizes)}"
         path = self.files[0]
         if importlib.util.find_spec("av") is None:
             return (
@@ -78,18 +81,19 @@ def load_video(source: VideoFiles) -> Video:
 
 
 def _of_file(source: VideoFiles) -> Video:
-    from transformers.video_utils import load_video as read
-
-    def chosen(metadata: Any, **_: Any) -> list[int]:
-        total = metadata.total_num_frames
-        count = max(1, min(MOST_FRAMES, total, round(total / (metadata.fps or FPS) * source.fps)))
-        return [(2 * number + 1) * total // (2 * count) for number in range(count)]
-
     try:
-        path: Any = str(source.files[0])
-        found: Any = read(path, sample_indices_fn=chosen, backend="pyav")
+        import av
+
+        with av.open(str(source.files[0])) as container:
+            stream = container.streams.video[0]
+            rate = float(stream.average_rate or FPS)
+            if not (total := stream.frames):  # Matroska and others do not say
+                total = sum(1 for _ in container.decode(stream))
+                container.seek(0)
+            count = max(1, min(MOST_FRAMES, total, round(total / rate * source.fps)))
+            chosen = {(2 * number + 1) * total // (2 * count) for number in range(count)}
+            numbered = enumerate(itertools.islice(container.decode(stream), max(chosen) + 1))
+            frames = [frame.to_image() for number, frame in numbered if number in chosen]
+        return Video(frames, len(frames) / (total / rate))
     except Exception as error:
         raise DataError(source.why_unreadable() or f"video {source.files[0]} cannot be read: {error}") from error
-    frames, metadata = found
-    seconds = metadata.total_num_frames / (metadata.fps or FPS)
-    return Video([Image.fromarray(frame) for frame in frames], len(frames) / seconds)

@@ -162,7 +162,4 @@ def open_video(path: str | PathLike[str]) -> Video:
     files = sorted(one for one in path.iterdir() if one.is_file()) if path.is_dir() else [path]
     if not files or not files[0].is_file():
         raise DataError(f"video {path} {'holds no picture' if path.is_dir() else 'does not exist'}")
-    video = VideoFiles(tuple(files))
-    if reason := video.why_unreadable():
-        raise DataError(reason)
-    return load_video(video)
+    return load_video(VideoFiles(tuple(files)))

@@ -1,7 +1,8 @@
 """The self-check: on its first call with images, a model of a family that no test covers shows that anchors are right.
 
-The call's first sample with an image is run three times more, without gradient and without randomness: as it is, with
-its prompt rewritten but nothing inserted, and with anchors. `rules.py` has what must hold between the three.
+The call's first sample with all that the call brings (images, videos) is run three times more, without gradient and
+without randomness: as it is, with its prompt rewritten but nothing inserted, and with anchors. `rules.py` has what must
+hold between the three.
 """
 
 from __future__ import annotations
@@ -17,16 +18,13 @@ from attanchor_vlm.errors import FamilyError
 from attanchor_vlm.model import guard, rules
 from attanchor_vlm.model.candidates import mask_from_ids
 from attanchor_vlm.model.config import AttAnchorConfig
-from attanchor_vlm.model.families import FamilyAdapter
+from attanchor_vlm.model.families import FamilyAdapter, is_tested
 from attanchor_vlm.model.media import encode
 from attanchor_vlm.model.recording import record
 from attanchor_vlm.model.rewrite import Prepared, parameters, rewrite
 from attanchor_vlm.model.rules import RULES, Finding, Prompts
 
 WHEN = ("auto", "always", "never")
-# Their adapters are tested on the models themselves, whatever the prompt.
-TESTED = {"llava", "llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl", "idefics3"}
-TESTED |= {"smolvlm", "paligemma", "gemma3"}
 MOST_ANCHORS = 64
 
 
@@ -39,7 +37,8 @@ def check_once(
         FamilyError: a rule is broken.
     """
     calls = model._attanchor_calls
-    if calls.check == "never" or torch.compiler.is_compiling() or (calls.check == "auto" and _tested(model, adapter)):
+    tested = calls.check == "auto" and is_tested(model.config.model_type)
+    if tested or calls.check == "never" or torch.compiler.is_compiling():
         return
     with calls.checking:
         kinds = set(adapter.kinds(arguments))
@@ -54,11 +53,6 @@ def check_once(
             )
         if found:
             calls.checked |= kinds
-
-
-def _tested(model: Any, adapter: FamilyAdapter) -> bool:
-    # An adapter that a user registered in the place of ours is not the one that was tested.
-    return model.config.model_type in TESTED and type(adapter).__module__.startswith("attanchor_vlm.")
 
 
 def findings(
@@ -115,7 +109,7 @@ _OPTIONS = {"use_cache": False, "logits_to_keep": 1}  # the head is the same in 
 def _first_sample(
     model: Any, adapter: FamilyAdapter, settings: AttAnchorConfig, call: dict[str, Any], mask: Tensor | None
 ) -> tuple[dict[str, Any], Tensor, Prepared]:
-    """The call for its first sample with an image, less padding; what may be copied; the call with nothing inserted."""
+    """The call for one sample, less padding; what may be copied; the call with nothing inserted."""
 
     def nothing_inserted(one: dict[str, Any]) -> Prepared:
         return rewrite(model, adapter, settings, one, torch.zeros_like(one["input_ids"], dtype=torch.bool), None)
@@ -136,11 +130,15 @@ def _first_sample(
 def _cropped(
     model: Any, adapter: FamilyAdapter, call: dict[str, Any], mask: Tensor | None
 ) -> tuple[dict[str, Any], Tensor | None]:
-    """The first sample with an image; images are divided as placeholders are, which need not be right."""
+    """The first sample that has all kinds of media of the call, or all samples if none has; media are divided as
+    placeholders are, which need not be right."""
     ids, is_real = call["input_ids"], call["attention_mask"].bool()
     held = adapter.placeholders(model, ids) & is_real
     is_video = adapter.video_placeholders(model, ids)
-    sample = int(held.any(-1).byte().argmax())
+    shown = (held & ~is_video).any(-1).byte() + (held & is_video).any(-1).byte()
+    sample = int(shown.argmax())
+    if int(shown[sample]) < len(adapter.kinds(call)):
+        return call, mask
 
     def of_tokens(value: Tensor) -> Tensor:
         return value[sample : sample + 1, is_real[sample].to(value.device)]

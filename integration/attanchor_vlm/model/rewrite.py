@@ -195,7 +195,9 @@ def rewrite(
         if settings.max_anchors_per_frame is not None and not settings.inserts_nothing:
             frame = media.frames(model, adapter, arguments, silent).to(device)
             holds = (is_image & is_real).to(device)
-            frames = torch.full_like(roles, -1, dtype=torch.long).masked_scatter(holds, frame)
+            frames = torch.full_like(roles, -1, dtype=torch.long)
+            if len(frame) == int(holds.sum()):  # else the operator tells, as of `_roles`
+                frames = frames.masked_scatter(holds, frame)
         if (settings.placement != "matched" or frames is not None) and not settings.inserts_nothing:
             placed |= {"frames": frames, "copy": route == "embeds"}
             built = place(settings, text_embeds, rows, roles, kept=kept, **placed)

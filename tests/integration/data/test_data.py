@@ -171,7 +171,7 @@ def test_a_mark_in_front_of_the_text_is_no_part_of_it(folder, name):
 
 
 def test_rows_that_name_images_need_their_folder(folder):
-    with pytest.raises(DataError, match=r"data\.json names images, and no folder of images is given; give --"):
+    with pytest.raises(DataError, match=r"data\.json names images or videos, and no folder of them is given; give --"):
         data.read_rows(write(folder, [row()] * 3), None)
     text_only = {"conversations": turns(("human", "Hello"), ("gpt", "Hi"))}
     assert len(data.read_rows(write(folder, [text_only]), None)[0]) == 1

@@ -82,6 +82,7 @@ def test_the_split_keeps_every_video_on_one_side(folder):
         (row(video=["9.png"]), "9.png does not exist"),
         (row(video=[]), '"video" is an empty list'),
         (row(video=[7]), '"video" is 7'),
+        (row(video=["0.png", "small.png"]), "sizes .* they should have one size"),
         (row(video=["0.png"], fps=0), '"fps" is 0; it should be a number above 0'),
         (row(video="broken.mp4"), "broken.mp4 (cannot be read|is a file that PyAV would read)"),
         (row(video=["0.png", "broken.mp4"]), "broken.mp4 is not an image that can be read"),
@@ -106,17 +107,26 @@ def test_a_file_needs_pyav_and_its_frames_do_not(folder, monkeypatch):
     assert len(read(folder, row(video=["0.png"]))[0]) == 1
 
 
-@pytest.mark.parametrize(("seconds", "count"), [(2, 4), (40, MOST_FRAMES)])
-def test_frames_of_a_file_are_evenly_spaced(folder, seconds, count):
+@pytest.mark.parametrize(
+    ("kind", "codec", "seconds", "count"),
+    [
+        ("mp4", "mpeg4", 2, 4),
+        ("mp4", "mpeg4", 40, MOST_FRAMES),
+        ("mkv", "mpeg4", 2, 4),  # does not say how many frames it has
+        ("mpg", "mpeg2video", 2, 4),  # an image by its name, to PIL
+    ],
+)
+def test_frames_of_a_file_are_evenly_spaced(folder, kind, codec, seconds, count):
     av = pytest.importorskip("av")
-    with av.open(str(folder / "clip.mp4"), "w") as container:
-        stream = container.add_stream("mpeg4", rate=10)
+    rate = 25 if kind == "mpg" else 10
+    with av.open(str(folder / f"clip.{kind}"), "w") as container:
+        stream = container.add_stream(codec, rate=rate)
         stream.width, stream.height, stream.pix_fmt = 32, 32, "yuv420p"
-        for number in range(10 * seconds):
-            pixels = np.full((32, 32, 3), 250 * number // (10 * seconds), dtype=np.uint8)
+        for number in range(rate * seconds):
+            pixels = np.full((32, 32, 3), 250 * number // (rate * seconds), dtype=np.uint8)
             container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
         container.mux(stream.encode())
-    rows, _ = read(folder, row(video="clip.mp4"))
+    rows, _ = read(folder, row(video=f"clip.{kind}", fps=None))
     video = load_video(rows[0].videos[0])
     assert len(video.frames) == count
     assert video.fps == pytest.approx(count / seconds)

@@ -15,7 +15,7 @@ from attanchor_vlm import AttAnchorConfig, attach, prepare_inputs
 from attanchor_vlm.errors import FamilyError
 from attanchor_vlm.model import check
 from attanchor_vlm.model.check import findings
-from attanchor_vlm.model.families import FamilyAdapter, adapter_for
+from attanchor_vlm.model.families import TESTED, FamilyAdapter, adapter_for
 from attanchor_vlm.model.families.gemma3 import Gemma3Adapter
 from attanchor_vlm.model.families.llava import LlavaAdapter
 from attanchor_vlm.model.families.qwen_vl import QwenVLAdapter
@@ -53,7 +53,7 @@ def test_families_without_tests_of_their_own_are_checked_and_pass(family):
 
 
 def test_no_family_is_left_out_that_is_not_tested():
-    assert {family.name for family in FAMILIES} >= check.TESTED
+    assert {family.name for family in FAMILIES} >= TESTED
 
 
 def test_losses_of_a_sliding_window_are_a_note():
@@ -286,18 +286,29 @@ def test_it_leaves_no_trace(training):
     assert torch.equal(*draws)
 
 
-def test_a_wrong_call_is_told_as_such():
-    model = attach(BY_NAME["llava"].model(), AttAnchorConfig(tau=0.5), check="always")
+@pytest.mark.parametrize(("when", "most"), [("always", None), ("never", 1)])
+def test_a_wrong_call_is_told_as_such(when, most):
+    model = attach(BY_NAME["llava"].model(), AttAnchorConfig(tau=0.5, max_anchors_per_frame=most), check=when)
     batch = batch_of([1, 1])
     with pytest.raises(ValueError, match="have 32 image placeholders and the images 16 features") as caught:
         model(**{**batch, "pixel_values": batch["pixel_values"][:1]})
     assert not isinstance(caught.value, FamilyError)
 
 
-def test_an_adapter_that_a_user_registers_is_checked():
-    class Mine(FamilyAdapter):
-        model_types = ("llava",)
+def test_an_adapter_that_a_user_registers_is_checked(monkeypatch):
+    from attanchor_vlm.model.families import _REGISTRY, register
 
-    model = BY_NAME["llava"].model()
-    assert not check._tested(model, Mine())
-    assert check._tested(model, adapter_for(model))
+    monkeypatch.setitem(_REGISTRY, "llava", None)  # put back afterwards
+    register(FamilyAdapter(model_types=("llava",)))
+    model = attach(BY_NAME["llava"].model(), AttAnchorConfig(tau=0.5))
+    model(**batch_of())
+    assert model._attanchor_calls.checked == {"image"}
+    with pytest.raises(ValueError, match="model_types is 'llava'; it should be a tuple"):
+        register(FamilyAdapter(model_types="llava"))
+
+
+def test_what_is_read_off_one_model_is_not_taken_for_another():
+    first, other = BY_NAME["qwen2_5_vl"].model(), BY_NAME["qwen2_5_vl"].model()
+    text = other.config.get_text_config()
+    text.rope_parameters = {**text.rope_parameters, "mrope_section": [1, 1, 1, 1]}
+    assert [adapter_for(model).positions_per_token for model in (first, other)] == [3, 4]

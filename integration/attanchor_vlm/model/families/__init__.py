@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from attanchor_vlm.model.families.base import FamilyAdapter
+from attanchor_vlm.model.families.base import FamilyAdapter, axes
 from attanchor_vlm.model.families.encoded import Granite4VisionAdapter, HunYuanVLAdapter, Llama4Adapter
 from attanchor_vlm.model.families.gemma3 import Gemma3Adapter
 from attanchor_vlm.model.families.idefics3 import Idefics3Adapter
@@ -20,7 +20,7 @@ from attanchor_vlm.model.families.tiles import TileAdapter
 
 _ANY = FamilyAdapter()
 _REGISTRY: dict[str, FamilyAdapter] = {}
-_BOUND: dict[tuple[FamilyAdapter, str, type], FamilyAdapter] = {}
+_BOUND: dict[tuple[object, ...], FamilyAdapter] = {}
 
 
 def register(adapter: FamilyAdapter) -> None:
@@ -28,19 +28,22 @@ def register(adapter: FamilyAdapter) -> None:
 
     Raises:
         TypeError: `adapter` is no instance of `FamilyAdapter` or a subclass.
-        ValueError: it names no model type.
+        ValueError: its `model_types` are empty, or one string.
     """
     if not isinstance(adapter, FamilyAdapter):
         given = f"the class {adapter.__name__}" if isinstance(adapter, type) else type(adapter).__name__
         raise TypeError(f"adapter is {given}; it should be an instance of a subclass of FamilyAdapter")
-    if not adapter.model_types:
-        raise ValueError(f"{type(adapter).__name__}.model_types is empty; it should name the family's model_type")
+    if not adapter.model_types or isinstance(adapter.model_types, str):
+        raise ValueError(
+            f"{type(adapter).__name__}.model_types is {adapter.model_types!r}; it should be a tuple of the family's "
+            "model_type"
+        )
     for model_type in adapter.model_types:
         _REGISTRY[model_type] = adapter
 
 
 def adapter_for(model: PreTrainedModel) -> FamilyAdapter:
-    """The adapter of a model's family: the registered one, or `FamilyAdapter` itself; bound to the model's class.
+    """The adapter of a model's family, the registered one or `FamilyAdapter` itself, bound to what the model is.
 
     Raises:
         ValueError: anchors cannot be inserted in it; the message says why.
@@ -48,7 +51,9 @@ def adapter_for(model: PreTrainedModel) -> FamilyAdapter:
     target: Any = model
     model_type = str(getattr(target.config, "model_type", None))
     adapter = _REGISTRY.get(model_type, _ANY)
-    key = adapter, model_type, type(target.base_model)
+    # All that is read off a model when an adapter is bound to it, or refused.
+    kinds = (getattr(target.config, f"{kind}_token_id", None) is None for kind in ("image", "video"))
+    key = adapter, model_type, type(target.base_model), axes(target), *kinds
     if key not in _BOUND:
         if adapter is _ANY and (reason := reason_against(target)):
             raise ValueError(
@@ -121,5 +126,15 @@ for known in (
     ),
 ):
     register(known)
+_OWN = dict(_REGISTRY)
+# Of these the adapters are tested on the models themselves, whatever the prompt.
+TESTED = {"llava", "llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl", "idefics3"}
+TESTED |= {"smolvlm", "paligemma", "gemma3"}
 
-__all__ = ["FamilyAdapter", "adapter_for", "register"]
+
+def is_tested(model_type: str) -> bool:
+    """Whether tests hold all that stands in the table of families; not with an adapter that a user registered."""
+    return model_type in TESTED and _REGISTRY[model_type] is _OWN[model_type]
+
+
+__all__ = ["TESTED", "FamilyAdapter", "adapter_for", "is_tested", "register"]

@@ -69,7 +69,7 @@ class FamilyAdapter:
             known = inspect.signature(getattr(base, "get_video_features", lambda: None)).parameters
             bound.video_arguments = tuple(name for name in known if name in takes and name != "kwargs")
         bound.token_types = {name: None for name in _TOKEN_TYPES if name in takes} | {**self.token_types}
-        bound.positions_per_token = self.positions_per_token or _axes(model)
+        bound.positions_per_token = self.positions_per_token or axes(model)
         bound.positions = self.positions or ("inherit" if bound.positions_per_token > 1 else "sequential")
         return bound
 
@@ -263,7 +263,7 @@ def by_sample(rows: Tensor, per_sample: list[int]) -> list[Tensor]:
     return [part for part in rows.split(per_sample) if len(part)]
 
 
-def _axes(model: Any) -> int:
+def axes(model: Any) -> int:
     """Positions of a token, by the sections of its M-RoPE."""
     if not hasattr(model.base_model, "get_rope_index"):
         return 1

@@ -29,9 +29,3 @@ class Idefics3Adapter(TileAdapter):
         shape = self.tile_shape(model, batch)
         tiles = split(whole(size), rows, columns) if rows else []
         return [*(Grid(*shape, region, tile) for tile, region in enumerate(tiles)), Grid(*shape, whole(size))]
-
-    def frame_grids(
-        self, model: Any, processor: Any, batch: Mapping[str, Tensor], index: int, size: tuple[int, int], frames: int
-    ) -> list[Grid]:
-        """The processor makes an image of every frame, which is not cut into tiles."""
-        return [Grid(*self.tile_shape(model, batch), whole(size))] * frames

@@ -34,12 +34,6 @@ class InternVLAdapter(TileAdapter):
         tiles = split(whole(size), rows, columns)
         return [*(Grid(*shape, region, tile) for tile, region in enumerate(tiles)), Grid(*shape, whole(size))]
 
-    def frame_grids(
-        self, model: Any, processor: Any, batch: Mapping[str, Tensor], index: int, size: tuple[int, int], frames: int
-    ) -> list[Grid]:
-        """The processor makes an image of every frame, which is not cut into tiles."""
-        return [Grid(*self.tile_shape(model, batch), whole(size))] * frames
-
 
 def _canvas_of(image_processor: Any) -> Any:
     """The function by which an image processor chooses (columns, rows) of tiles."""

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from attanchor_vlm.model.families.base import FamilyAdapter
-from attanchor_vlm.model.families.grid import Grid, kept
+from attanchor_vlm.model.families.grid import Grid, kept, whole
 
 
 class TileAdapter(FamilyAdapter):
@@ -24,6 +24,12 @@ class TileAdapter(FamilyAdapter):
         self, model: Any, processor: Any, batch: Mapping[str, Tensor], index: int, size: tuple[int, int]
     ) -> list[Grid]:
         return [Grid(*self.tile_shape(model, batch), kept(processor.image_processor, size))]
+
+    def frame_grids(
+        self, model: Any, processor: Any, batch: Mapping[str, Tensor], index: int, size: tuple[int, int], frames: int
+    ) -> list[Grid]:
+        """Processors that take videos make an image of every frame, which is not cut into tiles."""
+        return [Grid(*self.tile_shape(model, batch), whole(size))] * frames
 
     def tile_shape(self, model: Any, batch: Mapping[str, Any]) -> tuple[int, int]:
         """(rows, columns) of the tokens of one tile, or of one image where images have no tiles."""

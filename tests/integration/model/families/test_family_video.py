@@ -13,9 +13,11 @@ from torch.nn import functional as F
 
 from attanchor_vlm import AttAnchorConfig, attach
 from attanchor_vlm.chat.videos import Video
+from attanchor_vlm.model import check
 from attanchor_vlm.model.check import findings
 from attanchor_vlm.model.families import adapter_for
 from attanchor_vlm.model.geometry import image_slots, patch_boxes
+from attanchor_vlm.model.recording import record
 
 MIXED = ["iv", "v", "i", "", "vi"]
 TAU = 0.1
@@ -130,6 +132,16 @@ def test_the_self_check_finds_nothing_wrong(family, route, direction):
         found = findings(model, adapter_for(model), model.attanchor_config, batch, mask)
         assert found
         assert not [one for one in found if one.found]
+
+
+@pytest.mark.parametrize(("media", "seen"), [(["i", "v"], 2), (["i", "iv"], 1)])
+def test_the_self_check_looks_at_every_kind(media, seen, monkeypatch):
+    model, batch, ran = attached(videos.FAMILIES[0]), videos.prompts(videos.FAMILIES[0], media)[0], []
+    monkeypatch.setattr(check, "record", lambda *args: ran.append(args[2]) or record(*args))
+    assert check.findings(model, adapter_for(model), model.attanchor_config, batch, batch.pop("anchor_mask"))
+    assert [len(one["input_ids"]) for one in ran[:1]] == [seen]
+    assert adapter_for(model).kinds(ran[0]) == ["image", "video"]
+    assert (adapter_for(model).video_placeholders(model, ran[0]["input_ids"])).any()
 
 
 @every_family

@@ -11,7 +11,8 @@ from attanchor_vlm.model.config import DIRECTIONS
 
 pytestmark = pytest.mark.nightly
 
-# What the plain models of these do, without anchors as with them.
+# What the plain models of these seem to do without anchors as with them; not shown of qwen3_vl_moe,
+# qwen3_omni_moe_thinker, minicpmv4_6, minicpmv4_7, hunyuan_vl and granite4_vision.
 ALONE = {"minicpmv4_6", "minicpmv4_7", "minicpm_ocr", "hunyuan_vl", "qwen3_5"}  # not what they are in a batch
 CACHED = {"qwen3_vl_moe", "qwen3_omni_moe_thinker"}  # not what they are without a cache
 NO_BEAMS = {*CACHED, "llama4"}
@@ -25,7 +26,7 @@ both_directions = pytest.mark.parametrize("direction", DIRECTIONS)
 
 def _skip(family, names, direction="text_into_image"):
     if family.name in names or (direction == "image_into_text" and family.name in FEW_TOKENS | LONG):
-        pytest.skip("as without anchors, or too small a model to tell")
+        pytest.skip("a limit of the plain model, as far as is known, or too small a model to tell")
 
 
 @both_directions
