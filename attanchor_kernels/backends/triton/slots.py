@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from attanchor_kernels.backends.triton.state import wait
+from attanchor_kernels.backends.triton.state import matched_of, wait
 from attanchor_kernels.backends.triton.types import ANCHOR_TEXT, IMAGE, PADDING, SILENT_IMAGE, TEXT
 
 # A scan reads role bytes in blocks of GROUPS x LANES; single slots are then looked up in one group.
@@ -114,7 +114,7 @@ def first_feature(inputs, state, sizes, sample):
     """Merge form: where the feature rows of a sample begin, for a program that comes after its match tiles."""
     if sample < counted_samples(sizes):
         return count_placeholders(inputs, sizes, 0, sample)
-    return tl.load(base_of(state, sizes, sample)) - 1
+    return tl.load(base_of(state, sample)) - 1
 
 
 @triton.jit
@@ -132,10 +132,10 @@ def first_feature_in_turn(inputs, state, sizes, config: tl.constexpr, sample, pu
     if sample < counted:
         first = count_placeholders(inputs, sizes, 0, sample)
     else:
-        wait(base_of(state, sizes, sample), 1, config)
-        first = tl.load(base_of(state, sizes, sample)) - 1
+        wait(base_of(state, sample), 1, config)
+        first = tl.load(base_of(state, sample)) - 1
     if publishes:
-        tl.atomic_add(base_of(state, sizes, later), first + between + 1, sem="relaxed")
+        tl.atomic_add(base_of(state, later), first + between + 1, sem="relaxed")
     return first
 
 
@@ -146,9 +146,9 @@ def counted_samples(sizes):
 
 
 @triton.jit
-def base_of(state, sizes, sample):
+def base_of(state, sample):
     """The word of one more than a sample's first feature."""
-    return state.counters + 1 + 2 * sizes.batch + sample
+    return matched_of(state, sample) + 2
 
 
 @triton.jit
