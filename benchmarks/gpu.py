@@ -159,7 +159,7 @@ def steps(python: str, gpu: Gpu | None, output: Path) -> list[Step]:
         Step("sanitizer", ((*sanitize, "--tools", "memcheck,synccheck", "--backends", "cuda", "--limit", "50"),), 65),
         Step("tests", ((*tests, "tests/gpu"),), 240, environment=threads, least=30.0),
         built(2),
-        measuring("phases", 110, 2, "phases"),
+        measuring("phases", 110, 2, "phases")._replace(environment=_build_environment(gpu)),  # it builds, too
         measuring("overhead", 110, 2, "overhead", "--whole"),
         measuring("baselines", 90, 2, "roofline", "--passes", "baselines"),
         measuring("tune-drop", 45, 2, "tune", "--operations", "drop", "--batches", "8", "--limit", "35"),

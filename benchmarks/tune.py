@@ -36,7 +36,7 @@ FIELDS: dict[str, dict[str, tuple[Any, ...]]] = {
         "block_rows": (8, 16, 32, 64),
         "block_columns": (128, 256, 512, 1024),
         "registers": (96, 128, 168, 255),
-        "lag": (1, 2, 4, 8, 16),
+        "lag": (0, 1, 2, 4, 8, 16),
     },
     "cuda": {
         "bulk": (0,),
@@ -74,12 +74,15 @@ def _triton_with(changes: dict[str, Any]) -> Iterator[list[Any]]:
     usual: Any = schedule.construct
     used: list[Any] = []
 
-    def changed(*arguments: Any, **options: Any) -> Any:
-        used.append(usual(*arguments, **options)._replace(**changes))
+    def choose(*arguments: Any, **options: Any) -> Any:
+        chosen = usual(*arguments, **options)
+        changed = chosen._replace(**changes)
+        columns = chosen.slice_blocks * chosen.block_hidden  # a slice keeps its columns
+        used.append(changed._replace(slice_blocks=-(-columns // changed.block_hidden)))
         return used[-1]
 
     module: Any = schedule
-    module.construct = changed
+    module.construct = choose
     try:
         yield used
     finally:

@@ -364,6 +364,16 @@ def test_tuning_a_backend_that_is_not_there_is_no_failure_of_a_gpu_run(tmp_path,
     assert "nothing to tune: " in capsys.readouterr().err
 
 
+def test_tuning_the_blocks_of_columns_leaves_none_out():
+    """A slice is counted in blocks: with smaller ones it would end before its last column."""
+    from attanchor_kernels.backends.triton import schedule
+
+    for block in tune.FIELDS["triton"]["block_hidden"]:
+        with tune.choice_with("triton", {"block_hidden": block}):
+            chosen = schedule.construct(torch.device("cpu"), 2, 8, 576, 626, 4096, 8)
+        assert (chosen.block_hidden, chosen.slice_blocks * block, chosen.slices) == (block, 512, 8)
+
+
 def test_tuning_tries_one_change_at_a_time(tmp_path, monkeypatch, capsys):
     """With few candidates; a schedule that is not right or does not run is told and left."""
     from attanchor_kernels.backends.triton import schedule

@@ -125,14 +125,15 @@ def test_plan_and_assemble_alone(make):
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="a compiled kernel has its constants in it")
 @pytest.mark.parametrize("options", [{}, {"image_into_text": True, "keep": 3}], ids=["plain", "image into text, keep"])
 def test_first_features_are_counted_or_published(monkeypatch, options):
-    """Where a sample's features begin, its programs count themselves or are told by the sample before: the same."""
+    """Where a sample's features begin, its programs count themselves or are told by an earlier one: the same."""
     problem = merge_problem(**options)
     counted = backend.construct(problem), backend.match(problem)
-    monkeypatch.setattr(slots, "COUNTED", 0)
-    assert_same(backend.construct(problem), counted[0])
-    assert_workspace_zero()
-    assert all(map(torch.equal, backend.match(problem), counted[1]))
-    assert_workspace_zero()
+    for samples in (1, 2):  # that count
+        monkeypatch.setattr(slots, "COUNTED", (samples - 1) * problem.slots)
+        assert_same(backend.construct(problem), counted[0])
+        assert_workspace_zero()
+        assert all(map(torch.equal, backend.match(problem), counted[1]))
+        assert_workspace_zero()
 
 
 def assert_matches(problem: Problem, score: Tensor, host: Tensor) -> None:

@@ -12,7 +12,7 @@ from attanchor_kernels.backends.triton.copy import add_copies, copy_rows, slot_r
 from attanchor_kernels.backends.triton.keep import choose_survivors
 from attanchor_kernels.backends.triton.match import match_items, match_tile, publish_cut, report_matches
 from attanchor_kernels.backends.triton.plan import assemble_tile
-from attanchor_kernels.backends.triton.state import arrive
+from attanchor_kernels.backends.triton.state import arrive, matched_of
 from attanchor_kernels.backends.triton.types import Rows, Sizes
 
 NEVER = tl.constexpr(common.NEVER)
@@ -99,7 +99,7 @@ def work(rows, inputs, outputs, state, sizes, config: tl.constexpr, lag, ticket)
         if match_tile(rows, inputs, state, sizes, config, sample, item // parts, item % parts):
             if config.drops:
                 choose_survivors(rows, inputs, outputs, state, sizes, config, sample)
-                arrive(state.counters + 1 + sample, config)
+                arrive(matched_of(state, sample), config)
             elif config.budgeted:
                 publish_cut(inputs, state, sizes, config, sample)
     else:

@@ -20,7 +20,7 @@ from attanchor_kernels.backends.triton.slots import (
     is_ranked,
     load_roles,
 )
-from attanchor_kernels.backends.triton.state import arrive, wait
+from attanchor_kernels.backends.triton.state import arrive, matched_of, wait
 from attanchor_kernels.backends.triton.types import ANCHOR_TEXT, IMAGE
 
 # Up to so many movers are ranked against each other by everyone who needs to know; above, one program finds the cut.
@@ -321,7 +321,7 @@ def match_tile(rows, inputs, state, sizes, config: tl.constexpr, sample, tile, p
                 unit = sample * sizes.image_tiles + tile
                 place = unit % sizes.ring
                 at = state.scratch + tl.cast(place, tl.int64) * sizes.slices * partial_size(config)
-                parts = state.counters + 1 + 3 * sizes.batch + place
+                parts = matched_of(state, sizes.batch) + place
                 before = unit // sizes.ring * (sizes.slices + 1)
                 if before > 0:
                     wait(parts, before, config)
@@ -366,7 +366,7 @@ def match_tile(rows, inputs, state, sizes, config: tl.constexpr, sample, tile, p
                 config,
             )
 
-    return arrive(state.counters + 1 + sample, config) == match_items(sizes, config) - 1
+    return arrive(matched_of(state, sample), config) == match_items(sizes, config) - 1
 
 
 @triton.jit
@@ -378,7 +378,7 @@ def publish_cut(inputs, state, sizes, config: tl.constexpr, sample):
         keys = state.keys + tl.cast(sample, tl.int64) * sizes.movers
         tl.store(state.cuts + sample, kth_largest(keys, movers, sizes.budget, sizes.tau, True))
         tl.debug_barrier()
-        tl.atomic_add(state.counters + 1 + sample, 1, sem="release")
+        tl.atomic_add(matched_of(state, sample), 1, sem="release")
 
 
 @triton.jit
@@ -401,9 +401,9 @@ def report_matches(inputs, outputs, state, sizes, config: tl.constexpr, sample):
         tl.store(outputs.host + reports + at, decode_index(key).to(tl.int64), mask=at < sizes.movers)
         tl.store(outputs.score + reports + at, decode_score(key), mask=at < sizes.movers)
         tl.store(keys + mover, tl.zeros([SCAN], tl.uint64), mask=moves)  # read by no one else
-    tl.store(state.counters + 1 + sample, 0)
+    tl.store(matched_of(state, sample), 0)
     if config.merges:
-        tl.store(base_of(state, sizes, sample), 0)
+        tl.store(base_of(state, sample), 0)
 
 
 @triton.jit

@@ -32,7 +32,7 @@ from attanchor_kernels.backends.triton.slots import (
     is_real,
     load_roles,
 )
-from attanchor_kernels.backends.triton.state import arrive, wait
+from attanchor_kernels.backends.triton.state import arrive, matched_of, wait
 from attanchor_kernels.backends.triton.types import ANCHOR_TEXT, IMAGE
 
 MOVER_BLOCK = tl.constexpr(64)
@@ -80,7 +80,7 @@ def assemble_tile(rows, inputs, outputs, state, sizes, config: tl.constexpr, sam
         reports = moves
         report = mover
 
-    matched = state.counters + 1 + sample
+    matched = matched_of(state, sample)
     wait(matched, arrivals(sizes, config, movers), config)
     if config.merges:
         feature = tl.where(placeholder, first_feature(inputs, state, sizes, sample) + image_rank, -1)
@@ -120,7 +120,7 @@ def assemble_tile(rows, inputs, outputs, state, sizes, config: tl.constexpr, sam
         first = sizes.capacity - length
 
     # The keys have been read: the last tile of the sample puts everything back to zero for the next launch.
-    left = state.counters + 1 + sizes.batch + sample
+    left = matched + 1
     if arrive(left, config) == sizes.row_tiles - 1:
         tl.debug_barrier()
         for start in range(0, movers, 1024):
@@ -129,7 +129,7 @@ def assemble_tile(rows, inputs, outputs, state, sizes, config: tl.constexpr, sam
         tl.store(left, 0)
         tl.store(matched, 0)
         if config.merges:
-            tl.store(base_of(state, sizes, sample), 0)
+            tl.store(base_of(state, sample), 0)
         if config.budgeted:
             tl.store(state.cuts + sample, tl.full([], 0, tl.uint64))
 

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from attanchor_kernels.backends.triton.state import wait
+from attanchor_kernels.backends.triton.state import matched_of, wait
 from attanchor_kernels.backends.triton.types import ANCHOR_TEXT, IMAGE, PADDING, SILENT_IMAGE, TEXT
 
 # A scan reads role bytes in blocks of GROUPS x LANES; single slots are then looked up in one group.
@@ -112,44 +112,53 @@ def count_real_through(inputs, sizes, config: tl.constexpr, sample, slot):
 @triton.jit
 def first_feature(inputs, state, sizes, sample):
     """Merge form: where the feature rows of a sample begin, for a program that comes after its match tiles."""
-    if is_counted(sizes, sample):
-        return count_earlier_placeholders(inputs, sizes, sample)
-    return tl.load(base_of(state, sizes, sample)) - 1
+    if sample < counted_samples(sizes):
+        return count_placeholders(inputs, sizes, 0, sample)
+    return tl.load(base_of(state, sample)) - 1
 
 
 @triton.jit
 def first_feature_in_turn(inputs, state, sizes, config: tl.constexpr, sample, publishes):
-    """The same for a match tile; one of each sample `publishes` it for the next sample, where that does not count."""
-    if is_counted(sizes, sample):
-        first = count_earlier_placeholders(inputs, sizes, sample)
+    """The same for a match tile; one of each sample `publishes` it for a later sample that does not count.
+
+    So many samples later that it is known before it is asked for: were it the next, each would wait for the one before.
+    """
+    counted = counted_samples(sizes)
+    later = sample + counted
+    publishes = publishes & (later < sizes.batch)
+    between = 0
+    if publishes:
+        between = count_placeholders(inputs, sizes, sample, later)
+    if sample < counted:
+        first = count_placeholders(inputs, sizes, 0, sample)
     else:
-        wait(base_of(state, sizes, sample), 1, config)
-        first = tl.load(base_of(state, sizes, sample)) - 1
-    if publishes & (sample + 1 < sizes.batch) & (is_counted(sizes, sample + 1) == 0):
-        first_of_next = first + count_ranked(inputs, sizes, config, sample, True)
-        tl.atomic_add(base_of(state, sizes, sample + 1), first_of_next + 1, sem="relaxed")
+        wait(base_of(state, sample), 1, config)
+        first = tl.load(base_of(state, sample)) - 1
+    if publishes:
+        tl.atomic_add(base_of(state, later), first + between + 1, sem="relaxed")
     return first
 
 
 @triton.jit
-def is_counted(sizes, sample):
-    return tl.cast(sample, tl.int64) * sizes.slots <= COUNTED
+def counted_samples(sizes):
+    """The first ones, whose programs count by themselves."""
+    return COUNTED // sizes.slots + 1
 
 
 @triton.jit
-def base_of(state, sizes, sample):
+def base_of(state, sample):
     """The word of one more than a sample's first feature."""
-    return state.counters + 1 + 2 * sizes.batch + sample
+    return matched_of(state, sample) + 2
 
 
 @triton.jit
-def count_earlier_placeholders(inputs, sizes, sample):
-    """Placeholders of the samples before this one."""
+def count_placeholders(inputs, sizes, first, end):
+    """Placeholders of the samples first … end - 1."""
     count = tl.zeros([SCAN_BATCH], tl.int32)
-    end = tl.cast(sample, tl.int64) * sizes.slots
-    for start in range(0, end, SCAN_BATCH):
+    last = tl.cast(end, tl.int64) * sizes.slots
+    for start in range(tl.cast(first, tl.int64) * sizes.slots, last, SCAN_BATCH):
         at = start + tl.arange(0, SCAN_BATCH)
-        count += is_placeholder(tl.load(inputs.roles + at, mask=at < end, other=0)).to(tl.int32)
+        count += is_placeholder(tl.load(inputs.roles + at, mask=at < last, other=0)).to(tl.int32)
     return tl.sum(count)
 
 

@@ -9,6 +9,8 @@ from attanchor_kernels.backends.workspace import zeroed
 
 # Polls, a microsecond or more each, until a launch is taken to hang; checked with TRITON_DEBUG=1 alone.
 PATIENCE = tl.constexpr(2**24)
+# A cache line for the ticket and for the counters of each sample, so that who polls one does not hold up the others.
+LINE = tl.constexpr(32)
 
 
 class States:
@@ -28,7 +30,7 @@ class States:
         self.device, self.has_relevance = device, relevances > 0
         self.scratch = (scratch, torch.float32), (ranks, torch.uint64), (survivors, torch.int32)
         # Every part begins on 16 bytes: an unaligned pointer would be one more kernel to compile.
-        words = batch * movers, batch, -(-(1 + 3 * batch + ring) // 2), -(-relevances // 2)
+        words = LINE.value // 2 * (1 + batch) + -(-ring // 2), batch * movers, batch, -(-relevances // 2)
         self.lengths = [length + length % 2 for length in words]
         self.count = sum(self.lengths)
         self.views: tuple[torch.Tensor | None, tuple[torch.Tensor | None, ...]] = None, ()
@@ -38,7 +40,7 @@ class States:
         words = zeroed(self.device, self.count)
         known, views = self.views  # once for all launches on a stream, whose words are mostly the same
         if known is not words:
-            keys, cuts, counters, relevance = words[: self.count].split(self.lengths)
+            counters, keys, cuts, relevance = words[: self.count].split(self.lengths)
             views = keys.view(torch.uint64), cuts.view(torch.uint64), counters.view(torch.int32)
             views = *views, relevance.view(torch.uint32) if self.has_relevance else None
             self.views = words, views
@@ -46,6 +48,12 @@ class States:
             torch.empty(count, dtype=dtype, device=self.device) if count else None for count, dtype in self.scratch
         ]
         return State(*views, *scratch)
+
+
+@triton.jit
+def matched_of(state, sample):
+    """The counter of a sample's finished match work; behind it those who have left, and the base."""
+    return state.counters + (1 + sample) * LINE
 
 
 @triton.jit

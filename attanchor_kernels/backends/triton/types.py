@@ -66,7 +66,7 @@ class State(NamedTuple):
 
     keys: Any  # u64 (B, movers): best cosine and host of a mover, 0 = none yet
     cuts: Any  # u64 (B,): smallest rank key within the budget
-    counters: Any  # i32: [ticket, then `matched`, `left`, base of every sample, then `parts` of each place in the ring]
+    counters: Any  # i32 lines: ticket; `matched`, `left`, base of each sample; `parts` of each place in the ring
     relevance: Any  # u32 (B, M), merge (B, S), if text moves and images drop: orderable bits, 0 = none yet
     scratch: Any  # f32: the ring of partial products of split tiles, or None
     ranks: Any  # u64 (B, M), merge (B, S), if images drop; with cells twice: the best of each cell
