@@ -249,11 +249,11 @@ def test_calibration_counts_the_tokens_that_take_part(world):
     model = small_llava.build_model(processor)
     image = next((world / "images").iterdir())
     sample = Sample(0, (("user", "<image>\nwhere is the red ring ?"), ("assistant", "left")), (image,))
-    takers = []
+    num_candidates = []
     for words in (False, True):
         config = AttAnchorConfig(tau=1.0, content_words=words)
-        takers.append(len(threshold_for_share(model, processor, [sample], 0.5, config)[1]))
-    assert takers[0] > takers[1] == 2  # red, ring
+        num_candidates.append(len(threshold_for_share(model, processor, [sample], 0.5, config)[1]))
+    assert num_candidates[0] > num_candidates[1] == 2  # red, ring
 
 
 def test_words_of_scripts_whose_letters_carry_marks_stay_whole():
