@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 
 import pytest
 import torch
+import training_toy
 from PIL import Image
 
 from attanchor_lab.scenes import dataset as scenes
@@ -32,15 +34,9 @@ def world(tmp_path_factory):
     return folder
 
 
-def settings(world, output, **more):
-    defaults = {"data": world / "train.json", "val_data": world / "val.json", "images": world / "images"}
-    defaults |= {"max_steps": 6, "eval_steps": 3, "calibration_samples": 32}
-    defaults |= {"batch_size": 8, "lr": 5e-3, "lora_dropout": 0.1}
-    return TrainConfig.from_preset("small-llava", model=str(small_llava.SHIPPED), output=output, **{**defaults, **more})
-
-
-def run(*args, **kwargs):
-    return train.run(settings(*args, **kwargs), say=lambda line: None, progress=False)
+OPTIONS = {"calibration_samples": 32, "batch_size": 8}
+settings = functools.partial(training_toy.settings, **OPTIONS)
+run = functools.partial(training_toy.run, **OPTIONS)
 
 
 def steps(result, key):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from chats import KINDS, processor_of, user
 from tiny import byte_level_tokenizer, metaspace_tokenizer, picture, tiny_llava
+from training_toy import save_random_model
 
 from attanchor_lab.scenes import dataset as scenes
 from attanchor_lab.small_llava import model as small_llava
@@ -161,10 +162,7 @@ def test_from_ids_alone_the_tokens_must_be_known():
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
-    torch.manual_seed(0)
-    processor = small_llava.build_processor()
-    small_llava.build_model(processor).save_pretrained(folder / "model")
-    processor.save_pretrained(folder / "model")
+    save_random_model(folder / "model")
     scenes.write_dataset(folder, "train", 4, seed=0)
     return folder
 
