@@ -135,9 +135,7 @@ def run(
         if name == ANCHORS:
             scenes = [(row.images[0], row.messages[0][1]) for row in rows[: 2 * size.questions : size.questions]]
             shown = [explain(model, processor, image, asked, _ANSWER) for image, asked in [*scenes, *pictured]]
-            anchor_picture(
-                output / "anchors.png", shown, tau_of(model), "Words of the question at their patches, in photographs"
-            )
+            anchor_picture(output / "anchors.png", shown, tau_of(model), _TITLE)
     say("")
     for line in table(arms):
         say(line)

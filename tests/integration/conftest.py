@@ -15,7 +15,7 @@ def pytest_collection_modifyitems(config, items):
         items[:] = [item for item in items if item.get_closest_marker("nightly") is None]
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="module", autouse=True)  # of the module, so that its own fixtures run on one thread too
 def one_thread():
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -38,11 +38,11 @@ class Scores:
     Attributes:
         of_sample: For each sample a float32 tensor of its candidates' scores: text tokens, or image tokens if those are
             what is copied.
-        takers: Text tokens that take part, in all samples: what fractions are fractions of.
+        num_candidates: Text tokens that take part, in all samples: what fractions are fractions of.
     """
 
     of_sample: tuple[Tensor, ...]
-    takers: int
+    num_candidates: int
 
     @cached_property
     def ranked(self) -> Tensor:
@@ -55,7 +55,7 @@ class Scores:
         It lies between the last score that is to be inserted and the next, so that rounding decides nothing.
         """
         ranked = self.ranked
-        wanted = min(max(round(fraction * self.takers), 1), len(ranked))
+        wanted = min(max(round(fraction * self.num_candidates), 1), len(ranked))
         last = float(ranked[wanted - 1])
         after = float(ranked[wanted]) if wanted < len(ranked) else last - 0.01
         middle = min((last + after) / 2, HIGHEST_TAU)
@@ -69,7 +69,7 @@ class Scores:
 
     def fraction(self, tau: float, max_anchors: int | None = None) -> float:
         """Inserted anchors per text token."""
-        return float(self.inserted(tau, max_anchors).sum()) / self.takers
+        return float(self.inserted(tau, max_anchors).sum()) / self.num_candidates
 
 
 @torch.no_grad()
@@ -103,7 +103,7 @@ def measure_scores(
     target: Any = base_of(model)
     settings, calls = target.config.attanchor, target.attanchor_calls
     of_sample: list[Tensor] = []
-    takers = 0
+    num_candidates = 0
     try:
         set_tau(model, HIGHEST_TAU)
         model.eval()
@@ -116,16 +116,16 @@ def measure_scores(
             bar.update(len(part))
             for row in target.attanchor_plan.score.float().cpu():
                 of_sample.append(row[torch.isfinite(row)])
-            takers += int(taking_part(target.attanchor_plan, batch["anchor_mask"]))
+            num_candidates += int(taking_part(target.attanchor_plan, batch["anchor_mask"]))
         bar.close()
     finally:
         target.config.attanchor, target.attanchor_calls = settings, calls
     if share_out:
-        parts = distributed.gather((of_sample, takers))
-        of_sample, takers = [row for rows, _ in parts for row in rows], sum(count for _, count in parts)
-    if not takers or not sum(len(row) for row in of_sample):
+        parts = distributed.gather((of_sample, num_candidates))
+        of_sample, num_candidates = [row for rows, _ in parts for row in rows], sum(count for _, count in parts)
+    if not num_candidates or not sum(len(row) for row in of_sample):
         raise ValueError("no sample has an image and a question, so there is nothing to match")
-    return Scores(tuple(of_sample), takers)
+    return Scores(tuple(of_sample), num_candidates)
 
 
 def threshold_for_share(
@@ -185,7 +185,7 @@ def summary(scores: Scores, tau: float, wanted: float, max_anchors: int | None) 
         "fraction": round(scores.fraction(tau, max_anchors), 6),
         "max_anchors": max_anchors,
         "samples": len(scores.of_sample),
-        "text_tokens": scores.takers,
+        "text_tokens": scores.num_candidates,
         "candidates": len(scores.ranked),
         "anchors_per_sample": {"mean": round(float(counts.double().mean()), 3), "max": int(counts.max())},
         "quantiles": {f"{level:.0%}": round(value, 6) for level, value in zip(levels, quantiles, strict=True)},

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from attanchor_vlm.cli.entry import app
-from attanchor_vlm.cli.options import DATA, IMAGES, MODEL, SKIP_BAD, check_picture, has_gpu, quiet, to_gpu
+from attanchor_vlm.cli.options import DATA, IMAGES, MODEL, SKIP_BAD, check_picture, has_gpu, note, quiet, to_gpu
 
 
 @app.command()
@@ -61,7 +61,7 @@ def probe(
             f"{data} has rows about fewer than two images; the probe compares a question's image with others"
         )
     loaded, processor = loading.load_pretrained(
-        model, loading.choose_dtype("bfloat16" if has_gpu() else "float32", _note)
+        model, loading.choose_dtype("bfloat16" if has_gpu() else "float32", note)
     )
     if adapter is not None:
         from attanchor_vlm.model.load import with_adapter
@@ -97,7 +97,3 @@ def _function_words(file: Path | None):
     from attanchor_vlm.chat.words import read_words
 
     return ENGLISH if file is None else read_words(file)
-
-
-def _note(line: str) -> None:
-    typer.echo(line, err=True)

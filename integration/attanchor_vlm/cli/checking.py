@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from attanchor_vlm.cli.entry import app
-from attanchor_vlm.cli.options import ADAPTER, DTYPE, MODEL, quiet
+from attanchor_vlm.cli.options import ADAPTER, DTYPE, MODEL, note, quiet
 
 
 @app.command()
@@ -43,7 +43,7 @@ def check(
     colours = Image.merge("RGB", (down, down.rotate(90), round_)).resize((448, 336))
     pictures = [ask.open_image(path) for path in image or []] or [colours]
     text = ask.with_placeholders(question, len(pictures))
-    chosen = None if dtype is None else loading.choose_dtype(dtype.value, lambda line: typer.echo(line, err=True))
+    chosen = None if dtype is None else loading.choose_dtype(dtype.value, note)
     loaded, processor = loading.load(model, adapter, dtype=chosen, default_tau=0)
     target: Any = base_of(loaded)
     batch = encode_chat(processor, [[message("user", text)]], [pictures], add_generation_prompt=True)

@@ -19,6 +19,7 @@ from attanchor_vlm.cli.options import (
     SKIP_BAD,
     Options,
     check_picture,
+    note,
     quiet,
     takes,
 )
@@ -109,7 +110,7 @@ def generate(
     loading.source_of(model)  # that there is no such model is said before images are checked
 
     def load() -> tuple[Any, Any]:
-        chosen = None if dtype is None else loading.choose_dtype(dtype.value, _note)
+        chosen = None if dtype is None else loading.choose_dtype(dtype.value, note)
         return loading.load(model, adapter, dtype=chosen, **changes)
 
     if prompt is not None:
@@ -125,10 +126,6 @@ def generate(
         return
     for line in _lines(said):
         typer.echo(line)
-
-
-def _note(line: str) -> None:
-    typer.echo(line, err=True)
 
 
 def _answer(
@@ -182,7 +179,7 @@ def _answer_file(
     rows, further = ask_file.check_for_model(input, rows, target, processor, skip_bad)
     bad += further
     for one in bad:
-        _note(f"left out: {one}")
+        note(f"left out: {one}")
     config = target.attanchor_config
     made_with |= {"tau": config.tau, "content_words": bool(config.content_words)}
     made_with |= {"keep": config.keep, "keep_by": None if config.keep is None else config.keep_by}

@@ -217,6 +217,11 @@ def to_gpu(model):
     return model.to("cuda") if has_gpu() else model
 
 
+def note(line: str) -> None:
+    """Say something that is no result: on stderr."""
+    typer.echo(line, err=True)
+
+
 def quiet() -> None:
     """Keep transformers' own chatter out of the output; errors still come through."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -31,7 +31,7 @@ class RunningQuantile:
     def __init__(self, fraction: float, memory: int = 10):
         self.fraction, self.memory = fraction, memory
         self.weights = torch.zeros(_BINS, dtype=torch.float64)
-        self.takers = 0.0
+        self.num_candidates = 0.0
 
     @staticmethod
     def bins(scores: Tensor) -> Tensor:
@@ -41,15 +41,15 @@ class RunningQuantile:
         index = ((scores.masked_fill(~real, 0) + 1) * (_BINS / 2)).long().clamp(0, _BINS - 1)
         return torch.zeros(_BINS, dtype=torch.float64, device=scores.device).scatter_add_(0, index, real.double())
 
-    def add(self, counts: Tensor, takers: float) -> None:
+    def add(self, counts: Tensor, num_candidates: float) -> None:
         """One step's bins and text tokens."""
         kept = 1 - 1 / self.memory
         self.weights = self.weights * kept + counts
-        self.takers = self.takers * kept + takers
+        self.num_candidates = self.num_candidates * kept + num_candidates
 
     def tau(self) -> float:
         """The threshold; -1 if even all candidates are fewer than wanted."""
-        wanted = self.fraction * self.takers
+        wanted = self.fraction * self.num_candidates
         reached = self.weights.flip(0).cumsum(0)
         place = int(torch.searchsorted(reached, torch.tensor(wanted, dtype=torch.float64)))
         if place >= _BINS:
@@ -61,23 +61,23 @@ class RunningQuantile:
 
     def state(self) -> dict[str, Any]:
         filled = self.weights.nonzero()[:, 0].tolist()
-        return {"bins": {str(index): float(self.weights[index]) for index in filled}, "takers": self.takers}
+        return {"bins": {str(index): float(self.weights[index]) for index in filled}, "takers": self.num_candidates}
 
     def restore(self, state: dict[str, Any]) -> None:
         self.weights = torch.zeros(_BINS, dtype=torch.float64)
         for index, weight in state["bins"].items():
             self.weights[int(index)] = weight
-        self.takers = state["takers"]
+        self.num_candidates = state["takers"]
 
 
 class TauKeeper(TrainerCallback):
-    """Sets tau for a wanted fraction: at the start of training, and with `keep` for as long as it lasts.
+    """Sets tau for a wanted fraction: at the start of training, and with `hold` for as long as it lasts.
 
     All processes of a run come to the same tau: they measure different samples and put their scores together.
 
     Args:
         fraction: Wanted anchors per text token that takes part.
-        keep: None measures once; "epoch" anew before every epoch; "quantile" lets tau follow the scores of the latest
+        hold: None measures once; "epoch" anew before every epoch; "quantile" lets tau follow the scores of the latest
             optimiser steps.
         measure: The scores of a model, the same samples every time.
         say: Takes the lines for the user.
@@ -86,11 +86,11 @@ class TauKeeper(TrainerCallback):
     def __init__(
         self,
         fraction: float,
-        keep: str | None,
+        hold: str | None,
         measure: Callable[[nn.Module], Scores],
         say: Callable[[str], None],
     ):
-        self.fraction, self.keep, self.measure, self.say = fraction, keep, measure, say
+        self.fraction, self.hold, self.measure, self.say = fraction, hold, measure, say
         self.quantile = RunningQuantile(fraction)
         self.epoch = -1  # the last that was measured for
         self._tau: float | None = None
@@ -98,9 +98,9 @@ class TauKeeper(TrainerCallback):
 
     def observe(self, plan: AnchorPlan, anchor_mask: Tensor) -> None:
         """Note the scores of one forward pass of training."""
-        if self.keep == "quantile":
-            takers = taking_part(plan, anchor_mask).double()[None]
-            seen = torch.cat([RunningQuantile.bins(plan.score), takers])
+        if self.hold == "quantile":
+            num_candidates = taking_part(plan, anchor_mask).double()[None]
+            seen = torch.cat([RunningQuantile.bins(plan.score), num_candidates])
             self._seen = seen if self._seen is None else self._seen + seen
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
@@ -108,17 +108,17 @@ class TauKeeper(TrainerCallback):
             set_tau(model, self._tau)
             return
         scores = self._calibrate(model, 0)
-        if self.keep == "quantile":
+        if self.hold == "quantile":
             every = torch.cat(scores.of_sample)
-            self.quantile.add(RunningQuantile.bins(every).cpu(), scores.takers)
+            self.quantile.add(RunningQuantile.bins(every).cpu(), scores.num_candidates)
 
     def on_epoch_begin(self, args, state, control, model=None, **kwargs):
         epoch = int(state.epoch or 0)
-        if self.keep == "epoch" and epoch > self.epoch:
+        if self.hold == "epoch" and epoch > self.epoch:
             self._calibrate(model, epoch)
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
-        if self.keep != "quantile":
+        if self.hold != "quantile":
             return
         seen = torch.zeros(_BINS + 1, dtype=torch.float64) if self._seen is None else self._seen
         seen, self._seen = distributed.add_up(seen), None
@@ -130,7 +130,7 @@ class TauKeeper(TrainerCallback):
         scores = self.measure(model)
         self._tau, self.epoch = scores.threshold(self.fraction), epoch
         set_tau(model, self._tau)
-        when = f"epoch {epoch + 1}: " if self.keep == "epoch" else ""
+        when = f"epoch {epoch + 1}: " if self.hold == "epoch" else ""
         attached: Any = base_of(model)
         inserted = scores.fraction(self._tau, attached.attanchor_config.max_anchors)
         self.say(

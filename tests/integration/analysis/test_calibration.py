@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 
 import pytest
 import torch
+import training_toy
 from PIL import Image
 
 from attanchor_lab.scenes import dataset as scenes
@@ -32,15 +34,9 @@ def world(tmp_path_factory):
     return folder
 
 
-def settings(world, output, **more):
-    defaults = {"data": world / "train.json", "val_data": world / "val.json", "images": world / "images"}
-    defaults |= {"max_steps": 6, "eval_steps": 3, "calibration_samples": 32}
-    defaults |= {"batch_size": 8, "lr": 5e-3, "lora_dropout": 0.1}
-    return TrainConfig.from_preset("small-llava", model=str(small_llava.SHIPPED), output=output, **{**defaults, **more})
-
-
-def run(*args, **kwargs):
-    return train.run(settings(*args, **kwargs), say=lambda line: None, progress=False)
+OPTIONS = {"calibration_samples": 32, "batch_size": 8}
+settings = functools.partial(training_toy.settings, **OPTIONS)
+run = functools.partial(training_toy.run, **OPTIONS)
 
 
 def steps(result, key):
@@ -50,8 +46,8 @@ def steps(result, key):
 # --- Measuring. ------------------------------------------------------------------------------------------------------
 
 
-def scores(*rows, takers=None):
-    return Scores(tuple(torch.tensor(row) for row in rows), takers or sum(map(len, rows)))
+def scores(*rows, num_candidates=None):
+    return Scores(tuple(torch.tensor(row) for row in rows), num_candidates or sum(map(len, rows)))
 
 
 @pytest.mark.parametrize(
@@ -69,7 +65,7 @@ def test_the_threshold_never_reaches_one():
 
 
 def test_a_budget_bounds_every_sample():
-    found = scores([0.9, 0.8, 0.7, 0.1], [0.9, 0.1, 0.0], takers=20)
+    found = scores([0.9, 0.8, 0.7, 0.1], [0.9, 0.1, 0.0], num_candidates=20)
     assert found.inserted(0.5).tolist() == [3, 1]
     assert found.inserted(0.5, max_anchors=2).tolist() == [2, 1]
     assert found.fraction(0.5, max_anchors=2) == pytest.approx(3 / 20)
@@ -95,8 +91,8 @@ def test_a_model_with_the_measured_tau_inserts_the_fraction(world, direction, fr
         batch = collate(some)
         model(**batch)
     inserted = int(model.attanchor_plan.is_anchor.sum())
-    assert inserted == round(fraction * found.takers) == int(found.inserted(model.attanchor_config.tau).sum())
-    assert found.takers == int(batch["anchor_mask"].sum())
+    assert inserted == round(fraction * found.num_candidates) == int(found.inserted(model.attanchor_config.tau).sum())
+    assert found.num_candidates == int(batch["anchor_mask"].sum())
 
 
 def test_rows_of_text_alone_cannot_be_measured():
@@ -303,7 +299,7 @@ def test_calibrate_prints_draws_and_stores(world, tmp_path, capsys):
 
 
 def test_quantiles_of_more_scores_than_torch_takes():
-    found = Scores((torch.zeros(2**24), torch.ones(1)), takers=2**24)
+    found = Scores((torch.zeros(2**24), torch.ones(1)), num_candidates=2**24)
     assert set(calibration.summary(found, 0.5, wanted=0.1, max_anchors=None)["quantiles"].values()) == {0.0}
 
 

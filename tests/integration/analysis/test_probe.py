@@ -34,14 +34,6 @@ from attanchor_vlm.data.rows import Sample, read_rows, samples
 from attanchor_vlm.model import load as loading
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread_for_fixtures():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """Scenes on disk, the shipped model, and questions about different scenes."""

@@ -8,6 +8,7 @@ import pytest
 import torch
 from chats import KINDS, processor_of, user
 from tiny import byte_level_tokenizer, metaspace_tokenizer, picture, tiny_llava
+from training_toy import save_random_model
 
 from attanchor_lab.scenes import dataset as scenes
 from attanchor_lab.small_llava import model as small_llava
@@ -161,10 +162,7 @@ def test_from_ids_alone_the_tokens_must_be_known():
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
-    torch.manual_seed(0)
-    processor = small_llava.build_processor()
-    small_llava.build_model(processor).save_pretrained(folder / "model")
-    processor.save_pretrained(folder / "model")
+    save_random_model(folder / "model")
     scenes.write_dataset(folder, "train", 4, seed=0)
     return folder
 
@@ -249,11 +247,11 @@ def test_calibration_counts_the_tokens_that_take_part(world):
     model = small_llava.build_model(processor)
     image = next((world / "images").iterdir())
     sample = Sample(0, (("user", "<image>\nwhere is the red ring ?"), ("assistant", "left")), (image,))
-    takers = []
+    num_candidates = []
     for words in (False, True):
         config = AttAnchorConfig(tau=1.0, content_words=words)
-        takers.append(len(threshold_for_share(model, processor, [sample], 0.5, config)[1]))
-    assert takers[0] > takers[1] == 2  # red, ring
+        num_candidates.append(len(threshold_for_share(model, processor, [sample], 0.5, config)[1]))
+    assert num_candidates[0] > num_candidates[1] == 2  # red, ring
 
 
 def test_words_of_scripts_whose_letters_carry_marks_stay_whole():

@@ -14,6 +14,7 @@ import pytest
 import torch
 import typer
 from PIL import Image
+from training_toy import save_random_model
 from transformers import Gemma3Config, LlamaConfig, LlavaConfig, Qwen2_5_VLConfig
 
 import attanchor_vlm
@@ -32,10 +33,7 @@ from attanchor_vlm.training.config import PRESETS, TrainConfig
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
-    torch.manual_seed(0)
-    processor = small_llava.build_processor()
-    small_llava.build_model(processor).save_pretrained(folder / "model")
-    processor.save_pretrained(folder / "model")
+    save_random_model(folder / "model")
     scenes.write_dataset(folder, "train", 8, seed=0)
     return folder
 

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+import training_toy
 from PIL import Image
 
 from attanchor_lab.scenes import dataset as scenes
@@ -18,7 +19,6 @@ from attanchor_vlm.data import stream
 from attanchor_vlm.errors import DataError, SetupError
 from attanchor_vlm.training import checkpoints
 from attanchor_vlm.training import run as train
-from attanchor_vlm.training.config import TrainConfig
 
 
 @pytest.fixture(scope="module")
@@ -223,9 +223,8 @@ def test_what_cannot_be_streamed_is_said(world, tmp_path, monkeypatch):
 
 
 def settings(world, output, **more):
-    defaults = {"data": world / "shards", "images": world / "images", "max_steps": 6, "eval_steps": 3, "stream": True}
-    defaults |= {"batch_size": 4, "lr": 5e-3, "lora_dropout": 0.1, "tau": 0.3}
-    return TrainConfig.from_preset("small-llava", model=str(small_llava.SHIPPED), output=output, **{**defaults, **more})
+    of_stream = {"data": world / "shards", "val_data": None, "stream": True, "tau": 0.3}
+    return training_toy.settings(world, output, **{**of_stream, **more})
 
 
 def run(*args, **kwargs):

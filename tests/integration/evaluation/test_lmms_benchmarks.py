@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from lmms_toy import existence, make_world
+from lmms_toy import existence
 from PIL import Image
 
 from attanchor_vlm import cli
@@ -17,17 +17,6 @@ from attanchor_vlm.model.load import load
 from attanchor_vlm.training import run as train
 
 ROOT = Path(__file__).parents[3]
-
-
-@pytest.fixture
-def lmms_eval(tmp_path, monkeypatch):
-    monkeypatch.setenv("LMMS_EVAL_DATASETS_CACHE", str(tmp_path / "cache"))
-    return pytest.importorskip("lmms_eval.evaluator")
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return make_world(tmp_path_factory.mktemp("world"))
 
 
 def vqa_answers(**counts):

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from lmms_toy import existence, make_world
+from lmms_toy import existence
 from PIL import Image
 
 from attanchor_vlm.evaluation import lmms_plugin
@@ -79,17 +79,6 @@ def test_the_package_registers_the_model():
 
 
 # --- The model, through lmms-eval itself. ----------------------------------------------------------------------------
-
-
-@pytest.fixture
-def lmms_eval(tmp_path, monkeypatch):
-    monkeypatch.setenv("LMMS_EVAL_DATASETS_CACHE", str(tmp_path / "cache"))
-    return pytest.importorskip("lmms_eval.evaluator")
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return make_world(tmp_path_factory.mktemp("world"))
 
 
 TASK = """

@@ -149,10 +149,7 @@ def finished(tmp_path_factory):
     output = tmp_path_factory.mktemp("demo") / "out"
     size = demo.Size(train_images=20, val_images=4, test_images=8, steps=4, batch_size=8)
     said: list[str] = []
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     results = demo.run(output, size=size, say=said.append, progress=False)
-    torch.set_num_threads(threads)
     return output, size, results, said
 
 

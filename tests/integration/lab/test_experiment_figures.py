@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from experiment_toy import make_world
 from PIL import Image
 
 from attanchor_lab import figures, table
@@ -12,12 +11,6 @@ from attanchor_lab.paper import degrade as variants
 from attanchor_lab.paper import values as metrics
 from attanchor_vlm.data.rows import read_rows
 from attanchor_vlm.errors import SetupError
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return make_world(tmp_path_factory.mktemp("world"))
-
 
 # --- The paper's figures. --------------------------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 
 import pytest
-from experiment_toy import make_world, quietly, study
+from experiment_toy import quietly, study
 
 from attanchor_lab import figures, table
 from attanchor_lab.paper import arms, studies
@@ -19,11 +19,6 @@ from attanchor_vlm.errors import DataError, SetupError
 from attanchor_vlm.evaluation import answers
 from attanchor_vlm.evaluation import run as evaluation
 from attanchor_vlm.training import run as train
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return make_world(tmp_path_factory.mktemp("world"))
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import json
 import shutil
 
 import pytest
-from experiment_toy import make_world, quietly, same, study
+from experiment_toy import quietly, same, study
 
 from attanchor_lab.paper import arms, studies
 from attanchor_lab.paper.arms import find
@@ -21,12 +21,6 @@ from attanchor_vlm.model.adapter_files import load_settings
 from attanchor_vlm.model.load import load
 from attanchor_vlm.training import run as train
 from attanchor_vlm.training.config import Method
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return make_world(tmp_path_factory.mktemp("world"))
-
 
 # --- Rows. -----------------------------------------------------------------------------------------------------------
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from test_leaks import two_turns
 from tiny import CHATML, byte_level_tokenizer, difference, llava_processor, prompts, tiny_llava, with_labels
+from training_toy import save_random_model
 
 from attanchor_lab.scenes import dataset as scenes
-from attanchor_lab.small_llava import model as small_llava
 from attanchor_vlm import AttAnchorConfig, attach, cli, load_settings, prepare_inputs
 from attanchor_vlm.model.pauses import with_pauses
 
@@ -203,10 +203,7 @@ def test_options_that_make_no_sense_are_refused_before_anything_is_read(options,
 
 
 def test_think_mode_by_the_command_line(tmp_path, capsys):
-    torch.manual_seed(0)
-    processor = small_llava.build_processor()
-    for part in (small_llava.build_model(processor), processor):
-        part.save_pretrained(tmp_path / "model")
+    processor = save_random_model(tmp_path / "model")
     scenes.write_dataset(tmp_path, "train", 4, seed=0)
     options = {
         "--model": tmp_path / "model",

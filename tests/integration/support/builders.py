@@ -13,6 +13,7 @@ from collections.abc import Callable
 import tiny_families
 import torch
 import transformers
+from tiny import pad
 from tiny_families import BOS, END, IMAGE, PAD, PATCH, QWEN_PATCH, SIDE, START, VOCABULARY
 from torch import Tensor
 
@@ -87,9 +88,9 @@ class Family:
             masks.append(mask)
         length = max(map(len, rows))
         batch = self._batch(
-            [_pad(row, PAD, length, side) for row in rows],
-            [_pad([1] * len(row), 0, length, side) for row in rows],
-            [_pad(mask, False, length, side) for mask in masks],
+            [pad(row, PAD, length, side) for row in rows],
+            [pad([1] * len(row), 0, length, side) for row in rows],
+            [pad(mask, False, length, side) for mask in masks],
             pictures,
         )
         alone = [
@@ -126,11 +127,6 @@ class Family:
             if name in batch:
                 batch[name] = torch.cat([batch[name], values], 1)
         return batch
-
-
-def plain(batch: Image) -> Image:
-    """The batch as a model without anchors takes it."""
-    return {name: value for name, value in batch.items() if name != "anchor_mask"}
 
 
 def features(model: transformers.PreTrainedModel, batch: Image) -> Tensor:
@@ -170,11 +166,6 @@ def _any_model(family: Family) -> transformers.PreTrainedModel:
 
 def _words(count: int, generator: torch.Generator) -> list[int]:
     return torch.randint(FIRST_WORD, VOCABULARY, (count,), generator=generator).tolist()
-
-
-def _pad(values: list, value: object, length: int, side: str) -> list:
-    filler = [value] * (length - len(values))
-    return filler + values if side == "left" else values + filler
 
 
 # --- Images. ---------------------------------------------------------------------------------------------------------

@@ -1,22 +1,10 @@
-"""A small stand-in with rendered scenes, and experiments of one training step on it."""
+"""Experiments of one training step on a small stand-in."""
 
 from __future__ import annotations
 
-import shutil
-
 from attanchor_lab.paper.study import Study, TrainRows
-from attanchor_lab.scenes import dataset as scenes
-from attanchor_lab.small_llava import model as small_llava
 from attanchor_vlm.evaluation.config import EvalConfig
 from attanchor_vlm.training.config import Method
-
-
-def make_world(folder):
-    """The folder with a model, 8 scenes to train on and 2 to test on."""
-    shutil.copytree(small_llava.SHIPPED, folder / "model")
-    scenes.write_dataset(folder, "train", 8, seed=0)
-    scenes.write_dataset(folder, "test", 2, seed=1)
-    return folder
 
 
 def study(world, output, trains=True, seeds=(0,), **plan):

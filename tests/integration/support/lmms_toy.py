@@ -1,19 +1,8 @@
-"""A small model with rendered scenes, and their yes-or-no questions."""
+"""The yes-or-no questions of rendered scenes."""
 
 from __future__ import annotations
 
 import json
-import shutil
-
-from attanchor_lab.scenes import dataset as scenes
-from attanchor_lab.small_llava import model as small_llava
-
-
-def make_world(folder):
-    """The folder with the shipped model and 4 scenes of two questions to test on."""
-    shutil.copytree(small_llava.SHIPPED, folder / "model")
-    scenes.write_dataset(folder, "test", 4, seed=1, each=2)
-    return folder
 
 
 def existence(world):

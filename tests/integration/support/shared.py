@@ -49,16 +49,6 @@ def attached(family: Family, route: str | None = None, direction: str = "text_in
     return attach(family.model(), AttAnchorConfig(tau=tau, route=route, direction=direction, **settings))
 
 
-def own_logits(model, logits: Tensor) -> Tensor:
-    """The logits at the caller's own tokens, in order, of all samples in one (tokens, V)."""
-    plan = model.attanchor_plan
-    return logits[(plan.source >= 0) & ~plan.is_anchor]
-
-
-def difference(a: Tensor, b: Tensor) -> float:
-    return float((a - b).detach().abs().max())
-
-
 @torch.no_grad()
 def greedy_by_forward(family: Family, model, batch: dict) -> tuple[Tensor, Tensor]:
     """New tokens (B, NEW) and their logits (B, NEW, V), every one from a forward of the whole sequence."""

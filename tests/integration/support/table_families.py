@@ -4,27 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
+import tiny_families
 import torch
 from builders import TILES, Family, Image, grid, square, tiled
-from tiny_families import BOS, END, EOS, IMAGE, PAD, PATCH, PINPOINTS, QWEN_PATCH, SIDE, START, VIDEO, VOCABULARY
+from tiny_families import END, IMAGE, PATCH, PINPOINTS, QWEN_PATCH, SIDE, START, VIDEO, VOCABULARY
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 # By the name of a field, wherever it stands in a language model's configuration or a vision tower's.
 TEXT: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
+    **tiny_families.TEXT,
     "vocab_size_per_layer_input": VOCABULARY,
-    "hidden_size": 32,
     "hidden_size_per_layer_input": 8,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 1024,
-    "pad_token_id": PAD,
-    "bos_token_id": BOS,
-    "eos_token_id": EOS,
-    "tie_word_embeddings": False,
     "n_routed_experts": 4,
     "num_experts": 4,
     "num_local_experts": 4,

@@ -88,18 +88,19 @@ def prompts(images: list[int], side: str = "right", seed: int = 0, words: int = 
         masks.append(mask)
     length = max(map(len, rows))
 
-    def pad(values: list, value) -> list:
-        filler = [value] * (length - len(values))
-        return filler + values if side == "left" else values + filler
-
     batch = {
-        "input_ids": torch.tensor([pad(row, PAD) for row in rows]),
-        "attention_mask": torch.tensor([pad([1] * len(row), 0) for row in rows]),
-        "anchor_mask": torch.tensor([pad(mask, False) for mask in masks]),
+        "input_ids": torch.tensor([pad(row, PAD, length, side) for row in rows]),
+        "attention_mask": torch.tensor([pad([1] * len(row), 0, length, side) for row in rows]),
+        "anchor_mask": torch.tensor([pad(mask, False, length, side) for mask in masks]),
     }
     if sum(images):
         batch["pixel_values"] = torch.randn(sum(images), 3, SIDE, SIDE, generator=generator)
     return batch
+
+
+def pad(values: list, value: object, length: int, side: str) -> list:
+    filler = [value] * (length - len(values))
+    return filler + values if side == "left" else values + filler
 
 
 def _words(count: int, generator: torch.Generator) -> list[int]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import torch
-from builders import BY_NAME, _pad, _rows_of, _words
+from builders import BY_NAME, _rows_of, _words
+from tiny import pad
 from tiny_families import BOS, END, IMAGE, PAD, QWEN_PATCH, SIDE, START, VIDEO
 from torch import Tensor
 
@@ -37,11 +38,11 @@ def prompts(family, media: list[str], side: str = "right", seed: int = 0) -> tup
     length = max(map(len, rows))
 
     def batch_of(numbers: list[int], padded: int) -> dict[str, Tensor]:
-        ids = torch.tensor([_pad(rows[n], PAD, padded, side) for n in numbers])
+        ids = torch.tensor([pad(rows[n], PAD, padded, side) for n in numbers])
         batch = {
             "input_ids": ids,
-            "attention_mask": torch.tensor([_pad([1] * len(rows[n]), 0, padded, side) for n in numbers]),
-            "anchor_mask": torch.tensor([_pad(masks[n], False, padded, side) for n in numbers]),
+            "attention_mask": torch.tensor([pad([1] * len(rows[n]), 0, padded, side) for n in numbers]),
+            "anchor_mask": torch.tensor([pad(masks[n], False, padded, side) for n in numbers]),
         }
         everything = [picture for n in numbers for picture in tensors[n]]
         for key in ("pixel_values", "pixel_values_videos"):

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from alignment_toy import WORDS, make_clip, sample
+from alignment_toy import WORDS, sample
 from PIL import Image
 from tiny import VICUNA, byte_level_tokenizer, llava_processor, metaspace_tokenizer, tiny_llava
 from transformers import CLIPModel, CLIPProcessor
@@ -29,12 +29,6 @@ from attanchor_vlm.training.alignment import (
     read_word_list,
     two_way_contrast,
 )
-
-
-@pytest.fixture(scope="module")
-def clip_folder(tmp_path_factory):
-    return make_clip(tmp_path_factory.mktemp("clip"))
-
 
 # --- The loss. -------------------------------------------------------------------------------------------------------
 

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from alignment_toy import make_clip, sample
+from alignment_toy import sample
+from training_toy import lines
 
 from attanchor_lab.scenes import dataset as scenes
 from attanchor_lab.small_llava import model as small_llava
@@ -36,11 +37,6 @@ from attanchor_vlm.training.alignment import (
 )
 from attanchor_vlm.training.config import TrainConfig
 from attanchor_vlm.training.lora import add_lora
-
-
-@pytest.fixture(scope="module")
-def clip_folder(tmp_path_factory):
-    return make_clip(tmp_path_factory.mktemp("clip"))
 
 
 def write_captions(folder, name: str, count: int, seed: int) -> None:
@@ -81,12 +77,7 @@ def settings(world, output, **more):
 
 
 def run(*args, **kwargs):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        return train.run(settings(*args, **kwargs), say=lambda line: None, progress=False)
-    finally:
-        torch.set_num_threads(threads)
+    return train.run(settings(*args, **kwargs), say=lambda line: None, progress=False)
 
 
 def logged(result, key):
@@ -119,11 +110,7 @@ def test_a_short_alignment_moves_the_probe_from_one_verdict_to_the_other(tmp_pat
     assert after["shuffled"]["effect"] > 2 * before["shuffled"]["effect"] + 0.1
     assert after["kinds"]["content"]["mean"] > 1.5 * before["kinds"]["content"]["mean"]
     assert after["content_at_tau"] > before["content_at_tau"]
-    losses = [
-        line["align_loss"]
-        for line in map(json.loads, (tmp_path / "runs/aligned/log.jsonl").read_text().splitlines())
-        if "align_loss" in line
-    ]
+    losses = [line["align_loss"] for line in lines(tmp_path / "runs" / "aligned") if "align_loss" in line]
     assert len(losses) == 40
     assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
     # The page's table says what comes out.
@@ -284,7 +271,7 @@ def test_the_command_takes_the_options(world, tmp_path, capsys):
     assert cli.main([str(a) for a in [*arguments, "--align-labels", world / "captions.json"]]) == 0
     stored = json.loads((tmp_path / "run" / "run.json").read_text())["settings"]
     assert (stored["align_weight"], stored["align_labels"]) == (0.5, str(world / "captions.json"))
-    assert any("align_loss" in line for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines())
+    assert any("align_loss" in line for line in lines(tmp_path / "run"))
     capsys.readouterr()
     assert cli.main([str(a) for a in [*arguments[:-2], "--align-clip", "clip"]]) == 1
     assert "there is no align_weight" in capsys.readouterr().err
@@ -304,10 +291,7 @@ def test_two_processes_are_one_that_accumulates(world, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert cli.main([*words, "--output", str(tmp_path / "one"), "--accumulation", "2"]) == 0
-    two, one = (
-        [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
-        for name in ("two", "one")
-    )
+    two, one = lines(tmp_path / "two"), lines(tmp_path / "one")
     steps = [line for line in one if "loss" in line]
     assert len(steps) == 2
     for expected, line in zip(steps, two, strict=False):

@@ -12,6 +12,7 @@ from pathlib import Path
 import forked
 import pytest
 import torch
+from training_toy import lines
 
 from attanchor_lab.scenes import dataset as scenes
 from attanchor_lab.small_llava import model as small_llava
@@ -107,10 +108,6 @@ def _shard_on_cpu() -> None:
 
     state.AcceleratorState.__init__ = init
     distributed.can_shard = lambda: True
-
-
-def lines(output):
-    return [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
 
 
 def figures(log):

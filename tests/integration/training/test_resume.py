@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import json
 import os
 import resource
@@ -14,6 +15,7 @@ from pathlib import Path
 import forked
 import pytest
 import torch
+import training_toy
 
 from attanchor_lab.scenes import dataset as scenes
 from attanchor_lab.small_llava import model as small_llava
@@ -34,30 +36,15 @@ def world(tmp_path_factory):
     return folder
 
 
-def settings(world, output, **more):
-    defaults = {"data": world / "train.json", "val_data": world / "val.json", "max_steps": 6, "eval_steps": 3}
-    defaults |= {"batch_size": 4, "lr": 5e-3, "lora_dropout": 0.1, "tau": 0.3}
-    return TrainConfig.from_preset(
-        "small-llava",
-        model=str(small_llava.SHIPPED),
-        images=world / "images",
-        output=output,
-        **{**defaults, **more},
-    )
-
-
-def run(*args, **kwargs):
-    return train.run(settings(*args, **kwargs), say=lambda line: None, progress=False)
+settings = functools.partial(training_toy.settings, tau=0.3)
+run = functools.partial(training_toy.run, tau=0.3)
 
 
 @pytest.fixture(scope="module")
 def stopped(world, tmp_path_factory):
     """A run that has made three of six steps, with checkpoints of the second and the third."""
     output = tmp_path_factory.mktemp("stopped") / "run"
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     run(world, output, max_steps=3, save_steps=2)
-    torch.set_num_threads(threads)
     return output
 
 
@@ -69,7 +56,7 @@ def output(stopped, tmp_path):
 def losses(result_or_folder):
     lines = getattr(result_or_folder, "log", None)
     if lines is None:
-        lines = [json.loads(line) for line in (result_or_folder / "log.jsonl").read_text().splitlines()]
+        lines = training_toy.lines(result_or_folder)
     return [(line["step"], key, line[key]) for line in lines for key in ("loss", "eval_loss", "tau") if key in line]
 
 
@@ -281,7 +268,7 @@ def test_a_full_disk_leaves_no_half_log_line(world, tmp_path, monkeypatch):
     monkeypatch.setattr(callbacks.LogFile, "on_log", full)
     with pytest.raises(CheckpointError, match=r"training stopped: File too large; checkpoint-3 is whole"):
         run(world, tmp_path / "run")
-    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    lines = training_toy.lines(tmp_path / "run")
     assert lines[-1]["step"] == 4
 
 

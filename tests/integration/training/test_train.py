@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import signal
 
 import pytest
 import torch
+import training_toy
+from training_toy import lines, save_random_model
 
 from attanchor_lab.scenes import dataset as scenes
-from attanchor_lab.small_llava import model as small_llava
 from attanchor_vlm import AttAnchorConfig, attach, load_adapter, load_settings
 from attanchor_vlm.data.batches import Collator
 from attanchor_vlm.data.rows import read_rows, samples
@@ -19,7 +21,7 @@ from attanchor_vlm.model.attach import anchor_counts, base_of
 from attanchor_vlm.training import callbacks, checkpoints
 from attanchor_vlm.training import run as train
 from attanchor_vlm.training import trainer as trainer_module
-from attanchor_vlm.training.config import SCHEDULERS, Method, TrainConfig
+from attanchor_vlm.training.config import SCHEDULERS, Method
 from attanchor_vlm.training.lora import add_lora, choose_optimizer
 
 
@@ -27,47 +29,22 @@ from attanchor_vlm.training.lora import add_lora, choose_optimizer
 def world(tmp_path_factory):
     """A small model with random weights, and a few scenes on disk."""
     folder = tmp_path_factory.mktemp("world")
-    torch.manual_seed(0)
-    processor = small_llava.build_processor()
-    small_llava.build_model(processor).save_pretrained(folder / "model")
-    processor.save_pretrained(folder / "model")
-    scenes.write_dataset(folder / "data", "train", 12, seed=3)
-    scenes.write_dataset(folder / "data", "val", 3, seed=1)
+    save_random_model(folder / "model")
+    scenes.write_dataset(folder, "train", 12, seed=3)
+    scenes.write_dataset(folder, "val", 3, seed=1)
     return folder
 
 
-def settings(world, output, tau=-1.0, **more):
-    defaults = {
-        "batch_size": 4,
-        "lr": 5e-3,
-        "lora_dropout": 0.1,
-        "model": str(world / "model"),
-        "data": world / "data" / "train.json",
-        "images": world / "data" / "images",
-        "val_data": world / "data" / "val.json",
-        "max_steps": 6,
-        "eval_steps": 3,
-        "eval_batch_size": 16,
-    }
-    return TrainConfig.from_preset("small-llava", output=output, tau=tau, **{**defaults, **more})
-
-
-def run(*args, **kwargs):
-    return train.run(settings(*args, **kwargs), say=lambda line: None, progress=False)
-
-
-def lines(output):
-    return [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+OPTIONS = {"tau": -1.0, "eval_batch_size": 16}
+settings = functools.partial(training_toy.settings, **OPTIONS)
+run = functools.partial(training_toy.run, **OPTIONS)
 
 
 @pytest.fixture(scope="module")
 def trained(world, tmp_path_factory):
     """One run that several tests look at: text into image, every token inserted."""
     output = tmp_path_factory.mktemp("trained") / "run"
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     result = run(world, output, max_steps=12, eval_steps=4)
-    torch.set_num_threads(threads)
     return result
 
 
@@ -148,7 +125,7 @@ def test_the_adapter_comes_back_with_its_settings(world, trained):
     assert load_settings(trained.output).tau == -1
     fresh, processor = loading.load_pretrained(str(world / "model"))
     loaded = load_adapter(fresh, trained.output).eval()
-    rows, _ = read_rows(world / "data" / "val.json", world / "data" / "images")
+    rows, _ = read_rows(world / "val.json", world / "images")
     batch = Collator(processor, "each")(list(samples(rows[:4], "each")))
     with torch.no_grad():
         expected, actual = trained.model.eval()(**batch), loaded(**batch)
@@ -243,7 +220,7 @@ def test_gradient_checkpointing_changes_nothing_and_spares_the_tower(world, tmp_
 
 
 def test_bad_rows_stop_the_run_or_are_left_out_and_listed(world, tmp_path):
-    rows = json.loads((world / "data" / "train.json").read_text())
+    rows = json.loads((world / "train.json").read_text())
     rows[3]["image"] = "gone.png"
     path = tmp_path / "bad.json"
     path.write_text(json.dumps(rows))
@@ -282,7 +259,7 @@ def test_rows_without_images_cannot_be_trained_with_anchors(world, tmp_path):
 
 
 def test_a_short_run_may_draw_rows_of_text_alone(world, tmp_path):
-    rows = json.loads((world / "data" / "train.json").read_text())[:12]
+    rows = json.loads((world / "train.json").read_text())[:12]
     for row in rows[:-1]:
         del row["image"]
         row["conversations"] = [{"from": "human", "value": "Where?"}, {"from": "gpt", "value": "left"}]

@@ -12,20 +12,9 @@ from pathlib import Path
 import family_pages
 import pytest
 import torch
-from builders import FAMILIES, features, plain
-from shared import (
-    GREEDY,
-    LOGITS,
-    MIXED,
-    attached,
-    both_directions,
-    both_sides,
-    difference,
-    every_family,
-    every_route,
-    own_logits,
-    tau_for,
-)
+from builders import FAMILIES, features
+from shared import GREEDY, LOGITS, MIXED, attached, both_directions, both_sides, every_family, every_route, tau_for
+from tiny import difference, own_logits, plain
 from tiny_families import IMAGE
 from torch.nn import functional as F
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from builders import BY_NAME, plain
-from shared import GREEDY, MIXED, NEW, attached, difference, every_family, every_route
+from builders import BY_NAME
+from shared import GREEDY, MIXED, NEW, attached, every_family, every_route
+from tiny import difference, plain
 from tiny_families import END, EOS, IMAGE
 from transformers import AutoModelForImageTextToText
 

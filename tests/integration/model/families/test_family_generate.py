@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import torch
-from shared import GREEDY, LOGITS, MIXED, NEW, attached, both_directions, difference, every_route, greedy_by_forward
+from shared import GREEDY, LOGITS, MIXED, NEW, attached, both_directions, every_route, greedy_by_forward
+from tiny import difference
 from tiny_families import VOCABULARY
 
 

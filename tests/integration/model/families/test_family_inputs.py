@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from builders import BY_NAME, FAMILIES, features
-from shared import GREEDY, LOGITS, NEW, NEWLINES, attached, both_directions, difference, greedy_by_forward
+from shared import GREEDY, LOGITS, NEW, NEWLINES, attached, both_directions, greedy_by_forward
+from tiny import difference
 from tiny_families import IMAGE, VOCABULARY
 
 # --- Newline rows. ---

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from builders import BY_NAME, FAMILIES, features, plain
+from builders import BY_NAME, FAMILIES, features
 from shared import (
     FLAT,
     GREEDY,
@@ -14,12 +14,12 @@ from shared import (
     NEW,
     attached,
     both_sides,
-    difference,
     every_family,
     every_route,
     greedy_by_forward,
     tau_for,
 )
+from tiny import difference, plain
 from tiny_families import IMAGE
 
 from attanchor_vlm import AttAnchorConfig, attach

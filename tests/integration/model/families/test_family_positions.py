@@ -4,20 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from builders import plain
-from shared import (
-    FLAT,
-    GREEDY,
-    LOGITS,
-    MIXED,
-    MROPE,
-    NEW,
-    attached,
-    both_directions,
-    both_sides,
-    difference,
-    greedy_by_forward,
-)
+from shared import FLAT, GREEDY, LOGITS, MIXED, MROPE, NEW, attached, both_directions, both_sides, greedy_by_forward
+from tiny import difference, plain
 from tiny_families import IMAGE
 
 

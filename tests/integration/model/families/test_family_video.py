@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 import videos
-from builders import plain
 from PIL import Image
-from shared import GREEDY, LOGITS, NEW, both_directions, both_sides, difference, own_logits
+from shared import GREEDY, LOGITS, NEW, both_directions, both_sides
+from tiny import difference, own_logits, plain
 from tiny_families import IMAGE, PAD, START, VIDEO
 from torch.nn import functional as F
 

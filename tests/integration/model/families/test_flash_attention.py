@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from builders import FAMILIES, plain
-from shared import GREEDY, MIXED, NEW, attached, both_sides, difference
+from builders import FAMILIES
+from shared import GREEDY, MIXED, NEW, attached, both_sides
+from tiny import difference, plain
 from transformers.utils import is_flash_attn_2_available
 
 FLASH = "flash_attention_2"

@@ -12,8 +12,9 @@ import checkpoints
 import pytest
 import torch
 import transformers
-from builders import features, plain
+from builders import features
 from checkpoints import picture
+from tiny import plain
 from transformers.utils import is_torchvision_available
 
 from attanchor_lab.scenes import dataset as scenes

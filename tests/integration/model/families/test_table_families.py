@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from builders import Family, features, plain
-from shared import difference, own_logits
+from builders import Family, features
 from table_families import TABLE
+from tiny import difference, own_logits, plain
 from torch import Tensor
 
 from attanchor_vlm import AnchorPlan, AttAnchorConfig, attach

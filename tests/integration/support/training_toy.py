@@ -1,0 +1,38 @@
+"""Short training runs of the small LLaVA, on scenes that a test's `world` holds."""
+
+from __future__ import annotations
+
+import json
+
+import torch
+
+from attanchor_lab.small_llava import model as small_llava
+from attanchor_vlm.training import run as train
+from attanchor_vlm.training.config import TrainConfig
+
+
+def save_random_model(folder):
+    """Save a small model with random weights, and its processor, which is returned."""
+    torch.manual_seed(0)
+    processor = small_llava.build_processor()
+    small_llava.build_model(processor).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return processor
+
+
+def settings(world, output, **more):
+    """Six steps of the model in the world, or else of the shipped one, unless told otherwise."""
+    model = world / "model" if (world / "model").exists() else small_llava.SHIPPED
+    defaults = {"model": str(model), "batch_size": 4, "lr": 5e-3, "lora_dropout": 0.1}
+    defaults |= {"data": world / "train.json", "val_data": world / "val.json", "images": world / "images"}
+    defaults |= {"max_steps": 6, "eval_steps": 3}
+    return TrainConfig.from_preset("small-llava", output=output, **{**defaults, **more})
+
+
+def run(world, output, **more):
+    return train.run(settings(world, output, **more), say=lambda line: None, progress=False)
+
+
+def lines(output):
+    """What a run has logged."""
+    return [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
