@@ -126,14 +126,17 @@ AutoModel.register(EfficientNetLiteConfig, EfficientNetLite, exist_ok=True)
 
 @torch.no_grad()
 def class_words(names: Sequence[str], tokenizer: Any, embeddings: Tensor) -> Tensor:
-    """(classes, D): the mean of each name's token embeddings (V, D), less the part along the vocabulary's mean.
+    """(classes, D): of each name's last word ("Granny Smith apple") the mean of its token embeddings (V, D), less the
+    part along the vocabulary's mean, twice as long.
 
-    All embeddings share that part: with it a patch would be like every word, and cosines would tell little.
+    All embeddings share that part: with it a patch would be like every word, and cosines would tell little. A patch
+    that the classifier is not sure of gets a mean of words, which is short: doubled, it is about as long as a word.
     """
-    ids = [tokenizer(f" {name.lower()}", add_special_tokens=False).input_ids for name in names]
+    last = [name.lower().partition(" (")[0].split()[-1] for name in names]
+    ids = [tokenizer(f" {word}", add_special_tokens=False).input_ids for word in last]
     words = torch.stack([embeddings[one].mean(0) for one in ids])
     shared = F.normalize(embeddings.mean(0), dim=0)
-    return words - embeddings.mean(0) - ((words - embeddings.mean(0)) @ shared)[:, None] * shared
+    return 2 * (words - (words @ shared)[:, None] * shared)
 
 
 def with_words(tower: EfficientNetLite, classifier: tuple[Tensor, Tensor], words: Tensor) -> EfficientNetLite:
