@@ -21,7 +21,7 @@ from attanchor_lab.photographs.grounding import grounding
 from attanchor_lab.photographs.questions import KINDS
 from attanchor_lab.small_vlm import build, parts
 from attanchor_lab.small_vlm.config import BuildConfig
-from attanchor_lab.small_vlm.experiment import known_stamps
+from attanchor_lab.small_vlm.experiment import is_right, known_stamps
 from attanchor_vlm.data.batches import question, to_model
 from attanchor_vlm.data.rows import Row, load_image, read_rows, samples
 from attanchor_vlm.evaluation.answers import generate_answers
@@ -41,7 +41,7 @@ _ARMS: dict[str, dict[str, Any]] = {
     SHORTER: {"fraction": 0.5, "content_words": True, "keep": 1 / 3},
 }
 _OURS = {"stamps", "data", "unseeing", "stage1", "model", "runs", "results.json", "anchors.png"}
-_CAPTION, _ANSWER = 48, 6  # most tokens
+_ANSWER = 6  # most tokens
 _TITLE = "Words of the question at their patches, in photographs"
 _ASKED = (("chelsea", "Is there a cat in the picture?"), ("coffee", "Is there a cup in the picture?"))
 
@@ -54,11 +54,9 @@ class Size:
     test_scenes: int = 40
     concepts: int | None = 30
     held_out: float = 0.2
-    pictures: int = 150
-    fit_steps: int = 400
     caption_steps: int = 40
     question_steps: int = 12
-    captions: int = 24  # asked for, of each split
+    names: int = 24  # asked for, of each split
     questions: int = 12  # of each kind
 
 
@@ -90,7 +88,7 @@ def run(
     data = output / "data"
     images = data / "images"
     say(f"1. Photographs to {data}")
-    known = known_stamps(folder, parts.class_names(), output / "stamps")
+    known = known_stamps(folder, output / "stamps")
     world = PhotographConfig(
         output=data, seed=seed, scenes=size.scenes, test_scenes=size.test_scenes, concepts=size.concepts,
         held_out=size.held_out, pixels=224, stamps=known,
@@ -100,20 +98,20 @@ def run(
 
     say("2. A language model of 135 M parameters and an image encoder that never met")
     config = BuildConfig(
-        output=output / "model", pixels=224, pictures=size.pictures, fit_steps=size.fit_steps,
+        output=output / "model", pixels=224,
         captions=data / "train-captions.json", images=images, steps=size.caption_steps, seed=seed,
     )  # fmt: skip
     unseeing = dataclasses.replace(config, output=output / "unseeing", captions=None, images=None, steps=None)
     build.make(unseeing, lambda line: say(f"   {line}"))
     dtype = choose_dtype(PRESETS["small-vlm"]["dtype"], lambda line: None)
-    before = _sight(unseeing.output, dtype, data, size.captions)
+    before = _sight(unseeing.output, dtype, data, size.names)
     said = "   {0:.0%} of the things named at their corner ({1:.0%} of kinds held out of training)"
     said += "; {2:.0%} ({3:.0%}) of the words have their best patch in their thing, by chance {4:.0%}"
     say(said.format(*before.values()))
 
     say(f"3. It learns to see: {size.caption_steps} steps of {config.batch_size} captions")
     build.stage1(config, unseeing.output, output, lambda line: say(f"   {line}")).replace(config.output)
-    after = _sight(config.output, dtype, data, size.captions)
+    after = _sight(config.output, dtype, data, size.names)
     say(said.format(*after.values()))
 
     rows, kinds = _questions(data, size.questions)
@@ -172,22 +170,17 @@ def table(arms: dict[str, tuple[Accuracy, float, float]]) -> list[str]:
     return [*markdown_table(heads, lines), "", "Accuracy in %, one seed: the intervals are over questions alone."]
 
 
-def corners(predictions: Sequence[str], references: Sequence[str]) -> float:
-    """How many of the things that captions name ("top left: lion / …") were named at their place."""
-    marks = [part in said.split(" / ") for said, told in zip(predictions, references, strict=True)
-             for part in told.split(" / ")]  # fmt: skip
-    return sum(marks) / len(marks)
-
-
 def _sight(folder: Path, dtype: torch.dtype, data: Path, count: int) -> dict[str, float]:
-    """`corners` of new scenes of known concepts and of held-out ones, then the same of `grounding`, and its chance."""
+    """How many things of new scenes it names, of known concepts and of held-out ones, then the same of `grounding`, and
+    its chance."""
     model, processor = load(str(folder), dtype=dtype, tau=1.0)
     named, found, chance = {}, {}, 0.0
     for split in ("seen", "concepts"):
-        rows, _ = read_rows(data / f"test-caption-{split}.json", data / "images")
+        rows, _ = read_rows(data / f"test-what-{split}.json", data / "images")
         chosen = list(samples(rows[:count], "each"))
-        said = generate_answers(model, processor, chosen, 8, _CAPTION, progress=False)
-        named[f"named {split}"] = corners(said.predictions, said.references)
+        said = generate_answers(model, processor, chosen, 8, _ANSWER, progress=False)
+        right = map(is_right, said.predictions, said.references)
+        named[f"named {split}"] = sum(right) / len(chosen)
         asked = read_photographs(data / f"test-place-{split}.json")[:count]
         matched = grounding(model, processor, asked, data / "images")
         found[f"matched {split}"], chance = matched["hit"], matched["chance"]

@@ -27,10 +27,10 @@ _COLOURED = 0.2  # of the concepts, where they are chosen
 def write_photographs(config: PhotographConfig, say: Callable[[str], None] = print) -> list[Path]:
     """Write rows, their images under `images`, and `world.json`, which names what is held out and what guessing gives.
 
-    Files: train-captions.json and train-questions.json, then test-KIND-SPLIT.json for captions and every kind of
-    question, where SPLIT is one of `SPLITS`. Besides those of LLaVA-Instruct, a row has the keys `kind`, `split`,
-    `negative` (POPE's kind of an absent thing, or null), `asked` (concepts) and `things`: name, colour, place, visible
-    box in pixels and visible share of everything in the image.
+    Files: train-captions.json (talks that ask for every corner's thing, a turn each) and train-questions.json, then
+    test-KIND-SPLIT.json for every kind of question, where SPLIT is one of `SPLITS`. Besides those of LLaVA-Instruct, a
+    row has the keys `kind`, `split`, `negative` (POPE's kind of an absent thing, or null), `asked` (concepts) and
+    `things`: name, colour, place, visible box in pixels and visible share of everything in the image.
 
     Returns:
         The files of rows.
@@ -52,10 +52,11 @@ def write_photographs(config: PhotographConfig, say: Callable[[str], None] = pri
     images.mkdir(parents=True)
     written, chances = [], {}
 
-    def save(name: str, split: str, rows: Sequence[Question], drawn: Sequence[Scene], prefix: str) -> None:
+    def save(name: str, talks: Sequence[list[Question]], drawn: Sequence[Scene], split: str) -> None:
         path = config.output / f"{name}.json"
-        write_json(path, [_row(name, number, one, drawn[one.scene], split, prefix) for number, one in enumerate(rows)])
-        chances[path.name] = {"rows": len(rows), "chance": round(questions.chance(rows), 4)}
+        write_json(path, [_row(f"{name}-{number:06d}", talk, drawn, split) for number, talk in enumerate(talks)])
+        every = [one for talk in talks for one in talk]
+        chances[path.name] = {"rows": len(talks), "chance": round(questions.chance(every), 4)}
         written.append(path)
 
     for number, split in enumerate(("train", *SPLITS)):
@@ -65,16 +66,14 @@ def write_photographs(config: PhotographConfig, say: Callable[[str], None] = pri
         drawn = [drawer.draw() for _ in range(config.scenes if split == "train" else config.test_scenes)]
         for index, scene in enumerate(drawn):
             scene.image.save(images / f"{split}-{index:05d}.jpg", quality=92)
-        captions = questions.captions(drawn, wordings, generator)
         asked = questions.ask(drawn, concepts, wordings, generator)
         if split == "train":
-            save("train-captions", split, captions, drawn, split)
-            save("train-questions", split, asked, drawn, split)
+            save("train-captions", questions.captions(drawn, wordings, generator), drawn, split)
+            save("train-questions", [[one] for one in asked], drawn, split)
         else:
-            save(f"test-caption-{split}", split, captions, drawn, split)
             for kind in KINDS:
-                if own := [one for one in asked if one.kind == kind]:
-                    save(f"test-{kind}-{split}", split, own, drawn, split)
+                if own := [[one] for one in asked if one.kind == kind]:
+                    save(f"test-{kind}-{split}", own, drawn, split)
         say(f"{split}: {len(drawn)} scenes of {len(concepts)} concepts, {len(asked)} questions")
     settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in ("output", "stamps")}
     about = {"settings": settings, "stamps": len(every), "concepts": {"seen": seen, "held_out": held_out},
@@ -118,19 +117,19 @@ def _split_wordings(seed: int) -> tuple[dict[str, list[str]], dict[str, list[str
     return known, new
 
 
-def _row(name: str, number: int, one: Question, scene: Scene, split: str, prefix: str) -> dict[str, Any]:
+def _row(identity: str, talk: Sequence[Question], drawn: Sequence[Scene], split: str) -> dict[str, Any]:
+    first = talk[0]
+    said = [("human", f"<image>\n{first.text}"), ("gpt", first.answer)]
+    said += [turn for one in talk[1:] for turn in (("human", one.text), ("gpt", one.answer))]
     return {
-        "id": f"{name}-{number:06d}",
-        "image": f"{prefix}-{one.scene:05d}.jpg",
-        "kind": one.kind,
+        "id": identity,
+        "image": f"{split}-{first.scene:05d}.jpg",
+        "kind": first.kind,
         "split": split,
-        "negative": one.negative,
-        "asked": list(one.asked),
-        "things": [dataclasses.asdict(thing) for thing in scene.things],
-        "conversations": [
-            {"from": "human", "value": f"<image>\n{one.text}"},
-            {"from": "gpt", "value": one.answer},
-        ],
+        "negative": first.negative,
+        "asked": [name for one in talk for name in one.asked],
+        "things": [dataclasses.asdict(thing) for thing in drawn[first.scene].things],
+        "conversations": [{"from": who, "value": text} for who, text in said],
     }
 
 

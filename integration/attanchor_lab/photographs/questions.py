@@ -1,4 +1,4 @@
-"""Questions about scenes in several wordings, some kept for testing, and captions that name every corner's thing."""
+"""Questions about scenes in several wordings, some kept for testing, and talks that name every corner's thing."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from attanchor_lab.photographs.scenes import Scene
+from attanchor_lab.photographs.scenes import Scene, Thing
 
 T = TypeVar("T")
 NEGATIVES = ("random", "popular", "adversarial")  # POPE's
@@ -21,14 +21,6 @@ _PLURALS = {"fish": "fish", "deer": "deer", "sheep": "sheep", "bison": "bison", 
             "lettuce": "heads of lettuce", "garlic": "bulbs of garlic", "squash": "squash"}  # fmt: skip
 
 WORDINGS: Mapping[str, tuple[str, ...]] = {
-    "caption": (
-        "Describe the picture, corner by corner.",
-        "What is in each corner of the picture?",
-        "Say for each corner what stands there.",
-        "List what you see, by corner.",
-        "Name everything in the picture and where it is.",
-        "Give a caption that names the thing in every corner.",
-    ),
     "existence": (
         "Is there {a} in the picture?",
         "Do you see {a}?",
@@ -78,7 +70,7 @@ WORDINGS: Mapping[str, tuple[str, ...]] = {
         "Tell me what stands at the {place}.",
     ),
 }
-KINDS = tuple(kind for kind in WORDINGS if kind != "caption")
+KINDS = tuple(WORDINGS)
 
 
 @dataclass(frozen=True)
@@ -98,20 +90,22 @@ class Question:
     negative: str | None = None
 
 
-def caption(scene: Scene) -> str:
-    """What stands in every corner that holds something: "top left: lion / bottom right: mug"."""
-    return " / ".join(f"{thing.place}: {thing.name}" for thing in scene.things)
-
-
 def captions(
     scenes: Sequence[Scene], wordings: Mapping[str, Sequence[str]], generator: np.random.Generator
-) -> list[Question]:
-    """A request for the caption of every scene."""
+) -> list[list[Question]]:
+    """For every scene a talk that asks what is at each of its corners, in any order."""
     return [
-        Question("caption", _one(wordings["caption"], generator), caption(scene), number,
-                 tuple(thing.name for thing in scene.things))
+        [
+            _what(thing, wordings["what"], number, generator)
+            for thing in (scene.things[index] for index in generator.permutation(len(scene.things)))
+        ]
         for number, scene in enumerate(scenes)
-    ]  # fmt: skip
+    ]
+
+
+def _what(thing: Thing, wordings: Sequence[str], scene: int, generator: np.random.Generator) -> Question:
+    text = _one(wordings, generator).format(place=thing.place)
+    return Question("what", text, with_article(thing.name), scene, (thing.name,))
 
 
 def ask(
@@ -164,7 +158,7 @@ def _questions(
         name = thing.name
     yield "count", {"names": plural(name)}, _NUMBERS[count - 1], (name,), False
     one = _one(scene.things, generator)
-    yield "what", {"place": one.place}, one.name, (one.name,), False
+    yield "what", {"place": one.place}, with_article(one.name), (one.name,), False
 
 
 def _absent(

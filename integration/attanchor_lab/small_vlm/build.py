@@ -1,4 +1,4 @@
-"""Make the small VLM: `attanchor build-small-vlm`. Parts, a projector from the classifier's words, stage 1 on captions.
+"""Make the small VLM: `attanchor build-small-vlm`. Parts, tokens of the classifier's words, stage 1 on captions.
 
 The outcome is a checkpoint like any other: `attanchor train`, `eval`, `generate` and `export-lm` take its folder.
 """
@@ -15,9 +15,9 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProces
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from attanchor_lab.small_vlm import parts as sources
-from attanchor_lab.small_vlm import projector
 from attanchor_lab.small_vlm.config import BuildConfig
 from attanchor_lab.small_vlm.parts import CHAT_TEMPLATE, IMAGE, Parts
+from attanchor_lab.small_vlm.tower import class_words, with_words
 from attanchor_vlm.records import check_parent, share_files
 
 _MULTIPLE = 64  # rows of the vocabulary, which matrix products like round
@@ -34,17 +34,10 @@ def make(config: BuildConfig, say: Callable[[str], None] = print) -> Path:
         raise ValueError(f"output {config.output} exists; take another folder")
     check_parent(config.output)
     sources.check_installed()
-    pictures = projector.pictures(config.pictures, config.pixels, config.seed)
-    first = next(pictures)  # says now what is not installed for them
     parts = sources.read(config.pixels)
     torch.manual_seed(config.seed)
     model, processor = assemble(parts)
     say(f"{sum(p.numel() for p in model.parameters()):,} parameters, {model.config.image_seq_length} tokens an image")
-    features = projector.patches(parts.tower, [first, *pictures])
-    embeddings: Any = parts.language_model.get_input_embeddings()
-    words = projector.class_words(parts.names, parts.tokenizer, embeddings.weight)
-    fit = projector.distil(model.model.multi_modal_projector, features, parts.head, words, config.fit_steps)
-    say(f"projector: mean cosine {fit:.3f} to the classifier's words, on {len(features):,} patches")
     config.output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{config.output.name}-", dir=config.output.parent) as folder:
         made = Path(folder) / "model"
@@ -56,8 +49,11 @@ def make(config: BuildConfig, say: Callable[[str], None] = print) -> Path:
 
 
 def assemble(parts: Parts) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    """The model of `parts`, its projector random, and its processor."""
-    tokenizer, tower = parts.tokenizer, parts.tower
+    """The model of `parts`, its projector the identity on the classifier's words, and its processor."""
+    tokenizer = parts.tokenizer
+    embeddings: Any = parts.language_model.get_input_embeddings()
+    words = class_words(parts.names, tokenizer, embeddings.weight)
+    tower = with_words(parts.tower, parts.head, words)
     tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE]})
     text = type(parts.language_model.config)(**parts.language_model.config.to_dict())
     vars(text).pop("quantization_config", None)  # of the file that it was read from
@@ -71,10 +67,15 @@ def assemble(parts: Parts) -> tuple[LlavaForConditionalGeneration, LlavaProcesso
         image_seq_length=tokens,
         vision_feature_layer=-1,
         vision_feature_select_strategy="full",
+        projector_hidden_act="linear",
         tie_word_embeddings=True,
     )
     model = LlavaForConditionalGeneration(config)
     model.model.vision_tower.load_state_dict(tower.state_dict())
+    projector = model.model.multi_modal_projector
+    for layer in (projector.linear_1, projector.linear_2):
+        torch.nn.init.eye_(layer.weight)
+        torch.nn.init.zeros_(layer.bias)
     weights = parts.language_model.model.state_dict()
     known = weights["embed_tokens.weight"]
     weights["embed_tokens.weight"] = torch.cat([known, known.new_zeros(text.vocab_size - len(known), known.shape[1])])
@@ -118,6 +119,7 @@ def stage1(config: BuildConfig, model: Path, folder: Path, say: Callable[[str], 
         "images": config.images,
         "output": folder / "stage1",
         "max_steps": config.steps,
+        "turns": "all",
     }
     settings |= {"batch_size": config.batch_size, "lr": config.lr, "align_weight": config.align_weight}
     told = TrainConfig.from_preset(

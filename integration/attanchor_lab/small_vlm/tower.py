@@ -1,4 +1,7 @@
-"""EfficientNet-Lite as a vision tower: 7 x 7 tokens of 1,280 from 224 pixels, 14 x 14 from 448.
+"""EfficientNet-Lite as a vision tower: 7 x 7 tokens from 224 pixels, 14 x 14 from 448.
+
+Without its classifier a token is 1,280 features. With it, it is what the classifier makes of them, said in words that a
+language model knows: the mean of the classes' names, as its embeddings, weighted by their probabilities.
 
 Importing this module makes the class known to AutoConfig and AutoModel; the entry point `attanchor.models` has the
 library do it, so that a saved model loads without code.
@@ -9,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
@@ -28,7 +32,8 @@ _EPS = 1e-3  # of its batch norms
 
 
 class EfficientNetLiteConfig(PretrainedConfig):
-    """Sides of images in pixels, channels of the first and the last layer, and the stages between."""
+    """Sides of images in pixels, channels of the first and the last layer, and the stages between; with `classes` the
+    tokens are words of `hidden_size`, otherwise they are the `channels`."""
 
     model_type = "efficientnet-lite"
 
@@ -37,10 +42,13 @@ class EfficientNetLiteConfig(PretrainedConfig):
         image_size: int = 224,
         stem: int = 32,
         stages: Sequence[Sequence[int]] = LITE0,
-        hidden_size: int = 1280,
+        channels: int = 1280,
+        classes: int = 0,
+        hidden_size: int | None = None,
         **more: Any,
     ) -> None:
-        self.image_size, self.stem, self.hidden_size = image_size, stem, hidden_size
+        self.image_size, self.stem, self.channels, self.classes = image_size, stem, channels, classes
+        self.hidden_size = channels if hidden_size is None else hidden_size
         self.stages = [list(stage) for stage in stages]
         self.patch_size = 2  # as ViTs call the side of what becomes a token
         for _, stride, *_ in self.stages:
@@ -96,7 +104,9 @@ class EfficientNetLite(PreTrainedModel):
                 blocks.append(_Block(inputs, channels, kernel, 1 if number else stride, expansion))
                 inputs = channels
         self.blocks = nn.ModuleList(blocks)
-        self.head = _Conv(inputs, config.hidden_size)
+        self.head = _Conv(inputs, config.channels)
+        self.classifier = nn.Linear(config.channels, config.classes) if config.classes else None
+        self.words = nn.Linear(config.classes, config.hidden_size, bias=False) if config.classes else None
         self.post_init()
 
     def forward(self, pixel_values: Tensor, return_dict: bool = True, **unused: Any) -> BaseModelOutput:
@@ -105,11 +115,37 @@ class EfficientNetLite(PreTrainedModel):
         for block in self.blocks:
             hidden = block(hidden)
         hidden = F.relu6(self.head(hidden)).flatten(2).mT
+        if self.classifier is not None and self.words is not None:
+            hidden = self.words(self.classifier(hidden).softmax(-1))
         return BaseModelOutput(last_hidden_state=hidden, hidden_states=(hidden,))
 
 
 AutoConfig.register(EfficientNetLiteConfig.model_type, EfficientNetLiteConfig, exist_ok=True)
 AutoModel.register(EfficientNetLiteConfig, EfficientNetLite, exist_ok=True)
+
+
+@torch.no_grad()
+def class_words(names: Sequence[str], tokenizer: Any, embeddings: Tensor) -> Tensor:
+    """(classes, D): of each name's last word ("Granny Smith apple") the mean of its token embeddings (V, D), less the
+    part along the vocabulary's mean, twice as long.
+
+    All embeddings share that part: with it a patch would be like every word, and cosines would tell little. A patch
+    that the classifier is not sure of gets a mean of words, which is short: doubled, it is about as long as a word.
+    """
+    last = [name.lower().partition(" (")[0].split()[-1] for name in names]
+    ids = [tokenizer(f" {word}", add_special_tokens=False).input_ids for word in last]
+    words = torch.stack([embeddings[one].mean(0) for one in ids])
+    shared = F.normalize(embeddings.mean(0), dim=0)
+    return 2 * (words - (words @ shared)[:, None] * shared)
+
+
+def with_words(tower: EfficientNetLite, classifier: tuple[Tensor, Tensor], words: Tensor) -> EfficientNetLite:
+    """`tower` with its classifier, weight and bias, and a row of `words` (classes, D) for each of the classes."""
+    told = tower.config.to_dict() | {"classes": len(words), "hidden_size": words.shape[1]}
+    knowing = EfficientNetLite(EfficientNetLiteConfig(**told))
+    more = dict(zip(("classifier.weight", "classifier.bias", "words.weight"), (*classifier, words.T), strict=True))
+    knowing.load_state_dict(tower.state_dict() | more)
+    return knowing.eval()
 
 
 def folded(weights: Mapping[str, Tensor], config: EfficientNetLiteConfig) -> dict[str, Tensor]:

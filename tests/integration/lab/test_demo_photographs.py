@@ -6,6 +6,7 @@ import json
 
 import pytest
 import small_vlm_toy
+import torch
 from stamps_toy import CONCEPTS, write_stamps
 
 from attanchor_lab import demo_photographs as demo
@@ -18,11 +19,12 @@ pytest.importorskip("skimage")
 def test_the_demonstration_leaves_its_figures_and_a_picture(tmp_path, monkeypatch):
     monkeypatch.setattr(parts, "check_installed", lambda: None)
     monkeypatch.setattr(parts, "read", lambda side: small_vlm_toy.parts())
-    names = [f"young {name}" for names in CONCEPTS.values() for name in names if name != "fox"]
-    monkeypatch.setattr(parts, "class_names", lambda: names)
+    names = " ".join(name for names in CONCEPTS.values() for name in names if name != "fox")
+    monkeypatch.setattr(parts, "class_names", lambda: [names])
+    monkeypatch.setattr(parts, "read_tower", lambda side: (small_vlm_toy.tower(), (torch.zeros(1, 8), torch.zeros(1))))
     size = demo.Size(
-        scenes=8, test_scenes=4, concepts=None, pictures=2, fit_steps=10, caption_steps=1, question_steps=1,
-        captions=2, questions=1, held_out=0.34,
+        scenes=8, test_scenes=4, concepts=None, caption_steps=1, question_steps=1, names=2, questions=1,
+        held_out=0.34,
     )  # fmt: skip
     said: list[str] = []
     stamps = write_stamps(tmp_path / "stamps")
@@ -39,11 +41,6 @@ def test_the_demonstration_leaves_its_figures_and_a_picture(tmp_path, monkeypatc
     assert all(0 <= value <= 1 for sight in results["sight"].values() for value in sight.values())
     lines = [line for line in said if line.startswith("|")]
     assert [line.split("|")[1].strip() for line in lines[2:]] == list(results["arms"])
-
-
-def test_corners_are_right_where_name_and_place_are():
-    told = ["top left: lion / bottom right: mug", "top right: key"]
-    assert demo.corners(["top left: lion / bottom left: mug", "top right: key / top left: key"], told) == 2 / 3
 
 
 def test_what_is_missing_is_said_before_an_earlier_demo_is_removed(tmp_path):

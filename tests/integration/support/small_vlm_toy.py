@@ -13,7 +13,7 @@ NAMES = ["red cup", "owl", "green cup"]
 
 
 def tower() -> EfficientNetLite:
-    return EfficientNetLite(EfficientNetLiteConfig(SIDE, stem=4, stages=STAGES, hidden_size=8)).eval()
+    return EfficientNetLite(EfficientNetLiteConfig(SIDE, stem=4, stages=STAGES, channels=8)).eval()
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
