@@ -68,7 +68,7 @@ def construct(
     block_images, block_texts, block_hidden = (64, 64, 64) if half else (32, 32, 16)
     split = half and hidden > SPLIT_HIDDEN
     longest = SPLIT_HIDDEN if split else EXACT_HIDDEN if hidden <= EXACT_HIDDEN else EXACT_HIDDEN // 2
-    slice_blocks = max(1, -(-hidden // (-(-hidden // longest) * block_hidden)))
+    slice_blocks = max(1, -(-hidden // (max(1, -(-hidden // longest)) * block_hidden)))
     slices = max(1, -(-hidden // (slice_blocks * block_hidden)))
     few = batch * -(-slots // 8) <= units  # rows to copy: the fewer to a program, the more programs copy
     block_rows = 8 if few else 16 if half else 32

@@ -59,21 +59,21 @@ def place(
     image_embeds: Tensor,
     roles: Tensor,
     *,
-    frames: Tensor | None,
     turn: Tensor | None,
     kept: dict[str, Any],
     positions: str,
     position_ids: Tensor | None,
     padding_side: str,
     copy: bool,
+    frames: Tensor | None = None,
 ) -> AnchoredSequence:
     """What `attanchor_kernels.merge_sequence` returns, with the copies where ``config.placement`` puts them.
 
     Args:
         config: With tau < 1.
-        frames: (B, S) int64, the frame of each image token, counted over the batch, or None without a cap for each.
         kept: `keep` and its companions of `merge_sequence`; who stays is decided as with matched copies.
         copy: False leaves `embeds` None, as `plan_sequence` does.
+        frames: (B, S) int64, the frame of each image token, counted over the batch, or None without a cap for each.
         text_embeds, …: As for `merge_sequence`.
 
     Raises:

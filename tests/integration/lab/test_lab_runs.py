@@ -206,7 +206,8 @@ def test_every_plan_can_be_written_and_read(size):
 def test_the_plans_hold_every_arm_and_setting_that_is_promised():
     shorter = {name for name, arm in ARMS.items() if arm.keep is not None}
     own, _ = plans.from_file(Path(__file__).parents[3] / "docs" / "lab" / "shorter-plan.json")
-    assert {arm for setting in own.settings for arm, _ in setting.runs()} == {"plain", "t2i", *shorter}
+    run = {arm for setting in own.settings for arm, _ in setting.runs()}
+    assert run == {"plain", "t2i", *shorter} - {"keep-12-pooling"}  # which came after this plan's rows
     smoke = {arm for setting in plans.plan("smoke").settings for arm, _ in setting.runs()}
     assert smoke == set(ARMS) - shorter
     gpu = plans.plan("gpu").settings

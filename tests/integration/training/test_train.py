@@ -9,7 +9,9 @@ import signal
 import pytest
 import torch
 import training_toy
+from tiny import tiny_llava
 from training_toy import lines, save_random_model
+from transformers import LlamaForCausalLM
 
 from attanchor_lab.scenes import dataset as scenes
 from attanchor_vlm import AttAnchorConfig, attach, load_adapter, load_settings
@@ -332,8 +334,10 @@ def test_a_run_that_diverges_ends_as_others_do(world, tmp_path):
 
 
 def test_lora_refuses_a_model_it_does_not_fit():
-    with pytest.raises(SetupError, match="LoRA finds no language model or projector in Sequential"):
+    with pytest.raises(TypeError, match="model is Sequential; it should be a transformers model"):
         add_lora(torch.nn.Sequential(torch.nn.Linear(2, 2)), rank=2, alpha=4, dropout=0.0)
+    with pytest.raises(SetupError, match="nothing of a projector is found in LlamaForCausalLM"):
+        add_lora(LlamaForCausalLM(tiny_llava().config.text_config), rank=2, alpha=4, dropout=0.0)
 
 
 def test_presets_are_the_papers():

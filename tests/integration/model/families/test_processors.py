@@ -113,9 +113,6 @@ def test_an_image_that_the_processor_refuses_is_one_error(tmp_path, monkeypatch,
 @pytest.mark.parametrize(
     ("name", "token"),
     [
-        ("internvl", "<video>"),
-        ("llava_onevision", "<video>"),
-        ("smolvlm", "<video>"),
         ("qwen2_5_vl", "<|video_pad|>"),
         ("gemma3", "<image_soft_token>"),
     ],
