@@ -249,7 +249,5 @@ def test_explain_says_where_in_which_image_anchors_went(name, tmp_path, monkeypa
 def test_other_images_than_the_batchs_are_refused(tmp_path, monkeypatch):
     model, processor = load("idefics3", tmp_path, monkeypatch)
     batch = encode(processor, [[noise((120, 150))]])
-    with pytest.raises(
-        ValueError, match="row 0 has 20 image tokens, .* videos of this size should take 12"
-    ):
+    with pytest.raises(ValueError, match=r"row 0 has 20 image tokens, .* videos of this size should take 12"):
         patch_boxes(model, processor, batch, 0, [[(200, 40)]])
