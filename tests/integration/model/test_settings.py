@@ -115,8 +115,9 @@ def test_what_is_no_adapter_is_not_registered():
     for given, name in ((Other, "the class Other"), ("other_vl", "str")):
         with pytest.raises(TypeError, match=f"adapter is {name}; it should be an instance of a subclass"):
             register(given)
-    with pytest.raises(ValueError, match=r"FamilyAdapter\.model_types is empty"):
-        register(FamilyAdapter())
+    for types in ((), "other_vl"):
+        with pytest.raises(ValueError, match=r"FamilyAdapter\.model_types is .*; it should be a tuple"):
+            register(FamilyAdapter(model_types=types))
 
 
 def test_an_adapter_states_its_routes_and_token_types(monkeypatch):
