@@ -54,5 +54,5 @@ def pytest_sessionfinish(session):
     if file is None:
         return
     for kind, tries in session.config.stash[TRIES].items():
-        row = {"kind": kind, "tried": tries, "failed": session.config.stash[FAILURES][kind]}
-        append_row(file, {"benchmark": "audit", **row, "environment": environment("cpu", file.parent.name)})
+        row = {"run": "audit", "kind": kind, "tried": tries, "failed": session.config.stash[FAILURES][kind]}
+        append_row(file, row | environment("cpu", file.parent.name))
