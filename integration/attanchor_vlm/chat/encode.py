@@ -18,13 +18,12 @@ from jinja2 import TemplateError
 from torch import Tensor
 
 from attanchor_vlm.chat import paligemma
-from attanchor_vlm.chat.videos import Video, processor_arguments
+from attanchor_vlm.chat.conversation import Message, batched, checked, media_of, texts_of, with_texts
+from attanchor_vlm.chat.videos import processor_arguments
 from attanchor_vlm.chat.words import content_spans, special_token_ids, words_to_leave_out
 from attanchor_vlm.constants import IGNORE_INDEX
 
 _PRIVATE_USE = range(0xE000, 0xF900)
-
-Message = Mapping[str, Any]
 
 
 class _Span(NamedTuple):
@@ -91,9 +90,9 @@ def encode_chat(
     left_out = words_to_leave_out(content_words)
     check_processor(processor)
     tokenizer = getattr(processor, "tokenizer", processor)
-    batch, *media = _batched(conversations, images, videos)
-    batch = [_checked(messages, index, processor) for index, messages in enumerate(batch)]
-    images, videos = (_media_of(kind, batch, own) for kind, own in zip(("image", "video"), media, strict=True))
+    batch, *media = batched(conversations, images, videos)
+    batch = [checked(messages, index, processor) for index, messages in enumerate(batch)]
+    images, videos = (media_of(kind, batch, own) for kind, own in zip(("image", "video"), media, strict=True))
 
     side = padding_side or ("left" if add_generation_prompt else "right")
     if paligemma.is_paligemma(processor):
@@ -101,7 +100,7 @@ def encode_chat(
         def spans_of(text: str) -> list[tuple[int, int]]:
             return [(0, len(text))] if left_out is None else content_spans(text, left_out)
 
-        return paligemma.encode(processor, batch, images, _texts, spans_of, add_generation_prompt, side)
+        return paligemma.encode(processor, batch, images, spans_of, add_generation_prompt, side)
 
     options = {**(template_options or {}), "add_generation_prompt": add_generation_prompt}
     texts, spans = [], []
@@ -164,21 +163,10 @@ def check_processor(processor: Any) -> None:
         )
 
 
-def placeholder_tokens(processor: Any) -> list[str]:
-    """The tokens by which a processor marks images, videos and sounds: no text may hold them."""
-    names = ("image_token", "video_token", "audio_token", "boi_token")
-    parts = (processor, getattr(processor, "tokenizer", processor))
-    found = {getattr(part, name, None) for part in parts for name in names}
-    return sorted(token for token in found if isinstance(token, str) and token)
-
-
 def _content_of(span: _Span, text: str, left_out: Collection[str]) -> list[_Span]:
     """The content words of a span of `text`."""
     words = content_spans(text[span.start : span.end], left_out)
     return [span._replace(start=span.start + start, end=span.start + end) for start, end in words]
-
-
-# --- The conversation. -----------------------------------------------------------------------------------------------
 
 
 def _check_options(supervise: str, anchors: str, padding_side: str | None) -> None:
@@ -189,97 +177,6 @@ def _check_options(supervise: str, anchors: str, padding_side: str | None) -> No
     ):
         if value not in allowed:
             raise ValueError(f"{name} is {value!r}; it should be one of {', '.join(map(repr, allowed))}")
-
-
-def _batched(conversations: Any, *media: Any) -> tuple[Any, ...]:
-    """Conversations, and of each kind of media a list for each of them, or None."""
-    if not isinstance(conversations, Sequence) or isinstance(conversations, str) or not conversations:
-        raise TypeError("conversations should be a list of messages, or a list of such lists, and not empty")
-    single = isinstance(conversations[0], Mapping)
-    found = []
-    for kind, given in zip(("images", "videos"), media, strict=True):
-        if single and given is not None:
-            nested = isinstance(given, (list, tuple)) and len(given) == 1 and isinstance(given[0], (list, tuple))
-            given = given if nested else [given]
-        if given is not None:
-            if not isinstance(given, Sequence) or len(given) != (1 if single else len(conversations)):
-                raise ValueError(
-                    f"{kind} should be a list, one entry for each of the {1 if single else len(conversations)} "
-                    "conversations"
-                )
-            given = [list(group) if isinstance(group, (list, tuple)) else [group] for group in given]
-        found.append(given)
-    return [list(messages) for messages in ([conversations] if single else conversations)], *found
-
-
-def _checked(messages: list[Message], index: int, processor: Any) -> list[Message]:
-    placeholders = placeholder_tokens(processor)
-    for number, message in enumerate(messages):
-        where = f"conversation {index}, message {number}"
-        if not isinstance(message, Mapping) or "role" not in message or "content" not in message:
-            raise ValueError(f"{where}: it should be a mapping with role and content")
-        content = message["content"]
-        if not isinstance(content, (str, list, tuple)):
-            raise TypeError(f"{where}: content is {type(content).__name__}; it should be a string or a list of parts")
-        for text in _texts(content, where):
-            if held := [token for token in placeholders if token in text]:
-                raise ValueError(f'{where}: its text holds {held[0]!r}; write images as parts {{"type": "image"}}')
-    if not messages:
-        raise ValueError(f"conversation {index} has no messages")
-    return messages
-
-
-def _texts(content: Any, where: str = "") -> list[str]:
-    if isinstance(content, str):
-        return [content]
-    texts = []
-    for part in content:
-        if not isinstance(part, Mapping) or "type" not in part:
-            raise ValueError(f'{where}: a part is {part!r}; it should be a mapping with "type"')
-        if part["type"] == "text":
-            if not isinstance(part.get("text"), str):
-                raise ValueError(f'{where}: a text part should have "text", a string')
-            texts.append(part["text"])
-    return texts
-
-
-def _media_of(kind: str, batch: list[list[Message]], media: list[list[Any]] | None) -> list[list[Any]]:
-    """The images or videos of each conversation, as many as its parts of that kind."""
-    given = []
-    for index, messages in enumerate(batch):
-        parts = [
-            part
-            for message in messages
-            if not isinstance(message["content"], str)
-            for part in message["content"]
-            if part["type"] == kind
-        ]
-        if media is not None:
-            own = media[index]
-        else:
-            own = [part[key] for part in parts for key in (kind, "url", "path") if key in part]
-        if len(own) != len(parts):
-            raise ValueError(f"conversation {index} has {len(parts)} {kind} parts and {len(own)} {kind}s")
-        if wrong := [one for one in own if kind == "video" and not isinstance(one, Video)]:
-            raise TypeError(f"conversation {index} has a video that is {type(wrong[0]).__name__}; it should be a Video")
-        given.append(own)
-    return given
-
-
-def _with_texts(messages: Sequence[Message], change: Any) -> list[Message]:
-    """The messages with every text part replaced by ``change(message number, role, text)``."""
-    changed: list[Message] = []
-    for number, message in enumerate(messages):
-        content, role = message["content"], message["role"]
-        if isinstance(content, str):
-            content = change(number, role, content)
-        else:
-            content = [
-                {**part, "text": change(number, role, part["text"])} if part["type"] == "text" else dict(part)
-                for part in content
-            ]
-        changed.append({**message, "content": content})
-    return changed
 
 
 # --- The template. ---------------------------------------------------------------------------------------------------
@@ -297,7 +194,7 @@ def _locate(
 ) -> tuple[str, list[_Span]]:
     """The rendering, and where in it the texts of users and assistants are."""
     plain = _render(processor, messages, options)
-    said = plain + "".join(text for message in messages for text in _texts(message["content"]))
+    said = plain + "".join(text for message in messages for text in texts_of(message["content"]))
     signs = list(itertools.islice((sign for sign in map(chr, _PRIVATE_USE) if sign not in said), 2))
     if len(signs) < 2:
         raise ValueError(f"conversation {index}: its texts hold every private-use character; leave two of them out")
@@ -310,7 +207,7 @@ def _locate(
         order.append((number, role))
         return f"{opening}{text}{closing}"
 
-    marked = _render(processor, _with_texts(messages, mark), options)
+    marked = _render(processor, with_texts(messages, mark), options)
     refusal = (
         f"conversation {index}: the chat template changes the texts of messages, so they cannot be found again in its "
         "output; strip spaces around texts, or use another template"
@@ -326,7 +223,7 @@ def _locate(
             raise ValueError(refusal)
         before = 2 * len(spans)  # sentinels in front of this one
         spans.append(_Span(number, role, start - before, position - before - 1))
-    texts = [text for m in messages if m["role"] in ("user", "assistant") for text in _texts(m["content"])]
+    texts = [text for m in messages if m["role"] in ("user", "assistant") for text in texts_of(m["content"])]
     if [plain[span.start : span.end] for span in spans] != texts:
         raise ValueError(refusal)
     return plain, spans
@@ -338,9 +235,9 @@ def _as_the_template_has_them(processor: Any, messages: list[Message], options: 
     def strip(number: int, role: str, text: str) -> str:
         return text.strip()
 
-    if all(text == text.strip() for message in messages for text in _texts(message["content"])):
+    if all(text == text.strip() for message in messages for text in texts_of(message["content"])):
         return messages
-    stripped = _with_texts(messages, strip)
+    stripped = with_texts(messages, strip)
     return stripped if _render(processor, stripped, options) == _render(processor, messages, options) else messages
 
 
@@ -371,7 +268,7 @@ def _with_end_of_turn(
     learned = list(ends) if supervise == "all" else list(ends)[-1:]
     bare = {n for n in learned if not _end_of_turn(processor, messages, n, text[ends[n] :], options).strip()}
 
-    last_part = {n: len(_texts(messages[n]["content"])) for n in bare}
+    last_part = {n: len(texts_of(messages[n]["content"])) for n in bare}
     seen: dict[int, int] = {}
 
     def end(number: int, role: str, text: str) -> str:
@@ -380,7 +277,7 @@ def _with_end_of_turn(
             return text + tokenizer.eos_token
         return text
 
-    return _with_texts(messages, end) if bare else messages
+    return with_texts(messages, end) if bare else messages
 
 
 # --- The tokenizer. --------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attanchor_vlm.chat.conversation import texts_of
 from attanchor_vlm.chat.words import special_token_ids
 from attanchor_vlm.constants import IGNORE_INDEX
 
@@ -23,7 +24,6 @@ def encode(
     processor: Any,
     batch: Sequence[Sequence[Mapping[str, Any]]],
     images: Sequence[Sequence[Any]],
-    texts_of: Callable[[Any], list[str]],
     spans_of: Callable[[str], Spans],
     add_generation_prompt: bool,
     padding_side: str,
@@ -31,7 +31,6 @@ def encode(
     """What `encode_chat` returns, for conversations of one question and, in training, its answer.
 
     Args:
-        texts_of: The texts of a message's content.
         spans_of: Where in a text its tokens may be copied.
 
     Raises:

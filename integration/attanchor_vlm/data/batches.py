@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from attanchor_vlm.chat.encode import check_processor, encode_chat, placeholder_tokens
+from attanchor_vlm.chat.conversation import placeholder_tokens
+from attanchor_vlm.chat.encode import check_processor, encode_chat
 from attanchor_vlm.data.images import ImageSource, size_of
 from attanchor_vlm.data.rows import PLACEHOLDER, Row, Sample, load_image, parts, without_places
 from attanchor_vlm.data.videos import load_video
