@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import base64
 import io
+import itertools
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -170,24 +171,18 @@ def scaled(values: np.ndarray) -> np.ndarray:
     return np.where(high > low, _INNER + (1 - _INNER) * (values - low) / spread, 1.0)
 
 
-def along(
-    path: Path,
-    panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]],
-    x_label: str,
-    title: str,
-    logarithmic: bool = False,
-) -> None:
-    """A panel for each metric (or group), in it a line for each series of (x, y) points. No file without a panel.
+def along(path: Path, points: pd.DataFrame, x_label: str, title: str, logarithmic: bool = False) -> None:
+    """A panel for each `panel` of `points`, in it a line for each `series` over `x`. No file without a point.
 
     Points of equal x are seeds: the line goes through their mean, each is drawn.
     """
-    if not panels:
+    panels = points.groupby("panel", sort=False)
+    if not panels.ngroups:
         return
-    figure, places = _grid(len(panels), 3, 4.6, 3.6)
+    figure, places = _grid(panels.ngroups, 3, 4.6, 3.6)
     figure.suptitle(title, fontsize=12, fontweight="bold")
-    for place, (name, series) in zip(places, panels.items(), strict=True):
-        for number, (label, points) in enumerate(series.items()):
-            colour, found = _COLOURS[number % len(_COLOURS)], pd.DataFrame(points, columns=["x", "y"])
+    for place, (name, panel) in zip(places, panels, strict=True):
+        for colour, (label, found) in zip(itertools.cycle(_COLOURS), panel.groupby("series", sort=False)):
             means = found.groupby("x")["y"].mean()
             place.plot(means.index, means, "o-", color=colour, markersize=4, label=label)
             if len(found) > len(means):
@@ -198,7 +193,7 @@ def along(
         place.set_xlabel(x_label, fontsize=9)
         place.grid(alpha=0.25)
         place.spines[["top", "right"]].set_visible(False)
-        if len(series) > 1:
+        if panel["series"].nunique() > 1:
             place.legend(fontsize=8)
     save(figure, path)
 

@@ -7,7 +7,7 @@ import functools
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -66,6 +66,7 @@ class Study:
         preset: The method's and the optimiser's settings; arms put in their tau and direction.
         preset_name: Whose column of the paper results are laid beside, if it has one.
         seeds: An arm is trained and measured for each.
+        say, progress: Where lines of what is done go, and whether progress bars are shown.
     """
 
     model: str
@@ -75,6 +76,8 @@ class Study:
     preset_name: str = ""
     train: TrainRows | None = None
     seeds: tuple[int, ...] = (0,)
+    say: Callable[[str], None] = print
+    progress: bool = True
 
     def check(self) -> None:
         """Refuse what cannot be run, before anything is.
@@ -211,7 +214,7 @@ def check_arms(study: Study, arms: Sequence[Arm]) -> None:
         AttAnchorConfig(tau=arm.tau, direction=arm.direction, placement=arm.placement)
 
 
-def check_pending(study: Study, jobs: Sequence[tuple[Arm, int]], progress: bool = True) -> None:
+def check_pending(study: Study, jobs: Sequence[tuple[Arm, int]]) -> None:
     """Refuse rows, tasks and earlier trainings that the arms still to be run could not be run with.
 
     Raises:
@@ -224,16 +227,16 @@ def check_pending(study: Study, jobs: Sequence[tuple[Arm, int]], progress: bool 
         for arm, seed in jobs:
             _check_earlier_run(train_settings(study, study.train, arm, seed))
     if study.plan.metrics:
-        _check_rows(study, [arm for arm, _ in jobs], progress)
+        _check_rows(study, [arm for arm, _ in jobs])
     if study.plan.tasks:
         harness.check_data(study.plan.tasks, study.plan.task_data, study.plan.include_path)
 
 
-def _check_rows(study: Study, arms: Sequence[Arm], progress: bool) -> None:
+def _check_rows(study: Study, arms: Sequence[Arm]) -> None:
     tests = {(arm.model or study.model, arm.test_rows): arm for arm in arms}
     for (model, _), arm in tests.items():
         processor, context = evaluation.processor_and_context(model)
-        evaluation.read(plan_of(study, arm, 0), processor, context, progress)
+        evaluation.read(plan_of(study, arm, 0), processor, context, study.progress)
     # Of the training rows, those of the first arm are checked by its training, right away.
     for model, rows in dict.fromkeys((arm.model or study.model, arm.train_rows) for arm in arms if arm.train_rows):
         processor, context = evaluation.processor_and_context(model)

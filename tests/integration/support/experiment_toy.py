@@ -18,11 +18,9 @@ def study(world, output, trains=True, seeds=(0,), **plan):
         preset=Method.from_preset("small-llava", tau=0.5, batch_size=8, lr=1e-2, warmup=0.0),
         train=rows if trains else None,
         seeds=seeds,
+        say=lambda line: None,
+        progress=False,
     )
-
-
-def quietly(function, *arguments, **options):
-    return function(*arguments, **options, say=lambda line: None, progress=False)
 
 
 def same(rows):
