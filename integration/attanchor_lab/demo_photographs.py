@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from attanchor_lab.demo import Accuracy, accuracy, clear, photograph
+from attanchor_lab.accuracy import Accuracy, accuracy
+from attanchor_lab.demo import clear, photograph
 from attanchor_lab.photographs import stamps
 from attanchor_lab.photographs.config import FOLDER, PhotographConfig
 from attanchor_lab.photographs.dataset import read_photographs, write_photographs
@@ -142,9 +143,8 @@ def run(
         "held_out": held_out,
         "sight": {"before": before, "after": after},
         "arms": {
-            name: {"kinds": {kind: test.of(kind) for kind in dict.fromkeys(kinds)}, "mean": test.mean,
-                   "inserted_share": test.inserted_share, "train_seconds": seconds, "answer_seconds": test.seconds,
-                   "tokens": tokens}
+            name: {"accuracy": test.figures(), "inserted_share": test.inserted_share, "train_seconds": seconds,
+                   "answer_seconds": test.seconds, "tokens": tokens}
             for name, (test, seconds, tokens) in arms.items()
         },
         "seconds": time.perf_counter() - started,
@@ -158,15 +158,13 @@ def run(
 
 def table(arms: dict[str, tuple[Accuracy, float, float]]) -> list[str]:
     """Accuracies of the arms, and how long each took, as lines of text."""
-    plain = arms[PLAIN][0]
-    kinds = list(dict.fromkeys(plain.kinds))
-    lines = []
+    plain, lines = arms[PLAIN][0], []
     for name, (test, seconds, tokens) in arms.items():
         difference, error = test.minus(plain)
         change = f"{100 * difference:+.1f} ± {196 * error:.1f}" if test is not plain else ""
-        figures = [f"{100 * value:.0f}" for value in (*(test.of(kind) for kind in kinds), test.mean)]
+        figures = [f"{100 * value:.0f}" for value in test.figures().values()]
         lines.append([name, *figures, change, f"{tokens:.0f}", f"{seconds:.0f}", f"{test.seconds:.1f}"])
-    heads = ["", *kinds, "mean", "change, 95 %", "tokens a prompt", "train s", "answer s"]
+    heads = ["", *plain.figures(), "change, 95 %", "tokens a prompt", "train s", "answer s"]
     return [*markdown_table(heads, lines), "", "Accuracy in %, one seed: the intervals are over questions alone."]
 
 

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from attanchor_lab import demo
-from attanchor_lab.demo import Accuracy
+from attanchor_lab.accuracy import Accuracy
 from attanchor_lab.scenes import dataset as scenes
 from attanchor_lab.scenes.alignment import alignment_loss
 from attanchor_lab.small_llava import model as small_llava
@@ -161,7 +161,7 @@ def test_the_demo_leaves_its_table_and_pictures(finished):
         assert picture.shape[0] > 300
         assert picture.std() > 10
     text = "\n".join(said)
-    for name in (demo.PLAIN, demo.TEXT_INTO_IMAGE, demo.IMAGE_INTO_TEXT, "val. loss", *scenes.KINDS, "inserted"):
+    for name in (demo.PLAIN, demo.TEXT_INTO_IMAGE, demo.IMAGE_INTO_TEXT, "validation loss", *scenes.KINDS, "inserted"):
         assert name in text
     for line in results["verdict"]:
         assert line in said
@@ -219,10 +219,9 @@ def test_what_is_missing_is_said_before_an_earlier_demo_is_removed(tmp_path, mon
         stage1.make(tmp_path / "results.json" / "weights")
 
 
-def arm(name, right, val_loss=1.0):
+def of_marks(right):
     kinds = tuple(np.repeat(scenes.KINDS, 100).tolist())
-    test = Accuracy(kinds, tuple(np.asarray(right).tolist()), 0.1, 1.0)
-    return demo.Arm(name, 1.0, val_loss, test, 0.1, 1.0, [], torch.nn.Identity())
+    return Accuracy(kinds, tuple(np.asarray(right).tolist()), 0.1, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -239,7 +238,11 @@ def test_the_verdict_follows_the_numbers(lost, gained, says):
     anchored = plain.copy()
     anchored[200 : 200 + lost] = False  # of the place questions
     anchored[300 - gained :] = True
-    line, caution = demo.verdict([arm(demo.PLAIN, plain), arm(demo.TEXT_INTO_IMAGE, anchored)])
+    arms = []
+    for name, right in ((demo.PLAIN, plain), (demo.TEXT_INTO_IMAGE, anchored)):
+        difference, error = of_marks(right).minus(of_marks(plain))
+        arms.append({"name": name, "difference_to_plain": {"mean": difference, "standard_error": error}})
+    line, caution = demo.verdict(arms)
     assert line.startswith(f"{demo.TEXT_INTO_IMAGE} − {demo.PLAIN}: {says[0]}, 95 % ")
     assert line.endswith(f": {says[1]}")
     assert "One seed" in caution
@@ -248,7 +251,7 @@ def test_the_verdict_follows_the_numbers(lost, gained, says):
 def test_paired_differences_have_the_textbook_error():
     rng = np.random.default_rng(0)
     a, b = rng.random((2, 300)) < [[0.7], [0.5]]
-    difference, error = arm("a", a).test.minus(arm("b", b).test)
+    difference, error = of_marks(a).minus(of_marks(b))
     pairs = (a.astype(float) - b).reshape(3, 100)
     assert difference == pytest.approx(pairs.mean())
     assert error == pytest.approx(np.sqrt((pairs.var(1) / 100).sum()) / 3)

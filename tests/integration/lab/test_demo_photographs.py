@@ -34,7 +34,7 @@ def test_the_demonstration_leaves_its_figures_and_a_picture(tmp_path, monkeypatc
     plain, anchors, shorter = (results["arms"][name] for name in (demo.PLAIN, demo.ANCHORS, demo.SHORTER))
     assert anchors["tokens"] > plain["tokens"] > shorter["tokens"]
     assert plain["inserted_share"] == 0 < anchors["inserted_share"]
-    assert set(plain["kinds"]) >= {"existence", "count", "what"}
+    assert set(plain["accuracy"]) >= {"existence", "count", "what", "mean"}
     assert results["held_out"]
     world = json.loads((tmp_path / "out" / "data" / "world.json").read_text())["concepts"]
     assert "fox" not in world["seen"] + world["held_out"]  # the image encoder's classes do not name it
