@@ -26,7 +26,7 @@ from attanchor_lab.scenes.alignment import alignment_loss
 from attanchor_lab.scenes.questions import quadrant
 from attanchor_lab.scenes.world import Scenes
 from attanchor_lab.small_llava import model as small_llava
-from attanchor_lab.synthetic.model import schedule
+from attanchor_lab.synthetic.model import LANGUAGE, learner, trained_of
 from attanchor_vlm.constants import IGNORE_INDEX
 from attanchor_vlm.records import check_parent
 
@@ -94,8 +94,7 @@ def _pretrain_tower(model, processor, recipe: Recipe, generator: torch.Generator
     tower = model.model.vision_tower
     sizes = (len(scenes.COLOURS) + 1, len(scenes.SHAPES) + 1, scenes.GRID, scenes.GRID, len(scenes.PLACES))
     heads = nn.ModuleList([nn.Linear(tower.config.hidden_size, size) for size in sizes])
-    optimizer = torch.optim.AdamW([*tower.parameters(), *heads.parameters()], recipe.tower_lr, weight_decay=0.01)
-    rate = schedule(optimizer, recipe.tower_steps, recipe.tower_lr)
+    learn = learner([*tower.parameters(), *heads.parameters()], recipe.tower_steps, recipe.tower_lr)
     cells = torch.arange(scenes.GRID**2)
     quadrants = quadrant(scenes.WORLD, cells)
     for step in range(recipe.tower_steps):
@@ -111,10 +110,7 @@ def _pretrain_tower(model, processor, recipe: Recipe, generator: torch.Generator
         )
         pairs = list(zip(heads, targets, strict=True))
         loss = torch.stack([F.cross_entropy(head(hidden).flatten(0, 1), t.flatten()) for head, t in pairs]).sum()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        rate.step()
+        learn(loss)
         if step % 100 == 99 or step + 1 == recipe.tower_steps:
             there = targets[0] != len(scenes.COLOURS)
             right = [(head(hidden).argmax(-1) == t)[there].float().mean().item() for head, t in pairs]
@@ -215,9 +211,7 @@ def _pretrain_language(model, processor, recipe: Recipe, generator: torch.Genera
     packer = _Packer(processor)
     words = torch.cat([_label_words(processor), _other_words(processor)])
     model.train()
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, recipe.lr, weight_decay=0.01, betas=(0.9, 0.98))
-    rate = schedule(optimizer, recipe.steps, recipe.lr)
+    learn = learner(trained_of(model), recipe.steps, recipe.lr, **LANGUAGE)
     # First scenes with few objects, where a question can be answered before attention has learnt to select.
     easy = _Pool.draw(model, processor, recipe.scenes // 4, 1, 4, generator)
     full = _Pool.draw(model, processor, recipe.scenes, 5, 9, generator)
@@ -236,12 +230,7 @@ def _pretrain_language(model, processor, recipe: Recipe, generator: torch.Genera
         asked = labels[:, 1:] != IGNORE_INDEX
         answer = F.cross_entropy(model.lm_head(hidden[:, :-1][asked]), labels[:, 1:][asked])
         aligned = alignment_loss(projected, embedding.weight[words], batch, recipe.temperature)
-        loss = answer + recipe.alignment_weight * aligned
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        rate.step()
+        learn(answer + recipe.alignment_weight * aligned)
         if step % 100 == 99 or step + 1 == recipe.steps:
             log(f"language {step + 1}: answer loss {answer.item():.3f}, alignment loss {aligned.item():.3f}")
 
