@@ -159,6 +159,7 @@ def _on_the_host(measured: Measured) -> Iterator[Verdict]:
 
 
 REFERENCE, MERGE = "against the eager reference, ", "merge_sequence "
+CALLED = "as attach runs it against masked_scatter, launches included"
 GROUPS: tuple[Callable[[Measured], Iterator[Verdict]], ...] = (
     _of_floor,
     _one_sample,
@@ -173,8 +174,7 @@ GROUPS: tuple[Callable[[Measured], Iterator[Verdict]], ...] = (
     _share_of_prefill,
     lambda rows: _speedup(rows, MERGE + "against masked_scatter, device time", "masked_scatter", 1, 1, "merge"),
     lambda rows: _speedup(
-        *(rows, MERGE + "as attach runs it against masked_scatter, launches included", "masked_scatter, eager"),
-        *(1, 1, "merge", (1, 8), "trimmed"),
+        rows, MERGE + CALLED, "masked_scatter, eager", 1, 1, operation="merge", batches=(1, 8), called="trimmed"
     ),
     _memory,
     _dropping,

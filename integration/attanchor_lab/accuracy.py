@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from attanchor_vlm.data.rows import Row, samples
 from attanchor_vlm.evaluation.answers import generate_answers
@@ -21,7 +22,7 @@ class Accuracy:
     inserted_share: float
     seconds: float
 
-    def _by_kind(self, values: Sequence[float]) -> dict[str, np.ndarray]:
+    def _by_kind(self, values: ArrayLike) -> dict[str, np.ndarray]:
         kinds = np.array(self.kinds)
         return {kind: np.asarray(values, dtype=float)[kinds == kind] for kind in dict.fromkeys(self.kinds)}
 
