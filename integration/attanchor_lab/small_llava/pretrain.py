@@ -22,8 +22,8 @@ from torch.nn import functional as F
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from attanchor_lab.scenes import dataset as scenes
-from attanchor_lab.scenes.alignment import alignment_loss
-from attanchor_lab.scenes.questions import quadrant
+from attanchor_lab.scenes.alignment import alignment_loss, match_counts, match_quality
+from attanchor_lab.scenes.questions import COLOUR, LABELS, quadrant
 from attanchor_lab.scenes.world import Scenes
 from attanchor_lab.small_llava import model as small_llava
 from attanchor_lab.synthetic.model import LANGUAGE, learner, trained_of
@@ -54,8 +54,8 @@ class Recipe:
     seed: int = 0
 
 
-def make(output: Path, recipe: Recipe = Recipe(), log: Callable[[str], None] = print) -> dict[str, float]:
-    """Train from random weights and save model and processor to `output`; returns what was measured.
+def make(output: Path, recipe: Recipe = Recipe(), log: Callable[[str], None] = print) -> None:
+    """Train from random weights and save model and processor to `output`.
 
     Raises:
         ValueError: `output` lies in something that is no folder, or that may not be written into.
@@ -65,21 +65,17 @@ def make(output: Path, recipe: Recipe = Recipe(), log: Callable[[str], None] = p
     torch.manual_seed(recipe.seed)
     generator = scenes.generator_for(recipe.seed)
     processor = small_llava.build_processor()
-    model = small_llava.build_model(processor)
+    model = small_llava.build_model()
     _pretrain_tower(model, processor, recipe, generator, log)
     _pretrain_language(model, processor, recipe, generator, log)
-    result = alignment(model, processor, seed=recipe.seed + 1)
-    result["seconds"] = time.perf_counter() - started
-    log(
-        f"matched patch holds the word: {result['hit_rate']:.3f} (chance {result['chance']:.3f}); "
-        f"{result['seconds']:.0f} s in all"
-    )
+    found = alignment(model, processor, seed=recipe.seed + 1)
+    seconds = time.perf_counter() - started
+    log(f"matched patch holds the word: {found['hit']:.3f} (chance {found['chance']:.3f}); {seconds:.0f} s in all")
     output.mkdir(parents=True, exist_ok=True)
     model.eval().save_pretrained(output)
     processor.save_pretrained(output)
     for file in output.iterdir():
         file.chmod(0o644)
-    return result
 
 
 def pixel_values(processor: LlavaProcessor, images: np.ndarray) -> Tensor:
@@ -252,23 +248,15 @@ def _other_words(processor: LlavaProcessor) -> Tensor:
 @torch.no_grad()
 def alignment(
     model: LlavaForConditionalGeneration, processor: LlavaProcessor, count: int = 200, seed: int = 1
-) -> dict[str, float]:
-    """On fresh scenes: how often the patch that a present word matches best holds it, and what chance would give."""
+) -> dict[str, float | None]:
+    """On fresh scenes: how often the patch that a present word matches best holds it ("hit"), and what chance would
+    give, as `match_quality` has them."""
     generator = scenes.generator_for(seed)
     batch = scenes.draw_scenes(count, generator)
     pixels = pixel_values(processor, scenes.render(batch, generator))
     patches = torch.cat([torch.stack(list(model.get_image_features(part).pooler_output)) for part in pixels.split(128)])
     table: Any = model.get_input_embeddings().weight
-    words = table[_label_words(processor)[:-1]]
-    best = (F.normalize(patches, dim=-1) @ F.normalize(words, dim=-1).T).argmax(1)  # (n, words)
-    holds = batch.labels()[..., :-1].bool()
-    present = holds.any(1)
-    hit = holds.gather(1, best[:, None])[:, 0]
-    chance = holds.float().mean(1)
-    colours = len(scenes.COLOURS)
-    return {
-        "hit_rate": hit[present].float().mean().item(),
-        "hit_rate_colour": hit[:, :colours][present[:, :colours]].float().mean().item(),
-        "hit_rate_shape": hit[:, colours:][present[:, colours:]].float().mean().item(),
-        "chance": chance[present].mean().item(),
-    }
+    words = F.normalize(table[_label_words(processor)[:-1]], dim=-1)
+    best = (F.normalize(patches, dim=-1) @ words.T).argmax(1)  # (n, words)
+    asked, nowhere = torch.arange(COLOUR, COLOUR + LABELS).expand(count, -1), torch.full_like(best, -1)
+    return match_quality(match_counts(nowhere, best, asked, batch, nowhere[:, 0]))

@@ -15,7 +15,6 @@ from PIL import Image
 from attanchor_lab import demo
 from attanchor_lab.accuracy import Accuracy
 from attanchor_lab.scenes import dataset as scenes
-from attanchor_lab.scenes.alignment import alignment_loss
 from attanchor_lab.small_llava import model as small_llava
 from attanchor_lab.small_llava import pretrain as stage1
 from attanchor_vlm.constants import IGNORE_INDEX
@@ -63,24 +62,6 @@ def test_answers_are_true_of_the_scenes():
     assert 0.5 < adversarial / denied <= 1
 
 
-def test_every_object_is_drawn_inside_its_own_cell():
-    generator = scenes.generator_for(0)
-    drawn = scenes.draw_scenes(20, generator)
-    image = scenes.render(drawn, generator).astype(float)
-    side, cell = scenes.GRID, scenes.CELL
-    assert image.shape == (20, side * cell, side * cell, 3)
-    cells = (
-        image.reshape(20, side, cell, side, cell, 3)
-        .transpose(0, 1, 3, 2, 4, 5)
-        .reshape(20, side * side, cell * cell, 3)
-    )
-    saturation = (cells.max(-1) - cells.min(-1)).mean(-1)
-    there = (drawn.on_patches(drawn.shape) >= 0).numpy()
-    contrast = np.abs(cells - np.median(cells, axis=2, keepdims=True)).mean((-1, -2))
-    assert np.median(saturation[there]) > 2 * np.median(saturation[~there])
-    assert (contrast[there] > np.quantile(contrast[~there], 0.99)).mean() > 0.9
-
-
 def test_the_same_seed_writes_the_same_data(tmp_path):
     one, other = (scenes.write_dataset(tmp_path / name, "train", 3, seed=7) for name in ("a", "b"))
     assert one.read_bytes() == other.read_bytes()
@@ -94,9 +75,7 @@ def test_the_same_seed_writes_the_same_data(tmp_path):
 def test_the_shipped_weights_align_words_and_patches(shipped):
     model, processor = shipped
     measured = stage1.alignment(model, processor, count=120, seed=987)
-    assert measured["hit_rate"] > 0.9
-    assert measured["hit_rate_colour"] > 0.9
-    assert measured["hit_rate_shape"] > 0.9
+    assert measured["hit"] > 0.9
     assert measured["chance"] < 0.05
     assert 2e5 < sum(p.numel() for p in model.parameters()) < 1e6
     assert sum(path.stat().st_size for path in small_llava.SHIPPED.iterdir()) < 8e6
@@ -133,15 +112,6 @@ def test_packed_questions_lose_what_separate_ones_lose(shipped):
         answers([scenes.Question(q.kind, q.text, q.answer, 0)], 1, features[q.scene : q.scene + 1]) for q in questions
     ]
     torch.testing.assert_close(together, torch.cat(apart), rtol=1e-4, atol=1e-4)
-
-
-def test_alignment_loss_is_low_only_for_aligned_patches():
-    drawn = scenes.draw_scenes(4, scenes.generator_for(0))
-    words = torch.eye(len(scenes.COLOURS) + len(scenes.SHAPES) + 3)
-    aligned = drawn.labels() @ words[:-2]
-    good = alignment_loss(aligned, words, drawn, 0.05)
-    bad = alignment_loss(aligned.roll(1, 0), words, drawn, 0.05)
-    assert good < 0.1 < 2 < bad
 
 
 @pytest.fixture(scope="module")
