@@ -170,25 +170,24 @@ def _study(tested: Given, trained: Given, model: str) -> Study:
     if ("data" in tested) == ("no_train" in tested):
         raise typer.BadParameter("give --data to train on, or --no-train", param_hint="--data")
     quiet()
-    from attanchor_lab.paper.study import Study, TrainRows
+    from attanchor_lab.paper.study import Study
 
     names = {field.name for field in dataclasses.fields(EvalConfig)} - {"data", "images"}
     measured = {"metrics": _Tested.metrics} | {name: value for name, value in tested.items() if name in names}
     if "test" in tested:
         measured |= {"data": tested["test"], "images": tested["images"]}
-    rows = None
-    if "data" in tested:
-        names = {field.name for field in dataclasses.fields(TrainRows)}
-        taken = {name: value for name, value in trained.items() if name in names}
-        rows = TrainRows(data=tested["data"], images=tested["images"], **taken)
     preset_name, preset = _preset(trained, model)
+    train = None
+    if "data" in tested:
+        places = {"model": model, **{name: tested[name] for name in ("data", "images", "output")}}
+        train = TrainConfig.from_preset(preset_name, **places, **{k: v for k, v in trained.items() if k != "preset"})
     study = Study(
         model=model,
         output=tested["output"],
         plan=EvalConfig(**measured),
         preset=preset,
         preset_name=preset_name,
-        train=rows,
+        train=train,
         seeds=tuple(dict.fromkeys(integers(tested.get("seeds", "0"), "--seeds"))),
         say=typer.echo,
     )

@@ -17,7 +17,6 @@ from attanchor_lab import runner
 from attanchor_lab.paper.study import (
     Arm,
     Study,
-    TrainRows,
     check_arms,
     check_pending,
     plan_of,
@@ -121,7 +120,7 @@ def _run(study: Study, arm: Arm, seed: int, title: str) -> Row:
     adapter: Path | None = None
     trained: dict[str, Any] = {}
     if study.train is not None:
-        adapter, trained = _train(study, study.train, arm, seed, say)
+        adapter, trained = _train(study, arm, seed, say)
     dtype = loading.choose_dtype(preset_of(study, arm).dtype, lambda line: None)
     loaded, processor = loading.load(
         model,
@@ -160,11 +159,11 @@ def _parts_file(study: Study, arm: str, seed: int) -> Path:
     return study.output / f"{run_name(arm, seed)}.parts.jsonl"
 
 
-def _train(study: Study, rows: TrainRows, arm: Arm, seed: int, say: Say) -> tuple[Path, dict[str, Any]]:
+def _train(study: Study, arm: Arm, seed: int, say: Say) -> tuple[Path, dict[str, Any]]:
     """The trained adapter of an arm, trained now, taken up again from a checkpoint, or found."""
     from attanchor_vlm.training.checkpoints import RUN_FILE
 
-    settings = train_settings(study, rows, arm, seed)
+    settings = train_settings(study, arm, seed)
     folder = settings.output
     if not is_trained(folder) and train_or_go_on(settings, say, study.progress).interrupted:
         raise InterruptedStudyError(f"interrupted while {arm.name} was trained; the same command goes on")

@@ -191,6 +191,8 @@ def tokens(study: Study, views: Sequence[int] = variants.VIEWS) -> Result:
             folder = study.output / "data" / f"{count}-views"
             test = variants.write_views(data, images, folder / "test", count, rows=study.plan.limit, **how)
             if study.train is not None:
+                if study.train.images is None:
+                    raise ValueError("this experiment changes the images of training rows, so it needs their folder")
                 train = variants.write_views(study.train.data, study.train.images, folder / "train", count, **how)
         for tau in (1.0, tau_of_anchors):
             labels = {"views": count, "tau": tau}
