@@ -22,7 +22,8 @@ from attanchor_lab.photographs.grounding import grounding
 from attanchor_lab.photographs.questions import KINDS
 from attanchor_lab.small_vlm import build, parts
 from attanchor_lab.small_vlm.config import BuildConfig
-from attanchor_lab.small_vlm.experiment import is_right, known_stamps
+from attanchor_lab.small_vlm.experiment import is_right
+from attanchor_lab.small_vlm.readings import known_stamps
 from attanchor_vlm.data.batches import question, to_model
 from attanchor_vlm.data.rows import Row, load_image, read_rows, samples
 from attanchor_vlm.evaluation.answers import generate_answers
@@ -41,7 +42,7 @@ _ARMS: dict[str, dict[str, Any]] = {
     ANCHORS: {"fraction": 0.5, "content_words": True},
     SHORTER: {"fraction": 0.5, "content_words": True, "keep": 1 / 3},
 }
-_OURS = {"stamps", "data", "unseeing", "stage1", "model", "runs", "results.json", "anchors.png"}
+_OURS = {"stamps", "data", "unseeing", "readings", "stage1", "model", "runs", "results.json", "anchors.png"}
 _ANSWER = 6  # most tokens
 _TITLE = "Words of the question at their patches, in photographs"
 _ASKED = (("chelsea", "Is there a cat in the picture?"), ("coffee", "Is there a cup in the picture?"))
@@ -55,7 +56,7 @@ class Size:
     test_scenes: int = 40
     concepts: int | None = 30
     held_out: float = 0.2
-    caption_steps: int = 40
+    reading_steps: int = 60
     question_steps: int = 12
     names: int = 24  # asked for, of each split
     questions: int = 12  # of each kind
@@ -69,7 +70,7 @@ def run(
     progress: bool = True,
     folder: Path = FOLDER,
 ) -> dict[str, Any]:
-    """Build the model, teach it captions, then questions in three arms; leave `results.json` and `anchors.png`.
+    """Build the model, teach it to read, then questions in three arms; leave `results.json` and `anchors.png`.
 
     Args:
         output: A folder that does not exist, is empty, or holds an earlier demo, which is replaced.
@@ -99,10 +100,9 @@ def run(
 
     say("2. A language model of 135 M parameters and an image encoder that never met")
     config = BuildConfig(
-        output=output / "model", pixels=224,
-        captions=data / "train-captions.json", images=images, steps=size.caption_steps, seed=seed,
+        output=output / "model", pixels=224, world=data, stamps=folder, steps=size.reading_steps, seed=seed,
     )  # fmt: skip
-    unseeing = dataclasses.replace(config, output=output / "unseeing", captions=None, images=None, steps=None)
+    unseeing = BuildConfig(output=output / "unseeing", pixels=224, seed=seed)
     build.make(unseeing, lambda line: say(f"   {line}"))
     dtype = choose_dtype(PRESETS["small-vlm"]["dtype"], lambda line: None)
     before = _sight(unseeing.output, dtype, data, size.names)
@@ -110,8 +110,8 @@ def run(
     said += "; {2:.0%} ({3:.0%}) of the words have their best patch in their thing, by chance {4:.0%}"
     say(said.format(*before.values()))
 
-    say(f"3. It learns to see: {size.caption_steps} steps of {config.batch_size} captions")
-    build.stage1(config, unseeing.output, output, lambda line: say(f"   {line}")).replace(config.output)
+    say(f"3. It learns to see: {size.reading_steps} steps of {config.batch_size} scenes")
+    build.stage1(config, data, unseeing.output, output, lambda line: say(f"   {line}")).replace(config.output)
     after = _sight(config.output, dtype, data, size.names)
     say(said.format(*after.values()))
 
