@@ -5,19 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
-from attanchor_vlm.chat.encode import encode_chat
 from attanchor_vlm.chat.videos import Video
-from attanchor_vlm.data.batches import message, to_model
+from attanchor_vlm.data.batches import message
 from attanchor_vlm.data.rows import PLACEHOLDER, VIDEO_PLACEHOLDER, parts
-from attanchor_vlm.inference.ask import Picture, open_images, with_placeholders
+from attanchor_vlm.inference.ask import Picture, encode_questions, generated, open_images, with_placeholders
 from attanchor_vlm.inference.picture import Anchored, Match
 from attanchor_vlm.model.attach import base_of, is_attached
 from attanchor_vlm.model.geometry import image_slots, patch_boxes
 
 
-@torch.no_grad()
 def explain(
     model: Any,
     processor: Any,
@@ -48,21 +44,16 @@ def explain(
         raise ValueError(
             f"the model has tau {config.tau} and direction {config.direction}; only text in images can be drawn"
         )
-    model.eval()
     opened = open_images(images)
     if not opened and not videos:
         raise ValueError("there is no image, and anchors stand in images; give one or more")
     asked = with_placeholders(prompt, len(opened), len(videos))
     chat = [message("user", asked)]
-    words = config.content_words
-    encoded = encode_chat(
-        processor, [chat], [opened], videos=[list(videos)], add_generation_prompt=True, content_words=words
-    )
-    batch = to_model(encoded, model)
+    batch = encode_questions(model, processor, [chat], [opened], [videos])
     own = {"image": iter(opened), "video": iter(videos)}
     media = [next(own[part["type"]]) for part in parts(asked) if part["type"] in own]
     boxes = patch_boxes(model, processor, batch, 0, [media])
-    sequences = model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False)
+    (answer,) = generated(model, processor, batch, max_new_tokens=max_new_tokens)
     plan = target.attanchor_plan
     ids = batch["input_ids"][0]
     patch_of = {slot: patch for patch, slot in enumerate(image_slots(model, batch, 0))}
@@ -73,7 +64,6 @@ def explain(
         patch = patch_of.get(int(plan.host[0, slot]))
         word = processor.tokenizer.decode([int(ids[slot])]).strip() or "␣"
         matches.append(Match(word, float(plan.score[0, slot]), patch))
-    answer = processor.tokenizer.decode(sequences[0, len(ids) :], skip_special_tokens=True).strip()
     shown = _with_numbers(prompt.replace(VIDEO_PLACEHOLDER, ""))
     frames = {box.image: (box.video, box.frame or 0) for box in boxes if box.video is not None}
     still = iter(opened)
@@ -82,7 +72,7 @@ def explain(
         for n in range(1 + max(box.image for box in boxes))
     ]
     names = {n: f"video {video + 1}, frame {frame + 1}" for n, (video, frame) in frames.items()}
-    return Anchored(pictures, boxes, shown, matches, answer, dropped=dropped, frames=names)
+    return Anchored(pictures, boxes, shown, matches, answer.strip(), dropped=dropped, frames=names)
 
 
 def _with_numbers(prompt: str) -> str:
