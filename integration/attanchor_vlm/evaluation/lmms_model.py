@@ -127,11 +127,7 @@ class AttAnchorLmms(lmms):
 
 
 def as_chat(messages: Any, task: str) -> tuple[list[dict[str, Any]], list[Any]]:
-    """A conversation (lmms-eval's ChatMessages) as `encode_chat` takes it, and its images in order.
-
-    Raises:
-        ValueError: it holds video or sound.
-    """
+    """A conversation (lmms-eval's ChatMessages) as `encode_chat` takes it, and its images in order."""
     chat: list[dict[str, Any]] = []
     images: list[Any] = []
     for one in messages.messages:
