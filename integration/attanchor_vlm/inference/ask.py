@@ -155,29 +155,17 @@ def _with_places(text: str, place: str, count: int, kind: str) -> str:
 
 
 def open_images(images: Picture | Sequence[Picture]) -> list[Image.Image]:
-    """RGB images, of one or several.
-
-    Raises:
-        DataError: see `open_image`.
-    """
+    """RGB images, of one or several."""
     return [open_image(image) for image in ([images] if isinstance(images, (Image.Image, str, PathLike)) else images)]
 
 
 def open_image(image: Picture) -> Image.Image:
-    """An RGB image.
-
-    Raises:
-        DataError: there is no such file, or it is no image.
-    """
+    """An RGB image."""
     return load_image(image if isinstance(image, Image.Image) else Path(image))
 
 
 def open_video(path: str | PathLike[str]) -> Video:
-    """The frames of a video in a file, or in a folder of pictures, in the order of their names.
-
-    Raises:
-        DataError: there is no such file or folder, or it cannot be read.
-    """
+    """The frames of a video in a file, or in a folder of pictures, in the order of their names."""
     path = Path(path)
     files = sorted(one for one in path.iterdir() if one.is_file()) if path.is_dir() else [path]
     if not files or not files[0].is_file():
