@@ -33,11 +33,7 @@ _PREFIX = "checkpoint-"
 
 
 def prepare_output(config: TrainConfig) -> Path | None:
-    """Make the output folder, which is this run's alone, ready; with `resume`, the checkpoint to go on from.
-
-    Raises:
-        SetupError: the folder is in use or cannot be written to, or there is nothing in it to resume.
-    """
+    """Make the output folder, which is this run's alone, ready; with `resume`, the checkpoint to go on from."""
     output = config.output
     checkpoint = distributed.on_main(lambda: _prepare(config))
     if not (output / RUN_FILE).is_file():
@@ -119,12 +115,7 @@ def _check_same_run(config: TrainConfig) -> None:
 
 
 def check_steps_left(checkpoint: Path, planned: int) -> None:
-    """Refuse to go on from a checkpoint of the last step: Trainer would make one more.
-
-    Raises:
-        SetupError: saying how to go on.
-        CheckpointError: Trainer's own state in it cannot be read.
-    """
+    """Refuse to go on from a checkpoint of the last step: Trainer would make one more."""
     with reading(checkpoint):
         json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
     made = step_of(checkpoint)
@@ -198,9 +189,8 @@ def writing(checkpoint: Path) -> Iterator[None]:
         if not _is_of_files(error):
             raise
         shutil.rmtree(checkpoint, ignore_errors=True)
-        left = complete_checkpoints(checkpoint.parent)
-        after = f"{left[-1].name} is whole: make room, and go on from it with --resume" if left else "there is no other"
-        raise CheckpointError(f"checkpoint {checkpoint} cannot be written: {_reason(error)}; {after}") from error
+        after = _left(checkpoint.parent, "make room") or "; there is no other"
+        raise CheckpointError(f"checkpoint {checkpoint} cannot be written: {_reason(error)}{after}") from error
 
 
 @contextmanager
@@ -225,9 +215,6 @@ def replace_files(output: Path, write: Callable[[Path], object], is_writer: bool
 
     Args:
         is_writer: False for the processes that only take part in gathering what is written.
-
-    Raises:
-        CheckpointError: it cannot be written.
     """
     if not is_writer:
         write(output)
@@ -305,9 +292,10 @@ def explain_failures(config: TrainConfig) -> Iterator[None]:
         raise CheckpointError(f"training stopped: {reason}{_left(config.output)}") from error
 
 
-def _left(output: Path) -> str:
+def _left(output: Path, first: str = "mend that") -> str:
+    """What a run can go on from, once the user has done something; empty if there is no checkpoint."""
     whole = complete_checkpoints(output)
-    return f"; {whole[-1].name} is whole: mend that, and go on from it with --resume" if whole else ""
+    return f"; {whole[-1].name} is whole: {first}, and go on from it with --resume" if whole else ""
 
 
 def _too_large(config: TrainConfig) -> str:
