@@ -132,7 +132,9 @@ def test_the_printed_line_is_one_that_a_shell_takes_whole():
     assert body["messages"][0]["content"][0]["image_url"]["url"].startswith("data:image/png;base64,")
 
 
-def test_an_export_is_the_model_with_its_adapter_and_its_settings(sample, tmp_path, capsys):
+def test_what_is_exported_or_served_is_the_model_with_its_adapter_and_its_settings(
+    sample, tmp_path, monkeypatch, capsys
+):
     model, _ = load(str(sample / "model"), tau=-1, max_anchors=3)
     torch.manual_seed(1)
     targets = LoraConfig(r=4, lora_alpha=16, target_modules=lora_targets(model), init_lora_weights=False)
@@ -151,6 +153,18 @@ def test_an_export_is_the_model_with_its_adapter_and_its_settings(sample, tmp_pa
     assert expected.inserted == 3
     assert answer(whole, processor, QUESTION, image, max_new_tokens=8) == expected
     assert whole.config.text_config.head_dim == 32
+
+    def look(command, address, ready):
+        folders.append(command[command.index("--model") + 1])
+        served, _ = load(folders[0])
+        assert answer(served, processor, QUESTION, image, max_new_tokens=8) == expected
+        return 0
+
+    folders = []
+    monkeypatch.setattr(launch, "check_vllm", lambda: None)
+    monkeypatch.setattr(launch, "run_server", look)
+    assert cli.main(["serve", "--model", str(sample / "model"), "--adapter", str(tmp_path / "adapter")]) == 0
+    assert not os.path.exists(folders[0])
 
 
 def test_wider_heads_compute_the_same():
