@@ -19,7 +19,7 @@ COMMAND = "python -m benchmarks report"
 LABORATORY = "docs/lab/report.md"
 NAMED = "## The comparisons named before the runs"
 README_PLANS = ("cpu", "shorter", "long")  # the main one, image tokens left out, and the longest training
-PAGES = ("README.md", "docs/costs.md", "docs/demo.md", "docs/serve.md")
+PAGES = ("README.md", "docs/costs.md", "docs/demo.md", "docs/serve.md", "docs/threads.md")
 BLOCK = re.compile(r"(<!-- generated: (?P<name>[\w-]+) -->\n)(?P<body>.*?)(<!-- /generated -->)", re.DOTALL)
 
 
@@ -220,6 +220,15 @@ def demo_block(rows: list[Row], image: str) -> str:
     return f"{found}\n{explained}\n\n{pictures}\n" + _made_by([row], f"make demo` and `{store_demo.MAKE}")
 
 
+def audit_block(rows: list[Row], image: str) -> str:
+    """What attacks tried, and how many of them found something, the newest row of each kind."""
+    latest = {row["kind"]: row for row in rows if row.get("run") == "audit"}
+    if not latest:
+        return ""
+    lines = [[kind, f"{row['tried']:,}", str(row["failed"])] for kind, row in sorted(latest.items())]
+    return table(["attack", "tried", "failed"], lines) + _made_by(list(latest.values()), "make audit")
+
+
 def targets_block(rows: list[Row], image: str) -> str:
     """The targets of which something is measured, counted; the whole table is the command's."""
     verdicts = targets.judge(rows)
@@ -287,6 +296,7 @@ BLOCKS: dict[str, Callable[[list[Row], str], str]] = {
     "cpu-reference": cpu_reference_block,
     "serve": serve_block,
     "targets": targets_block,
+    "audit": audit_block,
     "demo": demo_block,
     "laboratory": laboratory_block,
 }

@@ -184,8 +184,7 @@ def _train(
     from attanchor_vlm.training import callbacks as calls
     from attanchor_vlm.training.trainer import AnchorTrainer
 
-    if checkpoint is not None:
-        checkpoints.check_steps_left(checkpoint, planned_steps(config, data.count))
+    steps_left = checkpoint is None or checkpoints.check_steps_left(checkpoint, planned_steps(config, data.count))
     collate = Collator(processor, config.turns, config.content_words)
     aligner = aligner_for(config, model, processor, getattr(data.train, "samples", ()), progress)
     interrupt, plateau = calls.KeepOnInterrupt(), None
@@ -217,7 +216,7 @@ def _train(
 
     started = time.perf_counter()
     # A short run may draw no image at all, if some rows have none.
-    guard = nullcontext() if data.may_lack_images else expect_anchors(base_of(model))
+    guard = nullcontext() if data.may_lack_images or not steps_left else expect_anchors(base_of(model))
     watch = nullcontext() if aligner is None else aligner.watching(model)
     try:
         with checkpoints.explain_failures(config), guard, watch:
