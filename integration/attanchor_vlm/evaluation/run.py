@@ -13,7 +13,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from attanchor_vlm.data.batches import MostCopies, check_texts
+from attanchor_vlm.data.lengths import Growth, RowLengths, check_texts
 from attanchor_vlm.data.rows import Sample, read_rows, samples
 from attanchor_vlm.errors import DataError, SetupError
 from attanchor_vlm.evaluation import answers, harness, text_metrics
@@ -38,9 +38,9 @@ class Report:
 
 
 def read(
-    config: EvalConfig, processor: Any, context: int | None, progress: bool = True, copies: MostCopies | None = None
+    config: EvalConfig, processor: Any, context: int | None, progress: bool = True, growth: Growth | None = None
 ) -> list[Sample]:
-    """The samples that text metrics are of: one for every answer of the rows. `copies`: what anchors add to a row.
+    """The samples that text metrics are of: one for every answer of the rows. `growth`: what anchors add to a row.
 
     Raises:
         DataError: a row is bad (unless `skip_bad`), or none is left.
@@ -48,7 +48,7 @@ def read(
     assert config.data is not None
     assert config.images is not None
     rows, unreadable = read_rows(config.data, config.images, config.skip_bad, progress)
-    rows, bad = check_texts(config.data, rows, processor, context, copies)
+    rows, bad = check_texts(config.data, rows, RowLengths(processor), context, growth)
     bad = unreadable + bad
     if bad and not config.skip_bad:
         raise DataError("\n".join([*map(str, bad[:10]), f"{len(bad)} bad rows: mend them, or leave them out"]), bad)
@@ -111,8 +111,8 @@ def evaluate(
         target: Any = base_of(model)
         context = getattr(target.config.get_text_config(), "max_position_embeddings", None)
         anchors = target.attanchor_config if is_attached(target) else None
-        copies = None if anchors is None else MostCopies.of(anchors, anchors.pause_tokens)
-        chosen = read(config, processor, context, progress, copies)
+        growth = None if anchors is None else Growth.of(anchors, anchors.pause_tokens)
+        chosen = read(config, processor, context, progress, growth)
         count = len(chosen)
         found = _answers(model, processor, chosen, config, progress)
         text = [name for name in config.metrics if name != LOSS]

@@ -17,8 +17,9 @@ import torch
 from attanchor_vlm import distributed
 from attanchor_vlm.analysis.calibrate import HIGHEST_TAU, measure_scores
 from attanchor_vlm.data import dataset as train_data
-from attanchor_vlm.data.batches import Collator, MostCopies
+from attanchor_vlm.data.batches import Collator
 from attanchor_vlm.data.dataset import STREAM_SKIPPED_FILE, TrainData
+from attanchor_vlm.data.lengths import Growth
 from attanchor_vlm.data.stream import SampleStream
 from attanchor_vlm.errors import DataError, SetupError
 from attanchor_vlm.model import load as loading
@@ -123,8 +124,8 @@ def _run_alone(
     dtype = loading.choose_dtype(config.dtype, say)
     optimizer = choose_optimizer(config.optimizer, say, config.fsdp)
     model, processor = loading.load_pretrained(config.model, dtype)
-    copies = MostCopies.of(anchors, config.pause_tokens)
-    data = train_data.make(found, config, processor, model, say, config.batch_size, config.fsdp, copies)
+    growth = Growth.of(anchors, config.pause_tokens)
+    data = train_data.make(found, config, processor, model, say, config.batch_size, config.fsdp, growth)
 
     # What to leave out in calls without a mask, as of an evaluation harness.
     anchors = with_tokens_of(anchors, processor)
