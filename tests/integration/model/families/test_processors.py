@@ -108,7 +108,7 @@ def test_an_image_that_the_processor_refuses_is_one_error(tmp_path, monkeypatch,
 @further_ones_too
 def test_rows_are_as_long_as_their_batches(name, tmp_path, monkeypatch):
     """To the token: a row fits a context of its batch's length, and none that is shorter."""
-    _, processor = written(name, tmp_path, monkeypatch)
+    _, processor = checkpoints.write(tmp_path, name, monkeypatch)
     sizes = [(60, 40), (40, 100), (300, 90)]
     files = [tmp_path / f"{width}.png" for width, _ in sizes]
     for file, size in zip(files, sizes, strict=True):
