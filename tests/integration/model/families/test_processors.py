@@ -19,8 +19,9 @@ from transformers.utils import is_torchvision_available
 
 from attanchor_lab.scenes import dataset as scenes
 from attanchor_vlm import AttAnchorConfig, attach, cli, encode_chat, load_settings, with_tokens_of
-from attanchor_vlm.data.batches import check_texts, message
-from attanchor_vlm.data.rows import Row
+from attanchor_vlm.data.batches import Collator, message
+from attanchor_vlm.data.lengths import RowLengths, check_texts
+from attanchor_vlm.data.rows import Row, samples
 from attanchor_vlm.errors import SetupError
 from attanchor_vlm.inference import ask as infer
 from attanchor_vlm.model.load import load_pretrained
@@ -104,6 +105,28 @@ def test_an_image_that_the_processor_refuses_is_one_error(tmp_path, monkeypatch,
     assert error.startswith("error: Qwen2_5_VLProcessor does not take these images or texts: absolute aspect ratio")
 
 
+@further_ones_too
+def test_rows_are_as_long_as_their_batches(name, tmp_path, monkeypatch):
+    """To the token: a row fits a context of its batch's length, and none that is shorter."""
+    _, processor = checkpoints.write(tmp_path, name, monkeypatch)
+    sizes = [(60, 40), (40, 100), (300, 90)]
+    files = [tmp_path / f"{width}.png" for width, _ in sizes]
+    for file, size in zip(files, sizes, strict=True):
+        picture(0).resize(size).save(file)
+    asked = (("user", "<image>\nWhat is it?"), ("assistant", " yes"))
+    several = (("user", "<image>Is <image> this <image>?"), ("assistant", "no"))
+    rows = [Row(1, asked, (files[0],)), Row(2, asked, (files[2],)), Row(3, several, tuple(files))]
+    if name != "paligemma":  # which takes one question, with an image
+        more = (*several, ("user", " And that \n? "), ("assistant", "a dog "))
+        rows += [Row(4, more, tuple(files)), Row(5, (("user", "Why?"), ("assistant", "So.")), ())]
+    collate, lengths = Collator(processor, "each"), RowLengths(processor)
+    for row in rows:
+        length = collate(list(samples([row], "each"))[-1:])["input_ids"].shape[1]
+        assert check_texts(tmp_path, [row], lengths, length)[1] == []
+        (bad,) = check_texts(tmp_path, [row], lengths, length - 1)[1]
+        assert bad.reason.startswith(f"{length} tokens with its images, more than")
+
+
 @pytest.mark.parametrize(
     ("name", "token"),
     [
@@ -121,7 +144,7 @@ def test_rows_that_this_processor_cannot_take_are_found_before_a_run(name, token
         Row(2, (("user", f"<image>\nWhat is {token} here?"), ("assistant", "yes")), (tmp_path / "a.png",)),
         Row(3, (("user", "<image>\nWhat?"), ("assistant", "yes")), (tmp_path / "narrow.png",)),
     ]
-    good, bad = check_texts(tmp_path / "rows.json", rows, processor, None)
+    good, bad = check_texts(tmp_path / "rows.json", rows, RowLengths(processor), None)
     reasons = {2: f"its text holds {token}, which is a placeholder of this model"}
     if name == "qwen2_5_vl":
         reasons[3] = "an image of 402 x 1 pixels is not taken: absolute aspect ratio"
