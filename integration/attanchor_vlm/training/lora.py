@@ -10,7 +10,7 @@ from torch import nn
 
 from attanchor_vlm.errors import SetupError
 from attanchor_vlm.model.attach import base_of
-from attanchor_vlm.model.families.structure import language_model, projectors
+from attanchor_vlm.model.families.structure import language_model, projectors, towers
 
 # Of these peft takes every name for an expert's, where experts are one parameter, and cannot drop out what it adapts.
 _OF_EXPERTS = ("gate_proj", "up_proj", "down_proj", "gate", "w1", "w2", "w3")
@@ -27,9 +27,16 @@ def lora_targets(model: nn.Module) -> list[str]:
     target = base_of(model)
     decoder = language_model(target)
     prefix = next(name for name, module in target.named_modules() if module is decoder)
-    layers = (module for module in decoder.modules() if not isinstance(module, nn.Conv1d))
+    apart = tuple(f"{name}." for name, _ in (*towers(target), *projectors(target)))
+
+    def is_own(name: str) -> bool:  # the encoders may stand inside the decoder
+        return not f"{name}.".startswith(apart) and not any(part.startswith(f"{name}.") for part in apart)
+
+    own = {name: part for name, part in decoder.named_modules(prefix=prefix) if is_own(name)}
+    layers = (part for part in own.values() if not isinstance(part, nn.Conv1d))
     mixture = any(parameter.dim() == 3 for layer in layers for parameter in layer.parameters(recurse=False))
-    names = [*_linear(decoder, prefix), *(n for name, module in projectors(target) for n in _linear(module, name))]
+    names = [name for name, part in own.items() if isinstance(part, nn.Linear)]
+    names += [name for prefix, part in projectors(target) for name in _linear(part, prefix)]
     return [name for name in names if not (mixture and name.rpartition(".")[2] in _OF_EXPERTS)]
 
 

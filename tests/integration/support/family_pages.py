@@ -6,7 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from builders import FAMILIES
-from table_families import TABLE
+from table_families import TABLE, phi4_multimodal
 
 from attanchor_vlm.model.families import adapter_for
 from attanchor_vlm.model.families.base import FamilyAdapter
@@ -19,15 +19,16 @@ PAGES = (ROOT / "docs" / "families.md", ROOT / "README.md")
 def generated() -> dict[str, str]:
     """The text between each pair of markers of the page."""
     rows = ["| family | routes | positions | boxes |", "|---|---|---|---|"]
-    for family in sorted(TABLE, key=str):
-        adapter = adapter_for(family.model())
+    models = {family.name: family.model for family in TABLE} | {"phi4_multimodal": phi4_multimodal}
+    for family, build in sorted(models.items()):
+        adapter = adapter_for(build())
         boxes = "✓" if type(adapter).grids is not FamilyAdapter.grids else "—"
         rows.append(f"| `{family}` | {', '.join(adapter.routes)} | {adapter.positions} | {boxes} |")
     reasons: dict[str, list[str]] = {}
     for model_type, reason in REASONS.items():
         reasons.setdefault(reason, []).append(f"`{model_type}`")
     refused = [f"- {', '.join(sorted(names))}: {reason}" for reason, names in reasons.items()]
-    return {"count": str(len(FAMILIES) + len(TABLE)), "further": "\n".join(rows), "refused": "\n".join(refused)}
+    return {"count": str(len(FAMILIES) + len(models)), "further": "\n".join(rows), "refused": "\n".join(refused)}
 
 
 def filled(page: str) -> str:

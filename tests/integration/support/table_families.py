@@ -8,7 +8,7 @@ import tiny_families
 import torch
 from builders import TILES, Family, Image, grid, square, tiled
 from tiny_families import END, IMAGE, PATCH, PINPOINTS, QWEN_PATCH, SIDE, SOUND, START, VIDEO, VOCABULARY
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoModelForMultimodalLM
 
 # By the name of a field, wherever it stands in a language model's configuration or a vision tower's.
 TEXT: dict[str, Any] = {
@@ -599,3 +599,22 @@ TABLE = [
         vision={"projection_hidden_dim": 32, "posemb_grid_size": 8},
     ),
 ]
+
+
+def phi4_multimodal() -> Any:
+    """Which has no `get_image_features`: its test makes its own prompts."""
+    text = {name: value for name, value in tiny_families.TEXT.items() if name != "head_dim"}
+    parts = {
+        "original_max_position_embeddings": 1024,
+        "vision_config": {"crop_size": SIDE, "image_token_id": IMAGE, "feature_layer": -1},
+        "audio_config": {
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_blocks": 1,
+            "ext_pw_out_channel": 16,
+            "depthwise_separable_out_channel": 16,
+            "nemo_conv_channels": 8,
+            "input_size": 16,
+        },
+    }
+    return AutoModelForMultimodalLM.from_config(config("phi4_multimodal", {**text, **parts}))

@@ -7,7 +7,12 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from attanchor_vlm.model.families.base import FamilyAdapter, axes
-from attanchor_vlm.model.families.encoded import Granite4VisionAdapter, HunYuanVLAdapter, Llama4Adapter
+from attanchor_vlm.model.families.encoded import (
+    Granite4VisionAdapter,
+    HunYuanVLAdapter,
+    Llama4Adapter,
+    Phi4MultimodalAdapter,
+)
 from attanchor_vlm.model.families.gemma3 import Gemma3Adapter
 from attanchor_vlm.model.families.idefics3 import Idefics3Adapter
 from attanchor_vlm.model.families.internvl import InternVLAdapter
@@ -93,6 +98,7 @@ for known in (
     Llama4Adapter(),
     Granite4VisionAdapter(),
     HunYuanVLAdapter(),
+    Phi4MultimodalAdapter(),
     # All that the contract says is right of these, and `inputs_embeds` hold all that their decoders are given.
     FamilyAdapter(
         model_types=(

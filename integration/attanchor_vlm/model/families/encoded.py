@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from attanchor_vlm.model.families.base import FamilyAdapter, by_sample, flat
 
@@ -50,6 +50,42 @@ class HunYuanVLAdapter(FamilyAdapter):
     def silent_features(self, model: Any, rows: Tensor) -> Tensor:
         merger = model.base_model.vision_tower.patch_merger
         learned = torch.stack([merger.image_begin, merger.image_end, merger.mlp(merger.image_newline)])
-        learned = merger.after_rms(learned).to(rows).float()
-        apart = (rows.float()[:, None] - learned).norm(dim=-1)  # the same but for rounding
-        return (apart < 0.01 * learned.norm(dim=-1)).any(-1)
+        return _among(rows, merger.after_rms(learned))
+
+
+class Phi4MultimodalAdapter(FamilyAdapter):
+    """Its forward takes no encoded images: they are read where the model's own embedding writes them, and given back
+    as `inputs_embeds`, beside which it takes no sound."""
+
+    model_types = ("phi4_multimodal",)
+    routes = ("embeds",)
+    image_arguments = ("image_pixel_values", "image_sizes", "image_attention_mask")
+
+    def placeholders(self, model: Any, input_ids: Tensor) -> Tensor:
+        return input_ids == model.config.vision_config.image_token_id
+
+    def encode_images(self, model: Any, arguments: Any) -> Tensor:
+        if arguments.get("audio_input_features") is not None:
+            raise ValueError(
+                "audio_input_features is given beside images, which this family's model does not take together with "
+                "anchors; leave the sound out, or detach the model"
+            )
+        ids, given = arguments["input_ids"], {name: arguments.get(name) for name in self.image_arguments}
+        written = model.base_model.embed_tokens_extend(ids, model.get_input_embeddings()(ids), **given)
+        return written[self.placeholders(model, ids)]
+
+    def feature_rows(self, encoded: Tensor) -> Tensor:
+        return encoded
+
+    @torch.no_grad()
+    def silent_features(self, model: Any, rows: Tensor) -> Tensor:
+        images = model.base_model.embed_tokens_extend.image_embed
+        learned = torch.cat([images.global_img_feature_extensor[0], images.sub_img_feature_extensor[0, 0]])
+        return _among(rows, images.img_projection_down(nn.functional.gelu(images.img_projection_up(learned))))
+
+
+def _among(rows: Tensor, learned: Tensor) -> Tensor:
+    """(T,) bool, which rows are one of the learned vectors, but for rounding."""
+    learned = learned.to(rows).float()
+    apart = (rows.float()[:, None] - learned).norm(dim=-1)
+    return (apart < 0.01 * learned.norm(dim=-1)).any(-1)

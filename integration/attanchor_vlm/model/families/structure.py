@@ -10,7 +10,7 @@ from torch import nn
 
 # Between tower and language model, by the names that transformers gives it.
 _PROJECTOR = re.compile(
-    r"^(?!generation_).*(projector|multi_?modal|(?<!vit_)merger|connector|aligner|adapter|resampler|perceiver|embed_vision|visual_embeddings|vision_embedder"
+    r"^(?!generation_).*(projector|multi_?modal|(?<!vit_)merger|connector|aligner|adapter|resampler|perceiver|embed_vision|img_projection|visual_embeddings|vision_embedder"
     r"|(vision|visual|modality|image|linear)_proj|mm_proj|mlp_AR)"
 )
 
@@ -41,16 +41,22 @@ def towers(model: Any) -> Iterator[tuple[str, nn.Module]]:
 
 def _parts(model: Any) -> Iterator[tuple[str, nn.Module, bool]]:
     prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
-    yield from _split(model.base_model, prefix, language_model(model))
+    decoder = [language_model(model)]
+    if decoder[0] is model.base_model:  # and the encoders stand inside it
+        decoder = [
+            model.get_input_embeddings(),
+            *(part for part in decoder[0].children() if type(part) is nn.ModuleList),
+        ]
+    yield from _split(model.base_model, prefix, decoder)
 
 
-def _split(module: nn.Module, prefix: str, decoder: nn.Module) -> Iterator[tuple[str, nn.Module, bool]]:
+def _split(module: nn.Module, prefix: str, decoder: list[nn.Module]) -> Iterator[tuple[str, nn.Module, bool]]:
     for name, part in module.named_children():
-        if part is decoder or name == "lm_head":
+        if part in decoder or name == "lm_head":
             continue
         if projects := bool(_PROJECTOR.search(name)):
             yield prefix + name, part, projects
-        elif any(inner is decoder or _PROJECTOR.search(path) for path, inner in part.named_modules() if path):
+        elif any(inner in decoder or _PROJECTOR.search(path) for path, inner in part.named_modules() if path):
             yield from _split(part, f"{prefix}{name}.", decoder)
         else:
             yield prefix + name, part, False
