@@ -21,7 +21,7 @@ COMMAND = "python -m benchmarks report"
 LABORATORY = "docs/lab/report.md"
 NAMED = "## The comparisons named before the runs"
 README_PLANS = ("cpu", "shorter", "long")  # the main one, image tokens left out, and the longest training
-PAGES = ("README.md", "docs/costs.md", "docs/demo.md", "docs/serve.md")
+PAGES = ("README.md", "docs/costs.md", "docs/demo.md", "docs/serve.md", "docs/threads.md")
 Block = Callable[[list[Row], str], str]  # from rows, and the path from the page to the pictures
 BLOCK = re.compile(r"(<!-- generated: (?P<name>[\w-]+) -->\n)(?P<body>.*?)(<!-- /generated -->)", re.DOTALL)
 
@@ -181,6 +181,14 @@ def demo_block(rows: list[Row], image: str) -> str:
     return f"{found}\n{explained}\n\n{pictures}\n"
 
 
+def audit_block(rows: list[Row], image: str) -> str:
+    """What attacks of each kind tried, and how many of them found something."""
+    lines = [
+        [row["kind"], f"{row['tried']:,}", str(row["failed"])] for row in sorted(rows, key=lambda row: row["kind"])
+    ]
+    return table(["attack", "tried", "failed"], lines)
+
+
 def targets_block(rows: list[Row], image: str) -> str:
     """The targets of which something is measured, counted; the whole table is the command's."""
     verdicts = targets.judge(rows)
@@ -270,6 +278,7 @@ BLOCKS: dict[str, Block] = {
     "cpu-reference": _block(partial(_of, "cpu-reference"), cpu_reference_block, "python -m benchmarks cpu-reference"),
     "serve": _block(partial(_of, "serve"), serve_block, "python -m benchmarks serve"),
     "targets": targets_block,
+    "audit": _block(lambda rows: list(latest(_of("audit", rows), "kind").values()), audit_block, "make audit"),
     "demo": _block(lambda rows: _of("demo", rows)[-1:], demo_block, f"make demo` and `{store_demo.MAKE}"),
     "laboratory": laboratory_block,
 }

@@ -23,8 +23,8 @@ from attanchor_vlm.analysis.calibrate import threshold_for_share
 from attanchor_vlm.data.rows import Row, load_image, read_rows, samples
 from attanchor_vlm.errors import SetupError
 from attanchor_vlm.figures import loss_plot
-from attanchor_vlm.inference.explain import explain
-from attanchor_vlm.inference.picture import Anchored, anchor_picture
+from attanchor_vlm.inference.explain import Anchored, explain
+from attanchor_vlm.inference.picture import anchor_picture
 from attanchor_vlm.model.attach import attach
 from attanchor_vlm.model.candidates import with_tokens_of
 from attanchor_vlm.model.config import AttAnchorConfig
