@@ -17,7 +17,6 @@ from attanchor_lab import runner
 from attanchor_lab.paper.study import (
     Arm,
     Study,
-    TrainRows,
     check_arms,
     check_pending,
     plan_of,
@@ -49,8 +48,6 @@ def run_arms(
     study: Study,
     experiment: str,
     arms: Sequence[Arm],
-    say: Say = print,
-    progress: bool = True,
     after_each: Callable[[list[Row]], None] = lambda rows: None,
 ) -> list[Row]:
     """The rows of all arms and seeds, those that are missing being run first.
@@ -69,7 +66,7 @@ def run_arms(
     if strangers := {row["experiment"] for row in rows.rows} - {experiment}:
         raise SetupError(f"output {study.output} holds rows of the experiment {min(strangers)!r}; take another folder")
     found = {(arm.name, seed): find(rows, arm.name, seed, settings_of(study, arm)) for arm, seed in pairs}
-    check_pending(study, [(arm, seed) for arm, seed in pairs if found[arm.name, seed] is None], progress)
+    check_pending(study, [(arm, seed) for arm, seed in pairs if found[arm.name, seed] is None])
 
     def keep(job: Job, row: Row) -> None:
         rows.add({"experiment": experiment, **row})
@@ -84,11 +81,11 @@ def run_arms(
     for number, (arm, seed) in enumerate(pairs, start=1):
         title = f"[{number}/{len(pairs)}] {arm.name}" + (f", seed {seed}" if len(study.seeds) > 1 else "")
         if found[arm.name, seed] is not None:
-            say(f"{title}: done before")
+            study.say(f"{title}: done before")
         else:
-            jobs.append(Job((arm.name, seed), title, functools.partial(_run, study, arm, seed, title, say, progress)))
+            jobs.append(Job((arm.name, seed), title, functools.partial(_run, study, arm, seed, title)))
     with alone_in(study.output):
-        runner.run(jobs, keep, say=say, progress=progress)
+        runner.run(jobs, keep, say=study.say, progress=study.progress)
         after_each(ordered())
     return ordered()
 
@@ -114,16 +111,16 @@ def find(rows: Rows, arm: str, seed: int, settings: Mapping[str, Any]) -> Row | 
     return None
 
 
-def _run(study: Study, arm: Arm, seed: int, title: str, say_line: Say, progress: bool) -> Row:
+def _run(study: Study, arm: Arm, seed: int, title: str) -> Row:
     def say(line: str) -> None:
-        say_line(f"    {line}")
+        study.say(f"    {line}")
 
-    say_line(title)
+    study.say(title)
     model, settings = arm.model or study.model, settings_of(study, arm)
     adapter: Path | None = None
     trained: dict[str, Any] = {}
     if study.train is not None:
-        adapter, trained = _train(study, study.train, arm, seed, say, progress)
+        adapter, trained = _train(study, arm, seed, say)
     dtype = loading.choose_dtype(preset_of(study, arm).dtype, lambda line: None)
     loaded, processor = loading.load(
         model,
@@ -136,7 +133,7 @@ def _run(study: Study, arm: Arm, seed: int, title: str, say_line: Say, progress:
         placement_seed=seed,
     )
     plan, tasks = plan_of(study, arm, seed), study.output / "tasks" / run_name(arm.name, seed)
-    report = measure(loaded, processor, plan, settings, _parts_file(study, arm.name, seed), tasks, progress)
+    report = measure(loaded, processor, plan, settings, _parts_file(study, arm.name, seed), tasks, study.progress)
     parameters = sum(parameter.numel() for parameter in loaded.parameters())
     del loaded, processor
     gc.collect()
@@ -162,13 +159,13 @@ def _parts_file(study: Study, arm: str, seed: int) -> Path:
     return study.output / f"{run_name(arm, seed)}.parts.jsonl"
 
 
-def _train(study: Study, rows: TrainRows, arm: Arm, seed: int, say: Say, progress: bool) -> tuple[Path, dict[str, Any]]:
+def _train(study: Study, arm: Arm, seed: int, say: Say) -> tuple[Path, dict[str, Any]]:
     """The trained adapter of an arm, trained now, taken up again from a checkpoint, or found."""
     from attanchor_vlm.training.checkpoints import RUN_FILE
 
-    settings = train_settings(study, rows, arm, seed)
+    settings = train_settings(study, arm, seed)
     folder = settings.output
-    if not is_trained(folder) and train_or_go_on(settings, say, progress).interrupted:
+    if not is_trained(folder) and train_or_go_on(settings, say, study.progress).interrupted:
         raise InterruptedStudyError(f"interrupted while {arm.name} was trained; the same command goes on")
     summary = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))["result"]
     trained = {"train_steps": summary["steps"], "train_seconds": summary["seconds"]}

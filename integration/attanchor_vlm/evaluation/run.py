@@ -12,7 +12,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from attanchor_vlm.data.batches import MostCopies, check_texts
+from attanchor_vlm.data.lengths import Growth, RowLengths, check_texts
 from attanchor_vlm.data.rows import Sample, read_rows, samples, sorted_out
 from attanchor_vlm.errors import SetupError
 from attanchor_vlm.evaluation import answers, harness, text_metrics
@@ -37,13 +37,13 @@ class Report:
 
 
 def read(
-    config: EvalConfig, processor: Any, context: int | None, progress: bool = True, copies: MostCopies | None = None
+    config: EvalConfig, processor: Any, context: int | None, progress: bool = True, growth: Growth | None = None
 ) -> list[Sample]:
-    """The samples that text metrics are of: one for every answer of the rows. `copies`: what anchors add to a row."""
+    """The samples that text metrics are of: one for every answer of the rows. `growth`: what anchors add to a row."""
     assert config.data is not None
     assert config.images is not None
     rows, unreadable = read_rows(config.data, config.images, config.skip_bad, progress)
-    rows, refused = check_texts(config.data, rows, processor, context, copies)
+    rows, refused = check_texts(config.data, rows, RowLengths(processor), context, growth)
     rows, bad = sorted_out(config.data, rows, unreadable + refused, config.skip_bad)
     if bad:
         tqdm.write(f"{len(bad)} bad rows of {config.data} left out, the first: {bad[0]}", file=sys.stderr)
@@ -98,8 +98,8 @@ def evaluate(
         target: Any = base_of(model)
         context = getattr(target.config.get_text_config(), "max_position_embeddings", None)
         anchors = target.attanchor_config if is_attached(target) else None
-        copies = None if anchors is None else MostCopies.of(anchors, anchors.pause_tokens)
-        chosen = read(config, processor, context, progress, copies)
+        growth = None if anchors is None else Growth.of(anchors, anchors.pause_tokens)
+        chosen = read(config, processor, context, progress, growth)
         count = len(chosen)
         text = [name for name in config.metrics if name != LOSS]
         forced = bool(text) and config.predictions == "teacher-forced"

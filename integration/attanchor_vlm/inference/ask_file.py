@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from attanchor_vlm.data.batches import check_texts
+from attanchor_vlm.data.lengths import RowLengths, check_texts
 from attanchor_vlm.data.reading import check_characters, from_json, lines_of, parse_list, read_text
 from attanchor_vlm.data.rows import (
     PLACEHOLDER,
@@ -92,8 +92,8 @@ def check_for_model(
 ) -> tuple[list[Question], list[BadRow]]:
     """The questions that a model can be given: within its context, without its own image token in the text."""
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    good, bad = check_texts(file, questions, processor, context)
-    return sorted_out(file, [one for one in good if isinstance(one, Question)], bad, skip_bad)
+    good, bad = check_texts(file, questions, RowLengths(processor), context)
+    return sorted_out(file, good, bad, skip_bad)
 
 
 def answer_all(

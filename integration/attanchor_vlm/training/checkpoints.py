@@ -18,7 +18,7 @@ import torch
 from attanchor_vlm import distributed
 from attanchor_vlm.data.dataset import SKIPPED_FILE, STREAM_SKIPPED_FILE
 from attanchor_vlm.errors import CheckpointError, DataError, SetupError
-from attanchor_vlm.records import share_files, write_json
+from attanchor_vlm.records import PART, share_files, write_json
 from attanchor_vlm.settings import differences, settings_of
 from attanchor_vlm.training.config import TrainConfig
 
@@ -114,16 +114,23 @@ def _check_same_run(config: TrainConfig) -> None:
         raise SetupError(f"the run in {config.output} had other settings: {changes}; resume it with the same ones")
 
 
-def check_steps_left(checkpoint: Path, planned: int) -> None:
-    """Refuse to go on from a checkpoint of the last step: Trainer would make one more."""
+def check_steps_left(checkpoint: Path, planned: int) -> bool:
+    """Whether steps are left behind a checkpoint; if not, the run ended before its adapter was written.
+
+    Raises:
+        SetupError: saying how to go on.
+        CheckpointError: Trainer's own state in it cannot be read.
+    """
     with reading(checkpoint):
         json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        before = json.loads((checkpoint.parent / RUN_FILE).read_text(encoding="utf-8"))
     made = step_of(checkpoint)
-    if made >= planned:
+    if made > planned or made == planned == before.get("result", {}).get("steps"):
         raise SetupError(
             f"{checkpoint.parent} holds a run that has made {made} steps, and {planned} are asked for; "
             "raise --max-steps or --epochs to go on"
         )
+    return made < planned
 
 
 # --- Checkpoints in it. ----------------------------------------------------------------------------------------------
@@ -137,7 +144,7 @@ def complete_checkpoints(output: Path) -> list[Path]:
 def remove_torn(output: Path) -> list[Path]:
     """Delete what a killed run left of checkpoints it was writing; returns their paths."""
     torn = [path for path in folders(output) if read_state(path) is None]
-    for path in [*torn, *output.glob(".adapter-*")]:
+    for path in torn:
         shutil.rmtree(path, ignore_errors=True)
     return torn
 
@@ -219,7 +226,7 @@ def replace_files(output: Path, write: Callable[[Path], object], is_writer: bool
     if not is_writer:
         write(output)
         return
-    temporary = Path(tempfile.mkdtemp(prefix=".adapter-", dir=output))
+    temporary = Path(tempfile.mkdtemp(prefix=PART, dir=output))
     try:
         write(temporary)
         share_files(temporary)

@@ -17,8 +17,9 @@ import torch
 from attanchor_vlm import distributed
 from attanchor_vlm.analysis.calibrate import HIGHEST_TAU, measure_scores
 from attanchor_vlm.data import dataset as train_data
-from attanchor_vlm.data.batches import Collator, MostCopies
+from attanchor_vlm.data.batches import Collator
 from attanchor_vlm.data.dataset import STREAM_SKIPPED_FILE, TrainData
+from attanchor_vlm.data.lengths import Growth
 from attanchor_vlm.data.stream import SampleStream
 from attanchor_vlm.errors import DataError, SetupError
 from attanchor_vlm.model import load as loading
@@ -112,8 +113,8 @@ def _run(config: TrainConfig, say: Callable[[str], None], progress: bool) -> Tra
     dtype = loading.choose_dtype(config.dtype, say)
     optimizer = choose_optimizer(config.optimizer, say, config.fsdp)
     model, processor = loading.load_pretrained(config.model, dtype)
-    copies = MostCopies.of(anchors, config.pause_tokens)
-    data = train_data.make(found, config, processor, model, say, config.batch_size, config.fsdp, copies)
+    growth = Growth.of(anchors, config.pause_tokens)
+    data = train_data.make(found, config, processor, model, say, config.batch_size, config.fsdp, growth)
 
     # What to leave out in calls without a mask, as of an evaluation harness.
     anchors = with_tokens_of(anchors, processor)
@@ -171,8 +172,7 @@ def _train(
     from attanchor_vlm.training import callbacks as calls
     from attanchor_vlm.training.trainer import AnchorTrainer
 
-    if checkpoint is not None:
-        checkpoints.check_steps_left(checkpoint, planned_steps(config, data.count))
+    steps_left = checkpoint is None or checkpoints.check_steps_left(checkpoint, planned_steps(config, data.count))
     collate = Collator(processor, config.turns, config.content_words)
     aligner = aligner_for(config, model, processor, getattr(data.train, "samples", ()), progress)
     interrupt, plateau = calls.KeepOnInterrupt(), None
@@ -202,7 +202,7 @@ def _train(
 
     started = time.perf_counter()
     # A short run may draw no image at all, if some rows have none.
-    guard = nullcontext() if data.may_lack_images else expect_anchors(base_of(model))
+    guard = nullcontext() if data.may_lack_images or not steps_left else expect_anchors(base_of(model))
     watch = nullcontext() if aligner is None else aligner.watching(model)
     try:
         with checkpoints.explain_failures(config), guard, watch:

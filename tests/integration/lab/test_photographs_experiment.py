@@ -12,6 +12,7 @@ from PIL import Image
 from attanchor_lab.photographs.stamps import find_stamps
 from attanchor_lab.small_vlm import build, experiment
 from attanchor_lab.small_vlm.experiment import Measurement, PhotographPlan
+from attanchor_lab.small_vlm.readings import known_stamps
 from attanchor_vlm.errors import SetupError
 
 PLAN = PhotographPlan(
@@ -117,7 +118,7 @@ def test_scenes_are_of_what_the_tower_can_tell(tmp_path, monkeypatch):
     always = torch.zeros(2, 8), torch.tensor([1.0, 0.0])  # to this tower everything is a tiger
     monkeypatch.setattr(experiment.sources, "read_tower", lambda side: (small_vlm_toy.tower(), always))
     for _ in range(2):  # a run that is gone on with finds the links there
-        known = experiment.known_stamps(source.parent, tmp_path / "known")
+        known = known_stamps(source.parent, tmp_path / "known")
     assert [(stamp.name, stamp.theme) for stamp in find_stamps(known)] == [("tiger", "animals")]
 
 

@@ -206,7 +206,7 @@ def test_a_batch_without_images_has_no_alignment():
     processor = small_llava.build_processor()
     aligner = Aligner(CaptionLabels(processor.tokenizer), 1.0)
     torch.manual_seed(0)
-    model = attach(small_llava.build_model(processor), AttAnchorConfig(tau=0.2)).train()
+    model = attach(small_llava.build_model(), AttAnchorConfig(tau=0.2)).train()
     batch = AlignedCollator(Collator(processor, "each"), aligner.labels)([sample(None, "Is it red?", "yes")])
     inputs = {name: value for name, value in batch.items() if name != KEY}
     with aligner.watching(model):
