@@ -222,13 +222,8 @@ def _models(given: list[str], trained: Given) -> dict[str, tuple[str, str, Metho
 def _run(experiment: str, study: Study, *chosen: Any) -> None:
     """Run an experiment of `studies`, and show its table and the files that it left."""
     from attanchor_lab.paper import studies
-    from attanchor_lab.paper.arms import InterruptedStudyError
 
-    try:
-        result = getattr(studies, experiment)(study, *chosen)
-    except InterruptedStudyError as error:
-        typer.echo(str(error))
-        raise typer.Exit(130) from None
+    result = getattr(studies, experiment)(study, *chosen)
     typer.echo("")
     typer.echo((result.files[1]).read_text(encoding="utf-8").rstrip())
     typer.echo("")

@@ -40,10 +40,6 @@ _NEEDED = ("experiment", "arm", "seed", "settings", "values", "figures")
 _TOGETHER = ("amber", "amber_g")  # whose figures make a score of both
 
 
-class InterruptedStudyError(Exception):
-    """Training was stopped by Ctrl-C; a checkpoint is there, and the same command goes on from it."""
-
-
 def run_arms(
     study: Study,
     experiment: str,
@@ -56,7 +52,7 @@ def run_arms(
         after_each: Gets the rows that there are, in the arms' order, whenever one is added.
 
     Raises:
-        InterruptedStudyError: training was stopped by Ctrl-C.
+        KeyboardInterrupt: training was stopped by Ctrl-C; its checkpoint is saved.
         ValueError: something cannot be trained or measured; rows that are finished stay.
     """
     study.check()
@@ -161,36 +157,31 @@ def _parts_file(study: Study, arm: str, seed: int) -> Path:
 
 def _train(study: Study, arm: Arm, seed: int, say: Say) -> tuple[Path, dict[str, Any]]:
     """The trained adapter of an arm, trained now, taken up again from a checkpoint, or found."""
-    from attanchor_vlm.training.checkpoints import RUN_FILE
-
     settings = train_settings(study, arm, seed)
-    folder = settings.output
-    if not is_trained(folder) and train_or_go_on(settings, say, study.progress).interrupted:
-        raise InterruptedStudyError(f"interrupted while {arm.name} was trained; the same command goes on")
-    summary = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))["result"]
+    summary = trained_result(settings, arm.name, say, study.progress)
     trained = {"train_steps": summary["steps"], "train_seconds": summary["seconds"]}
     if summary["val_loss"] is not None:
         trained["train_val_loss"] = summary["val_loss"]
-    return folder, trained
+    return settings.output, trained
 
 
-def train_or_go_on(settings: TrainConfig, say: Say, progress: bool) -> Any:
-    """Train from the last whole checkpoint, if there is one.
+def trained_result(settings: TrainConfig, name: str, say: Say, progress: bool) -> dict[str, Any]:
+    """The result of a run that is there, or of one made now, from the last whole checkpoint if there is one.
 
-    A run killed between its last checkpoint and its adapter has no step left to make, which `train.run` refuses: it
-    goes on from the checkpoint before, and makes the same steps again.
+    Raises:
+        KeyboardInterrupt: it was stopped by Ctrl-C; its checkpoint is saved.
     """
     from attanchor_vlm.training import run as train
-    from attanchor_vlm.training.checkpoints import complete_checkpoints
+    from attanchor_vlm.training.checkpoints import RUN_FILE, complete_checkpoints
 
-    while found := complete_checkpoints(settings.output):
-        made = json.loads((found[-1] / "trainer_state.json").read_text(encoding="utf-8"))
-        if made["global_step"] < made["max_steps"]:
-            break
-        shutil.rmtree(found[-1])
-    if not found and settings.output.exists():
-        shutil.rmtree(settings.output)  # nothing to go on from; whatever is there was not finished
-    return train.run(dataclasses.replace(settings, resume=bool(found)), say, progress)
+    if not is_trained(settings.output):
+        found = complete_checkpoints(settings.output)
+        if not found and settings.output.exists():
+            shutil.rmtree(settings.output)  # nothing to go on from; whatever is there was not finished
+        if train.run(dataclasses.replace(settings, resume=bool(found)), say, progress).interrupted:
+            say(f"interrupted while {name} was trained; the same command goes on")
+            raise KeyboardInterrupt
+    return json.loads((settings.output / RUN_FILE).read_text(encoding="utf-8"))["result"]
 
 
 def is_trained(folder: Path) -> bool:

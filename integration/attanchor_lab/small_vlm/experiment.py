@@ -22,7 +22,7 @@ import numpy as np
 import pydantic
 
 from attanchor_lab import runner, selection  # noqa: F401  plans name its rules of `keep_by`
-from attanchor_lab.paper.arms import is_trained, train_or_go_on
+from attanchor_lab.paper.arms import trained_result
 from attanchor_lab.paper.degrade import write_degraded
 from attanchor_lab.photographs.config import FOLDER, PhotographConfig
 from attanchor_lab.photographs.dataset import write_photographs
@@ -198,9 +198,7 @@ def _train(plan: PhotographPlan, work: Path, arm: str, seed: int, say: Say) -> t
         "small-vlm", model=str(work / "model"), data=world / "train-questions.json", images=world / "images",
         output=folder, val_fraction=0.0, **settings,
     )  # fmt: skip
-    if not is_trained(folder):
-        train_or_go_on(config, say, False)
-    told = json.loads((folder / "run.json").read_text(encoding="utf-8"))["result"]
+    told = trained_result(config, f"{arm}, seed {seed},", say, False)
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     losses = [round(line["loss"], 4) for line in lines if "loss" in line]
     return folder, {"train_seconds": told["seconds"], "losses": losses}

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -80,6 +81,14 @@ def test_every_arm_and_measurement_gets_its_row_once(work, tmp_path):
     assert any("t2i | plain | seen | 2" in line for line in experiment.as_markdown(rows, PLAN, work))
     with pytest.raises(SetupError, match="holds another plan"):
         experiment.run(dataclasses.replace(PLAN, margin=0.5), tmp_path / "out", work, said.append)
+
+
+def test_an_interrupted_training_ends_the_experiment(work, tmp_path, monkeypatch):
+    monkeypatch.setattr("attanchor_vlm.training.run.run", lambda *arguments: SimpleNamespace(interrupted=True))
+    said: list[str] = []
+    with pytest.raises(KeyboardInterrupt):
+        experiment.run(PLAN, tmp_path / "out", work, said.append)
+    assert said[-1] == "interrupted while plain, seed 0, was trained; the same command goes on"
 
 
 def test_arms_are_compared_question_by_question():
