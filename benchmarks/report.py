@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import cpu_reference, plots, store_demo, targets
+from benchmarks import cpu_reference, plots, same_tokens, store_demo, targets
 from benchmarks.rows import IMAGES, RESULTS, ROOT, Row, of_newest_gpu, ratio, read, table, write_text
 
 COMMAND = "python -m benchmarks report"
@@ -181,24 +181,39 @@ def cpu_reference_block(rows: list[Row], image: str) -> str:
 
 
 def serve_block(rows: list[Row], image: str) -> str:
-    """Requests behind vLLM, and the memory that many of them leave behind."""
+    """Requests a second of three servers, and the memory that many of them leave behind."""
     rows = [row for row in rows if row.get("run") == "serve"]
     measured = [row for row in rows if "side" in row]
     if not measured:
         return ""
     lines = [
-        [row["side"], str(row["clients"]), str(row["length"]), str(row["pairs"]), ratio(row, "requests")]
+        [
+            row["side"],
+            str(row["clients"]),
+            f"{row['length']}, plain {row['plain_length']}",
+            str(row["rounds"]),
+            f"{row['per_second']:.3g}, plain {row['plain_per_second']:.3g}",
+            ratio(row, "requests"),
+        ]
         for row in measured
     ]
+    loads = [load for row in measured for load in row["load"]]
+    load = f"\nThe load average was {min(loads)} to {max(loads)}, on {measured[0]['cores']} cores.\n"
     memory = "".join(
-        "\nResident memory after "
+        "\nResident memory of the processes of the server with anchors after "
         + ", ".join(f"{done} requests {size / 1e6:.0f} MB" for done, size in row["resident_bytes"].items())
         + ".\n"
         for row in rows
         if row.get("measure") == "memory"
     )
-    head = ["", "clients", "tokens of a prompt", "pairs", "time of a request over the plain model's"]
-    return table(head, lines) + memory + _made_by(rows, "python -m benchmarks serve")
+    head = ["", "clients", "tokens of a prompt", "rounds", "requests a second", "over the plain model's"]
+    return table(head, lines) + load + memory + _made_by(rows, "python -m benchmarks serve")
+
+
+def same_tokens_block(rows: list[Row], image: str) -> str:
+    """The prompts that vLLM answers with the tokens of `generate`, when first asked and when asked again."""
+    rows = [row for row in rows if row.get("run") == "same-tokens"]
+    return same_tokens.lines_of(rows) + _made_by(rows, "python -m benchmarks same-tokens") if rows else ""
 
 
 def demo_block(rows: list[Row], image: str) -> str:
@@ -286,6 +301,7 @@ BLOCKS: dict[str, Callable[[list[Row], str], str]] = {
     "training": training_block,
     "cpu-reference": cpu_reference_block,
     "serve": serve_block,
+    "same-tokens": same_tokens_block,
     "targets": targets_block,
     "demo": demo_block,
     "laboratory": laboratory_block,
