@@ -9,7 +9,7 @@ import sys
 
 from attanchor_vlm.provenance import version_of
 from benchmarks import options
-from benchmarks.rows import ROOT, Row, Run, table
+from benchmarks.rows import ROOT, Row, Run
 
 SCRIPT = ROOT / "tests" / "serve" / "same_tokens.py"
 FAMILIES = ("llava", "qwen2_5_vl")
@@ -45,14 +45,14 @@ def _equal(row: Row) -> Row:
     return {name: sum(map(list.__eq__, row["expected"], row[turn])) for name, turn in pairs.items()}
 
 
-def lines_of(rows: list[Row]) -> str:
-    """The table of all families' latest rows: a line for each setting."""
-    latest = {row["family"]: row for row in rows}
+def table_of(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
+    """Head and lines, one for each setting; of each family the latest row."""
+    newest = {row["family"]: row for row in rows}
     counts: dict[str, list[str]] = {}
-    for row in latest.values():
+    for row in newest.values():
         for one in row["settings"]:
             name = ", ".join(f"{key} {value}" for key, value in one["setting"].items())
-            counts.setdefault(name, []).append(
+            counts.setdefault(name, [name]).append(
                 f"{one['equal']} and {one['equal_from_cache']} of {one['compared']}, {one['inserted']} anchors"
             )
-    return table(["settings", *latest], [[name, *cells] for name, cells in counts.items()])
+    return ["settings", *newest], list(counts.values())

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from attanchor_lab import demo_table
 from benchmarks import plots, report, rows, same_tokens, store_demo, targets
 from benchmarks.__main__ import main
 
@@ -238,7 +239,7 @@ def test_a_demonstration_is_stored_whole_or_not_at_all(tmp_path, monkeypatch, ca
     assert main(arguments) == 0
     (row,) = rows.read(stored)
     assert row["run"] == "demo"
-    assert len(store_demo.lines_of(row)[1]) == len(store_demo.HEAD)
+    assert len(demo_table.lines_of(row)[1]) == len(demo_table.HEAD)
     assert sorted(os.listdir(tmp_path / "images")) == ["demo-loss.png", "demo-photographs.png", "demo-scenes.png"]
 
 
@@ -248,9 +249,9 @@ def test_a_prompt_with_other_tokens_is_counted_out_in_its_turn():
     counted = same_tokens._equal(printed)
     assert counted == {"equal": 2, "equal_from_cache": 1}
     one = {"setting": {"tau": 0.1, "keep": 0.34}, "inserted": 7, "compared": 3, **counted}
-    said = same_tokens.lines_of([{"family": name, "settings": [one]} for name in ("llava", "qwen2_vl")])
-    assert said.splitlines()[0] == "| settings | llava | qwen2_vl |"
-    assert said.splitlines()[2] == f"| tau 0.1, keep 0.34 |{' 2 and 1 of 3, 7 anchors |' * 2}"
+    head, lines = same_tokens.table_of([{"family": name, "settings": [one]} for name in ("llava", "qwen2_vl")])
+    assert head == ["settings", "llava", "qwen2_vl"]
+    assert lines == [["tau 0.1, keep 0.34", *["2 and 1 of 3, 7 anchors"] * 2]]
 
 
 def test_check_misses_a_plot_and_sees_an_old_one(tmp_path, capsys):
