@@ -101,7 +101,7 @@ class Lab:
         assert all(found == expected[key] for key, found in done.items() if found[0] == "done")
 
 
-@pytest.fixture(scope="module", params=[Train, Generate, Lab])
+@pytest.fixture(scope="module")
 def whole(request, world, tmp_path_factory):
     """A command, what it makes if nothing stops it, and how many things it does to files for that."""
     command, output = request.param(), tmp_path_factory.mktemp("whole") / "run"
@@ -198,6 +198,12 @@ def names(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
 
 
+def commands(one: type) -> pytest.MarkDecorator:
+    """In the suite one command for each kind of end, at length all of them."""
+    return pytest.mark.parametrize("whole", [Train, Generate, Lab] if LONGER > 1 else [one], indirect=True)
+
+
+@commands(Train)
 def test_kills(tried, whole, world, tmp_path):
     """Runs of train, generate and lab, killed and gone on with."""
 
@@ -207,6 +213,7 @@ def test_kills(tried, whole, world, tmp_path):
     attack(tried, whole, world, tmp_path, draw, {-signal.SIGKILL}, False)
 
 
+@commands(Generate)
 def test_signals(tried, whole, world, tmp_path):
     """Runs of train, generate and lab, interrupted or terminated and gone on with."""
 
@@ -217,6 +224,7 @@ def test_signals(tried, whole, world, tmp_path):
     attack(tried, whole, world, tmp_path, draw, {130, -signal.SIGTERM}, False)
 
 
+@commands(Lab)
 def test_full_disks(tried, whole, world, tmp_path):
     """Runs of train, generate and lab on a disk that fills, gone on with."""
 

@@ -107,7 +107,7 @@ def generate_answers(
                 processor, chats, images, videos=videos, add_generation_prompt=True, content_words=words
             )
         except ValueError as error:
-            raise DataError(f"a prompt cannot be made of rows {[sample.row for sample in part]}: {error}") from error
+            raise DataError(f"a prompt cannot be made of rows {[sample.number for sample in part]}: {error}") from error
         if not any(images) and not any(videos):
             del batch["anchor_mask"]  # without an image there is nothing to match
         batch = to_model(batch, model)
