@@ -33,11 +33,7 @@ _PREFIX = "checkpoint-"
 
 
 def prepare_output(config: TrainConfig) -> Path | None:
-    """Make the output folder, which is this run's alone, ready; with `resume`, the checkpoint to go on from.
-
-    Raises:
-        SetupError: the folder is in use or cannot be written to, or there is nothing in it to resume.
-    """
+    """Make the output folder, which is this run's alone, ready; with `resume`, the checkpoint to go on from."""
     output = config.output
     checkpoint = distributed.on_main(lambda: _prepare(config))
     if not (output / RUN_FILE).is_file():
@@ -200,9 +196,8 @@ def writing(checkpoint: Path) -> Iterator[None]:
         if not _is_of_files(error):
             raise
         shutil.rmtree(checkpoint, ignore_errors=True)
-        left = complete_checkpoints(checkpoint.parent)
-        after = f"{left[-1].name} is whole: make room, and go on from it with --resume" if left else "there is no other"
-        raise CheckpointError(f"checkpoint {checkpoint} cannot be written: {_reason(error)}; {after}") from error
+        after = _left(checkpoint.parent, "make room") or "; there is no other"
+        raise CheckpointError(f"checkpoint {checkpoint} cannot be written: {_reason(error)}{after}") from error
 
 
 @contextmanager
@@ -227,9 +222,6 @@ def replace_files(output: Path, write: Callable[[Path], object], is_writer: bool
 
     Args:
         is_writer: False for the processes that only take part in gathering what is written.
-
-    Raises:
-        CheckpointError: it cannot be written.
     """
     if not is_writer:
         write(output)
@@ -307,9 +299,10 @@ def explain_failures(config: TrainConfig) -> Iterator[None]:
         raise CheckpointError(f"training stopped: {reason}{_left(config.output)}") from error
 
 
-def _left(output: Path) -> str:
+def _left(output: Path, first: str = "mend that") -> str:
+    """What a run can go on from, once the user has done something; empty if there is no checkpoint."""
     whole = complete_checkpoints(output)
-    return f"; {whole[-1].name} is whole: mend that, and go on from it with --resume" if whole else ""
+    return f"; {whole[-1].name} is whole: {first}, and go on from it with --resume" if whole else ""
 
 
 def _too_large(config: TrainConfig) -> str:

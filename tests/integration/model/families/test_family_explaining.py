@@ -18,8 +18,6 @@ TILED = {"llava_next", "llava_onevision", "internvl", "idefics3", "smolvlm"}
 
 @pytest.mark.parametrize("name", checkpoints.WRITERS)
 def test_anchors_are_drawn_where_their_patches_lie(name, tmp_path, monkeypatch, capsys):
-    if name == "smolvlm":
-        pytest.importorskip("num2words", reason="transformers' SmolVLM processor needs it")
     checkpoints.write(tmp_path / "model", name, monkeypatch)
     sizes = []
     for index in range(2):
