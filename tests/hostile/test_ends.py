@@ -178,9 +178,9 @@ def attack(tried, whole, world, folder: Path, draw, codes: set[int], is_told: bo
         output, chance = folder / f"{number}" / "run", random.Random(f"{type(command).__name__} {number}")
         output.parent.mkdir()
         for _ in range(ENDS):
-            tried()
             befall = draw(chance)
             code, said = apart(command.command(world, output), output, chance.randint(1, events), befall)
+            tried(code != 0)  # or it was done before
             assert code in {*codes, 0}, said
             assert "Traceback" not in said
             if is_told and code:
