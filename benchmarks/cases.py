@@ -64,9 +64,9 @@ class Case(NamedTuple):
     def least_bytes(self) -> int:
         return self.read_bytes + self.written_bytes
 
-    def describe(self) -> dict:
-        """The part of a row that says what was measured."""
-        return {
+    def describe(self, *only: str) -> dict:
+        """The part of a row that says what was measured, or these keys of it."""
+        described = {
             "operation": self.operation,
             "shape": self.shape.name,
             "image": self.shape.image,
@@ -79,6 +79,7 @@ class Case(NamedTuple):
             **({} if self.keep is None else {"keep": self.keep}),
             "bytes": self.least_bytes,
         }
+        return {key: described[key] for key in only} or described
 
 
 class Inputs(NamedTuple):
@@ -159,13 +160,17 @@ def launched(backend: str, case: Case, inputs: Inputs, tuning: Any = None) -> di
     return {} if found is None else {"launched": found._asdict()}
 
 
-def run(case: Case, inputs: Inputs, backend: str, trim: bool = False) -> tuple[Any, ...]:
-    """The operator itself, by one backend: at capacity, or as it is called without options."""
-    options: dict = {"max_anchors": case.max_anchors, "trim": trim, "backend": backend}
+def run(case: Case, inputs: Inputs, backend: str, trim: bool = False, keep: int | None = None) -> tuple[Any, ...]:
+    """The operator itself, by one backend: at capacity, or as it is called without options.
+
+    Args:
+        keep: Image tokens that stay of each image, where the case does not say it.
+    """
+    options: dict = {"max_anchors": case.max_anchors, "trim": trim, "keep": keep or case.keep, "backend": backend}
     if inputs.position_ids is not None:
         options |= {"positions": "inherit", "position_ids": inputs.position_ids}
     if case.operation in ("forward", "drop"):
-        options |= {"keep": case.keep, "salience": inputs.salience}
+        options |= {"salience": inputs.salience}
         return tuple(build_sequence(inputs.image, inputs.text, TAU, **options))[: len(names_of(case))]
     if case.operation == "merge":
         assert inputs.roles is not None

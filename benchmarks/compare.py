@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.rows import Row, read
+from benchmarks.rows import Row, latest, read
 
 # What makes two rows figures of the same thing. Keys that a run does not have are None.
 IDENTITY = (
@@ -21,17 +21,21 @@ FIGURES = ("us", "peak_bytes", "construction_us", "prefill_us", "step_us", "trai
 
 
 class Change(NamedTuple):
-    """One figure that both sets have. `percent` > 0 means worse."""
+    """One figure that both sets have. `percent` > 0 means worse; what comes from nothing is worse beyond any."""
 
     name: str
     figure: str
     before: float
     after: float
-    percent: float
 
+    @property
+    def percent(self) -> float:
+        if self.before == 0:
+            return math.inf if self.after else 0.0
+        return 100 * (self.after / self.before - 1)
 
-def identity(row: Row) -> tuple:
-    return tuple(row.get(key) for key in IDENTITY)
+    def __str__(self) -> str:
+        return f"{self.figure} {self.before:g} -> {self.after:g} ({self.percent:+.1f} %)  {self.name}"
 
 
 def changes(before: list[Row], after: list[Row]) -> tuple[list[Change], list[str]]:
@@ -39,27 +43,17 @@ def changes(before: list[Row], after: list[Row]) -> tuple[list[Change], list[str
 
     Of several rows for the same thing the last one counts. On a GPU the processor does not tell rows apart.
     """
-    later = {identity(row): row for row in after}
+    later = latest(after, *IDENTITY)
     found: list[Change] = []
     missing: list[str] = []
-    for key, row in {identity(row): row for row in before}.items():
+    for key, row in latest(before, *IDENTITY).items():
         name = " ".join(f"{field}={value}" for field, value in zip(IDENTITY, key, strict=True) if value is not None)
         if key not in later:
             missing.append(name)
             continue
-        for figure in FIGURES:
-            old, new = row.get(figure), later[key].get(figure)
-            if old is None or new is None:
-                continue
-            found.append(Change(name, figure, old, new, _worse_by(old, new)))
+        both = [figure for figure in FIGURES if None not in (row.get(figure), later[key].get(figure))]
+        found += [Change(name, figure, row[figure], later[key][figure]) for figure in both]
     return found, missing
-
-
-def _worse_by(old: float, new: float) -> float:
-    """Percent; what comes from nothing is worse beyond any."""
-    if old == 0:
-        return math.inf if new else 0.0
-    return 100 * (new / old - 1)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -87,14 +81,9 @@ def main(options: argparse.Namespace) -> int:
     better = [change for change in found if change.percent < -options.threshold]
     for title, group in (("worse", worse), ("better", better)):
         for change in sorted(group, key=lambda change: -abs(change.percent)):
-            print(
-                f"{title}: {change.figure} {change.before:g} -> {change.after:g} "
-                f"({change.percent:+.1f} %)  {change.name}"
-            )
+            print(f"{title}: {change}")
     for name in missing:
         print(f"missing: {name}")
-    print(
-        f"{len(found)} figures compared at {options.threshold:g} %: {len(worse)} worse, {len(better)} better, "
-        f"{len(missing)} missing"
-    )
+    counts = f"{len(worse)} worse, {len(better)} better, {len(missing)} missing"
+    print(f"{len(found)} figures compared at {options.threshold:g} %: {counts}")
     return int(bool(worse or missing))

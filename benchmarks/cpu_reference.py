@@ -7,6 +7,7 @@ neighbours. On more threads there is no other clock.
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import statistics
 import sys
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from attanchor_kernels import build_sequence, merge_sequence
 from attanchor_kernels.testing.inputs import TAU
-from benchmarks import options
+from benchmarks import options, timing
 from benchmarks.baselines import plain_merge
 from benchmarks.cases import SHAPE_OF, Case, make_inputs
 from benchmarks.rows import RESULTS, Row, Run, table
@@ -85,12 +86,7 @@ def _compare(case: Case, rounds: int, threads: int, loop: bool) -> Row:
         "masked_scatter": partial(plain_merge, prompt),
     }
     clock = time.thread_time if threads == 1 else time.perf_counter
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name, call in calls.items():
-            begin = clock()
-            call()
-            times[name].append(clock() - begin)
+    times = timing.by_turns(calls, rounds, clock)
     if loop:
         begin = clock()
         expected = [literal_loop(*sample, TAU) for sample in zip(image, text, strict=True)]
@@ -100,9 +96,8 @@ def _compare(case: Case, rounds: int, threads: int, loop: bool) -> Row:
                 raise AssertionError("the reference and the literal loop differ")
     least = {name: min(seconds) for name, seconds in times.items()}
     medians = {f"{name}_us": round(statistics.median(seconds) * 1e6, 1) for name, seconds in times.items()}
-    described = case.describe()
     return {
-        **{key: described[key] for key in ("operation", "shape", "image", "text", "hidden", "batch", "dtype")},
+        **case.describe("operation", "shape", "image", "text", "hidden", "batch", "dtype"),
         **{"backend": "reference", "method": "thread time" if threads == 1 else "wall", "on_threads": threads},
         "us": medians.pop("build_us"),
         **medians,
@@ -127,7 +122,7 @@ HEAD = ["", "build", "of its unavoidable work", "than a per-token loop", "merge"
 
 def lines_of(rows: list[Row]) -> list[list[str]]:
     """The table's lines. A row of before there was a merge beside it leaves cells empty."""
-    latest = {(row["shape"], row["dtype"], row.get("on_threads", 1), row["batch"]): row for row in rows}
+    newest = {(row["shape"], row["dtype"], row.get("on_threads", 1), row["batch"]): row for row in rows}
 
     def cell(row: Row, key: str, form: str, scale: float = 1.0) -> str:
         return form.format(row[key] * scale) if key in row else ""
@@ -142,7 +137,7 @@ def lines_of(rows: list[Row]) -> list[list[str]]:
             cell(row, "merge_of_build", "{:.2f} x"),
             cell(row, "merge_of_masked_scatter", "{:.2f} x"),
         ]
-        for (shape, dtype, threads, batch), row in latest.items()
+        for (shape, dtype, threads, batch), row in newest.items()
     ]
 
 
@@ -162,12 +157,10 @@ def main(given: argparse.Namespace) -> int:
         print(f"--toy would overwrite {given.output}; name another file by --output", file=sys.stderr)
         return 2
     on = Run(given.output, "cpu", "cpu-reference")
-    for threads in given.threads:
-        for name in ("toy",) if given.toy else given.shapes:
-            for dtype in given.dtypes:
-                for batch in given.batches:
-                    case = Case("forward", SHAPE_OF[name], batch, getattr(torch, dtype))
-                    row = on.add(compare(case, given.rounds, threads, loop=threads == 1))
-                    print("" if met(row) else "too slow: ", *lines_of([row])[0], sep="   ", flush=True)
+    shapes = ("toy",) if given.toy else given.shapes
+    for threads, name, dtype, batch in itertools.product(given.threads, shapes, given.dtypes, given.batches):
+        case = Case("forward", SHAPE_OF[name], batch, getattr(torch, dtype))
+        row = on.add(compare(case, given.rounds, threads, loop=threads == 1))
+        print("" if met(row) else "too slow: ", *lines_of([row])[0], sep="   ", flush=True)
     print(table(HEAD, lines_of(on.rows)))
     return int(not given.toy and not all(map(met, on.rows)))

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from attanchor_kernels import backends, build_sequence, checks, merge_sequence, trimming
 from attanchor_kernels.testing.inputs import TAU
-from benchmarks import options
+from benchmarks import options, timing
 from benchmarks.cases import MAX_ANCHORS, SHAPE_OF, Case, make_inputs, problem_of
 from benchmarks.rows import Run, table
 
@@ -132,26 +132,19 @@ def calls_of(case: Case, trim: bool, grad: bool) -> tuple[Callable[[], Any], Cal
 
 def compare(case: Case, trim: bool, grad: bool, repeats: int) -> dict[str, Any]:
     """The least time of a call of both, taken by turns: CPU time of this thread is nearly free of others."""
-    calls = calls_of(case, trim, grad)
-    least = [float("inf"), float("inf")]
+    calls = dict(zip(("operator", "plain"), calls_of(case, trim, grad), strict=True))
     gc.disable()
     try:
-        for repeat in range(repeats + 1):  # the first prepares what later calls find
-            for which, call in enumerate(calls):
-                begin = time.thread_time()
-                for _ in range(CALLS):
-                    call()
-                if repeat:
-                    least[which] = min(least[which], (time.thread_time() - begin) / CALLS)
+        taken = timing.by_turns(calls, repeats + 1, time.thread_time, CALLS)
     finally:
         gc.enable()
-    described = case.describe()
+    operator, plain = (min(seconds[1:]) for seconds in taken.values())  # the first prepares what later calls find
     return {
-        **{key: described[key] for key in ("operation", "shape", "batch", "dtype", "max_anchors")},
+        **case.describe("operation", "shape", "batch", "dtype", "max_anchors"),
         **{"trim": trim, "grad": grad, "backend": "triton", "method": "thread time, no launch"},
-        "us": round(1e6 * least[0], 1),
-        "plain_us": round(1e6 * least[1], 1),
-        "ratio": round(least[0] / least[1], 2),
+        "us": round(1e6 * operator, 1),
+        "plain_us": round(1e6 * plain, 1),
+        "ratio": round(operator / plain, 2),
     }
 
 

@@ -102,35 +102,29 @@ def _config(spec: Spec, toy: bool) -> Any:
         head = language.head
         sections = [head // 8, head * 3 // 16, head // 2 - head // 8 - head * 3 // 16]
         rope = {"rope_type": "default", "mrope_section": sections, "rope_theta": 1e6}
-        vision = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16}
-        if toy:
-            vision = {"depth": 2, "hidden_size": 64, "intermediate_size": 128, "num_heads": 4}
-        config = Qwen2_5_VLConfig(
+        depth, hidden, inner, heads = (2, 64, 128, 4) if toy else (32, 1280, 3420, 16)
+        vision = {"depth": depth, "hidden_size": hidden, "intermediate_size": inner, "num_heads": heads}
+        return Qwen2_5_VLConfig(
             text_config=_text_config(language, rope_parameters=rope),
             vision_config={**vision, "out_hidden_size": language.hidden},
             image_token_id=IMAGE_TOKEN,
         )
-        return config
-    clip: dict[str, Any] = {
-        "hidden_size": 1024,
-        "intermediate_size": 4096,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 16,
-    }
-    clip |= {"image_size": 336, "patch_size": 14, "projection_dim": 768}
-    if toy:
-        clip |= {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-        clip |= {"image_size": 16, "patch_size": 4}
-    text = LlamaConfig(**_text_config(language))
-    common: dict[str, Any] = {"vision_config": CLIPVisionConfig(**clip), "text_config": text}
-    common |= {
-        "image_token_index": IMAGE_TOKEN,
-        "vision_feature_layer": -2,
-        "vision_feature_select_strategy": "default",
-    }
+    hidden, inner, layers, heads, side, patch = (32, 64, 2, 2, 16, 4) if toy else (1024, 4096, 24, 16, 336, 14)
+    clip = CLIPVisionConfig(
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        image_size=side,
+        patch_size=patch,
+        projection_dim=768,
+    )
+    common: dict[str, Any] = {"vision_config": clip, "text_config": LlamaConfig(**_text_config(language))}
+    common |= {"image_token_index": IMAGE_TOKEN, "vision_feature_layer": -2}
+    common |= {"vision_feature_select_strategy": "default"}
     if spec.kind == "llava_next":
         return LlavaNextConfig(**common)
-    return LlavaConfig(**common, image_seq_length=(clip["image_size"] // clip["patch_size"]) ** 2)
+    return LlavaConfig(**common, image_seq_length=(side // patch) ** 2)
 
 
 def build(spec: Spec, device: torch.device, dtype: torch.dtype, toy: bool) -> Any:
@@ -143,8 +137,7 @@ def build(spec: Spec, device: torch.device, dtype: torch.dtype, toy: bool) -> An
 
     with no_init_weights(), torch.device(device):
         model = AutoModelForImageTextToText.from_config(_config(spec, toy), dtype=dtype)
-    noise = 0.02 * torch.randn(NOISE, generator=torch.Generator().manual_seed(0))
-    noise = noise.to(device, dtype)
+    noise = (0.02 * torch.randn(NOISE, generator=torch.Generator().manual_seed(0))).to(device, dtype)
     for name, parameter in model.named_parameters():
         if parameter.dim() == 1:
             parameter.data.fill_(name.endswith("weight"))  # of norms; the others are biases

@@ -62,13 +62,13 @@ def _device(text: str) -> str:
     return text
 
 
-def device(parser: argparse.ArgumentParser) -> None:
+def common(parser: argparse.ArgumentParser, name: str, dtype: bool = True) -> None:
+    """Where a command runs, what it writes, and with `dtype` in which precision it measures."""
     parser.add_argument("--device", type=_device, default="auto", help="cuda, cpu, or auto (default: %(default)s)")
-
-
-def dtype(parser: argparse.ArgumentParser) -> None:
-    choices = ["bfloat16", "float16", "float32"]
-    parser.add_argument("--dtype", choices=choices, help="default: bfloat16, on a CPU float32")
+    output(parser, name)
+    if dtype:
+        choices = ["bfloat16", "float16", "float32"]
+        parser.add_argument("--dtype", choices=choices, help="default: bfloat16, on a CPU float32")
 
 
 def output(parser: argparse.ArgumentParser, name: str) -> None:

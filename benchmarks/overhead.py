@@ -10,8 +10,7 @@ compared with; with --whole, models that `attach` serves are also run whole and 
 from __future__ import annotations
 
 import argparse
-import inspect
-import sys
+import itertools
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from functools import partial
@@ -21,8 +20,7 @@ import torch
 from torch import Tensor
 
 import attanchor_vlm
-from attanchor_kernels import merge_sequence
-from attanchor_kernels.testing.inputs import TAU, Shape
+from attanchor_kernels.testing.inputs import Shape
 from benchmarks import models, options, timing
 from benchmarks.baselines import plain_merge
 from benchmarks.cases import BEFORE, Case, Inputs, WrongResult, make_inputs, run, verify
@@ -33,7 +31,6 @@ SWEEP_IMAGE = (576, 1152, 2304, 4608, 9216)
 SWEEP_SHARES = (0.02, 0.1, 0.3, 0.9)
 SWEEP_MODELS = ("tinyllava-1b", "llava-7b")
 KEEP = ("1/2", "1/3", "1/9")
-CAN_KEEP = "keep" in inspect.signature(merge_sequence).parameters
 CONSTRUCTIONS = 15  # pairs
 ROOM = 32  # tokens that the cache of a decoding step has room for beyond the prompt
 GENERATED = 16  # tokens of the eager, whole generation
@@ -60,15 +57,8 @@ class Prompt(NamedTuple):
 
 def merged(case: Case, side: Side, inputs: Inputs, backend: str = "auto") -> Prompt:
     """What `attach` runs: `merge_sequence`, cut to its length."""
-    assert inputs.roles is not None
-    settings: dict[str, Any] = {"max_anchors": case.anchored, "trim": True, "backend": backend}
-    if inputs.position_ids is not None:
-        settings |= {"positions": "inherit", "position_ids": inputs.position_ids}
-    if side.keep is not None:
-        settings["keep"] = side.keep
-    result = merge_sequence(inputs.text, inputs.image, inputs.roles, TAU, **settings)
-    assert result.embeds is not None
-    return Prompt(result.embeds, None if inputs.position_ids is None else result.position_ids)
+    embeds, positions = run(case, inputs, backend, trim=True, keep=side.keep)[:2]
+    return Prompt(embeds, None if inputs.position_ids is None else positions)
 
 
 def measure(
@@ -83,7 +73,7 @@ def measure(
     verify(case, run(case, sets[0], "reference"), run(case, sets[0], "auto"))  # counts the anchors too
     plain = Prompt(plain_merge(sets[0]), sets[0].position_ids)
     length = plain.embeds.shape[1]
-    described = {key: value for key, value in case.describe().items() if key not in ("shape", "bytes", "inserted")}
+    described = case.describe("operation", "image", "text", "hidden", "batch", "dtype", "max_anchors")
 
     def store(side: str, prompt: Prompt, peak: int | None, row: Row) -> None:
         tokens = prompt.embeds.shape[1]
@@ -210,14 +200,10 @@ def whole_prompt(device: torch.device, dtype: torch.dtype, spec: Spec, model: An
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    options.device(parser)
-    options.output(parser, "overhead")
-    options.dtype(parser)
+    options.common(parser, "overhead")
     parser.add_argument("--models", type=options.names(models.SPECS), help="names, with commas; default: all four")
     parser.add_argument("--batches", type=options.numbers, help="default: 1,8, on a CPU 1")
-    parser.add_argument(
-        "--keep", type=options.shares, default=KEEP if CAN_KEEP else (), help="shares of the image tokens (%(default)s)"
-    )
+    parser.add_argument("--keep", type=options.shares, default=KEEP, help="shares of the image tokens (%(default)s)")
     parser.add_argument("--pairs", type=options.number, default=7, help="of each measurement (default: %(default)s)")
     parser.add_argument("--whole", action="store_true", help="whole models through `attach` too")
     parser.add_argument("--sweep", action="store_true", help="over image tokens and inserted share instead")
@@ -226,9 +212,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def main(given: argparse.Namespace) -> int:
     """Every model and batch; what fails is reported, the rest goes on. Returns 1 if anything failed."""
-    if given.keep and not CAN_KEEP:
-        print(f"--keep is {','.join(given.keep)}; this merge_sequence has no keep", file=sys.stderr)
-        return 2
     on = Run(given.output, given.device, "overhead", given.dtype)
     toy = on.device.type == "cpu" and not given.real_size
     for name in given.models or (SWEEP_MODELS if given.sweep else tuple(models.SPECS)):
@@ -241,13 +224,13 @@ def _measure_model(on: Run, spec: Spec, toy: bool, given: argparse.Namespace) ->
     model = models.build(spec, on.device, on.dtype, toy)
     decoder = Decoder(model)
     if given.sweep:
-        for image in (16, 48) if toy else SWEEP_IMAGE:
+        images, shares = ((16, 48), (0.1, 0.3)) if toy else (SWEEP_IMAGE, SWEEP_SHARES)
+        for image, share in itertools.product(images, shares):
             at = spec._replace(shape=spec.shape._replace(image=image))
-            for share in (0.1, 0.3) if toy else SWEEP_SHARES:
-                count = max(1, min(round(share * spec.shape.text), spec.shape.text - BEFORE))
-                case = Case("merge", at.shape, 1, on.dtype, count, count)
-                with on.guarded(f"{spec.name}, M={image}, {count} inserted"):
-                    measure(on, at, decoder, case, [Side("anchors")], given.pairs, False, measure="sweep", share=share)
+            count = max(1, min(round(share * spec.shape.text), spec.shape.text - BEFORE))
+            case = Case("merge", at.shape, 1, on.dtype, count, count)
+            with on.guarded(f"{spec.name}, M={image}, {count} inserted"):
+                measure(on, at, decoder, case, [Side("anchors")], given.pairs, False, measure="sweep", share=share)
         return
     for batch in given.batches or ((1,) if on.device.type == "cpu" else (1, 8)):
         # Anchors fill the budget exactly, so that no row is padding.

@@ -95,8 +95,7 @@ def rows(case: cases.Case, times: Tensor) -> list[Row]:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    options.device(parser)
-    options.output(parser, "phases")
+    options.common(parser, "phases", dtype=False)
     parser.add_argument("--build", type=Path, default=ROOT / "build" / "stamps", help="folder (default: %(default)s)")
     parser.add_argument("--batches", type=options.numbers, default=(1, 8, 32), help="default: 1,8,32")
 

@@ -33,21 +33,29 @@ class Plot(NamedTuple):
 
 def wanted(rows: list[Row]) -> dict[str, Plot]:
     """By file name, every plot that the rows are enough for."""
-    roofline = [row for row in of_newest_gpu(rows) if row.get("run") == "roofline" and "ratio" in row]
-    plots = {"roofline.png": Plot(draw_roofline, roofline), "overhead.png": Plot(draw_overhead, overhead_rows(rows))}
+    overhead = [row for row in overhead_rows(rows) if row.get("measure") is None]
+    plots = {"roofline.png": Plot(draw_roofline, roofline_rows(rows)), "overhead.png": Plot(draw_overhead, overhead)}
     return {name: plot for name, plot in plots.items() if plot.rows}
+
+
+def roofline_rows(rows: list[Row]) -> list[Row]:
+    """Of the kernels that are measured against the floor, by a GPU."""
+    return [row for row in of_newest_gpu(rows) if row.get("run") == "roofline" and "ratio" in row]
 
 
 def overhead_rows(rows: list[Row]) -> list[Row]:
     """Of whole models, by a GPU or, where there are none, by CPUs."""
-    rows = [row for row in rows if row.get("run") == "overhead" and row.get("measure") is None]
+    rows = [row for row in rows if row.get("run") == "overhead" and row.get("measure") != "sweep"]
     return of_newest_gpu(rows) or rows
 
 
 def by_model(rows: list[Row]) -> dict[tuple[str, str, int], dict[str, Row]]:
-    """The newest row of each side, of each model, dtype and batch size: plain, then from long to short."""
+    """The newest row of each side that was not run through `attach`, of each model, dtype and batch size: plain, then
+    from long to short."""
     found: dict[tuple[str, str, int], dict[str, Row]] = {}
     for row in rows:
+        if row.get("measure") is not None:
+            continue
         found.setdefault((row["model"], row["dtype"], row["batch"]), {})[row["side"]] = row
     return {
         key: dict(sorted(sides.items(), key=lambda side: (side[0] != "plain", -side[1]["length"])))

@@ -10,16 +10,19 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
+from attanchor_lab import demo_table
 from benchmarks import cpu_reference, plots, store_demo, targets
-from benchmarks.rows import IMAGES, RESULTS, ROOT, Row, of_newest_gpu, ratio, read, table, write_text
+from benchmarks.rows import IMAGES, RESULTS, ROOT, Row, latest, of_newest_gpu, ratio, read, table, write_text
 
 COMMAND = "python -m benchmarks report"
 LABORATORY = "docs/lab/report.md"
 NAMED = "## The comparisons named before the runs"
 README_PLANS = ("cpu", "shorter", "long")  # the main one, image tokens left out, and the longest training
-PAGES = ("README.md", "docs/costs.md", "docs/demo.md", "docs/serve.md")
+PAGES = ("README.md", "docs/costs.md", "docs/demo.md", "docs/serve.md", "docs/threads.md")
+Block = Callable[[list[Row], str], str]  # from rows, and the path from the page to the pictures
 BLOCK = re.compile(r"(<!-- generated: (?P<name>[\w-]+) -->\n)(?P<body>.*?)(<!-- /generated -->)", re.DOTALL)
 
 
@@ -39,31 +42,18 @@ def _made_by(rows: list[Row], command: str) -> str:
     return f"\n{_hardware(rows)}; measured by `{command}`, written by `{COMMAND}`.\n"
 
 
-def _gpu_rows(rows: list[Row], run: str) -> list[Row]:
-    return [row for row in of_newest_gpu(rows) if row.get("run") == run]
-
-
 def roofline_block(rows: list[Row], image: str) -> str:
     """Forward and backward as a multiple of the floor, and the plot."""
-    rows = _gpu_rows(rows, "roofline")
-    kernels = [row for row in rows if "ratio" in row]
-    if not kernels:
-        return ""
-    names = list(dict.fromkeys(row["backend"] for row in kernels))
-    latest = {(row["operation"], row["shape"], row["batch"], row["backend"]): row for row in kernels}
+    names = list(dict.fromkeys(row["backend"] for row in rows))
+    found = latest(rows, "operation", "shape", "batch", "backend")
     lines = []
-    for operation, shape, batch in dict.fromkeys(key[:3] for key in latest):
-        found = [latest.get((operation, shape, batch, name)) for name in names]
-        floor = next(row["floor_us"] for row in found if row)
-        cells = [f"{row['us']:.1f} us, {row['ratio']:.2f} x" if row else "" for row in found]
-        lines.append([operation, shape, str(batch), f"{floor:.1f} us", *cells])
-    lines.sort(key=lambda line: (line[0], line[1], int(line[2])))
+    for size in sorted(dict.fromkeys(key[:3] for key in found)):
+        own = [found.get((*size, name)) for name in names]
+        floor = next(row["floor_us"] for row in own if row)
+        cells = [f"{row['us']:.1f} us, {row['ratio']:.2f} x" if row else "" for row in own]
+        lines.append([*map(str, size), f"{floor:.1f} us", *cells])
     plot = f"\n![Time over the time of a copy of the same bytes]({image}/roofline.png)\n"
-    return (
-        table(["operation", "shape", "B", "floor", *names], lines)
-        + plot
-        + _made_by(rows, "python -m benchmarks roofline")
-    )
+    return table(["operation", "shape", "B", "floor", *names], lines) + plot
 
 
 OVERHEAD = """
@@ -78,55 +68,40 @@ def _time(us: float) -> str:
     return f"{us / 1e6:.3g} s" if us >= 1e6 else f"{us / 1e3:.3g} ms"
 
 
-def _model(name: str, dtype: str, batch: int, row: Row) -> str:
-    threads = f", {row['threads']} thread{'s' * (row['threads'] > 1)}" if row["gpu"] == "none" else ""
-    return f"{name}, {dtype}, B={batch}{threads}"
-
-
 def overhead_block(rows: list[Row], image: str) -> str:
     """Each side of each model: length, construction, prefill, a generated token, cache, memory."""
-    everything, rows = rows, plots.overhead_rows(rows)
-    if not rows:
-        return ""
     lines = []
     for (name, dtype, batch), found in plots.by_model(rows).items():
         anchors = found.get("anchors")
         for side, row in found.items():
-            plain = side == "plain"
-            times = {
-                part: _time(anchors[f"plain_{part}_us"]) if anchors and plain else ""
-                for part in ("construction", "prefill", "step")
-            }
-            if not plain:
+            if side == "plain":
+                threads = f", {row['threads']} thread{'s' * (row['threads'] > 1)}" if row["gpu"] == "none" else ""
+                parts = ("construction", "prefill", "step")
+                times = [_time(anchors[f"plain_{part}_us"]) if anchors else "" for part in parts]
+                first = f"{name}, {dtype}, B={batch}{threads}"
+            else:
                 share = 100 * row["construction_us"] / row["plain_prefill_us"]
-                times = {part: ratio(row, part) for part in ("prefill", "step")}
-                times["construction"] = f"{_time(row['construction_us'])} ({share:.2g} %)"
-            lines.append(
-                [
-                    *([_model(name, dtype, batch, row)] if plain else [""]),
-                    *(side, str(row["length"]), times["construction"], times["prefill"], times["step"]),
-                    f"{row['kv_bytes'] / 2**20:.1f} MiB",
-                    "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:.0f} MiB",
-                ]
-            )
+                times = [f"{_time(row['construction_us'])} ({share:.2g} %)", ratio(row, "prefill"), ratio(row, "step")]
+                first = ""
+            cache = f"{row['kv_bytes'] / 2**20:.1f} MiB"
+            peak = "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:.0f} MiB"
+            lines.append([first, side, str(row["length"]), *times, cache, peak])
     head = ["model", "prompt", "length", "construction", "prefill", "a generated token", "KV cache", "peak memory"]
     plot = f"\n![Prefill, a generated token and cache, of those of the plain prompt]({image}/overhead.png)\n"
-    made = _made_by(rows, "python -m benchmarks overhead --real-size")
-    return table(head, lines) + OVERHEAD + _whole(everything) + plot + made
+    return table(head, lines) + OVERHEAD + _whole(rows) + plot
 
 
 def _whole(rows: list[Row]) -> str:
     """Whole models through `attach`, where they were measured."""
-    found: dict[tuple[str, str, int, str], dict[str, Row]] = {}
-    for row in of_newest_gpu(rows) or rows:
-        if row.get("measure") in ("attached forward", "attached generate"):
-            key = (row["model"], row["dtype"], row["batch"], row["side"])
-            found.setdefault(key, {})[row["measure"].removeprefix("attached ")] = row
-    if not found:
+    kinds = ("attached forward", "attached generate")
+    size = ("model", "dtype", "batch", "side")
+    forward, generated = (latest([row for row in rows if row.get("measure") == kind], *size) for kind in kinds)
+    if not forward:
         return ""
     lines = [
-        [f"{model}, {dtype}, B={batch}", side, *(ratio(parts[part], part) for part in ("forward", "generate"))]
-        for (model, dtype, batch, side), parts in found.items()
+        [f"{model}, {dtype}, B={batch}", side, ratio(row, "forward"), ratio(generated[key], "generate")]
+        for key, row in forward.items()
+        for model, dtype, batch, side in [key]
     ]
     return "\nWhole models through `attach`, eagerly and with their vision towers:\n\n" + table(
         ["model", "prompt", "forward", "generation"], lines
@@ -135,9 +110,6 @@ def _whole(rows: list[Row]) -> str:
 
 def sweep_block(rows: list[Row], image: str) -> str:
     """Construction and longer prefill over image tokens and inserted text tokens, B = 1."""
-    rows = [row for row in _gpu_rows(rows, "overhead") if row.get("measure") == "sweep" and row["side"] != "plain"]
-    if not rows:
-        return ""
     lines = [
         [
             row["model"],
@@ -148,17 +120,14 @@ def sweep_block(rows: list[Row], image: str) -> str:
             ratio(row, "prefill"),
             f"{row['flops_ratio']:.3f} x",
         ]
-        for row in {(row["model"], row["image"], row["inserted"]): row for row in rows}.values()
+        for row in latest(rows, "model", "image", "inserted").values()
     ]
     head = ["model", "image tokens", "inserted", "prefill", "construction", "longer prefill", "by FLOPs"]
-    return table(head, lines) + _made_by(rows, "python -m benchmarks overhead --sweep")
+    return table(head, lines)
 
 
 def training_block(rows: list[Row], image: str) -> str:
     """Time of a step and memory, plain against anchors."""
-    rows = _gpu_rows(rows, "training")
-    if not rows:
-        return ""
     lines = [
         [
             f"{row['model']}, B={row['batch']}",
@@ -166,29 +135,22 @@ def training_block(rows: list[Row], image: str) -> str:
             ratio(row, "train_step"),
             f"{row['plain_peak_bytes'] / 2**30:.2f} and {row['peak_bytes'] / 2**30:.2f} GiB",
         ]
-        for row in {(row["model"], row["batch"]): row for row in rows}.values()
+        for row in latest(rows, "model", "batch").values()
     ]
-    return table(["", "a step", "with anchors", "peak memory"], lines) + _made_by(rows, "python -m benchmarks training")
+    return table(["", "a step", "with anchors", "peak memory"], lines)
 
 
 def cpu_reference_block(rows: list[Row], image: str) -> str:
     """The CPU implementation, its unavoidable work, masked_scatter and the literal loop."""
-    rows = [row for row in rows if row.get("run") == "cpu-reference"]
-    if not rows:
-        return ""
-    lines = cpu_reference.lines_of(rows)
-    return table(cpu_reference.HEAD, lines) + _made_by(rows, "python -m benchmarks cpu-reference")
+    return table(cpu_reference.HEAD, cpu_reference.lines_of(rows))
 
 
 def serve_block(rows: list[Row], image: str) -> str:
     """Requests behind vLLM, and the memory that many of them leave behind."""
-    rows = [row for row in rows if row.get("run") == "serve"]
-    measured = [row for row in rows if "side" in row]
-    if not measured:
-        return ""
     lines = [
         [row["side"], str(row["clients"]), str(row["length"]), str(row["pairs"]), ratio(row, "requests")]
-        for row in measured
+        for row in rows
+        if "side" in row
     ]
     memory = "".join(
         "\nResident memory after "
@@ -197,18 +159,17 @@ def serve_block(rows: list[Row], image: str) -> str:
         for row in rows
         if row.get("measure") == "memory"
     )
-    head = ["", "clients", "tokens of a prompt", "pairs", "time of a request over the plain model's"]
-    return table(head, lines) + memory + _made_by(rows, "python -m benchmarks serve")
+    return (
+        table(["", "clients", "tokens of a prompt", "pairs", "time of a request over the plain model's"], lines)
+        + memory
+    )
 
 
 def demo_block(rows: list[Row], image: str) -> str:
     """The demonstration's table, verdict and pictures."""
-    rows = [row for row in rows if row.get("run") == "demo"]
-    if not rows:
-        return ""
-    row = rows[-1]
-    found = table(store_demo.HEAD, store_demo.lines_of(row))
-    explained = store_demo.EXPLAINED.format(**row) + "\n\n" + "\n".join(f"- {line}" for line in row["verdict"])
+    (row,) = rows
+    found = table(demo_table.HEAD, demo_table.lines_of(row))
+    explained = demo_table.EXPLAINED.format(**row) + "\n\n" + "\n".join(f"- {line}" for line in row["verdict"])
     pictures = "\n".join(
         f"![{what}]({image}/demo-{name})"
         for what, name in (
@@ -217,7 +178,15 @@ def demo_block(rows: list[Row], image: str) -> str:
             ("Loss and inserted share", "loss.png"),
         )
     )
-    return f"{found}\n{explained}\n\n{pictures}\n" + _made_by([row], f"make demo` and `{store_demo.MAKE}")
+    return f"{found}\n{explained}\n\n{pictures}\n"
+
+
+def audit_block(rows: list[Row], image: str) -> str:
+    """What attacks of each kind tried, and how many of them found something."""
+    lines = [
+        [row["kind"], f"{row['tried']:,}", str(row["failed"])] for row in sorted(rows, key=lambda row: row["kind"])
+    ]
+    return table(["attack", "tried", "failed"], lines)
 
 
 def targets_block(rows: list[Row], image: str) -> str:
@@ -278,16 +247,39 @@ def headline_block(rows: list[Row], image: str) -> str:
     return "\n".join(said) + "\n"
 
 
-BLOCKS: dict[str, Callable[[list[Row], str], str]] = {
+def _of(run: str, rows: list[Row]) -> list[Row]:
+    return [row for row in rows if row.get("run") == run]
+
+
+def _on_gpu(run: str, rows: list[Row]) -> list[Row]:
+    return _of(run, of_newest_gpu(rows))
+
+
+def _block(choose: Callable[[list[Row]], list[Row]], write: Block, command: str) -> Block:
+    """What `write` makes of the rows that `choose` finds, and what measured them; nothing without any."""
+
+    def made(rows: list[Row], image: str) -> str:
+        chosen = choose(rows)
+        return f"{write(chosen, image)}{_made_by(chosen, command)}" if chosen else ""
+
+    return made
+
+
+BLOCKS: dict[str, Block] = {
     "headline": headline_block,
-    "roofline": roofline_block,
-    "overhead": overhead_block,
-    "sweep": sweep_block,
-    "training": training_block,
-    "cpu-reference": cpu_reference_block,
-    "serve": serve_block,
+    "roofline": _block(plots.roofline_rows, roofline_block, "python -m benchmarks roofline"),
+    "overhead": _block(plots.overhead_rows, overhead_block, "python -m benchmarks overhead --real-size"),
+    "sweep": _block(
+        lambda rows: [row for row in _on_gpu("overhead", rows) if row.get("measure") == "sweep" and "inserted" in row],
+        sweep_block,
+        "python -m benchmarks overhead --sweep",
+    ),
+    "training": _block(partial(_on_gpu, "training"), training_block, "python -m benchmarks training"),
+    "cpu-reference": _block(partial(_of, "cpu-reference"), cpu_reference_block, "python -m benchmarks cpu-reference"),
+    "serve": _block(partial(_of, "serve"), serve_block, "python -m benchmarks serve"),
     "targets": targets_block,
-    "demo": demo_block,
+    "audit": _block(lambda rows: list(latest(_of("audit", rows), "kind").values()), audit_block, "make audit"),
+    "demo": _block(lambda rows: _of("demo", rows)[-1:], demo_block, f"make demo` and `{store_demo.MAKE}"),
     "laboratory": laboratory_block,
 }
 

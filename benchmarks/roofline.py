@@ -164,9 +164,7 @@ class Roofline(Run):
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    options.device(parser)
-    options.output(parser, "roofline")
-    options.dtype(parser)
+    options.common(parser, "roofline")
     parser.add_argument(
         "--shapes", type=options.names(SHAPE_OF), help="names, with commas; default: the four models, on a CPU 'toy'"
     )

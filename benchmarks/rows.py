@@ -10,6 +10,7 @@ import sys
 import traceback
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -58,6 +59,11 @@ def of_newest_gpu(rows: list[Row]) -> list[Row]:
     measured = [row for row in rows if row.get("gpu", "none") != "none"]
     newest = max(measured, key=lambda row: row["date"], default=None)
     return [row for row in measured if newest is not None and row["gpu"] == newest["gpu"]]
+
+
+def latest(rows: Iterable[Row], *keys: str) -> dict[tuple[Any, ...], Row]:
+    """The last row of each combination of values under these keys, None where a row lacks one."""
+    return {tuple(row.get(key) for key in keys): row for row in rows}
 
 
 def ratio(row: Row, part: str) -> str:

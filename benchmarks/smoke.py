@@ -177,8 +177,7 @@ def safe_choice(rows: list[Row]) -> dict[str, int]:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    options.device(parser)
-    options.output(parser, "smoke")
+    options.common(parser, "smoke", dtype=False)
     parser.add_argument("--backends", type=options.names(("cuda", "triton")), help="default: all that are here")
     parser.add_argument("--from", type=int, dest="first", help=argparse.SUPPRESS)
 

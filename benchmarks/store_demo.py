@@ -1,4 +1,4 @@
-"""A demonstration's results as a stored row, and as the README's table."""
+"""Store a demonstration's results as a row, and its pictures beside the page that shows them."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from functools import partial
 from pathlib import Path
 
 from attanchor_vlm.records import write_atomically
-from benchmarks.rows import IMAGES, RESULTS, Row, Run
+from benchmarks.rows import IMAGES, RESULTS, Run
 
 PICTURES = ("loss.png", "scenes.png", "photographs.png")
-KINDS = ("existence", "colour", "place", "mean")
+MAKE = "python -m benchmarks store-demo demo-out"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -32,22 +32,3 @@ def main(options: argparse.Namespace) -> int:
         write_atomically(options.images / f"demo-{name}", partial(shutil.copyfile, options.demo / name))
     Run(RESULTS / "demo.jsonl", "cpu", "demo").add(results)
     return 0
-
-
-def lines_of(row: Row) -> list[list[str]]:
-    """The table's lines: the model before fine-tuning, then each arm."""
-
-    def accuracies(of: dict[str, float]) -> list[str]:
-        return [f"{100 * of[kind]:.1f}" for kind in KINDS]
-
-    lines = [["before fine-tuning", "", "", *accuracies(row["before"]), "", ""]]
-    for arm in row["arms"]:
-        share, seconds = arm["inserted_share"]["test"], arm["train_seconds"]
-        figures = [f"{arm['tau']:.3f}", f"{arm['val_loss']:.4f}", *accuracies(arm["accuracy"])]
-        lines.append([arm["name"], *figures, f"{100 * share:.1f} %", f"{seconds:.0f} s"])
-    return lines
-
-
-HEAD = ["", "tau", "validation loss", *KINDS, "inserted", "training"]
-EXPLAINED = "Accuracy in percent on {questions} test questions; inserted: anchors over the text tokens that take part."
-MAKE = "python -m benchmarks store-demo demo-out"

@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.rows import RESULTS, Row, of_newest_gpu, read, table
+from benchmarks.rows import RESULTS, Row, latest, of_newest_gpu, read, table
 
 SHAPES = ("tinyllava-1b", "llava-7b", "qwen2.5-vl-3b", "llava-next-7b")
 LARGE_MODELS = ("llava-7b", "llava-next-7b")
@@ -53,45 +54,39 @@ class Measured:
     def __init__(self, rows: list[Row]) -> None:
         self.rows, self.all = of_newest_gpu(rows), rows
 
-    def find(self, **wanted: object) -> Row | None:
-        """The last row with these values; without `measure` those that measure time."""
-        wanted.setdefault("measure", None)
-        matching = [row for row in self.rows if all(row.get(key) == value for key, value in wanted.items())]
-        return matching[-1] if matching else None
+    def find(self, **wanted: object) -> Row:
+        """The last row of that GPU with these values, empty if there is none; without `measure` of those with times."""
+        return _last(self.rows, {"measure": None, **wanted})
 
-    def kernel(self, operation: str, shape: str, batch: int, backend: str | None = None) -> Row | None:
+    def kernel(self, operation: str, shape: str, batch: int, backend: str | None = None) -> Row:
         """A kernel's row: of the backend named, or else of the one that `auto` picks, which is to be the fastest."""
         which = {"backend": backend} if backend else {"auto": True}
         return self.find(run="roofline", operation=operation, shape=shape, batch=batch, **which)
 
 
-def _value(row: Row | None, key: str) -> float | None:
-    return None if row is None else row.get(key)
+def _last(rows: list[Row], wanted: dict[str, object]) -> Row:
+    matching = [row for row in rows if all(row.get(key) == value for key, value in wanted.items())]
+    return matching[-1] if matching else {}
 
 
 def _of_floor(measured: Measured) -> Iterator[Verdict]:
-    for operation in ("forward", "backward"):
-        for shape in SHAPES:
-            for batch in (8, *LARGE_BATCHES):
-                row = measured.kernel(operation, shape, batch)
-                note = f"{row['backend']}" if row else ""
-                limit = 1.25 if batch == 8 else 1.15
-                where = f"{shape}, B={batch}"
-                yield Verdict(f"{operation}, fastest", where, limit, True, "x floor", _value(row, "ratio"), note)
-    for shape in SHAPES:
-        for batch in (8, *LARGE_BATCHES):
-            row = measured.kernel("forward", shape, batch, "triton")
-            limit = 1.5 if batch == 8 else 1.25
-            yield Verdict("forward, Triton", f"{shape}, B={batch}", limit, True, "x floor", _value(row, "ratio"))
+    batches = (8, *LARGE_BATCHES)
+    for operation, shape, batch in product(("forward", "backward"), SHAPES, batches):
+        row, limit = measured.kernel(operation, shape, batch), 1.25 if batch == 8 else 1.15
+        target, note = f"{operation}, fastest", row.get("backend", "")
+        yield Verdict(target, f"{shape}, B={batch}", limit, True, "x floor", row.get("ratio"), note)
+    for shape, batch in product(SHAPES, batches):
+        row, limit = measured.kernel("forward", shape, batch, "triton"), 1.5 if batch == 8 else 1.25
+        yield Verdict("forward, Triton", f"{shape}, B={batch}", limit, True, "x floor", row.get("ratio"))
 
 
 def _one_sample(measured: Measured) -> Iterator[Verdict]:
     for shape, limit in (("llava-7b", 10.0), ("tinyllava-1b", 8.0)):
         row = measured.kernel("forward", shape, 1)
-        note = f"{row['backend']}" if row else ""
-        if row and "us_less_empty" in row:
+        note = row.get("backend", "")
+        if "us_less_empty" in row:
             note += f", {row['us_less_empty']:.2f} us less an empty kernel"
-        yield Verdict("forward, fastest", f"{shape}, B=1", limit, True, "us", _value(row, "us"), note)
+        yield Verdict("forward, fastest", f"{shape}, B=1", limit, True, "us", row.get("us"), note)
 
 
 def _speedup(
@@ -105,112 +100,81 @@ def _speedup(
     called: str = "",
 ) -> Iterator[Verdict]:
     """`called`: the row of the kernel's backend that a caller waits for, launches included."""
-    for shape in SHAPES:
-        for batch in batches:
-            size = {"run": "roofline", "operation": operation, "shape": shape, "batch": batch}
-            kernel, other = measured.kernel(operation, shape, batch), measured.find(**size, backend=baseline)
-            if kernel and called:
-                kernel = measured.find(**size, backend=f"{kernel['backend']}, {called}")
-            value = other["us"] / kernel["us"] if kernel and other else None
-            limit = at_one if batch == 1 else at_more
-            yield Verdict(title, f"{shape}, B={batch}", limit, False, "x faster", value)
+    for shape, batch in product(SHAPES, batches):
+        size = {"run": "roofline", "operation": operation, "shape": shape, "batch": batch}
+        kernel, other = measured.kernel(operation, shape, batch), measured.find(**size, backend=baseline)
+        if kernel and called:
+            kernel = measured.find(**size, backend=f"{kernel['backend']}, {called}")
+        value = other["us"] / kernel["us"] if kernel and other else None
+        yield Verdict(title, f"{shape}, B={batch}", at_one if batch == 1 else at_more, False, "x faster", value)
 
 
 def _share_of_prefill(measured: Measured) -> Iterator[Verdict]:
     title = "construction over prefill of the same model"
-    for batch in (8, 1):
-        for shape in SHAPES:
-            row = measured.find(run="overhead", model=shape, batch=batch, side="anchors")
-            limit = 0.1 if batch == 8 or shape in LARGE_MODELS else None
-            # A prefill that waits for its launches takes longer, and would flatter its construction.
-            under_graph = row is not None and row["method"] == "graph"
-            value = 100 * row["device_construction_us"] / row["plain_prefill_us"] if row and under_graph else None
-            note = "" if row is None or under_graph else "the prefill could not be captured into a graph"
-            yield Verdict(title, f"{shape}, B={batch}", limit, True, "%", value, note)
+    for batch, shape in product((8, 1), SHAPES):
+        row = measured.find(run="overhead", model=shape, batch=batch, side="anchors")
+        limit = 0.1 if batch == 8 or shape in LARGE_MODELS else None
+        # A prefill that waits for its launches takes longer, and would flatter its construction.
+        under_graph = row.get("method") == "graph"
+        value = 100 * row["device_construction_us"] / row["plain_prefill_us"] if under_graph else None
+        note = "the prefill could not be captured into a graph" if row and not under_graph else ""
+        yield Verdict(title, f"{shape}, B={batch}", limit, True, "%", value, note)
 
 
 def _memory(measured: Measured) -> Iterator[Verdict]:
-    for backend, limit in (("cuda", 1.0), ("triton", 4.0)):
-        for shape in SHAPES:
-            row = measured.find(
-                run="roofline", measure="memory", operation="forward", shape=shape, batch=8, backend=backend
-            )
-            value = row["peak_bytes"] / 1e6 if row else None
-            yield Verdict(f"memory beside outputs, {backend}", f"{shape}, B=8", limit, True, "MB", value)
+    for (backend, limit), shape in product((("cuda", 1.0), ("triton", 4.0)), SHAPES):
+        which = {"run": "roofline", "measure": "memory", "operation": "forward", "backend": backend}
+        row = measured.find(**which, shape=shape, batch=8)
+        value = row["peak_bytes"] / 1e6 if row else None
+        yield Verdict(f"memory beside outputs, {backend}", f"{shape}, B=8", limit, True, "MB", value)
 
 
 def _dropping(measured: Measured) -> Iterator[Verdict]:
     title = "prefill with anchors and a third of the image tokens"
     for shape in ("tinyllava-1b", "llava-7b"):
         rows = [row for row in measured.all if row.get("side") == "keep 1/3" and row["model"] == shape]
-        latest = {(row["gpu"], row["dtype"], row["batch"]): row for row in rows}
-        for row in latest.values() or (None,):
-            on = ("CPU" if row["gpu"] == "none" else row["gpu"]) if row else ""
-            where = f"{shape}, {row['dtype']}, B={row['batch']}, {on}" if row else shape
-            yield Verdict(title, where, 0.5, True, "x plain", _value(row, "prefill_ratio"))
+        if not rows:
+            yield Verdict(title, shape, 0.5, True, "x plain", None)
+        for row in latest(rows, "gpu", "dtype", "batch").values():
+            where = f"{shape}, {row['dtype']}, B={row['batch']}, {'CPU' if row['gpu'] == 'none' else row['gpu']}"
+            yield Verdict(title, where, 0.5, True, "x plain", row.get("prefill_ratio"))
 
 
 def _on_a_cpu(measured: Measured) -> Iterator[Verdict]:
     """One thread."""
-    for shape in ("llava-7b", "tinyllava-1b"):
-        for dtype, limit in MOST_OF_UNAVOIDABLE.items():
-            for batch in (1, 4, 8):
-                size = {"shape": shape, "dtype": dtype, "batch": batch}
-                rows = [row for row in measured.all if row.get("run") == "cpu-reference"]
-                rows = [row for row in rows if row.get("on_threads", 1) == 1 and size.items() <= row.items()]
-                row = rows[-1] if rows else None
-                where = f"{shape}, {dtype}, B={batch}"
-                value = _value(row, "of_unavoidable")
-                yield Verdict("CPU, of its unavoidable work", where, limit, True, "x", value)
-                yield Verdict("CPU, merge of build", where, MOST_OF_BUILD, True, "x", _value(row, "merge_of_build"))
+    rows = [row for row in measured.all if row.get("run") == "cpu-reference" and row.get("on_threads", 1) == 1]
+    for shape, (dtype, limit), batch in product(("llava-7b", "tinyllava-1b"), MOST_OF_UNAVOIDABLE.items(), (1, 4, 8)):
+        row, where = _last(rows, {"shape": shape, "dtype": dtype, "batch": batch}), f"{shape}, {dtype}, B={batch}"
+        yield Verdict("CPU, of its unavoidable work", where, limit, True, "x", row.get("of_unavoidable"))
+        yield Verdict("CPU, merge of build", where, MOST_OF_BUILD, True, "x", row.get("merge_of_build"))
 
 
 def _on_the_host(measured: Measured) -> Iterator[Verdict]:
     """Of `build_sequence(trim=False)` by Triton, whatever the host."""
     for grad, limit in ((False, 90.0), (True, 120.0)):
-        kind = {"run": "host", "operation": "forward", "trim": False, "grad": grad}
-        rows = [row for row in measured.all if kind.items() <= row.items()]
-        value, ratio = (_value(rows[-1] if rows else None, key) for key in ("us", "ratio"))
-        note = f"{ratio:.1f} x a plain autograd.Function" if ratio else ""
+        row = _last(measured.all, {"run": "host", "operation": "forward", "trim": False, "grad": grad})
+        note = f"{row['ratio']:.1f} x a plain autograd.Function" if row else ""
         where = "Triton, with gradient" if grad else "Triton"
-        yield Verdict("host time of a call, its launch left out", where, limit, True, "us", value, note)
+        yield Verdict("host time of a call, its launch left out", where, limit, True, "us", row.get("us"), note)
 
 
+REFERENCE, MERGE = "against the eager reference, ", "merge_sequence "
+CALLED = "as attach runs it against masked_scatter, launches included"
 GROUPS: tuple[Callable[[Measured], Iterator[Verdict]], ...] = (
     _of_floor,
     _one_sample,
-    partial(_speedup, title="against the eager reference, device time", baseline="reference", at_one=10, at_more=3),
-    partial(
-        _speedup,
-        title="against the eager reference, launches included",
-        baseline="reference, eager",
-        at_one=10,
-        at_more=3,
-        batches=(1, 8),
-        called="eager",
+    lambda rows: _speedup(rows, REFERENCE + "device time", "reference", 10, 3),
+    lambda rows: _speedup(
+        rows, REFERENCE + "launches included", "reference, eager", 10, 3, batches=(1, 8), called="eager"
     ),
     *(
         partial(_speedup, title=f"against torch.{name}", baseline=name, at_one=3, at_more=1.5)
         for name in ("compile (default, float32 matmul)", "compile (default, bfloat16 matmul)")
     ),
     _share_of_prefill,
-    partial(
-        _speedup,
-        title="merge_sequence against masked_scatter, device time",
-        operation="merge",
-        baseline="masked_scatter",
-        at_one=1,
-        at_more=1,
-    ),
-    partial(
-        _speedup,
-        title="merge_sequence as attach runs it against masked_scatter, launches included",
-        operation="merge",
-        baseline="masked_scatter, eager",
-        at_one=1,
-        at_more=1,
-        batches=(1, 8),
-        called="trimmed",
+    lambda rows: _speedup(rows, MERGE + "against masked_scatter, device time", "masked_scatter", 1, 1, "merge"),
+    lambda rows: _speedup(
+        rows, MERGE + CALLED, "masked_scatter, eager", 1, 1, operation="merge", batches=(1, 8), called="trimmed"
     ),
     _memory,
     _dropping,

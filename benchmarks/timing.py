@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import collections
 import ctypes
+import itertools
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -104,6 +105,21 @@ def measure(
     ordered = sorted(seconds)
     tenth = statistics.quantiles(ordered, n=10, method="inclusive")
     return Timing(statistics.median(ordered), tenth[0], tenth[-1], ordered[0], take.method, take.calls, len(ordered))
+
+
+def by_turns(calls: Mapping[str, Call], rounds: int, clock: Call = time.perf_counter, each: int = 1) -> dict:
+    """Seconds of one call by name, `rounds` figures of each: all are run `each` times by turns, again and again.
+
+    Args:
+        clock: `time.thread_time` leaves out what other processes do, on one thread.
+    """
+    taken: dict[str, list[float]] = {name: [] for name in calls}
+    for _, (name, call) in itertools.product(range(rounds), calls.items()):
+        begin = clock()
+        for _ in range(each):
+            call()
+        taken[name].append((clock() - begin) / each)
+    return taken
 
 
 def pairs(plain: Take, other: Take, count: int) -> Pairs:

@@ -62,9 +62,9 @@ def train(on: Run, spec: Spec, toy: bool, count: int, batch: int) -> Row:
     peaks = [timing.peak_of(take.seconds, on.device)[0] for take in (with_anchors, plain)]
     if not all(map(math.isfinite, losses)) or min(losses[-3:]) >= losses[0]:
         raise AssertionError(f"the loss should fall on a batch that repeats: {losses}")
-    described = {"model": spec.name, **Case("merge", spec.shape, batch, on.dtype).describe()}
     return {
-        **{key: described[key] for key in ("model", "image", "text", "batch", "dtype")},
+        "model": spec.name,
+        **Case("merge", spec.shape, batch, on.dtype).describe("image", "text", "batch", "dtype"),
         "trained": sum(parameter.numel() for parameter in trained),
         "pairs": count,
         "method": found.method,
@@ -77,9 +77,7 @@ def train(on: Run, spec: Spec, toy: bool, count: int, batch: int) -> Row:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    options.device(parser)
-    options.output(parser, "training")
-    options.dtype(parser)
+    options.common(parser, "training")
     parser.add_argument("--pairs", type=options.number, help="timed steps of each side (default: 10, on a CPU 2)")
     parser.add_argument("--batch", type=options.number, help="samples a step (default: 4, on a CPU 2)")
     parser.add_argument("--real-size", action="store_true", help="real sizes on a CPU too (slow)")

@@ -149,9 +149,7 @@ def search(backend: str, case: Case, on: Run, end: float) -> None:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    options.device(parser)
-    options.output(parser, "tune")
-    options.dtype(parser)
+    options.common(parser, "tune")
     parser.add_argument(
         "--backends",
         type=options.names(BACKENDS),

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from attanchor_lab import demo_table
 from benchmarks import plots, report, rows, store_demo, targets
 from benchmarks.__main__ import main
 
@@ -238,7 +239,7 @@ def test_a_demonstration_is_stored_whole_or_not_at_all(tmp_path, monkeypatch, ca
     assert main(arguments) == 0
     (row,) = rows.read(stored)
     assert row["run"] == "demo"
-    assert len(store_demo.lines_of(row)[1]) == len(store_demo.HEAD)
+    assert len(demo_table.lines_of(row)[1]) == len(demo_table.HEAD)
     assert sorted(os.listdir(tmp_path / "images")) == ["demo-loss.png", "demo-photographs.png", "demo-scenes.png"]
 
 

@@ -137,13 +137,10 @@ def test_options_that_cannot_be_are_told(arguments, said, capsys):
     assert said in capsys.readouterr().err
 
 
-def test_what_cannot_run_here_is_told(tmp_path, monkeypatch, capsys):
-    """A backend that is not there; dropping tokens by operators that do not; figures of a GPU that would be lost."""
+def test_what_cannot_run_here_is_told(tmp_path, capsys):
+    """A backend that is not there; figures of a GPU that would be lost."""
     assert main(["roofline", "--device", "cpu", "--backends", "cuda"]) == gpu.UNAVAILABLE
     assert "cuda, which cannot run here" in capsys.readouterr().err
-    monkeypatch.setattr(overhead, "CAN_KEEP", False)
-    assert main(["overhead", "--device", "cpu", "--keep", "1/3"]) == 2
-    assert "has no keep" in capsys.readouterr().err
     path = tmp_path / "roofline.jsonl"
     rows.write(path, [{"run": "roofline", "gpu": "Test GPU", "date": "2026-01-01"}])
     assert main(["roofline", "--device", "cpu", "--output", str(path)]) == 2
@@ -256,7 +253,7 @@ def test_overhead_reports_every_part_of_every_side(tmp_path):
     assert main(["overhead", "--output", str(path), *arguments]) == 0
     found = rows.read(path)
     kept = [(f"keep {share}", length) for share, length in (("1/2", 19), ("1/3", 16), ("1/9", 13))]
-    expected = [("plain", 26), ("anchors", 27), *(kept if overhead.CAN_KEEP else [])]
+    expected = [("plain", 26), ("anchors", 27), *kept]
     for name in ("tinyllava-1b-toy", "qwen2.5-vl-3b-toy"):
         of_model = [row for row in found if row["model"] == name and "measure" not in row]
         assert [(row["side"], row["length"]) for row in of_model] == expected

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from attanchor_lab.demo import Accuracy, accuracy, clear, photograph
+from attanchor_lab.accuracy import Accuracy, accuracy
+from attanchor_lab.demo import clear, photograph
 from attanchor_lab.photographs import stamps
 from attanchor_lab.photographs.config import FOLDER, PhotographConfig
 from attanchor_lab.photographs.dataset import read_photographs, write_photographs
@@ -21,7 +22,8 @@ from attanchor_lab.photographs.grounding import grounding
 from attanchor_lab.photographs.questions import KINDS
 from attanchor_lab.small_vlm import build, parts
 from attanchor_lab.small_vlm.config import BuildConfig
-from attanchor_lab.small_vlm.experiment import is_right, known_stamps
+from attanchor_lab.small_vlm.experiment import is_right
+from attanchor_lab.small_vlm.readings import known_stamps
 from attanchor_vlm.data.batches import question, to_model
 from attanchor_vlm.data.rows import Row, load_image, read_rows, samples
 from attanchor_vlm.evaluation.answers import generate_answers
@@ -40,7 +42,7 @@ _ARMS: dict[str, dict[str, Any]] = {
     ANCHORS: {"fraction": 0.5, "content_words": True},
     SHORTER: {"fraction": 0.5, "content_words": True, "keep": 1 / 3},
 }
-_OURS = {"stamps", "data", "unseeing", "stage1", "model", "runs", "results.json", "anchors.png"}
+_OURS = {"stamps", "data", "unseeing", "readings", "stage1", "model", "runs", "results.json", "anchors.png"}
 _ANSWER = 6  # most tokens
 _TITLE = "Words of the question at their patches, in photographs"
 _ASKED = (("chelsea", "Is there a cat in the picture?"), ("coffee", "Is there a cup in the picture?"))
@@ -54,7 +56,7 @@ class Size:
     test_scenes: int = 40
     concepts: int | None = 30
     held_out: float = 0.2
-    caption_steps: int = 40
+    reading_steps: int = 60
     question_steps: int = 12
     names: int = 24  # asked for, of each split
     questions: int = 12  # of each kind
@@ -68,7 +70,7 @@ def run(
     progress: bool = True,
     folder: Path = FOLDER,
 ) -> dict[str, Any]:
-    """Build the model, teach it captions, then questions in three arms; leave `results.json` and `anchors.png`.
+    """Build the model, teach it to read, then questions in three arms; leave `results.json` and `anchors.png`.
 
     Args:
         output: A folder that does not exist, is empty, or holds an earlier demo, which is replaced.
@@ -98,10 +100,9 @@ def run(
 
     say("2. A language model of 135 M parameters and an image encoder that never met")
     config = BuildConfig(
-        output=output / "model", pixels=224,
-        captions=data / "train-captions.json", images=images, steps=size.caption_steps, seed=seed,
+        output=output / "model", pixels=224, world=data, stamps=folder, steps=size.reading_steps, seed=seed,
     )  # fmt: skip
-    unseeing = dataclasses.replace(config, output=output / "unseeing", captions=None, images=None, steps=None)
+    unseeing = BuildConfig(output=output / "unseeing", pixels=224, seed=seed)
     build.make(unseeing, lambda line: say(f"   {line}"))
     dtype = choose_dtype(PRESETS["small-vlm"]["dtype"], lambda line: None)
     before = _sight(unseeing.output, dtype, data, size.names)
@@ -109,8 +110,8 @@ def run(
     said += "; {2:.0%} ({3:.0%}) of the words have their best patch in their thing, by chance {4:.0%}"
     say(said.format(*before.values()))
 
-    say(f"3. It learns to see: {size.caption_steps} steps of {config.batch_size} captions")
-    build.stage1(config, unseeing.output, output, lambda line: say(f"   {line}")).replace(config.output)
+    say(f"3. It learns to see: {size.reading_steps} steps of {config.batch_size} scenes")
+    build.stage1(config, data, unseeing.output, output, lambda line: say(f"   {line}")).replace(config.output)
     after = _sight(config.output, dtype, data, size.names)
     say(said.format(*after.values()))
 
@@ -142,9 +143,8 @@ def run(
         "held_out": held_out,
         "sight": {"before": before, "after": after},
         "arms": {
-            name: {"kinds": {kind: test.of(kind) for kind in dict.fromkeys(kinds)}, "mean": test.mean,
-                   "inserted_share": test.inserted_share, "train_seconds": seconds, "answer_seconds": test.seconds,
-                   "tokens": tokens}
+            name: {"accuracy": test.figures(), "inserted_share": test.inserted_share, "train_seconds": seconds,
+                   "answer_seconds": test.seconds, "tokens": tokens}
             for name, (test, seconds, tokens) in arms.items()
         },
         "seconds": time.perf_counter() - started,
@@ -158,15 +158,13 @@ def run(
 
 def table(arms: dict[str, tuple[Accuracy, float, float]]) -> list[str]:
     """Accuracies of the arms, and how long each took, as lines of text."""
-    plain = arms[PLAIN][0]
-    kinds = list(dict.fromkeys(plain.kinds))
-    lines = []
+    plain, lines = arms[PLAIN][0], []
     for name, (test, seconds, tokens) in arms.items():
         difference, error = test.minus(plain)
         change = f"{100 * difference:+.1f} ± {196 * error:.1f}" if test is not plain else ""
-        figures = [f"{100 * value:.0f}" for value in (*(test.of(kind) for kind in kinds), test.mean)]
+        figures = [f"{100 * value:.0f}" for value in test.figures().values()]
         lines.append([name, *figures, change, f"{tokens:.0f}", f"{seconds:.0f}", f"{test.seconds:.1f}"])
-    heads = ["", *kinds, "mean", "change, 95 %", "tokens a prompt", "train s", "answer s"]
+    heads = ["", *plain.figures(), "change, 95 %", "tokens a prompt", "train s", "answer s"]
     return [*markdown_table(heads, lines), "", "Accuracy in %, one seed: the intervals are over questions alone."]
 
 

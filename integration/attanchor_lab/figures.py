@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import base64
 import io
+import itertools
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -40,8 +41,7 @@ def forest(path: Path, lines: Mapping[str, pd.Series]) -> None:
     axes.set_yticks(range(len(lines)), list(lines), fontsize=7.5)
     axes.set_ylim(len(lines) - 0.4, -0.6)
     axes.set_xlabel("points of mean accuracy; thick: 95 % alone, thin: corrected", fontsize=9)
-    axes.grid(axis="x", alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
+    _plain(axes, "x")
     save(figure, path)
 
 
@@ -65,8 +65,7 @@ def curves(path: Path, panels: Mapping[str, Mapping[str, pd.DataFrame]]) -> None
         axes.axhline(0, color="black", linewidth=0.8)
         axes.set_ylim(-1.1 * reach, 1.1 * reach)
         axes.set_title(name, fontsize=10)
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
+        _plain(axes)
     figure.supxlabel("step of stage 2", fontsize=9)
     figure.supylabel("answer loss, arm minus plain", fontsize=9)
     figure.legend(named.values(), named.keys(), loc="outside upper center", ncols=3, fontsize=8.5)
@@ -80,10 +79,10 @@ def scene(path: Path, kept: Mapping[str, Mapping[str, Any]]) -> None:
         kept: For each arm the entry that `measure` made of the scene.
     """
     figure, panels = plt.subplots(1, 1 + len(kept), figsize=(3.1 * (1 + len(kept)), 4.0), layout="constrained")
-    for number, (axes, (arm, entry)) in enumerate(zip(panels, [("", next(iter(kept.values()))), *kept.items()],
-                                                      strict=True)):  # fmt: skip
+    shown = [("", next(iter(kept.values()))), *kept.items()]
+    for axes, (arm, entry), colour in zip(panels, shown, itertools.cycle((_COLOURS[0], *_COLOURS))):
         rows, columns = entry["grid"]
-        extent, colour = (0, columns, rows, 0), _COLOURS[max(0, number - 1) % len(_COLOURS)]
+        extent = (0, columns, rows, 0)
         if not arm:
             image = Image.open(io.BytesIO(base64.b64decode(entry["png"])))
             axes.imshow(np.asarray(image), extent=extent, interpolation="nearest")
@@ -108,6 +107,11 @@ def scene(path: Path, kept: Mapping[str, Mapping[str, Any]]) -> None:
         axes.set_xticks([])
         axes.set_yticks([])
     save(figure, path)
+
+
+def _plain(axes: Any, grid: Literal["both", "x", "y"] = "both") -> None:
+    axes.grid(axis=grid, alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def _grid(count: int, most: int, width: float, height: float) -> tuple[plt.Figure, Iterator[Any]]:
@@ -170,24 +174,18 @@ def scaled(values: np.ndarray) -> np.ndarray:
     return np.where(high > low, _INNER + (1 - _INNER) * (values - low) / spread, 1.0)
 
 
-def along(
-    path: Path,
-    panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]],
-    x_label: str,
-    title: str,
-    logarithmic: bool = False,
-) -> None:
-    """A panel for each metric (or group), in it a line for each series of (x, y) points. No file without a panel.
+def along(path: Path, points: pd.DataFrame, x_label: str, title: str, logarithmic: bool = False) -> None:
+    """A panel for each `panel` of `points`, in it a line for each `series` over `x`. No file without a point.
 
     Points of equal x are seeds: the line goes through their mean, each is drawn.
     """
-    if not panels:
+    panels = points.groupby("panel", sort=False)
+    if not panels.ngroups:
         return
-    figure, places = _grid(len(panels), 3, 4.6, 3.6)
+    figure, places = _grid(panels.ngroups, 3, 4.6, 3.6)
     figure.suptitle(title, fontsize=12, fontweight="bold")
-    for place, (name, series) in zip(places, panels.items(), strict=True):
-        for number, (label, points) in enumerate(series.items()):
-            colour, found = _COLOURS[number % len(_COLOURS)], pd.DataFrame(points, columns=["x", "y"])
+    for place, (name, panel) in zip(places, panels, strict=True):
+        for colour, (label, found) in zip(itertools.cycle(_COLOURS), panel.groupby("series", sort=False)):
             means = found.groupby("x")["y"].mean()
             place.plot(means.index, means, "o-", color=colour, markersize=4, label=label)
             if len(found) > len(means):
@@ -196,9 +194,8 @@ def along(
             place.set_xscale("log")
         place.set_title(name, fontsize=10)
         place.set_xlabel(x_label, fontsize=9)
-        place.grid(alpha=0.25)
-        place.spines[["top", "right"]].set_visible(False)
-        if len(series) > 1:
+        _plain(place)
+        if panel["series"].nunique() > 1:
             place.legend(fontsize=8)
     save(figure, path)
 
@@ -213,8 +210,7 @@ def dots(path: Path, table: pd.DataFrame, metrics: Mapping[str, Metric], title: 
     figure, places = _grid(len(names), 4, max(2.8, 0.55 * len(arms) + 1), 3.4)
     figure.suptitle(title, fontsize=12, fontweight="bold")
     for place, name in zip(places, names, strict=True):
-        for x, arm in enumerate(arms):
-            colour = _COLOURS[x % len(_COLOURS)]
+        for x, (arm, colour) in enumerate(zip(arms, itertools.cycle(_COLOURS))):
             seeds = metrics[name].sign * table.loc[table["arm"] == arm, name].dropna()
             if seeds.empty:
                 continue
@@ -227,6 +223,5 @@ def dots(path: Path, table: pd.DataFrame, metrics: Mapping[str, Metric], title: 
         place.margins(y=0.2)
         place.set_xticks(range(len(arms)), arms, rotation=35, ha="right", fontsize=8)
         place.set_title(metrics[name].title, fontsize=10)
-        place.grid(axis="y", alpha=0.25)
-        place.spines[["top", "right"]].set_visible(False)
+        _plain(place, "y")
     save(figure, path)

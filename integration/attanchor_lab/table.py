@@ -5,6 +5,7 @@ A seed changes weights, scenes and order, for all arms alike: the difference of 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -145,27 +146,23 @@ def beside(
         others: The source's values for each arm, with their sign as shown; None for arms that it does not have.
         baseline: The arm that changes are against.
     """
-    arms = list(table["arm"].unique())
-    of_arm = {arm: table[table["arm"] == arm] for arm in arms}
-    heads, lines, changes = [""], [], []
-    for arm in arms:
-        heads += [arm, source] if others.get(arm) else [arm]
-    base, other_base = table[table["arm"] == baseline], others.get(baseline) or {}
-    for name, how in metrics.items():
-        if name not in table:
-            continue
-        line, change = [how.title], [how.title]
-        for arm in arms:
-            line.append(how.mean(of_arm[arm][name]))
-            change.append(how.change(of_arm[arm][name], base[name]))
-            if other := others.get(arm):
-                shown = {key: pd.Series(float(values[name])) for key, values in (("", other), ("base", other_base))
-                         if name in values}  # fmt: skip
-                plain = Metric(how.title, how.decimals)
-                line.append(plain.mean(shown[""]) if "" in shown else "")
-                change.append(plain.change(shown[""], shown["base"]) if len(shown) == 2 else "")
-        lines.append(line)
-        changes.append(change)
+    columns = [(arm, ours) for arm in table["arm"].unique() for ours in (True, False) if ours or others.get(arm)]
+    heads = ["", *(arm if ours else source for arm, ours in columns)]
+
+    def cell(name: str, arm: str, ours: bool) -> pd.Series:
+        """Values of an arm, with their sign as shown."""
+        if ours:
+            return metrics[name].sign * table.loc[table["arm"] == arm, name]
+        known = others.get(arm) or {}
+        return pd.Series([known[name]] if name in known else [], dtype=float)
+
+    lines, changes = [], []
+    for name in metrics:
+        if name in table:
+            how = dataclasses.replace(metrics[name], sign=1)
+            lines.append([how.title, *(how.mean(cell(name, *column)) for column in columns)])
+            own = [how.change(cell(name, arm, ours), cell(name, baseline, ours)) for arm, ours in columns]
+            changes.append([how.title, *own])
     return [*markdown_table(heads, lines), "", f"Change against {baseline}:", "", *markdown_table(heads, changes)]
 
 

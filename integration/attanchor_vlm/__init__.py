@@ -19,9 +19,9 @@ if TYPE_CHECKING:  # the table below, for type checkers and editors
     from attanchor_vlm.evaluation.config import EvalConfig  # noqa: F401
     from attanchor_vlm.evaluation.run import evaluate  # noqa: F401
     from attanchor_vlm.inference.ask import answer, answers  # noqa: F401
-    from attanchor_vlm.inference.explain import explain  # noqa: F401
+    from attanchor_vlm.inference.explain import describe, explain  # noqa: F401
     from attanchor_vlm.inference.export import prompt_embeds  # noqa: F401
-    from attanchor_vlm.inference.picture import anchor_picture, describe  # noqa: F401
+    from attanchor_vlm.inference.picture import anchor_picture  # noqa: F401
     from attanchor_vlm.model.adapter_files import load_adapter, load_settings, save_settings  # noqa: F401
     from attanchor_vlm.model.attach import attach, detach, is_attached, prepare_inputs  # noqa: F401
     from attanchor_vlm.model.candidates import with_tokens_of  # noqa: F401
@@ -42,9 +42,9 @@ _PUBLIC = {
     "evaluation.config": ("EvalConfig",),
     "evaluation.run": ("evaluate",),
     "inference.ask": ("answer", "answers"),
-    "inference.explain": ("explain",),
+    "inference.explain": ("describe", "explain"),
     "inference.export": ("prompt_embeds",),
-    "inference.picture": ("anchor_picture", "describe"),
+    "inference.picture": ("anchor_picture",),
     "model.adapter_files": ("load_adapter", "load_settings", "save_settings"),
     "model.attach": ("attach", "detach", "is_attached", "prepare_inputs"),
     "model.candidates": ("with_tokens_of",),

@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import secrets
+import shutil
 import stat
 import sys
 import tempfile
@@ -20,6 +21,7 @@ from typing import Any, BinaryIO
 from attanchor_vlm.errors import SetupError
 
 Row = dict[str, Any]
+PART = ".attanchor-part-"  # begins the names of what is not whole yet
 _locks: set[FileIO] = set()  # that this process holds
 
 
@@ -28,7 +30,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     matplotlib and PIL the format."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
+    handle, name = tempfile.mkstemp(prefix=PART, suffix=path.suffix, dir=path.parent)
     os.close(handle)
     temporary = Path(name)
     try:
@@ -64,7 +66,8 @@ def check_parent(path: Path) -> None:
 
 @contextlib.contextmanager
 def alone_in(folder: Path, name: str = "") -> Iterator[None]:
-    """Hold an output for this process while the block runs; however the process ends, the output is free again.
+    """Hold an output for this process while the block runs; however the process ends, the output is free again. From a
+    folder, what killed ones have left unfinished is removed.
 
     Args:
         folder: The output; made if it is not there.
@@ -94,6 +97,8 @@ def alone_in(folder: Path, name: str = "") -> Iterator[None]:
         with contextlib.suppress(OSError):  # on a full disk, the lock holds without a name
             file.truncate(0)
             file.write(f"process {os.getpid()} on {platform.node()}, since {now}".encode())
+        for part in () if name else folder.glob(f"{PART}*"):
+            shutil.rmtree(part) if part.is_dir() else part.unlink()
         yield
     finally:
         if file in _locks:  # a forked process has none
@@ -203,7 +208,7 @@ def _parsed(line: str) -> Row | None:
 
 def _mode_of_new_files(folder: Path) -> int:
     """The permissions that the umask leaves. To ask for the umask itself is to change it for all threads meanwhile."""
-    probe = folder / f".{secrets.token_hex(8)}"
+    probe = folder / f"{PART}{secrets.token_hex(8)}"
     try:
         with probe.open("xb") as file:
             return stat.S_IMODE(os.fstat(file.fileno()).st_mode)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 REQUIRED = dataclasses.MISSING
@@ -60,11 +61,7 @@ def settings_of(config: Any) -> list[dataclasses.Field[Any]]:
 
 
 def check_values(config: Any) -> None:
-    """Hold every setting to what its field says.
-
-    Raises:
-        ValueError: naming the setting, what it is and what it should be.
-    """
+    """Hold every setting to what its field says."""
     for field in settings_of(config):
         name, value, about = field.name, getattr(config, field.name), field.metadata
         if value is None:
@@ -80,7 +77,8 @@ def check_values(config: Any) -> None:
             raise ValueError(f"{name} is {value}; it should be {' and '.join(bounds)}")
         needed = about["needs"]
         if needed and value != field.default and not _is_given(getattr(config, needed)):
-            raise ValueError(f"{name} is {value!r}, but there is no {needed}; leave it out, or say {needed}")
+            said = value if isinstance(value, Path) else repr(value)
+            raise ValueError(f"{name} is {said}, but there is no {needed}; leave it out, or say {needed}")
 
 
 def _is_given(value: object) -> bool:
@@ -92,9 +90,6 @@ def check_fraction(fraction: float, direction: str | None, name: str = "fraction
 
     Args:
         direction: None where it is not known yet.
-
-    Raises:
-        ValueError: naming it.
     """
     if not fraction > 0:
         raise ValueError(f"{name} is {fraction}; it should be greater than 0")

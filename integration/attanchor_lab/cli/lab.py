@@ -37,12 +37,7 @@ def lab(
 
     if (size is None) == (own is None):
         raise typer.BadParameter("give --size or --plan, and not both")
-    if own is not None:
-        plan, device = plans.from_file(own, rehearse, workers, minutes)
-    else:
-        assert size is not None
-        plan = plans.plan(size.value, rehearse, workers, minutes)
-        device = plans.device_for(size is Size.gpu, rehearse)
+    plan, device = plans.chosen(size.value if size else None, own, rehearse, workers, minutes)
     quiet()
     from attanchor_lab.synthetic import checks, laboratory
 

@@ -43,18 +43,10 @@ class _Tested(EvalConfig):
     seeds: str = setting("0", "With commas: every arm is trained and measured for each.")
 
 
-_TRAINED: tuple[str, ...] = (
-    "preset",
-    "tau",
-    "val_data",
-    "turns",
-    "epochs",
-    "max_steps",
-    "batch_size",
-    "accumulation",
-    "lr",
+_TRAINED = (
+    *("preset", "tau", "val_data", "turns", "epochs", "max_steps", "batch_size", "accumulation", "lr"),
+    *("eval_steps", "gradient_checkpointing", "workers"),
 )
-_TRAINED += ("eval_steps", "gradient_checkpointing", "workers")
 
 
 def command(function: Callable[..., None]) -> Callable[..., None]:
@@ -67,19 +59,13 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
 def sweep(tested: Given, trained: Given, *, model: MODEL, taus: TAUS = "1.0,0.16,0.14,0.12,0.10,0.08") -> None:
     """Text into image at several thresholds against the baseline, beside the paper where it has such a model."""
     chosen = numbers(taus, "--taus")
-    study = _study(tested, trained, model)
-    from attanchor_lab.paper import studies
-
-    _finish(lambda: studies.sweep(study, chosen, typer.echo))
+    _run("sweep", _study(tested, trained, model), chosen)
 
 
 @command
 def directions(tested: Given, trained: Given, *, model: MODEL) -> None:
     """Baseline, text into image and image into text."""
-    study = _study(tested, trained, model)
-    from attanchor_lab.paper import studies
-
-    _finish(lambda: studies.directions(study, typer.echo))
+    _run("directions", _study(tested, trained, model))
 
 
 @command
@@ -97,10 +83,7 @@ def scale(
 ) -> None:
     """Baseline and both directions for several checkpoints."""
     chosen = _models(models, trained)
-    study = _study(tested, trained, next(iter(chosen.values()))[0])
-    from attanchor_lab.paper import studies
-
-    _finish(lambda: studies.scale(study, chosen, typer.echo))
+    _run("scale", _study(tested, trained, next(iter(chosen.values()))[0]), chosen)
 
 
 @command
@@ -120,9 +103,7 @@ def degrade(
     levels = {kind: numbers(text, f"--{kind}") for kind, text in given.items() if text.strip() != "none"}
     study = _study(tested, trained, model)
     chosen = (1.0, study.preset.tau) if taus is None else numbers(taus, "--taus")
-    from attanchor_lab.paper import studies
-
-    _finish(lambda: studies.degrade(study, levels, chosen, typer.echo))
+    _run("degrade", study, levels, chosen)
 
 
 @command
@@ -137,10 +118,7 @@ def tokens(
 ) -> None:
     """Longer image sequences: every image in several views, baseline against text into image."""
     counts = integers(views, "--views")
-    study = _study(tested, trained, model)
-    from attanchor_lab.paper import studies
-
-    _finish(lambda: studies.tokens(study, counts, typer.echo))
+    _run("tokens", _study(tested, trained, model), counts)
 
 
 @command
@@ -157,10 +135,7 @@ def paper(
     With --metrics all --tasks all it has all fifteen metrics.
     """
     chosen = numbers(taus, "--taus")
-    study = _study(tested, trained, model)
-    from attanchor_lab.paper import studies
-
-    _finish(lambda: studies.paper_table(study, chosen, not no_controls, typer.echo))
+    _run("paper_table", _study(tested, trained, model), chosen, not no_controls)
 
 
 def numbers(text: str, option: str) -> list[float]:
@@ -195,26 +170,26 @@ def _study(tested: Given, trained: Given, model: str) -> Study:
     if ("data" in tested) == ("no_train" in tested):
         raise typer.BadParameter("give --data to train on, or --no-train", param_hint="--data")
     quiet()
-    from attanchor_lab.paper.study import Study, TrainRows
+    from attanchor_lab.paper.study import Study
 
     names = {field.name for field in dataclasses.fields(EvalConfig)} - {"data", "images"}
     measured = {"metrics": _Tested.metrics} | {name: value for name, value in tested.items() if name in names}
     if "test" in tested:
         measured |= {"data": tested["test"], "images": tested["images"]}
-    rows = None
-    if "data" in tested:
-        names = {field.name for field in dataclasses.fields(TrainRows)}
-        taken = {name: value for name, value in trained.items() if name in names}
-        rows = TrainRows(data=tested["data"], images=tested["images"], **taken)
     preset_name, preset = _preset(trained, model)
+    train = None
+    if "data" in tested:
+        places = {"model": model, **{name: tested[name] for name in ("data", "images", "output")}}
+        train = TrainConfig.from_preset(preset_name, **places, **{k: v for k, v in trained.items() if k != "preset"})
     study = Study(
         model=model,
         output=tested["output"],
         plan=EvalConfig(**measured),
         preset=preset,
         preset_name=preset_name,
-        train=rows,
+        train=train,
         seeds=tuple(dict.fromkeys(integers(tested.get("seeds", "0"), "--seeds"))),
+        say=typer.echo,
     )
     study.check()
     return study
@@ -244,14 +219,11 @@ def _models(given: list[str], trained: Given) -> dict[str, tuple[str, str, Metho
     return found
 
 
-def _finish(run: Callable[[], Any]) -> None:
-    from attanchor_lab.paper.arms import InterruptedStudyError
+def _run(experiment: str, study: Study, *chosen: Any) -> None:
+    """Run an experiment of `studies`, and show its table and the files that it left."""
+    from attanchor_lab.paper import studies
 
-    try:
-        result = run()
-    except InterruptedStudyError as error:
-        typer.echo(str(error))
-        raise typer.Exit(130) from None
+    result = getattr(studies, experiment)(study, *chosen)
     typer.echo("")
     typer.echo((result.files[1]).read_text(encoding="utf-8").rstrip())
     typer.echo("")

@@ -17,7 +17,6 @@ from attanchor_lab import runner
 from attanchor_lab.paper.study import (
     Arm,
     Study,
-    TrainRows,
     check_arms,
     check_pending,
     plan_of,
@@ -41,16 +40,10 @@ _NEEDED = ("experiment", "arm", "seed", "settings", "values", "figures")
 _TOGETHER = ("amber", "amber_g")  # whose figures make a score of both
 
 
-class InterruptedStudyError(Exception):
-    """Training was stopped by Ctrl-C; a checkpoint is there, and the same command goes on from it."""
-
-
 def run_arms(
     study: Study,
     experiment: str,
     arms: Sequence[Arm],
-    say: Say = print,
-    progress: bool = True,
     after_each: Callable[[list[Row]], None] = lambda rows: None,
 ) -> list[Row]:
     """The rows of all arms and seeds, those that are missing being run first.
@@ -59,7 +52,7 @@ def run_arms(
         after_each: Gets the rows that there are, in the arms' order, whenever one is added.
 
     Raises:
-        InterruptedStudyError: training was stopped by Ctrl-C.
+        KeyboardInterrupt: training was stopped by Ctrl-C; its checkpoint is saved.
         ValueError: something cannot be trained or measured; rows that are finished stay.
     """
     study.check()
@@ -69,7 +62,7 @@ def run_arms(
     if strangers := {row["experiment"] for row in rows.rows} - {experiment}:
         raise SetupError(f"output {study.output} holds rows of the experiment {min(strangers)!r}; take another folder")
     found = {(arm.name, seed): find(rows, arm.name, seed, settings_of(study, arm)) for arm, seed in pairs}
-    check_pending(study, [(arm, seed) for arm, seed in pairs if found[arm.name, seed] is None], progress)
+    check_pending(study, [(arm, seed) for arm, seed in pairs if found[arm.name, seed] is None])
 
     def keep(job: Job, row: Row) -> None:
         rows.add({"experiment": experiment, **row})
@@ -84,11 +77,11 @@ def run_arms(
     for number, (arm, seed) in enumerate(pairs, start=1):
         title = f"[{number}/{len(pairs)}] {arm.name}" + (f", seed {seed}" if len(study.seeds) > 1 else "")
         if found[arm.name, seed] is not None:
-            say(f"{title}: done before")
+            study.say(f"{title}: done before")
         else:
-            jobs.append(Job((arm.name, seed), title, functools.partial(_run, study, arm, seed, title, say, progress)))
+            jobs.append(Job((arm.name, seed), title, functools.partial(_run, study, arm, seed, title)))
     with alone_in(study.output):
-        runner.run(jobs, keep, say=say, progress=progress)
+        runner.run(jobs, keep, say=study.say, progress=study.progress)
         after_each(ordered())
     return ordered()
 
@@ -114,16 +107,16 @@ def find(rows: Rows, arm: str, seed: int, settings: Mapping[str, Any]) -> Row | 
     return None
 
 
-def _run(study: Study, arm: Arm, seed: int, title: str, say_line: Say, progress: bool) -> Row:
+def _run(study: Study, arm: Arm, seed: int, title: str) -> Row:
     def say(line: str) -> None:
-        say_line(f"    {line}")
+        study.say(f"    {line}")
 
-    say_line(title)
+    study.say(title)
     model, settings = arm.model or study.model, settings_of(study, arm)
     adapter: Path | None = None
     trained: dict[str, Any] = {}
     if study.train is not None:
-        adapter, trained = _train(study, study.train, arm, seed, say, progress)
+        adapter, trained = _train(study, arm, seed, say)
     dtype = loading.choose_dtype(preset_of(study, arm).dtype, lambda line: None)
     loaded, processor = loading.load(
         model,
@@ -136,7 +129,7 @@ def _run(study: Study, arm: Arm, seed: int, title: str, say_line: Say, progress:
         placement_seed=seed,
     )
     plan, tasks = plan_of(study, arm, seed), study.output / "tasks" / run_name(arm.name, seed)
-    report = measure(loaded, processor, plan, settings, _parts_file(study, arm.name, seed), tasks, progress)
+    report = measure(loaded, processor, plan, settings, _parts_file(study, arm.name, seed), tasks, study.progress)
     parameters = sum(parameter.numel() for parameter in loaded.parameters())
     del loaded, processor
     gc.collect()
@@ -162,38 +155,33 @@ def _parts_file(study: Study, arm: str, seed: int) -> Path:
     return study.output / f"{run_name(arm, seed)}.parts.jsonl"
 
 
-def _train(study: Study, rows: TrainRows, arm: Arm, seed: int, say: Say, progress: bool) -> tuple[Path, dict[str, Any]]:
+def _train(study: Study, arm: Arm, seed: int, say: Say) -> tuple[Path, dict[str, Any]]:
     """The trained adapter of an arm, trained now, taken up again from a checkpoint, or found."""
-    from attanchor_vlm.training.checkpoints import RUN_FILE
-
-    settings = train_settings(study, rows, arm, seed)
-    folder = settings.output
-    if not is_trained(folder) and train_or_go_on(settings, say, progress).interrupted:
-        raise InterruptedStudyError(f"interrupted while {arm.name} was trained; the same command goes on")
-    summary = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))["result"]
+    settings = train_settings(study, arm, seed)
+    summary = trained_result(settings, arm.name, say, study.progress)
     trained = {"train_steps": summary["steps"], "train_seconds": summary["seconds"]}
     if summary["val_loss"] is not None:
         trained["train_val_loss"] = summary["val_loss"]
-    return folder, trained
+    return settings.output, trained
 
 
-def train_or_go_on(settings: TrainConfig, say: Say, progress: bool) -> Any:
-    """Train from the last whole checkpoint, if there is one.
+def trained_result(settings: TrainConfig, name: str, say: Say, progress: bool) -> dict[str, Any]:
+    """The result of a run that is there, or of one made now, from the last whole checkpoint if there is one.
 
-    A run killed between its last checkpoint and its adapter has no step left to make, which `train.run` refuses: it
-    goes on from the checkpoint before, and makes the same steps again.
+    Raises:
+        KeyboardInterrupt: it was stopped by Ctrl-C; its checkpoint is saved.
     """
     from attanchor_vlm.training import run as train
-    from attanchor_vlm.training.checkpoints import complete_checkpoints
+    from attanchor_vlm.training.checkpoints import RUN_FILE, complete_checkpoints
 
-    while found := complete_checkpoints(settings.output):
-        made = json.loads((found[-1] / "trainer_state.json").read_text(encoding="utf-8"))
-        if made["global_step"] < made["max_steps"]:
-            break
-        shutil.rmtree(found[-1])
-    if not found and settings.output.exists():
-        shutil.rmtree(settings.output)  # nothing to go on from; whatever is there was not finished
-    return train.run(dataclasses.replace(settings, resume=bool(found)), say, progress)
+    if not is_trained(settings.output):
+        found = complete_checkpoints(settings.output)
+        if not found and settings.output.exists():
+            shutil.rmtree(settings.output)  # nothing to go on from; whatever is there was not finished
+        if train.run(dataclasses.replace(settings, resume=bool(found)), say, progress).interrupted:
+            say(f"interrupted while {name} was trained; the same command goes on")
+            raise KeyboardInterrupt
+    return json.loads((settings.output / RUN_FILE).read_text(encoding="utf-8"))["result"]
 
 
 def is_trained(folder: Path) -> bool:

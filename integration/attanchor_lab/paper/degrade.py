@@ -88,17 +88,8 @@ def check_views(count: int) -> None:
         raise SetupError(f"views is {count}; it should be one of {', '.join(map(str, VIEWS))}")
 
 
-def write_degraded(
-    data: Path,
-    images: Path,
-    folder: Path,
-    kind: str,
-    level: float,
-    rows: int | None = None,
-    progress: bool = True,
-    skip_bad: bool = False,
-) -> tuple[Path, Path]:
-    """The rows of `data` (or the first of them) about degraded images, in `folder`; returns data and images there.
+def write_degraded(data: Path, images: Path, folder: Path, kind: str, level: float, **how: Any) -> tuple[Path, Path]:
+    """The rows of `data` about degraded images, as `write_changed` writes them, which says what `how` may be.
 
     The noise of an image depends on its name alone, so that every arm sees the same.
     """
@@ -107,41 +98,41 @@ def write_degraded(
     def change(image: Image.Image, name: str) -> list[Image.Image]:
         return [degrade(image, kind, level, zlib.crc32(name.encode()))]
 
-    return _write(data, images, folder, change, 1, rows, f"{kind} {level:g}", progress, skip_bad)
+    return write_changed(data, images, folder, change, f"{kind} {level:g}", **how)
 
 
-def write_views(
-    data: Path,
-    images: Path,
-    folder: Path,
-    count: int,
-    rows: int | None = None,
-    progress: bool = True,
-    skip_bad: bool = False,
-) -> tuple[Path, Path]:
-    """The rows of `data` with `count` views in place of every image, in `folder`; returns data and images there."""
+def write_views(data: Path, images: Path, folder: Path, count: int, **how: Any) -> tuple[Path, Path]:
+    """The rows of `data` with `count` views in place of every image, as `write_changed` writes them."""
     check_views(count)
-    what = f"{count} views"
-    return _write(data, images, folder, lambda image, _: views(image, count), count, rows, what, progress, skip_bad)
+    return write_changed(data, images, folder, lambda image, _: views(image, count), f"{count} views", **how)
 
 
-def _write(
+def write_changed(
     data: Path,
     images: Path,
     folder: Path,
     change: Callable[[Image.Image, str], list[Image.Image]],
-    count: int,
-    limit: int | None,
     what: str,
-    progress: bool,
-    skip_bad: bool,
+    rows: int | None = None,
+    progress: bool = True,
+    skip_bad: bool = False,
 ) -> tuple[Path, Path]:
-    """Write the changed rows to `folder` as a whole, unless an earlier run has."""
+    """Write LLaVA-Instruct rows about other images to `folder`, as a whole, unless an earlier run has.
+
+    Args:
+        change: From an image and its file's name the images that stand in its place.
+        what: How these differ, in a word or two.
+        rows: Only so many, the first ones.
+        skip_bad: Leave bad rows out.
+
+    Returns:
+        The file of rows and the folder of images.
+    """
     target = folder / data.with_suffix(".json").name, folder / "images"
     if not data.is_file():
         raise DataError(f"{data} is not a file")
     source = {"source": str(data.resolve()), "sha256": digest(data), "images": str(images.resolve())}
-    about = {**source, "what": what, "rows": limit}
+    about = {**source, "what": what, "rows": rows}
     mark = folder / "made.json"
     if mark.is_file() and json.loads(mark.read_text(encoding="utf-8")) == about:
         return target
@@ -152,17 +143,16 @@ def _write(
             shutil.rmtree(made)  # of a run that was killed
         (made / "images").mkdir(parents=True)
         names: dict[Path, list[str]] = {}
-        rows: list[dict[str, Any]] = []
-        for row in tqdm(checked[:limit], what, unit="row", disable=not progress, leave=False):
+        written: list[dict[str, Any]] = []
+        for row in tqdm(checked[:rows], what, unit="row", disable=not progress, leave=False):
             for path in row.images:
                 if path not in names:
-                    stem = f"{len(names):06d}"
                     shown = change(load_image(path), path.name)
-                    names[path] = [f"{stem}-{number}.png" for number in range(len(shown))]
+                    names[path] = [f"{len(names):06d}-{number}.png" for number in range(len(shown))]
                     for name, image in zip(names[path], shown, strict=True):
                         image.save(made / "images" / name, compress_level=1)
-            rows.append(_row(row.messages, [name for path in row.images for name in names[path]], count))
-        write_json(made / target[0].name, rows)
+            written.append(_row(row.messages, [names[path] for path in row.images]))
+        write_json(made / target[0].name, written)
         write_json(made / mark.name, about)
         if folder.exists():
             shutil.rmtree(folder)  # made for other rows, or cut short
@@ -172,10 +162,10 @@ def _write(
     return target
 
 
-def _row(messages: Sequence[tuple[str, str]], names: list[str], count: int) -> dict[str, Any]:
+def _row(messages: Sequence[tuple[str, str]], images: list[list[str]]) -> dict[str, Any]:
+    """A row with as many placeholders for each image as there are images in its place."""
     speaker = {"user": "human", "assistant": "gpt"}
-    turns = [
-        {"from": speaker[role], "value": text.replace(PLACEHOLDER, "\n".join([PLACEHOLDER] * count))}
-        for role, text in messages
-    ]
+    places = "\n".join([PLACEHOLDER] * len(images[0])) if images else PLACEHOLDER
+    turns = [{"from": speaker[role], "value": text.replace(PLACEHOLDER, places)} for role, text in messages]
+    names = [name for there in images for name in there]
     return {"image": names, "conversations": turns} if names else {"conversations": turns}

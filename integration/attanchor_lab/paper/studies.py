@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from attanchor_lab import figures, table
 from attanchor_lab.paper import degrade as variants
-from attanchor_lab.paper.arms import Say, run_arms
+from attanchor_lab.paper.arms import run_arms
 from attanchor_lab.paper.study import Arm, Study
 from attanchor_lab.paper.values import (
     BASELINE,
@@ -42,29 +44,23 @@ class Result:
     files: list[Path]
 
 
-def sweep(study: Study, taus: Sequence[float] = PAPER_TAUS, say: Say = print, progress: bool = True) -> Result:
+def sweep(study: Study, taus: Sequence[float] = PAPER_TAUS) -> Result:
     """Text into image at several thresholds, 1 being the baseline."""
     arms = _tau_arms(taus)
     paper: Paper = {arm.name: paper_values(study.preset_name, tau=arm.tau) for arm in arms}
-    return _run(study, "sweep", arms, "Threshold", paper, say, progress)
+    return _run(study, "sweep", arms, "Threshold", paper)
 
 
-def directions(study: Study, say: Say = print, progress: bool = True) -> Result:
+def directions(study: Study) -> Result:
     """Baseline, text into image and image into text, at the preset's tau."""
     tau = _tau_of(study.preset)
     arms = [Arm(BASELINE, 1.0), Arm("text into image", tau), Arm("image into text", tau, IMAGE_INTO_TEXT)]
     names = (BASELINE, TEXT_INTO_IMAGE, IMAGE_INTO_TEXT)
     paper: Paper = {arm.name: paper_values(study.preset_name, name) for arm, name in zip(arms, names, strict=True)}
-    return _run(study, "directions", arms, "Direction", paper, say, progress)
+    return _run(study, "directions", arms, "Direction", paper)
 
 
-def paper_table(
-    study: Study,
-    taus: Sequence[float] = PAPER_TAUS,
-    controls: bool = True,
-    say: Say = print,
-    progress: bool = True,
-) -> Result:
+def paper_table(study: Study, taus: Sequence[float] = PAPER_TAUS, controls: bool = True) -> Result:
     """The paper's TinyLLaVA table: thresholds, image into text, and two controls that it lacks.
 
     Image into text and the controls have the preset's tau. "random places" copies the tokens that text into image
@@ -77,15 +73,10 @@ def paper_table(
     paper["image into text"] = paper_values(study.preset_name, IMAGE_INTO_TEXT)
     if controls:
         arms += [Arm(RANDOM, tau, placement="random"), Arm(FRONT, tau, placement="front")]
-    return _run(study, "paper", arms, f"The paper's table, measured on {study.model}", paper, say, progress)
+    return _run(study, "paper", arms, f"The paper's table, measured on {study.model}", paper)
 
 
-def scale(
-    study: Study,
-    models: Mapping[str, tuple[str, str, Method]],
-    say: Say = print,
-    progress: bool = True,
-) -> Result:
+def scale(study: Study, models: Mapping[str, tuple[str, str, Method]]) -> Result:
     """Baseline against both directions for several checkpoints, each with its own preset.
 
     Args:
@@ -114,31 +105,18 @@ def scale(
     def draw(rows: list[Row]) -> None:
         figures.along(study.output / PLOT, _gains(rows), "parameters", "Change against the baseline", True)
 
-    return _run(study, "scale", arms, "Model scale", paper, say, progress, report, draw)
+    return _run(study, "scale", arms, "Model scale", paper, report, draw)
 
 
-def _gains(rows: Sequence[Row]) -> dict[str, dict[str, list[tuple[float, float]]]]:
-    """For each metric and arm, (parameters, change against the same model's baseline of the same seed)."""
-    found = table.by_seed(rows, "parameters")
-    base = found[found["label_arm"] == BASELINE].set_index(["label_model", "seed"])
-    panels: dict[str, dict[str, list[tuple[float, float]]]] = {}
-    for name, how in metrics_of(rows).items():
-        for arm, own in found[found["label_arm"] != BASELINE].groupby("label_arm", sort=False):
-            points = own.set_index(["label_model", "seed"])
-            gains = (how.sign * (points[name] - base[name])).dropna()
-            if len(gains):
-                at = points.loc[gains.index, "parameters"].astype(float)
-                panels.setdefault(how.title, {})[str(arm)] = list(zip(at, gains, strict=True))
-    return panels
+def _gains(rows: Sequence[Row]) -> pd.DataFrame:
+    """`_points` of the arms as changes against the same model's baseline of the same seed, over parameters."""
+    points, same = _points(rows, "parameters"), ["metric", "label_model", "seed"]
+    is_base = points["label_arm"] == BASELINE
+    gains = points[~is_base].merge(points.loc[is_base, [*same, "y"]], on=same, suffixes=("", "_base"))
+    return gains.assign(x=gains["parameters"].astype(float), y=gains["y"] - gains["y_base"], series=gains["label_arm"])
 
 
-def degrade(
-    study: Study,
-    kinds: Mapping[str, Sequence[float]],
-    taus: Sequence[float],
-    say: Say = print,
-    progress: bool = True,
-) -> Result:
+def degrade(study: Study, kinds: Mapping[str, Sequence[float]], taus: Sequence[float]) -> Result:
     """Models trained on clean images, tested on blurred, noisy, down-scaled and JPEG-compressed ones, against tau.
 
     Args:
@@ -150,16 +128,14 @@ def degrade(
     for kind, levels in kinds.items():
         for level in levels:
             variants.check_level(kind, level)
-    data, images = _test_rows(study)
+    (data, images), how = _test_rows(study), {"progress": study.progress, "skip_bad": study.plan.skip_bad}
     arms = []
     for kind, level in [("clean", 0.0), *((kind, level) for kind, levels in kinds.items() for level in levels)]:
         name = kind if kind == "clean" else f"{kind} {level:g}"
         rows = None
         if kind != "clean":
             folder = study.output / "data" / name.replace(" ", "-")
-            rows = variants.write_degraded(
-                data, images, folder, kind, level, study.plan.limit, progress, study.plan.skip_bad
-            )
+            rows = variants.write_degraded(data, images, folder, kind, level, rows=study.plan.limit, **how)
         for tau in taus:
             run = _name_of(tau)
             labels = {"kind": kind, "level": level, "tau": tau}
@@ -177,10 +153,10 @@ def degrade(
 
     def draw(rows: list[Row]) -> None:
         for first, how in list(metrics_of(rows).items())[:1]:
-            panels = _by_level(rows, first, how.sign, list(kinds))
-            figures.along(study.output / PLOT, panels, "level (0: clean)", f"{how.title} under degradation")
+            points = _by_level(rows, first, list(kinds))
+            figures.along(study.output / PLOT, points, "level (0: clean)", f"{how.title} under degradation")
 
-    return _run(study, "degrade", arms, "Image degradation", {}, say, progress, report, draw)
+    return _run(study, "degrade", arms, "Image degradation", {}, report, draw)
 
 
 def _degradation(row: Mapping[str, Any]) -> str:
@@ -188,46 +164,36 @@ def _degradation(row: Mapping[str, Any]) -> str:
     return kind if kind == "clean" else f"{kind} {level:g}"
 
 
-def _by_level(
-    rows: Sequence[Row], name: str, sign: int, kinds: Sequence[str]
-) -> dict[str, dict[str, list[tuple[float, float]]]]:
-    """A panel for each kind, a line for each tau. JPEG quality counts down from 100, as images get worse."""
-    panels: dict[str, dict[str, list[tuple[float, float]]]] = {}
+def _by_level(rows: Sequence[Row], metric: str, kinds: Sequence[str]) -> pd.DataFrame:
+    """`_points` of one metric: a panel for each kind, a line for each tau. JPEG quality counts down from 100, as images
+    get worse."""
+    points = _points(rows)
+    points = points[points["metric"] == metric].assign(series=points["label_tau"].map(_name_of))
+    panels = []
     for kind in kinds:
-        for row in rows:
-            if row["labels"]["kind"] not in ("clean", kind) or name not in row["values"]:
-                continue
-            level = row["labels"]["level"]
-            if kind == "jpeg" and row["labels"]["kind"] == "jpeg":
-                level = 100 - level
-            title = "jpeg, 100 - quality" if kind == "jpeg" else kind
-            series = panels.setdefault(title, {}).setdefault(_name_of(row["labels"]["tau"]), [])
-            series.append((level, sign * row["values"][name]))
-    return panels
+        own = points[points["label_kind"].isin(("clean", kind))]
+        level = own["label_level"].where(own["label_kind"] != "jpeg", 100 - own["label_level"])
+        panels.append(own.assign(panel="jpeg, 100 - quality" if kind == "jpeg" else kind, x=level))
+    return pd.concat(panels)
 
 
-def tokens(
-    study: Study,
-    views: Sequence[int] = variants.VIEWS,
-    say: Say = print,
-    progress: bool = True,
-) -> Result:
+def tokens(study: Study, views: Sequence[int] = variants.VIEWS) -> Result:
     """Baseline against text into image with every image given in 1, 2 or 5 views, in training as in testing."""
     study.check()
     tau_of_anchors = _tau_of(study.preset)
     for count in views:
         variants.check_views(count)
-    data, images = _test_rows(study)
-    skip_bad = study.plan.skip_bad
+    (data, images), how = _test_rows(study), {"progress": study.progress, "skip_bad": study.plan.skip_bad}
     arms = []
     for count in views:
         test = train = None
         if count != 1:
             folder = study.output / "data" / f"{count}-views"
-            test = variants.write_views(data, images, folder / "test", count, study.plan.limit, progress, skip_bad)
+            test = variants.write_views(data, images, folder / "test", count, rows=study.plan.limit, **how)
             if study.train is not None:
-                source = study.train.data, study.train.images
-                train = variants.write_views(*source, folder / "train", count, None, progress, skip_bad)
+                if study.train.images is None:
+                    raise ValueError("this experiment changes the images of training rows, so it needs their folder")
+                train = variants.write_views(study.train.data, study.train.images, folder / "train", count, **how)
         for tau in (1.0, tau_of_anchors):
             labels = {"views": count, "tau": tau}
             name = f"{count} view{'s' * (count > 1)}, {_name_of(tau)}"
@@ -240,22 +206,24 @@ def tokens(
         return _table(rows, {}, "")
 
     def draw(rows: list[Row]) -> None:
-        panels = {how.title: _by_tokens(rows, name, how.sign) for name, how in metrics_of(rows).items()}
-        figures.along(study.output / PLOT, panels, "image tokens in a prompt", "Longer image sequences")
+        points = _points(rows, "image_tokens")
+        points = points.assign(x=points["image_tokens"], series=points["label_tau"].map(_name_of))
+        figures.along(study.output / PLOT, points, "image tokens in a prompt", "Longer image sequences")
 
-    return _run(study, "tokens", arms, "Image tokens", {}, say, progress, report, draw)
-
-
-def _by_tokens(rows: Sequence[Row], name: str, sign: int) -> dict[str, list[tuple[float, float]]]:
-    series: dict[str, list[tuple[float, float]]] = {}
-    for row in rows:
-        if name in row["values"] and "image_tokens" in row["figures"]:
-            point = row["figures"]["image_tokens"], sign * row["values"][name]
-            series.setdefault(_name_of(row["labels"]["tau"]), []).append(point)
-    return series
+    return _run(study, "tokens", arms, "Image tokens", {}, report, draw)
 
 
 # --- What they share. ------------------------------------------------------------------------------------------------
+
+
+def _points(rows: Sequence[Row], *figures: str) -> pd.DataFrame:
+    """A line for each row and metric: `table.by_seed`, with `metric`, its title as `panel` and its value as `y`, of
+    which more is better."""
+    metrics, found = metrics_of(rows), table.by_seed(rows, *figures)
+    others = [name for name in found if name not in metrics]
+    lines = found.melt(others, list(metrics), "metric", "y").dropna(subset="y")
+    how = [metrics[name] for name in lines["metric"]]
+    return lines.assign(panel=[one.title for one in how], y=lines["y"] * [one.sign for one in how])
 
 
 def _name_of(tau: float) -> str:
@@ -292,8 +260,6 @@ def _run(
     arms: Sequence[Arm],
     title: str,
     paper: Paper,
-    say: Say,
-    progress: bool,
     report: Callable[[list[Row]], list[str]] | None = None,
     draw: Callable[[list[Row]], None] | None = None,
 ) -> Result:
@@ -307,7 +273,7 @@ def _run(
         text = "\n".join(_apart([[f"# {title}"], lines, notes + _cautions(rows), [_origin(rows)]])) + "\n"
         write_atomically(study.output / TABLE, lambda path: path.write_text(text, encoding="utf-8"))
 
-    rows = run_arms(study, name, arms, say, progress, write)
+    rows = run_arms(study, name, arms, write)
     if draw is not None:
         draw(rows)
     else:

@@ -7,12 +7,12 @@ import functools
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from attanchor_vlm.data.batches import check_texts
+from attanchor_vlm.data.lengths import RowLengths, check_texts
 from attanchor_vlm.data.rows import read_rows
 from attanchor_vlm.errors import DataError, SetupError
 from attanchor_vlm.evaluation import harness
@@ -23,8 +23,9 @@ from attanchor_vlm.training.checkpoints import changed_settings
 from attanchor_vlm.training.config import Method, TrainConfig
 
 _RUNS = "runs"
-_FREE = ("workers", "eval_batch_size", "gradient_checkpointing", "skip_bad")  # of training, change no figure
-_FREE_OF_RUN = ("output", "resume", "preset", *_FREE)
+_TRAINED_ON = ("data", "images", "val_data", "turns", "max_steps", "eval_steps")  # beside the preset, change figures
+# Of a run, change none.
+_FREE = ("output", "resume", "preset", "workers", "eval_batch_size", "gradient_checkpointing", "skip_bad")
 
 
 @dataclass(frozen=True)
@@ -62,10 +63,12 @@ class Study:
         model: A folder, or a Hub id.
         output: Folder for rows, table, picture and trained adapters.
         plan: What is measured; its `data` and `images` are the test rows.
-        train: What is trained on; None measures the model as it is, anchors switched on without training.
+        train: The rows that are trained on, and for how long; arms put in the rest. None measures the model as it is,
+            anchors switched on without training.
         preset: The method's and the optimiser's settings; arms put in their tau and direction.
         preset_name: Whose column of the paper results are laid beside, if it has one.
         seeds: An arm is trained and measured for each.
+        say, progress: Where lines of what is done go, and whether progress bars are shown.
     """
 
     model: str
@@ -73,8 +76,10 @@ class Study:
     plan: EvalConfig
     preset: Method
     preset_name: str = ""
-    train: TrainRows | None = None
+    train: TrainConfig | None = None
     seeds: tuple[int, ...] = (0,)
+    say: Callable[[str], None] = print
+    progress: bool = True
 
     def check(self) -> None:
         """Refuse what cannot be run, before anything is.
@@ -93,21 +98,6 @@ class Study:
                 raise DataError(f"{what} {path} is not a file")
 
 
-@dataclass(frozen=True)
-class TrainRows:
-    """Training rows and how long to train on them; the rest is the preset's."""
-
-    data: Path
-    images: Path
-    val_data: Path | None = None
-    turns: str = "each"
-    max_steps: int | None = None
-    eval_steps: int | None = None
-    eval_batch_size: int | None = None
-    gradient_checkpointing: bool = False
-    workers: int = 0
-
-
 def preset_of(study: Study, arm: Arm) -> Method:
     return dataclasses.replace(
         arm.preset or study.preset, tau=arm.tau, direction=arm.direction, placement=arm.placement
@@ -120,24 +110,19 @@ def plan_of(study: Study, arm: Arm, seed: int) -> EvalConfig:
     return dataclasses.replace(study.plan, data=data, images=images, seed=seed)
 
 
-def train_settings(study: Study, rows: TrainRows, arm: Arm, seed: int) -> TrainConfig:
+def train_settings(study: Study, arm: Arm, seed: int) -> TrainConfig:
     """What an arm is trained with, in its own folder or in that of the arm whose training it shares."""
-    data, images = arm.train_rows or (rows.data, rows.images)
-    return TrainConfig(
+    assert study.train is not None
+    data, images = arm.train_rows or (study.train.data, study.train.images)
+    return dataclasses.replace(
+        study.train,
         model=arm.model or study.model,
         data=data,
         images=images,
         output=study.output / _RUNS / run_name(arm.trained_as or arm.name, seed),
-        **vars(preset_of(study, arm)) | {"placement_seed": seed},
-        val_data=rows.val_data,
-        turns=rows.turns,
         skip_bad=study.plan.skip_bad,
-        max_steps=rows.max_steps,
-        eval_steps=rows.eval_steps,
-        eval_batch_size=rows.eval_batch_size,
-        gradient_checkpointing=rows.gradient_checkpointing,
-        workers=rows.workers,
         seed=seed,
+        **vars(preset_of(study, arm)) | {"placement_seed": seed, "preset": None},
     )
 
 
@@ -153,7 +138,7 @@ def settings_of(study: Study, arm: Arm) -> dict[str, Any]:
     if arm.test_rows is not None:
         settings["test_rows"] = arm.test_rows[0]
     if study.train is not None:
-        rows = {name: value for name, value in dataclasses.asdict(study.train).items() if name not in _FREE}
+        rows = {name: getattr(study.train, name) for name in _TRAINED_ON}
         rows |= {**_file("data", study.train.data), **_file("val_data", study.train.val_data), "preset": preset}
         if arm.train_rows is not None:
             rows["train_rows"] = arm.train_rows[0]
@@ -211,7 +196,7 @@ def check_arms(study: Study, arms: Sequence[Arm]) -> None:
         AttAnchorConfig(tau=arm.tau, direction=arm.direction, placement=arm.placement)
 
 
-def check_pending(study: Study, jobs: Sequence[tuple[Arm, int]], progress: bool = True) -> None:
+def check_pending(study: Study, jobs: Sequence[tuple[Arm, int]]) -> None:
     """Refuse rows, tasks and earlier trainings that the arms still to be run could not be run with.
 
     Raises:
@@ -222,23 +207,23 @@ def check_pending(study: Study, jobs: Sequence[tuple[Arm, int]], progress: bool 
         return
     if study.train is not None:
         for arm, seed in jobs:
-            _check_earlier_run(train_settings(study, study.train, arm, seed))
+            _check_earlier_run(train_settings(study, arm, seed))
     if study.plan.metrics:
-        _check_rows(study, [arm for arm, _ in jobs], progress)
+        _check_rows(study, [arm for arm, _ in jobs])
     if study.plan.tasks:
         harness.check_data(study.plan.tasks, study.plan.task_data, study.plan.include_path)
 
 
-def _check_rows(study: Study, arms: Sequence[Arm], progress: bool) -> None:
+def _check_rows(study: Study, arms: Sequence[Arm]) -> None:
     tests = {(arm.model or study.model, arm.test_rows): arm for arm in arms}
     for (model, _), arm in tests.items():
         processor, context = evaluation.processor_and_context(model)
-        evaluation.read(plan_of(study, arm, 0), processor, context, progress)
+        evaluation.read(plan_of(study, arm, 0), processor, context, study.progress)
     # Of the training rows, those of the first arm are checked by its training, right away.
     for model, rows in dict.fromkeys((arm.model or study.model, arm.train_rows) for arm in arms if arm.train_rows):
         processor, context = evaluation.processor_and_context(model)
         found, _ = read_rows(*rows, study.plan.skip_bad, decode=False)
-        good, bad = check_texts(rows[0], found, processor, context)
+        good, bad = check_texts(rows[0], found, RowLengths(processor), context)
         if bad and (not study.plan.skip_bad or not good):
             raise DataError("\n".join([*map(str, bad[:10]), f"{len(bad)} bad rows to train on"]), bad)
 
@@ -246,7 +231,7 @@ def _check_rows(study: Study, arms: Sequence[Arm], progress: bool) -> None:
 def _check_earlier_run(settings: TrainConfig) -> None:
     """A run that was trained, or begun, with other settings is not this arm's."""
     try:
-        changes = changed_settings(settings, _FREE_OF_RUN)
+        changes = changed_settings(settings, _FREE)
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return  # nothing there, or nothing that could be gone on from
     if changes:

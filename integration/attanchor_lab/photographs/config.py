@@ -5,14 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from attanchor_vlm.settings import REQUIRED, setting
+from attanchor_vlm.settings import REQUIRED, check_values, setting
 
 FOLDER = Path("/usr/share/tuxpaint/stamps")  # where Debian's package puts them
 
 
 @dataclass(frozen=True, kw_only=True)
 class PhotographConfig:
-    """What `attanchor photographs` writes."""
+    """What `attanchor photographs` writes.
+
+    Raises:
+        ValueError: naming the setting, what it is and what it should be.
+    """
 
     output: Path = setting(REQUIRED, "Folder for rows and images; should not exist.")
     seed: int = setting(0, "For concepts, wordings, scenes and questions.", at_least=0)
@@ -22,7 +26,12 @@ class PhotographConfig:
     held_out: float = setting(0.2, "Share of the concepts that training never sees.", above=0, below=1)
     pixels: int = setting(448, "Of a side of the images.", at_least=32)
     least: int = setting(3, "Fewest things in a scene.", at_least=1)
-    most: int = setting(4, "Most things in a scene, one a corner.", at_least=1)
+    most: int = setting(4, "Most things in a scene, one a corner.", at_least=1, below=5)
     noise: float = setting(0.03, "Standard deviation of the pixels, of a range of 1.", at_least=0)
     blur: float = setting(0.0, "Standard deviation in pixels of an image of 336.", at_least=0)
     stamps: Path = setting(FOLDER, "Folder of the stamps: .png with alpha, captions in .txt files beside them.")
+
+    def __post_init__(self) -> None:
+        check_values(self)
+        if self.least > self.most:
+            raise ValueError(f"least is {self.least}; it should be at most most, {self.most}")

@@ -13,11 +13,10 @@ import numpy as np
 from attanchor_lab.photographs import questions, stamps
 from attanchor_lab.photographs.config import PhotographConfig
 from attanchor_lab.photographs.questions import KINDS, WORDINGS, Question
-from attanchor_lab.photographs.scenes import Drawer, Scene, World
+from attanchor_lab.photographs.scenes import Drawer, Scene
 from attanchor_lab.photographs.stamps import Stamp
 from attanchor_vlm.errors import SetupError
 from attanchor_vlm.records import check_parent, write_json
-from attanchor_vlm.settings import check_values
 
 SPLITS = ("seen", "concepts", "wordings")  # of the test: as in training; held-out concepts; held-out wordings
 _HELD_OUT_WORDINGS = 2  # of each kind
@@ -27,10 +26,10 @@ _COLOURED = 0.2  # of the concepts, where they are chosen
 def write_photographs(config: PhotographConfig, say: Callable[[str], None] = print) -> list[Path]:
     """Write rows, their images under `images`, and `world.json`, which names what is held out and what guessing gives.
 
-    Files: train-captions.json (talks that ask for every corner's thing, a turn each) and train-questions.json, then
-    test-KIND-SPLIT.json for every kind of question, where SPLIT is one of `SPLITS`. Besides those of LLaVA-Instruct, a
-    row has the keys `kind`, `split`, `negative` (POPE's kind of an absent thing, or null), `asked` (concepts) and
-    `things`: name, colour, place, visible box in pixels and visible share of everything in the image.
+    Files: train-questions.json, and test-KIND-SPLIT.json for every kind of question, where SPLIT is one of `SPLITS`.
+    Besides those of LLaVA-Instruct, a row has the keys `kind`, `split`, `negative` (POPE's kind of an absent thing, or
+    null), `asked` (concepts) and `things`: name, colour, place, visible box in pixels and visible share of everything
+    in the image.
 
     Returns:
         The files of rows.
@@ -39,8 +38,6 @@ def write_photographs(config: PhotographConfig, say: Callable[[str], None] = pri
         SetupError: the stamps or scikit-image are not installed, or they hold too few concepts.
         ValueError: a setting is out of its bounds, or `output` exists or cannot be written.
     """
-    check_values(config)
-    world = World(config.pixels, config.least, config.most, noise=config.noise, blur=config.blur)
     if config.output.exists():
         raise ValueError(f"output {config.output} exists; take another folder")
     check_parent(config.output)
@@ -52,27 +49,25 @@ def write_photographs(config: PhotographConfig, say: Callable[[str], None] = pri
     images.mkdir(parents=True)
     written, chances = [], {}
 
-    def save(name: str, talks: Sequence[list[Question]], drawn: Sequence[Scene], split: str) -> None:
+    def save(name: str, asked: Sequence[Question], drawn: Sequence[Scene], split: str) -> None:
         path = config.output / f"{name}.json"
-        write_json(path, [_row(f"{name}-{number:06d}", talk, drawn, split) for number, talk in enumerate(talks)])
-        every = [one for talk in talks for one in talk]
-        chances[path.name] = {"rows": len(talks), "chance": round(questions.chance(every), 4)}
+        write_json(path, [_row(f"{name}-{number:06d}", one, drawn, split) for number, one in enumerate(asked)])
+        chances[path.name] = {"rows": len(asked), "chance": round(questions.chance(asked), 4)}
         written.append(path)
 
     for number, split in enumerate(("train", *SPLITS)):
         generator = np.random.default_rng([config.seed, number])
         concepts, wordings = held_out if split == "concepts" else seen, new if split == "wordings" else known
-        drawer = Drawer(world, [stamp for stamp in every if stamp.name in concepts], generator, config.seed)
+        drawer = Drawer(config, [stamp for stamp in every if stamp.name in concepts], generator)
         drawn = [drawer.draw() for _ in range(config.scenes if split == "train" else config.test_scenes)]
         for index, scene in enumerate(drawn):
             scene.image.save(images / f"{split}-{index:05d}.jpg", quality=92)
         asked = questions.ask(drawn, concepts, wordings, generator)
         if split == "train":
-            save("train-captions", questions.captions(drawn, wordings, generator), drawn, split)
-            save("train-questions", [[one] for one in asked], drawn, split)
+            save("train-questions", asked, drawn, split)
         else:
             for kind in KINDS:
-                if own := [[one] for one in asked if one.kind == kind]:
+                if own := [one for one in asked if one.kind == kind]:
                     save(f"test-{kind}-{split}", own, drawn, split)
         say(f"{split}: {len(drawn)} scenes of {len(concepts)} concepts, {len(asked)} questions")
     settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in ("output", "stamps")}
@@ -117,20 +112,24 @@ def _split_wordings(seed: int) -> tuple[dict[str, list[str]], dict[str, list[str
     return known, new
 
 
-def _row(identity: str, talk: Sequence[Question], drawn: Sequence[Scene], split: str) -> dict[str, Any]:
-    first = talk[0]
-    said = [("human", f"<image>\n{first.text}"), ("gpt", first.answer)]
-    said += [turn for one in talk[1:] for turn in (("human", one.text), ("gpt", one.answer))]
+def _row(identity: str, asked: Question, drawn: Sequence[Scene], split: str) -> dict[str, Any]:
     return {
         "id": identity,
-        "image": f"{split}-{first.scene:05d}.jpg",
-        "kind": first.kind,
+        "image": f"{split}-{asked.scene:05d}.jpg",
+        "kind": asked.kind,
         "split": split,
-        "negative": first.negative,
-        "asked": [name for one in talk for name in one.asked],
-        "things": [dataclasses.asdict(thing) for thing in drawn[first.scene].things],
-        "conversations": [{"from": who, "value": text} for who, text in said],
+        "negative": asked.negative,
+        "asked": list(asked.asked),
+        "things": [dataclasses.asdict(thing) for thing in drawn[asked.scene].things],
+        "conversations": talk([(asked.text, asked.answer)]),
     }
+
+
+def talk(turns: Sequence[tuple[str, str]]) -> list[dict[str, str]]:
+    """The conversation of a row: questions about one image, and what is answered."""
+    said = [turn for question, answer in turns for turn in (("human", question), ("gpt", answer))]
+    said[0] = "human", f"<image>\n{turns[0][0]}"
+    return [{"from": who, "value": text} for who, text in said]
 
 
 def read_photographs(path: Path) -> list[Mapping[str, Any]]:

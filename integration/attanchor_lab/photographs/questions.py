@@ -1,4 +1,4 @@
-"""Questions about scenes in several wordings, some kept for testing, and talks that name every corner's thing."""
+"""Questions about scenes in several wordings, some kept for testing."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from attanchor_lab.photographs.scenes import Scene, Thing
+from attanchor_lab.photographs.scenes import Scene
 
 T = TypeVar("T")
 NEGATIVES = ("random", "popular", "adversarial")  # POPE's
@@ -88,24 +88,6 @@ class Question:
     scene: int
     asked: tuple[str, ...]
     negative: str | None = None
-
-
-def captions(
-    scenes: Sequence[Scene], wordings: Mapping[str, Sequence[str]], generator: np.random.Generator
-) -> list[list[Question]]:
-    """For every scene a talk that asks what is at each of its corners, in any order."""
-    return [
-        [
-            _what(thing, wordings["what"], number, generator)
-            for thing in (scene.things[index] for index in generator.permutation(len(scene.things)))
-        ]
-        for number, scene in enumerate(scenes)
-    ]
-
-
-def _what(thing: Thing, wordings: Sequence[str], scene: int, generator: np.random.Generator) -> Question:
-    text = _one(wordings, generator).format(place=thing.place)
-    return Question("what", text, with_article(thing.name), scene, (thing.name,))
 
 
 def ask(

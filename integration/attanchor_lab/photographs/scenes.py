@@ -8,45 +8,15 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageFilter
 
+from attanchor_lab.photographs.config import PhotographConfig
 from attanchor_lab.photographs.stamps import Stamp, background, cut_out
 
 PLACES = ("top left", "top right", "bottom left", "bottom right")
+_SIZES = 0.3, 0.5  # bounds of a thing's longer side, as a share of the scene's
+_SHIFT = 0.07  # how far a thing stands from the middle of its corner, as a share of the side: they may overlap
 _LEAST_VISIBLE = 0.6  # of a thing, behind those in front of it
 _SKEW = 8.0  # concept number r is drawn with weight 1 / (r + _SKEW), so that some are popular
 _THEMED, _COLOURED, _REPEATED = 0.5, 0.4, 0.4  # how often all things are of one theme, one's colour is told, some alike
-
-
-@dataclass(frozen=True)
-class World:
-    """What scenes look like.
-
-    Attributes:
-        pixels: Of a side.
-        least, most: Things in a scene, 1 to 4.
-        small, large: Bounds of a thing's longer side, as a share of the scene's.
-        shift: How far a thing stands from the middle of its corner, as a share of the side: they may overlap.
-        noise: Standard deviation of the pixels, of a range of 1.
-        blur: Standard deviation in pixels of an image of 336, 0 for none.
-    """
-
-    pixels: int = 448
-    least: int = 3
-    most: int = 4
-    small: float = 0.3
-    large: float = 0.5
-    shift: float = 0.07
-    noise: float = 0.03
-    blur: float = 0.0
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.least <= self.most <= len(PLACES):
-            raise ValueError(
-                f"least and most are {self.least}, {self.most}; they should rise within 1 to {len(PLACES)}"
-            )
-        if self.pixels < 32:
-            raise ValueError(f"pixels is {self.pixels}; it should be at least 32")
-        if self.noise < 0 or self.blur < 0:
-            raise ValueError(f"noise and blur are {self.noise}, {self.blur}; they should be at least 0")
 
 
 @dataclass(frozen=True)
@@ -75,28 +45,31 @@ class Scene:
 
 
 class Drawer:
-    """Draws scenes of `stamps`: popular concepts, which `seed` chooses, more often, things of one theme together."""
+    """Draws scenes of `stamps`: popular concepts, which the seed chooses, more often, things of one theme together."""
 
-    def __init__(self, world: World, stamps: Sequence[Stamp], generator: np.random.Generator, seed: int) -> None:
-        self.world, self.stamps, self.generator = world, list(stamps), generator
+    def __init__(self, config: PhotographConfig, stamps: Sequence[Stamp], generator: np.random.Generator) -> None:
+        self.config, self.stamps, self.generator = config, list(stamps), generator
         names = sorted({stamp.name for stamp in stamps})
-        if len(names) < world.most:
-            raise ValueError(f"{len(names)} concepts are too few for scenes of {world.most} things")
-        order = np.random.default_rng(seed).permutation(len(names)).tolist()
+        if len(names) < config.most:
+            raise ValueError(f"{len(names)} concepts are too few for scenes of {config.most} things")
+        order = np.random.default_rng(config.seed).permutation(len(names)).tolist()
         rank = {names[number]: place for place, number in enumerate(order)}
         self.weight = {name: 1 / (rank[name] + _SKEW) for name in names}
 
     def draw(self) -> Scene:
-        """A scene; what is too far behind other things is placed again."""
-        chosen = self._choose()
+        """A scene of stamps that are drawn."""
+        return self.compose(self._choose())
+
+    def compose(self, chosen: Sequence[Stamp]) -> Scene:
+        """A scene of stamps that are given, at corners that are drawn; one too far behind others is placed again."""
         corners = sorted(self.generator.permutation(len(PLACES))[: len(chosen)].tolist())
         while (scene := self._compose(chosen, corners)) is None:
             pass
         return scene
 
     def _choose(self) -> list[Stamp]:
-        generator, world = self.generator, self.world
-        count = int(generator.integers(world.least, world.most + 1))
+        generator = self.generator
+        count = int(generator.integers(self.config.least, self.config.most + 1))
         coloured = [stamp for stamp in self.stamps if stamp.colour]
         first = self._pick(coloured if coloured and generator.random() < _COLOURED else self.stamps)
         themed = [stamp for stamp in self.stamps if stamp.theme == first.theme]
@@ -121,19 +94,19 @@ class Drawer:
         return own[self.generator.integers(len(own))]
 
     def _compose(self, chosen: Sequence[Stamp], corners: Sequence[int]) -> Scene | None:
-        generator, world, side = self.generator, self.world, self.world.pixels
+        generator, side = self.generator, self.config.pixels
         image = background(side, self.stamps, generator)
         owner = np.full((side, side), -1)
         shown = np.zeros(len(chosen))
         for number in generator.permutation(len(chosen)).tolist():  # who stands in front is drawn
             stamp = cut_out(chosen[number].path)
-            scale = side * generator.uniform(world.small, world.large) / max(stamp.size)
+            scale = side * generator.uniform(*_SIZES) / max(stamp.size)
             width, height = (max(1, round(length * scale)) for length in stamp.size)
             stamp = stamp.resize((width, height), Image.Resampling.LANCZOS)
             if generator.random() < 0.5:
                 stamp = stamp.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
             row, column = divmod(corners[number], 2)
-            middle = (np.array([column, row]) / 2 + 0.25 + generator.uniform(-world.shift, world.shift, 2)) * side
+            middle = (np.array([column, row]) / 2 + 0.25 + generator.uniform(-_SHIFT, _SHIFT, 2)) * side
             size = np.array([width, height])
             left, top = np.clip(middle - size / 2, 0, side - size).astype(int).tolist()
             image.paste(stamp, (left, top), stamp)
@@ -151,11 +124,11 @@ class Drawer:
         return Scene(self._degraded(image), tuple(things))
 
     def _degraded(self, image: Image.Image) -> Image.Image:
-        world = self.world
-        if world.blur:
-            image = image.filter(ImageFilter.GaussianBlur(world.blur * world.pixels / 336))
-        if world.noise:
+        config = self.config
+        if config.blur:
+            image = image.filter(ImageFilter.GaussianBlur(config.blur * config.pixels / 336))
+        if config.noise:
             pixels = np.asarray(image, dtype=np.float32)
-            pixels = pixels + self.generator.normal(0, 255 * world.noise, pixels.shape).astype(np.float32)
+            pixels = pixels + self.generator.normal(0, 255 * config.noise, pixels.shape).astype(np.float32)
             image = Image.fromarray(pixels.clip(0, 255).round().astype(np.uint8))
         return image

@@ -22,11 +22,11 @@ from torch.nn import functional as F
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from attanchor_lab.scenes import dataset as scenes
-from attanchor_lab.scenes.alignment import alignment_loss
-from attanchor_lab.scenes.questions import quadrant
+from attanchor_lab.scenes.alignment import alignment_loss, match_counts, match_quality
+from attanchor_lab.scenes.questions import COLOUR, LABELS, quadrant
 from attanchor_lab.scenes.world import Scenes
 from attanchor_lab.small_llava import model as small_llava
-from attanchor_lab.synthetic.model import schedule
+from attanchor_lab.synthetic.model import LANGUAGE, learner, trained_of
 from attanchor_vlm.constants import IGNORE_INDEX
 from attanchor_vlm.records import check_parent
 
@@ -54,8 +54,8 @@ class Recipe:
     seed: int = 0
 
 
-def make(output: Path, recipe: Recipe = Recipe(), log: Callable[[str], None] = print) -> dict[str, float]:
-    """Train from random weights and save model and processor to `output`; returns what was measured.
+def make(output: Path, recipe: Recipe = Recipe(), log: Callable[[str], None] = print) -> None:
+    """Train from random weights and save model and processor to `output`.
 
     Raises:
         ValueError: `output` lies in something that is no folder, or that may not be written into.
@@ -65,21 +65,17 @@ def make(output: Path, recipe: Recipe = Recipe(), log: Callable[[str], None] = p
     torch.manual_seed(recipe.seed)
     generator = scenes.generator_for(recipe.seed)
     processor = small_llava.build_processor()
-    model = small_llava.build_model(processor)
+    model = small_llava.build_model()
     _pretrain_tower(model, processor, recipe, generator, log)
     _pretrain_language(model, processor, recipe, generator, log)
-    result = alignment(model, processor, seed=recipe.seed + 1)
-    result["seconds"] = time.perf_counter() - started
-    log(
-        f"matched patch holds the word: {result['hit_rate']:.3f} (chance {result['chance']:.3f}); "
-        f"{result['seconds']:.0f} s in all"
-    )
+    found = alignment(model, processor, seed=recipe.seed + 1)
+    seconds = time.perf_counter() - started
+    log(f"matched patch holds the word: {found['hit']:.3f} (chance {found['chance']:.3f}); {seconds:.0f} s in all")
     output.mkdir(parents=True, exist_ok=True)
     model.eval().save_pretrained(output)
     processor.save_pretrained(output)
     for file in output.iterdir():
         file.chmod(0o644)
-    return result
 
 
 def pixel_values(processor: LlavaProcessor, images: np.ndarray) -> Tensor:
@@ -94,8 +90,7 @@ def _pretrain_tower(model, processor, recipe: Recipe, generator: torch.Generator
     tower = model.model.vision_tower
     sizes = (len(scenes.COLOURS) + 1, len(scenes.SHAPES) + 1, scenes.GRID, scenes.GRID, len(scenes.PLACES))
     heads = nn.ModuleList([nn.Linear(tower.config.hidden_size, size) for size in sizes])
-    optimizer = torch.optim.AdamW([*tower.parameters(), *heads.parameters()], recipe.tower_lr, weight_decay=0.01)
-    rate = schedule(optimizer, recipe.tower_steps, recipe.tower_lr)
+    learn = learner([*tower.parameters(), *heads.parameters()], recipe.tower_steps, recipe.tower_lr)
     cells = torch.arange(scenes.GRID**2)
     quadrants = quadrant(scenes.WORLD, cells)
     for step in range(recipe.tower_steps):
@@ -111,10 +106,7 @@ def _pretrain_tower(model, processor, recipe: Recipe, generator: torch.Generator
         )
         pairs = list(zip(heads, targets, strict=True))
         loss = torch.stack([F.cross_entropy(head(hidden).flatten(0, 1), t.flatten()) for head, t in pairs]).sum()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        rate.step()
+        learn(loss)
         if step % 100 == 99 or step + 1 == recipe.tower_steps:
             there = targets[0] != len(scenes.COLOURS)
             right = [(head(hidden).argmax(-1) == t)[there].float().mean().item() for head, t in pairs]
@@ -215,9 +207,7 @@ def _pretrain_language(model, processor, recipe: Recipe, generator: torch.Genera
     packer = _Packer(processor)
     words = torch.cat([_label_words(processor), _other_words(processor)])
     model.train()
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, recipe.lr, weight_decay=0.01, betas=(0.9, 0.98))
-    rate = schedule(optimizer, recipe.steps, recipe.lr)
+    learn = learner(trained_of(model), recipe.steps, recipe.lr, **LANGUAGE)
     # First scenes with few objects, where a question can be answered before attention has learnt to select.
     easy = _Pool.draw(model, processor, recipe.scenes // 4, 1, 4, generator)
     full = _Pool.draw(model, processor, recipe.scenes, 5, 9, generator)
@@ -236,12 +226,7 @@ def _pretrain_language(model, processor, recipe: Recipe, generator: torch.Genera
         asked = labels[:, 1:] != IGNORE_INDEX
         answer = F.cross_entropy(model.lm_head(hidden[:, :-1][asked]), labels[:, 1:][asked])
         aligned = alignment_loss(projected, embedding.weight[words], batch, recipe.temperature)
-        loss = answer + recipe.alignment_weight * aligned
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        rate.step()
+        learn(answer + recipe.alignment_weight * aligned)
         if step % 100 == 99 or step + 1 == recipe.steps:
             log(f"language {step + 1}: answer loss {answer.item():.3f}, alignment loss {aligned.item():.3f}")
 
@@ -263,23 +248,15 @@ def _other_words(processor: LlavaProcessor) -> Tensor:
 @torch.no_grad()
 def alignment(
     model: LlavaForConditionalGeneration, processor: LlavaProcessor, count: int = 200, seed: int = 1
-) -> dict[str, float]:
-    """On fresh scenes: how often the patch that a present word matches best holds it, and what chance would give."""
+) -> dict[str, float | None]:
+    """On fresh scenes: how often the patch that a present word matches best holds it ("hit"), and what chance would
+    give, as `match_quality` has them."""
     generator = scenes.generator_for(seed)
     batch = scenes.draw_scenes(count, generator)
     pixels = pixel_values(processor, scenes.render(batch, generator))
     patches = torch.cat([torch.stack(list(model.get_image_features(part).pooler_output)) for part in pixels.split(128)])
     table: Any = model.get_input_embeddings().weight
-    words = table[_label_words(processor)[:-1]]
-    best = (F.normalize(patches, dim=-1) @ F.normalize(words, dim=-1).T).argmax(1)  # (n, words)
-    holds = batch.labels()[..., :-1].bool()
-    present = holds.any(1)
-    hit = holds.gather(1, best[:, None])[:, 0]
-    chance = holds.float().mean(1)
-    colours = len(scenes.COLOURS)
-    return {
-        "hit_rate": hit[present].float().mean().item(),
-        "hit_rate_colour": hit[:, :colours][present[:, :colours]].float().mean().item(),
-        "hit_rate_shape": hit[:, colours:][present[:, colours:]].float().mean().item(),
-        "chance": chance[present].mean().item(),
-    }
+    words = F.normalize(table[_label_words(processor)[:-1]], dim=-1)
+    best = (F.normalize(patches, dim=-1) @ words.T).argmax(1)  # (n, words)
+    asked, nowhere = torch.arange(COLOUR, COLOUR + LABELS).expand(count, -1), torch.full_like(best, -1)
+    return match_quality(match_counts(nowhere, best, asked, batch, nowhere[:, 0]))

@@ -1,4 +1,4 @@
-"""Make the small VLM: `attanchor build-small-vlm`. Parts, tokens of the classifier's words, stage 1 on captions.
+"""Make the small VLM: `attanchor build-small-vlm`. Parts, tokens of the classifier's words, stage 1 on its readings.
 
 The outcome is a checkpoint like any other: `attanchor train`, `eval`, `generate` and `export-lm` take its folder.
 """
@@ -17,6 +17,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from attanchor_lab.small_vlm import parts as sources
 from attanchor_lab.small_vlm.config import BuildConfig
 from attanchor_lab.small_vlm.parts import CHAT_TEMPLATE, IMAGE, Parts
+from attanchor_lab.small_vlm.readings import write_readings
 from attanchor_lab.small_vlm.tower import class_words, with_words
 from attanchor_vlm.records import check_parent, share_files
 
@@ -27,12 +28,14 @@ def make(config: BuildConfig, say: Callable[[str], None] = print) -> Path:
     """Build the model and save it, whole or not at all, to `config.output`.
 
     Raises:
-        SetupError: a part is not installed; the message has the command that installs it.
-        ValueError: `output` exists or cannot be written, or the captions cannot be trained on.
+        SetupError: a part, or the stamps of stage 1, are not installed; the message has the command that installs them.
+        ValueError: `output` exists or cannot be written, or `world` is no folder of `attanchor photographs`.
     """
     if config.output.exists():
         raise ValueError(f"output {config.output} exists; take another folder")
     check_parent(config.output)
+    if config.world is not None and not (config.world / "world.json").is_file():
+        raise ValueError(f"world {config.world} holds no world.json; give a folder that `attanchor photographs` wrote")
     sources.check_installed()
     parts = sources.read(config.pixels)
     torch.manual_seed(config.seed)
@@ -42,8 +45,8 @@ def make(config: BuildConfig, say: Callable[[str], None] = print) -> Path:
     with tempfile.TemporaryDirectory(prefix=f".{config.output.name}-", dir=config.output.parent) as folder:
         made = Path(folder) / "model"
         save(model, processor, made)
-        if config.captions is not None:
-            made = stage1(config, made, Path(folder), say)
+        if config.world is not None:
+            made = stage1(config, config.world, made, Path(folder), say)
         made.replace(config.output)
     return config.output
 
@@ -107,16 +110,18 @@ def save(model: LlavaForConditionalGeneration, processor: LlavaProcessor, folder
     share_files(folder)
 
 
-def stage1(config: BuildConfig, model: Path, folder: Path, say: Callable[[str], None]) -> Path:
-    """`attanchor train` on captions, without anchors, merged into the model that it began with."""
+def stage1(config: BuildConfig, world: Path, model: Path, folder: Path, say: Callable[[str], None]) -> Path:
+    """`attanchor train` on the tower's readings, each once, without anchors, merged into the model it began with."""
     from attanchor_vlm import detach, load
     from attanchor_vlm.training import run as training
     from attanchor_vlm.training.config import TrainConfig
 
-    assert config.captions is not None
+    tower = sources.read_tower(config.pixels)
+    scenes = config.steps * config.batch_size
+    data = write_readings(world, config.stamps, folder / "readings", scenes, config.pixels, tower, config.seed)
     settings: dict[str, Any] = {
-        "data": config.captions,
-        "images": config.images,
+        "data": data,
+        "images": data.parent,
         "output": folder / "stage1",
         "max_steps": config.steps,
         "turns": "all",

@@ -20,20 +20,18 @@ from typing import Any
 
 import numpy as np
 import pydantic
-import torch
-from PIL import Image
 
 from attanchor_lab import runner, selection  # noqa: F401  plans name its rules of `keep_by`
-from attanchor_lab.paper.arms import is_trained, train_or_go_on
+from attanchor_lab.paper.arms import trained_result
 from attanchor_lab.paper.degrade import write_degraded
 from attanchor_lab.photographs.config import FOLDER, PhotographConfig
 from attanchor_lab.photographs.dataset import write_photographs
 from attanchor_lab.photographs.questions import KINDS
-from attanchor_lab.photographs.stamps import cut_out, find_stamps
 from attanchor_lab.runner import Job, Rows
 from attanchor_lab.small_vlm import build
 from attanchor_lab.small_vlm import parts as sources
 from attanchor_lab.small_vlm.config import BuildConfig
+from attanchor_lab.small_vlm.readings import known_stamps
 from attanchor_vlm.errors import SetupError
 from attanchor_vlm.provenance import environment
 from attanchor_vlm.records import Row, alone_in, write_json
@@ -42,7 +40,6 @@ PLAN = "plan.json"
 _NEEDED = ("arm", "seed", "test", "values", "right")
 _BATCH = 20  # prompts at a time
 _WORDS = 8  # tokens of an answer
-_SIDE = 224  # pixels that the tower is shown a stamp in
 Say = Callable[[str], None]
 Settings = dict[str, Any]
 
@@ -147,40 +144,9 @@ def _prepare(plan: PhotographPlan, work: Path, say: Say) -> None:
         known = known_stamps(FOLDER, work / "stamps")
         write_photographs(PhotographConfig(output=world, stamps=known, **plan.world), say)
     if not model.exists():
-        captions: Settings = {"captions": world / "train-captions.json", "images": world / "images"}
         begun = time.perf_counter()
-        build.make(BuildConfig(output=model, pixels=plan.world["pixels"], **captions, **plan.build), say)
+        build.make(BuildConfig(output=model, pixels=plan.world["pixels"], world=world, **plan.build), say)
         say(f"model in {time.perf_counter() - begun:.0f} s")
-
-
-def known_stamps(source: Path, folder: Path) -> Path:
-    """Fill `folder` with links to the stamps that the tower knows: alone on grey, their concept is a word of the class
-    that it gives them. What it cannot tell, the language model cannot learn to say in minutes."""
-    tower, (weight, bias) = sources.read_tower(_SIDE)
-    names = [name.lower().split() for name in sources.class_names()]
-    every = find_stamps(source)
-    words = {word for name in names for word in name}
-    for stamp in (one for one in every if one.name in words):
-        with torch.no_grad():
-            patches = tower(_alone(stamp.path)).last_hidden_state.unflatten(1, (_SIDE // tower.config.patch_size, -1))
-            middle = patches[0, 2:-2, 2:-2].flatten(0, 1)
-            told = torch.nn.functional.linear(middle, weight, bias).softmax(-1).mean(0).argmax()
-        if stamp.name in names[told]:
-            link = folder / stamp.path.relative_to(source)
-            link.parent.mkdir(parents=True, exist_ok=True)
-            for suffix in (".png", ".txt"):
-                if not link.with_suffix(suffix).exists():
-                    link.with_suffix(suffix).symlink_to(stamp.path.with_suffix(suffix))
-    return folder
-
-
-def _alone(path: Path) -> torch.Tensor:
-    """(1, 3, side, side): a stamp in the middle of grey, as large as in scenes."""
-    stamp = cut_out(path).copy()
-    stamp.thumbnail((int(0.43 * _SIDE),) * 2)
-    image = Image.new("RGB", (_SIDE, _SIDE), (127, 127, 127))
-    image.paste(stamp, ((_SIDE - stamp.width) // 2, (_SIDE - stamp.height) // 2), stamp)
-    return (torch.from_numpy(np.array(image, dtype=np.float32)).permute(2, 0, 1)[None] - 127) / 128
 
 
 def questions(plan: PhotographPlan, world: Path, split: str, kinds: Sequence[str] = KINDS) -> list[dict[str, Any]]:
@@ -232,9 +198,7 @@ def _train(plan: PhotographPlan, work: Path, arm: str, seed: int, say: Say) -> t
         "small-vlm", model=str(work / "model"), data=world / "train-questions.json", images=world / "images",
         output=folder, val_fraction=0.0, **settings,
     )  # fmt: skip
-    if not is_trained(folder):
-        train_or_go_on(config, say, False)
-    told = json.loads((folder / "run.json").read_text(encoding="utf-8"))["result"]
+    told = trained_result(config, f"{arm}, seed {seed},", say, False)
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     losses = [round(line["loss"], 4) for line in lines if "loss" in line]
     return folder, {"train_seconds": told["seconds"], "losses": losses}

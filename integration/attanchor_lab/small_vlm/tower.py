@@ -124,16 +124,20 @@ AutoConfig.register(EfficientNetLiteConfig.model_type, EfficientNetLiteConfig, e
 AutoModel.register(EfficientNetLiteConfig, EfficientNetLite, exist_ok=True)
 
 
+def last_word(name: str) -> str:
+    """Of a class: "apple" of "Granny Smith apple", "crane" of "crane (bird)"."""
+    return name.lower().partition(" (")[0].split()[-1]
+
+
 @torch.no_grad()
 def class_words(names: Sequence[str], tokenizer: Any, embeddings: Tensor) -> Tensor:
-    """(classes, D): of each name's last word ("Granny Smith apple") the mean of its token embeddings (V, D), less the
+    """(classes, D): of each name's last word the mean of its token embeddings (V, D), less the
     part along the vocabulary's mean, twice as long.
 
     All embeddings share that part: with it a patch would be like every word, and cosines would tell little. A patch
     that the classifier is not sure of gets a mean of words, which is short: doubled, it is about as long as a word.
     """
-    last = [name.lower().partition(" (")[0].split()[-1] for name in names]
-    ids = [tokenizer(f" {word}", add_special_tokens=False).input_ids for word in last]
+    ids = [tokenizer(f" {last_word(name)}", add_special_tokens=False).input_ids for name in names]
     words = torch.stack([embeddings[one].mean(0) for one in ids])
     shared = F.normalize(embeddings.mean(0), dim=0)
     return 2 * (words - (words @ shared)[:, None] * shared)

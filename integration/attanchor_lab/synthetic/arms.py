@@ -118,17 +118,24 @@ def encode(model: Any, scenes: Scenes, questions: Questions, pixels: Tensor) -> 
 
 
 class Built(NamedTuple):
-    """What a call's prompt was made of; None where an arm has no such thing.
+    """What a call's prompt was made of.
 
-    `source`, `is_anchor`, `attention_mask`: (B, L), as in AnchorPlan. `score`: (B, S), best cosines of the candidates.
-    `host`: (B, S), slots.
+    `source`, `is_anchor`, `attention_mask`: (B, L), as in AnchorPlan. `score`: (B, S), best cosines of the candidates,
+    -inf for tokens that are none. `host`: (B, S), slots, -1 where a token was not copied.
     """
 
-    source: Tensor | None
-    is_anchor: Tensor | None
-    attention_mask: Tensor | None
-    score: Tensor | None
-    host: Tensor | None
+    source: Tensor
+    is_anchor: Tensor
+    attention_mask: Tensor
+    score: Tensor
+    host: Tensor
+
+    @classmethod
+    def plain(cls, ids: Tensor) -> Built:
+        """Of the prompt as it is."""
+        slots, nowhere = torch.arange(ids.shape[1], device=ids.device).expand_as(ids), torch.full_like(ids, -1)
+        no_score = torch.full(ids.shape, -torch.inf, device=ids.device)
+        return cls(slots, torch.zeros_like(ids, dtype=torch.bool), torch.ones_like(ids), no_score, nowhere)
 
 
 class Answered(NamedTuple):
@@ -190,7 +197,7 @@ class Asker:
         """
         if self.arm.by_attach or not copies:
             return self._through_attach(batch, copies, more)
-        placed = self.placed(batch)
+        placed, score = self.placed(batch)
         output = self.model(
             inputs_embeds=placed.embeds,
             attention_mask=placed.attention_mask,
@@ -198,8 +205,7 @@ class Asker:
             use_cache=False,
             **more,
         )
-        built = Built(placed.source, placed.is_anchor, placed.attention_mask, self._score, placed.host)
-        return Answered(_at_end(output.logits, placed.attention_mask), output, built)
+        return _answered(output, Built(placed.source, placed.is_anchor, placed.attention_mask, score, placed.host))
 
     def _through_attach(self, batch: Batch, copies: bool, more: dict[str, Any]) -> Answered:
         config = self.model.config.attanchor
@@ -219,27 +225,25 @@ class Asker:
             self.model.config.attanchor = config
         plan = self.model.attanchor_plan
         if plan is None:
-            return Answered(output.logits[:, -1], output, Built(None, None, None, None, None))
-        built = Built(plan.source, plan.is_anchor, plan.attention_mask, plan.score, plan.host)
-        return Answered(_at_end(output.logits, plan.attention_mask), output, built)
+            return _answered(output, Built.plain(batch.ids))
+        return _answered(output, Built(plan.source, plan.is_anchor, plan.attention_mask, plan.score, plan.host))
 
-    def placed(self, batch: Batch) -> AnchoredSequence:
-        """The prompt of an arm that `attach` does not offer, and of "matched" as the operator builds it."""
+    def placed(self, batch: Batch) -> tuple[AnchoredSequence, Tensor]:
+        """The prompt of an arm that `attach` does not offer, and of "matched" as the operator builds it; the scores."""
         embedded = self.model.get_input_embeddings()(batch.ids)
+        matched = placements.match(embedded, batch.features, batch.is_image, self.takes_part(batch))
         roles = placements.roles_of(batch.is_image, self.takes_part(batch))
         features = batch.features.flatten(0, 1).to(embedded.dtype)
-        return place_sequence(embedded, features, roles, self._hosts(batch, embedded), positions=self.arm.positions)
+        host = self._hosts(batch, matched)
+        return place_sequence(embedded, features, roles, host, positions=self.arm.positions), matched.score
 
     @torch.no_grad()
-    def _hosts(self, batch: Batch, embedded: Tensor) -> Tensor:
+    def _hosts(self, batch: Batch, matched: placements.Matched) -> Tensor:
         copies, takes_part = self.arm.copies, self.takes_part(batch)
-        self._score: Tensor | None = None
-        if copies in ("matched", "random"):
-            matched = placements.match(embedded, batch.features, batch.is_image, takes_part)
-            self._score = matched.score
-            inserted = (matched.score >= self.tau) & (self.tau < 1)
-            if copies == "matched":
-                return matched.best.masked_fill(~inserted, -1)
+        inserted = (matched.score >= self.tau) & (self.tau < 1)
+        if copies == "matched":
+            return matched.best.masked_fill(~inserted, -1)
+        if copies == "random":
             return placements.random_patches(inserted, batch.patches, self.generator)
         if copies == "front":
             return placements.at_slot(takes_part, 0)
@@ -254,7 +258,7 @@ class Asker:
         raise ValueError(f"copies is {copies!r}; it is no placement")
 
 
-def _at_end(logits: Tensor, attention_mask: Tensor) -> Tensor:
-    """(B, V) from (B, L, V), right-padded: where the answer is predicted."""
-    last = attention_mask.sum(1) - 1
-    return logits[torch.arange(len(logits), device=logits.device), last]
+def _answered(output: Any, built: Built) -> Answered:
+    """With the logits where the answer is predicted, at the end of prompts that are padded on the right."""
+    last = built.attention_mask.sum(1) - 1
+    return Answered(output.logits[torch.arange(len(last), device=last.device), last], output, built)

@@ -12,14 +12,12 @@ from torch.nn import functional as F
 
 from attanchor_lab import placements
 from attanchor_lab.scenes import questions
-from attanchor_lab.scenes import world as scenes
 from attanchor_lab.scenes.alignment import match_counts, match_quality
 from attanchor_lab.scenes.questions import EXISTENCE, LENGTH, NEGATIVES, WORDS, YES, Mixture
 from attanchor_lab.scenes.world import KINDS
-from attanchor_lab.synthetic import arms
 from attanchor_lab.synthetic.arms import Asker, Batch, Built
 from attanchor_lab.synthetic.plan import Condition
-from attanchor_lab.synthetic.training import generator_for, hosts_as_patches
+from attanchor_lab.synthetic.training import generator_for, hosts_as_patches, new_batch
 
 TEST = Mixture(kinds=(0.5, 0.25, 0.25))  # POPE's balance: half the existence questions are to be denied
 _PICTURED = Mixture(kinds=(0.0, 0.5, 0.5))
@@ -53,12 +51,9 @@ def test_batches(condition: Condition, asker: Asker, seed: int, device: str, blu
     left = count
     per_batch = max(1, condition.test_batch // condition.test_each)
     while left > 0:
-        drawn = scenes.draw(condition.world, min(per_batch, left), generator)
-        asked = questions.ask(condition.world, drawn, condition.test_each, TEST, generator).flat()
-        pixels = scenes.render(condition.world, drawn, generator, blur)
-        index = torch.arange(len(drawn), device=generator.device).repeat_interleave(condition.test_each)
-        left -= len(drawn)
-        yield arms.encode(asker.model, drawn[index], asked, pixels[index])
+        size = min(per_batch, left)
+        yield new_batch(condition, asker.model, size, condition.test_each, generator, blur, mixture=TEST)
+        left -= size
 
 
 def _test(
@@ -79,7 +74,7 @@ def _test(
         negatives.append(batch.questions.negative)
         counted = _matching(asker, batch, answered.built)
         counts = counted if counts is None else counts + counted
-        copied += int(answered.built.is_anchor.sum()) if answered.built.is_anchor is not None else 0
+        copied += int(answered.built.is_anchor.sum())
         candidates += len(batch.ids) * (batch.patches if asker.arm.copies == "image" else LENGTH)
     assert counts is not None
     kind, negative, marks, yes, loss = (torch.cat(part) for part in (kinds, negatives, right, said_yes, losses))
@@ -109,7 +104,7 @@ def _matching(asker: Asker, batch: Batch, built: Built) -> Tensor:
     """Matching is measured in every arm, also where nothing is copied by it."""
     words = batch.questions.words
     host = torch.full_like(words, -1)
-    if built.host is not None and asker.arm.at_patches:
+    if asker.arm.at_patches:
         host = hosts_as_patches(built.host, batch.patches)
     return match_counts(host, _best(asker, batch)[1], words, batch.scenes, batch.questions.target)
 
@@ -131,9 +126,7 @@ def _attention(condition: Condition, asker: Asker, seed: int, device: str) -> di
     generator = generator_for(device, seed, 6)
     mixture = Mixture(kinds=(0.4, 0.3, 0.3), yes=1.0)  # every question has a true patch
     count = max(4, min(_ATTENTION_SAMPLES, 30_000_000 // condition.world.patches**2))  # the weights are kept whole
-    drawn = scenes.draw(condition.world, count, generator)
-    asked = questions.ask(condition.world, drawn, 1, mixture, generator).flat()
-    batch = arms.encode(asker.model, drawn, asked, scenes.render(condition.world, drawn, generator))
+    batch = new_batch(condition, asker.model, count, 1, generator, mixture=mixture)
     result: dict[str, Any] = {"with_copies": _attended(asker, batch, True)}
     if asker.arm.copies != "none":
         result["without_copies"] = _attended(asker, batch, False)
@@ -151,12 +144,12 @@ def _attended(asker: Asker, batch: Batch, copies: bool) -> dict[str, float]:
     """
     attentions, built = _attentions(asker, batch, copies)
     true_slot = batch.questions.target + 1
-    source, is_anchor, mask = _rows(batch, built)
+    source, is_anchor, mask = built.source, built.is_anchor, built.attention_mask
     true_patch = (source == true_slot[:, None]) & ~is_anchor
     at_true = torch.zeros_like(is_anchor)
     if asker.arm.copies == "image":
         at_true = (source == true_slot[:, None]) & is_anchor
-    elif asker.arm.at_patches and built.host is not None:
+    elif asker.arm.at_patches:
         at_true = is_anchor & (built.host.gather(1, source.clamp(min=0)) == true_slot[:, None])
     question = (source >= batch.ids.shape[1] - LENGTH) & ~is_anchor
     patches = (source >= 1) & (source <= batch.patches) & ~is_anchor
@@ -192,27 +185,17 @@ def _attentions(asker: Asker, batch: Batch, copies: bool) -> tuple[Tensor, Built
     return torch.stack(list(answered.output.attentions)).float(), answered.built
 
 
-def _rows(batch: Batch, built: Built) -> tuple[Tensor, Tensor, Tensor]:
-    """source, is_anchor and mask of a prompt, also of one without copies."""
-    if built.source is None or built.is_anchor is None or built.attention_mask is None:
-        slots = torch.arange(batch.ids.shape[1], device=batch.ids.device).expand_as(batch.ids)
-        return slots, torch.zeros_like(batch.is_image), torch.ones_like(batch.ids)
-    return built.source, built.is_anchor, built.attention_mask
-
-
 def _pictures(condition: Condition, asker: Asker, seed: int, device: str, count: int = 2) -> list[dict[str, Any]]:
     """Scenes as PNG with question, answer, matches and the attention of the answer's place to every patch."""
     generator = generator_for(device, seed, 7)
-    drawn = scenes.draw(condition.world, count, generator)
-    asked = questions.ask(condition.world, drawn, 1, _PICTURED, generator).flat()
-    pixels = scenes.render(condition.world, drawn, generator)
-    batch = arms.encode(asker.model, drawn, asked, pixels)
+    batch = new_batch(condition, asker.model, count, 1, generator, mixture=_PICTURED)
+    asked = batch.questions
     attentions, built = _attentions(asker, batch, True)
     answer = asker(batch).logits.argmax(-1)
-    source, is_anchor, mask = _rows(batch, built)
+    source, is_anchor, mask = built.source, built.is_anchor, built.attention_mask
     score, _ = _best(asker, batch)
     host = torch.full_like(score, -1, dtype=torch.long)
-    if built.host is not None and asker.arm.at_patches:
+    if asker.arm.at_patches:
         host = hosts_as_patches(built.host, batch.patches)
     found = []
     for row in range(count):
@@ -222,7 +205,7 @@ def _pictures(condition: Condition, asker: Asker, seed: int, device: str, count:
         to_patches[source[row][there] - 1] = to_all[there]
         found.append(
             {
-                "png": _png(pixels[row]),
+                "png": _png(batch.pixels[row]),
                 "grid": [condition.world.rows, condition.world.columns],
                 "question": questions.text_of(asked.words[row]),
                 "answer": WORDS[int(answer[row])],

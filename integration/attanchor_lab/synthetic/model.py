@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -132,9 +133,36 @@ def prompts(words: Tensor, patches: int) -> Tensor:
     return torch.cat([start, image, words], 1)
 
 
-def schedule(optimizer: torch.optim.Optimizer, steps: int, lr: float) -> torch.optim.lr_scheduler.LRScheduler:
-    """Linear warm-up over 8 % of the steps, then half a cosine."""
-    return torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.08, final_div_factor=50)
+LANGUAGE: dict[str, Any] = {"betas": (0.9, 0.98), "clip": 1.0}  # how language models are trained here
+
+
+def trained_of(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def learner(
+    trained: list[nn.Parameter],
+    steps: int,
+    lr: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    clip: float = float("inf"),
+) -> Callable[[Tensor], None]:
+    """What makes one of `steps` steps of AdamW on a loss: linear warm-up over 8 % of them, then half a cosine.
+
+    Args:
+        clip: The gradient's norm is cut to this.
+    """
+    optimizer = torch.optim.AdamW(trained, lr, weight_decay=0.01, betas=betas, fused=trained[0].is_cuda)
+    rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.08, final_div_factor=50)
+
+    def learn(loss: Tensor) -> None:
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(trained, clip)
+        optimizer.step()
+        rate.step()
+
+    return learn
 
 
 def pretrain_encoder(
@@ -159,8 +187,7 @@ def pretrain_encoder(
     small = small.to(generator.device)
     small.layers = encoder.layers.requires_grad_(True)
     heads = nn.Linear(config.content, colours + 1 + shapes + 1).to(generator.device)
-    optimizer = torch.optim.AdamW([*small.layers.parameters(), *heads.parameters()], lr, weight_decay=0.01)
-    rate = schedule(optimizer, steps, lr)
+    learn = learner([*small.layers.parameters(), *heads.parameters()], steps, lr)
 
     def looked_at(count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         drawn = scenes.draw(crowded, count, generator)
@@ -172,11 +199,7 @@ def pretrain_encoder(
 
     for _ in range(steps):
         colour, shape, true_colour, true_shape = looked_at(batch)
-        loss = F.cross_entropy(colour, true_colour) + F.cross_entropy(shape, true_shape)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        rate.step()
+        learn(F.cross_entropy(colour, true_colour) + F.cross_entropy(shape, true_shape))
     encoder.layers.requires_grad_(False)
     with torch.no_grad():
         colour, shape, true_colour, true_shape = looked_at(200)

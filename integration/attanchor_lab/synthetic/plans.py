@@ -166,38 +166,46 @@ def rehearsal(plan: LabPlan) -> LabPlan:
     return dataclasses.replace(plan, size=f"{plan.size} (rehearsal)", settings=settings)
 
 
-def plan(size: str, rehearse: bool = False, workers: int | None = None, minutes: float | None = None) -> LabPlan:
-    """The plan of a size.
+def plan(size: str) -> LabPlan:
+    """The plan of one of `SIZES`."""
+    return {"smoke": _smoke, "cpu": _cpu, "gpu": _gpu}[size]()
+
+
+def chosen(
+    size: str | None, own: Path | None, rehearse: bool = False, workers: int | None = None, minutes: float | None = None
+) -> tuple[LabPlan, str]:
+    """The plan that a command asks for, and the device that it runs on.
 
     Args:
-        rehearse: At toy size, one seed: what the code does, without what it finds out.
-        workers: Processes; None for the size's own on a GPU, otherwise one for every core.
-        minutes: Another limit than the size's own.
+        size: One of `SIZES`, or None for the plan in the file `own`.
+        rehearse: At toy size, one seed, on the CPU: what the code does, without what it finds out.
+        workers: Processes; None for those of a plan of one's own and of the GPU, otherwise one for every core.
+        minutes: Another limit than the plan's.
 
     Raises:
-        ValueError: there is no such size.
+        ValueError: the file is missing or no plan, or there is no GPU where one is asked for.
     """
-    if size not in SIZES:
-        raise ValueError(f"size is {size!r}; it should be one of {', '.join(SIZES)}")
-    made = {"smoke": _smoke, "cpu": _cpu, "gpu": _gpu}[size]()
+    if own is not None:
+        (made, device), asked = from_file(own), "device of the plan is 'cuda'"
+    else:
+        assert size is not None
+        made, device, asked = plan(size), "cuda" if size == "gpu" else "cpu", "size is 'gpu'"
     if rehearse:
-        made = rehearsal(made)
-    if workers is None:
-        workers = made.workers if size == "gpu" and not rehearse else _cores()
-    return dataclasses.replace(made, workers=workers, minutes=made.minutes if minutes is None else minutes)
+        made, device = rehearsal(made), "cpu"
+    if device == "cuda" and not _has_gpu():
+        raise ValueError(f"{asked}, but there is no GPU here; take 'cpu', or --rehearse for a dry run")
+    if workers is None and own is None and device == "cpu":
+        workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    given = {"workers": workers, "minutes": minutes}
+    changed: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    return dataclasses.replace(made, **changed), device
 
 
-def from_file(
-    path: Path, rehearse: bool = False, workers: int | None = None, minutes: float | None = None
-) -> tuple[LabPlan, str]:
+def from_file(path: Path) -> tuple[LabPlan, str]:
     """A plan of the user's own, and the device that it asks for: its key "device", "cpu" by default.
 
-    Args:
-        rehearse: At toy size, on the CPU.
-        workers, minutes: Others than the file's own.
-
     Raises:
-        ValueError: the file is missing or no plan, or it asks for a GPU that is not here.
+        ValueError: the file is missing or no plan.
     """
     if not path.is_file():
         raise ValueError(f"plan {path} is no file; begin with the plan.json that `attanchor lab` writes")
@@ -210,13 +218,7 @@ def from_file(
     device = values.get("device", "cpu")
     if device not in ("cpu", "cuda"):
         raise ValueError(f"device of the plan is {device!r}; it should be 'cpu' or 'cuda'")
-    made = from_dict(values)
-    if rehearse:
-        made = rehearsal(made)
-    changed: dict[str, Any] = {
-        name: value for name, value in (("workers", workers), ("minutes", minutes)) if value is not None
-    }
-    return dataclasses.replace(made, **changed), device_for(device == "cuda", rehearse, "device of the plan is 'cuda'")
+    return from_dict(values), device
 
 
 def from_dict(values: Mapping[str, Any]) -> LabPlan:
@@ -239,25 +241,7 @@ def from_dict(values: Mapping[str, Any]) -> LabPlan:
         raise ValueError(f"plan: {where} is {first['input']!r}: {first['msg']}") from None
 
 
-def _cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def device_for(gpu: bool, rehearse: bool, asked: str = "size is 'gpu'") -> str:
-    """ "cuda" where a GPU is wanted, "cpu" otherwise and for rehearsals.
-
-    Args:
-        asked: What wants a GPU, for the error.
-
-    Raises:
-        ValueError: there is no GPU.
-    """
-    if not gpu or rehearse:
-        return "cpu"
+def _has_gpu() -> bool:
     import torch
 
-    if not torch.cuda.is_available():
-        raise ValueError(f"{asked}, but there is no GPU here; take 'cpu', or --rehearse for a dry run")
-    return "cuda"
+    return torch.cuda.is_available()

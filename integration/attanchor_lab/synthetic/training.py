@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from attanchor_lab.scenes import questions
 from attanchor_lab.scenes import world as scenes
 from attanchor_lab.scenes.alignment import alignment_loss, match_counts, match_quality
-from attanchor_lab.scenes.questions import COLOUR, ID, IMAGE, LABELS, LENGTH, START
+from attanchor_lab.scenes.questions import COLOUR, ID, IMAGE, LABELS, LENGTH, START, Mixture
 from attanchor_lab.scenes.world import EMPTY
 from attanchor_lab.synthetic import arms, model
 from attanchor_lab.synthetic.arms import Arm, Asker, Batch, Built
@@ -63,8 +63,7 @@ def stage1(condition: Condition, seed: int, device: str) -> tuple[State, dict[st
 
 def _language(made: Any, condition: Condition, generator: torch.Generator) -> dict[str, Any]:
     recipe, world = condition.stage1, condition.world
-    trained = [parameter for parameter in made.parameters() if parameter.requires_grad]
-    optimizer, rate = _optimizer(trained, recipe.steps, recipe.lr)
+    learn = model.learner(model.trained_of(made), recipe.steps, recipe.lr, **model.LANGUAGE)
     log = []
     made.train()
     for step in range(recipe.steps):
@@ -79,7 +78,7 @@ def _language(made: Any, condition: Condition, generator: torch.Generator) -> di
         if condition.alignment:
             words = made.get_input_embeddings().weight[_ALIGNED]
             loss = loss + condition.alignment * alignment_loss(features, words, drawn, condition.temperature)
-        _step(optimizer, rate, loss, trained)
+        learn(loss)
         if _is_logged(step, recipe.steps):
             log.append({"step": step + 1, "answer_loss": _finite(answer)})
     return {"log": log}
@@ -124,12 +123,12 @@ def stage2(condition: Condition, arm: Arm, seed: int, state: State, device: str)
     base = made
     if recipe.method == "lora":
         _add_lora(made)
-    trained = [parameter for parameter in made.parameters() if parameter.requires_grad]
+    trained = model.trained_of(made)
     asker = Asker(base, arm, 1.0, generator_for(device, seed, 2))
     data = generator_for(device, seed, 3)
     scores: deque[Tensor] = deque(maxlen=_MEMORY)
     asker.tau = starting_tau(condition, asker, generator_for(device, seed, 4))
-    optimizer, rate = _optimizer(trained, recipe.steps, recipe.lr)
+    learn = model.learner(trained, recipe.steps, recipe.lr, **model.LANGUAGE)
     log: list[dict[str, float | None]] = []
     made.train()
     for step in range(recipe.steps):
@@ -142,8 +141,8 @@ def stage2(condition: Condition, arm: Arm, seed: int, state: State, device: str)
             words = base.get_input_embeddings().weight[_ALIGNED]
             aligned = alignment_loss(batch.features, words, batch.scenes, condition.temperature)
             loss = loss + condition.alignment * aligned
-        _step(optimizer, rate, loss, trained)
-        if answered.built.score is not None and arm.has_tau:
+        learn(loss)
+        if arm.has_tau:
             scores.append(candidate_scores(answered.built.score))
         if recipe.hold_share and scores and step % _EVERY == _EVERY - 1:
             asker.tau = tau_for(torch.cat(list(scores)), wanted_share(condition, arm))
@@ -156,12 +155,23 @@ def stage2(condition: Condition, arm: Arm, seed: int, state: State, device: str)
 
 
 def new_batch(
-    condition: Condition, base: Any, count: int, each: int, generator: torch.Generator, blur: float, easy: bool = False
+    condition: Condition,
+    base: Any,
+    count: int,
+    each: int,
+    generator: torch.Generator,
+    blur: float = 0.0,
+    easy: bool = False,
+    mixture: Mixture | None = None,
 ) -> Batch:
-    """Fresh scenes with `each` questions; with more than one, a scene is repeated for each of its questions."""
+    """Fresh scenes with `each` questions; with more than one, a scene is repeated for each of its questions.
+
+    Args:
+        mixture: Of the questions, instead of that of training.
+    """
     bounds = _EASY if easy else (0, 0)
     drawn = scenes.draw(condition.world, count, generator, *bounds)
-    asked = questions.ask(condition.world, drawn, each, condition.mixture, generator).flat()
+    asked = questions.ask(condition.world, drawn, each, mixture or condition.mixture, generator).flat()
     pixels = scenes.render(condition.world, drawn, generator, blur)
     if each > 1:
         index = torch.arange(count, device=generator.device).repeat_interleave(each)
@@ -200,9 +210,7 @@ def starting_tau(condition: Condition, asker: Asker, generator: torch.Generator,
     scores = []
     for _ in range(batches):
         batch = new_batch(condition, asker.model, condition.stage2.batch, 1, generator, condition.blur_train)
-        score = asker(batch).built.score
-        assert score is not None
-        scores.append(candidate_scores(score))
+        scores.append(candidate_scores(asker(batch).built.score))
     return tau_for(torch.cat(scores), wanted_share(condition, asker.arm))
 
 
@@ -210,7 +218,7 @@ def starting_tau(condition: Condition, asker: Asker, generator: torch.Generator,
 def inserted(asker: Asker, batch: Batch, built: Built) -> dict[str, float | None]:
     """What a training step inserted: tau, share and, for text among patches, precision and recall."""
     arm = asker.arm
-    if not arm.has_tau or built.host is None or built.is_anchor is None:
+    if not arm.has_tau:
         return {}
     candidates = batch.patches * len(batch.ids) if arm.copies == "image" else LENGTH * len(batch.ids)
     line: dict[str, float | None] = {"tau": asker.tau, "share": built.is_anchor.sum().item() / candidates}
@@ -235,20 +243,6 @@ def _add_lora(made: Any) -> None:
 
     method = Method.from_preset("small-llava")
     add_lora(made, method.lora_rank, method.lora_alpha, method.lora_dropout)  # puts the adapters into `made` itself
-
-
-def _optimizer(trained: list[Tensor], steps: int, lr: float) -> tuple[torch.optim.Optimizer, Any]:
-    fused = trained[0].is_cuda
-    optimizer = torch.optim.AdamW(trained, lr, weight_decay=0.01, betas=(0.9, 0.98), fused=fused)
-    return optimizer, model.schedule(optimizer, steps, lr)
-
-
-def _step(optimizer: torch.optim.Optimizer, rate: Any, loss: Tensor, trained: list[Tensor]) -> None:
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(trained, 1.0)
-    optimizer.step()
-    rate.step()
 
 
 def _is_logged(step: int, steps: int) -> bool:

@@ -21,7 +21,7 @@ from attanchor_vlm.model.adapter_files import FILE_NAME, load_settings
 from attanchor_vlm.model.attach import attach, base_of, set_tau
 from attanchor_vlm.model.config import AttAnchorConfig
 from attanchor_vlm.model.plan import taking_part
-from attanchor_vlm.settings import check_fraction
+from attanchor_vlm.settings import check_fraction, differences
 
 HIGHEST_TAU = 0.999  # 1 would insert nothing, and would not measure either
 # What a threshold does not depend on, or what the processor says anew.
@@ -89,9 +89,6 @@ def measure_scores(
         model: Attached, on its device; left in evaluation mode, its settings and counters as they were.
         collate: Makes the model's arguments.
         own_part: `samples` are this process's part already, and all have images.
-
-    Raises:
-        ValueError: no sample has an image and a question.
     """
     mine, share_out = samples, own_part
     if not own_part:
@@ -153,22 +150,12 @@ def threshold_for_share(
 
 
 def check_storable(directory: Path, config: AttAnchorConfig) -> None:
-    """Refuse to replace settings that differ in what a threshold depends on: it would not fit them.
-
-    Raises:
-        ValueError: naming what differs.
-    """
+    """Refuse to replace settings that differ in what a threshold depends on: it would not fit them."""
     path = directory / FILE_NAME
     if not path.is_file():
         return
-    stored = load_settings(path).to_dict()
-    different = [
-        name for name, value in config.to_dict().items() if name not in _FREE_TO_STORE and stored[name] != value
-    ]
-    if different:
-        changes = "; ".join(
-            f"{name} is {stored[name]!r} there and {config.to_dict()[name]!r} here" for name in different
-        )
+    compared = {name: value for name, value in config.to_dict().items() if name not in _FREE_TO_STORE}
+    if changes := differences(load_settings(path).to_dict(), compared):
         raise ValueError(f"{path} holds other settings: {changes}; measure with the same ones, or save elsewhere")
 
 

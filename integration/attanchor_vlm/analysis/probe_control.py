@@ -26,9 +26,6 @@ def permute_projector(model: Any, seed: int = 0) -> Any:
 
     Returns:
         `model`.
-
-    Raises:
-        ValueError: the projector's last layer is not found.
     """
     target = base_of(model)
     generator = torch.Generator().manual_seed(seed)
@@ -48,11 +45,7 @@ def permute_projector(model: Any, seed: int = 0) -> Any:
 
 
 def save(model: Any, processor: Any, folder: Path) -> None:
-    """Write model and processor to a new folder, whole or not at all.
-
-    Raises:
-        FileExistsError: `folder` is there already.
-    """
+    """Write model and processor to a new folder, whole or not at all."""
     if folder.exists():
         raise FileExistsError(f"{folder} exists; take another folder")
     folder.parent.mkdir(parents=True, exist_ok=True)

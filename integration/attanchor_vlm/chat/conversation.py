@@ -40,11 +40,7 @@ def batched(conversations: Any, *media: Any) -> tuple[Any, ...]:
 
 
 def checked(messages: list[Message], index: int, processor: Any) -> list[Message]:
-    """The messages of a conversation, its number in the batch being `index`.
-
-    Raises:
-        ValueError, TypeError: they have another form, or a text holds a placeholder of the processor.
-    """
+    """The messages of a conversation, its number in the batch being `index`."""
     placeholders = placeholder_tokens(processor)
     for number, message in enumerate(messages):
         where = f"conversation {index}, message {number}"

@@ -147,11 +147,7 @@ def encode_chat(
 
 
 def check_processor(processor: Any) -> None:
-    """Refuse what `encode_chat` cannot do anything with, before there is a conversation.
-
-    Raises:
-        ValueError: a tokenizer without offsets, or no chat template.
-    """
+    """Refuse what `encode_chat` cannot do anything with, before there is a conversation."""
     tokenizer = getattr(processor, "tokenizer", processor)
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(f"{type(tokenizer).__name__} has no offsets; encode_chat needs a fast tokenizer")
@@ -231,13 +227,9 @@ def _locate(
 
 def _as_the_template_has_them(processor: Any, messages: list[Message], options: Mapping[str, Any]) -> list[Message]:
     """The messages without the space around their texts, where the template (Gemma's, Llama 3's) takes it away."""
-
-    def strip(number: int, role: str, text: str) -> str:
-        return text.strip()
-
     if all(text == text.strip() for message in messages for text in texts_of(message["content"])):
         return messages
-    stripped = with_texts(messages, strip)
+    stripped = with_texts(messages, lambda number, role, text: text.strip())
     return stripped if _render(processor, stripped, options) == _render(processor, messages, options) else messages
 
 

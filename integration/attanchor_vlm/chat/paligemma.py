@@ -32,9 +32,6 @@ def encode(
 
     Args:
         spans_of: Where in a text its tokens may be copied.
-
-    Raises:
-        ValueError: a conversation has another form, or no image, which the processor does not take.
     """
     prefixes, suffixes = [], []
     for index, messages in enumerate(batch):

@@ -89,20 +89,22 @@ def words_to_leave_out(content_words: bool | Collection[str]) -> frozenset[str] 
 
 
 def read_words(path: Path) -> tuple[str, ...]:
-    """A file of function words, one or several a line, ``#`` begins a comment; sorted, in lower case.
+    """A file of function words, one or several a line, ``#`` begins a comment; sorted, in lower case."""
+    lines = read_lines(path, "function words")
+    words = words_to_leave_out([word for line in lines for word in line.split()])
+    if not words:
+        raise ValueError(f"function words {path} holds no word; write one a line")
+    return tuple(sorted(words))
 
-    Raises:
-        ValueError: it cannot be read, holds no word, or something that is none.
-    """
+
+def read_lines(path: Path, what: str) -> list[str]:
+    """The lines of a text file without their comments, which ``#`` begins, and without empty ones."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else f"not UTF-8 text ({error.reason})"
-        raise ValueError(f"function words {path} cannot be read: {reason}") from error
-    words = words_to_leave_out([word for line in lines for word in line.partition("#")[0].split()])
-    if not words:
-        raise ValueError(f"function words {path} holds no word; write one a line")
-    return tuple(sorted(words))
+        raise ValueError(f"{what} {path} cannot be read: {reason}") from error
+    return [line for whole in lines if (line := whole.partition("#")[0].strip())]
 
 
 def special_token_ids(tokenizer: Any) -> list[int]:

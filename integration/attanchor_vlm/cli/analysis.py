@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from attanchor_vlm.cli.entry import app
-from attanchor_vlm.cli.options import DATA, IMAGES, MODEL, SKIP_BAD, check_picture, has_gpu, note, quiet, to_gpu
+from attanchor_vlm.cli.options import DATA, IMAGES, MODEL, SKIP_BAD, check_picture, quiet
 
 
 @app.command()
@@ -44,41 +44,37 @@ def probe(
         raise typer.BadParameter(f"{save_control} exists; take another folder", param_hint="--save-control")
     if save_control is not None and adapter is not None:
         raise typer.BadParameter("belongs to a model without --adapter", param_hint="--save-control")
-    if adapter is not None and not (adapter / "adapter_config.json").is_file():
-        raise ValueError(f"adapter {adapter} holds no adapter_config.json; give the folder that train wrote to")
     quiet()
+    from attanchor_vlm.chat.words import FUNCTION_WORDS, read_words
     from attanchor_vlm.data.rows import read_rows
     from attanchor_vlm.data.rows import samples as make_samples
     from attanchor_vlm.errors import DataError
     from attanchor_vlm.model import load as loading
+    from attanchor_vlm.model.attach import detach
 
-    words = _function_words(function_words)
-    loading.source_of(model)  # that there is no such model is said before images are checked
+    words = FUNCTION_WORDS if function_words is None else read_words(function_words)
+    # That there is no such model or adapter is said before images are checked.
+    loading.settings_for(model, adapter, tau=1.0)
+    loading.source_of(model)
     rows, bad = read_rows(data, images, skip_bad, progress=not as_json)
     every = [sample for sample in make_samples(rows, "each") if sample.images]
     if len({sample.images for sample in every}) < 2:
         raise DataError(
             f"{data} has rows about fewer than two images; the probe compares a question's image with others"
         )
-    loaded, processor = loading.load_pretrained(
-        model, loading.choose_dtype("bfloat16" if has_gpu() else "float32", note)
-    )
-    if adapter is not None:
-        from attanchor_vlm.model.load import with_adapter
-
-        loaded = with_adapter(loaded, model, adapter)
+    loaded, processor = loading.load(model, adapter, tau=1.0)
     from attanchor_vlm.analysis import probe, probe_control
     from attanchor_vlm.analysis.probe_scores import choose, prompt_scores
 
     chosen = choose(every, samples, seed)
-    prompts = list(prompt_scores(to_gpu(loaded), processor, chosen, batch_size, seed, not as_json, words))
+    prompts = list(prompt_scores(loaded, processor, chosen, batch_size, seed, not as_json, words))
     result = probe.measure(prompts, tau or probe.TAUS)
     if plot is not None:
         from attanchor_vlm.analysis.probe_plot import probe_plot
 
         probe_plot(plot, result, prompts, Path(model).name)
     if save_control is not None:
-        probe_control.save(probe_control.permute_projector(loaded.cpu(), seed), processor, save_control)
+        probe_control.save(probe_control.permute_projector(detach(loaded).cpu(), seed), processor, save_control)
     if as_json:
         said = {"model": model, "adapter": None if adapter is None else str(adapter), **result.to_dict()}
         typer.echo(json.dumps({**said, "bad_rows": len(bad)}, ensure_ascii=False, allow_nan=False))
@@ -90,10 +86,3 @@ def probe(
             typer.echo(f"{name}: {path}")
     if bad:
         typer.echo(f"{len(bad)} bad rows left out")
-
-
-def _function_words(file: Path | None):
-    from attanchor_vlm.chat.words import FUNCTION_WORDS as ENGLISH
-    from attanchor_vlm.chat.words import read_words
-
-    return ENGLISH if file is None else read_words(file)

@@ -151,11 +151,11 @@ def _answer(
             model, processor, prompt, opened, videos=films, max_new_tokens=max_new_tokens
         )
         return {**said, "answer": text, "inserted": inserted, "candidates": candidates}
-    from attanchor_vlm.inference.picture import anchor_picture, describe
+    from attanchor_vlm.inference.picture import anchor_picture
 
     shown = explaining.explain(model, processor, opened, prompt, max_new_tokens, films)
     anchor_picture(explain, [shown], settings.tau, "Anchors in " + ", ".join(path.name for path in [*images, *videos]))
-    return {**said, **describe(shown), "picture": str(explain)}
+    return {**said, **explaining.describe(shown), "picture": str(explain)}
 
 
 def _answer_file(

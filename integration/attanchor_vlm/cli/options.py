@@ -195,26 +195,12 @@ def _content_words(english: bool, words: Path | None) -> bool | tuple[str, ...] 
 
 
 def check_picture(path: Path, option: str) -> None:
-    """Refuse, before any work, a name that no picture could be written under.
-
-    Raises:
-        BadParameter, ValueError: naming it.
-    """
+    """Refuse, before any work, a name that no picture could be written under."""
     if path.suffix not in (".png", ".pdf", ".svg"):
         raise typer.BadParameter(f"{path} should end in .png, .pdf or .svg", param_hint=option)
     if path.is_dir():
         raise typer.BadParameter(f"{path} is a folder; give the name of a picture", param_hint=option)
     check_parent(path)
-
-
-def has_gpu() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
-
-
-def to_gpu(model):
-    return model.to("cuda") if has_gpu() else model
 
 
 def note(line: str) -> None:

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from attanchor_vlm import distributed
-from attanchor_vlm.data.batches import MostCopies, SampleDataset, check_texts, sample_lengths
+from attanchor_vlm.data.batches import SampleDataset
 from attanchor_vlm.data.config import DataConfig
+from attanchor_vlm.data.lengths import Growth, RowLengths, check_texts, sample_lengths
 from attanchor_vlm.data.rows import Row, Sample, check_folder, load_image, read_rows, samples, split_rows
 from attanchor_vlm.data.stream import SampleStream, check_first_rows, read_listed, shards_of
 from attanchor_vlm.errors import BadRow, DataError
@@ -93,20 +94,21 @@ def make(
     say: Callable[[str], None],
     batch_size: int,
     needs_images: bool = False,
-    copies: MostCopies | None = None,
+    growth: Growth | None = None,
 ) -> TrainData:
     """Samples of what was read, less the rows that this model cannot be given.
 
     Args:
         batch_size: Of the loader, by which a stream counts what was taken of it.
         needs_images: Whether every row needs an image.
-        copies: How many tokens anchors add to a row; None for none.
+        growth: How many tokens anchors add to a row; None for none.
 
     Raises:
         DataError: there are such rows (unless `skip_bad`), or nothing is left.
     """
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    refuse = RowFilter(processor, context, needs_images, copies)
+    row_lengths = RowLengths(processor, config.turns)
+    refuse = RowFilter(row_lengths, context, needs_images, growth)
     train, train_bad = refuse.split(config.data, found.train)
     val, val_bad = refuse.split(config.val_data or config.data, found.val)
     bad = found.bad + train_bad + val_bad
@@ -128,7 +130,7 @@ def make(
     train_set = SampleDataset(samples(train, config.turns))
     lengths = None
     if config.group_by_length:
-        lengths = distributed.on_main(lambda: sample_lengths(train_set.samples, processor))
+        lengths = distributed.on_main(lambda: sample_lengths(train_set.samples, row_lengths))
     return TrainData(train_set, val_set, bad, lengths)
 
 
@@ -136,14 +138,14 @@ def make(
 class RowFilter:
     """Why a model cannot be given a row: its text, or that it has no image where every row needs one."""
 
-    processor: Any
+    lengths: RowLengths
     context: int | None
     needs_image: bool
-    copies: MostCopies | None = None
+    growth: Growth | None = None
 
     def split(self, file: Path, rows: list[Row]) -> tuple[list[Row], list[BadRow]]:
         """The rows that can be used, and those that cannot."""
-        good, bad = check_texts(file, rows, self.processor, self.context, self.copies)
+        good, bad = check_texts(file, rows, self.lengths, self.context, self.growth)
         if self.needs_image:
             bad += [BadRow(file, row.number, _NO_IMAGE) for row in good if not row.media]
             good = [row for row in good if row.media]

@@ -38,7 +38,7 @@ class Row:
     number: int
     messages: tuple[tuple[str, str], ...]
     images: tuple[Any, ...]  # ImageSource; of read_rows, Path
-    videos: tuple[VideoFiles, ...] = ()
+    videos: tuple[Any, ...] = ()  # VideoFiles; of a stream, Video
 
     @property
     def media(self) -> tuple[Any, ...]:
@@ -342,7 +342,7 @@ class Sample:
     row: int
     messages: tuple[tuple[str, str], ...]
     images: tuple[Any, ...]  # ImageSource
-    videos: tuple[VideoFiles, ...] = ()
+    videos: tuple[Any, ...] = ()  # VideoFiles; of a stream, Video
 
     @property
     def media(self) -> tuple[Any, ...]:

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from attanchor_vlm import distributed
 from attanchor_vlm.data.reading import from_json
 from attanchor_vlm.data.rows import Row, Sample, check_row, load_image, samples
+from attanchor_vlm.data.videos import load_video
 from attanchor_vlm.errors import BadRow, DataError, SetupError
 
 _SUFFIXES = (".jsonl", ".parquet")
@@ -163,10 +164,11 @@ class SampleStream(IterableDataset):
         return split_dataset_by_node(rows, rank=distributed.rank(), world_size=distributed.world_size())
 
     def _whole(self, file: Path, row: Row) -> Row:
-        """The row with its images decoded, or a ValueError."""
+        """The row with its images and videos decoded, or a ValueError."""
         if reason := self.refuse(file, row):
             raise ValueError(reason)
-        return dataclasses.replace(row, images=tuple(load_image(image) for image in row.images))
+        images, videos = tuple(map(load_image, row.images)), tuple(map(load_video, row.videos))
+        return dataclasses.replace(row, images=images, videos=videos)
 
     def _leave_out(self, bad: BadRow) -> None:
         if not self.skip_bad:

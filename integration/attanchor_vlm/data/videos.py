@@ -60,14 +60,21 @@ class VideoFiles:
         return None
 
 
-def load_video(source: VideoFiles) -> Video:
+def load_video(source: VideoFiles | Video, blank: bool = False) -> Video:
     """The frames of a video: all that are given, or of a file `fps` a second, at most `MOST_FRAMES`, evenly spaced.
+
+    Args:
+        blank: As many frames of that size, but empty ones: only the heads of files are read.
 
     Raises:
         DataError: it cannot be read.
     """
+    if isinstance(source, Video):
+        return source
     if source.is_file:
-        return _of_file(source)
+        return _of_file(source, blank)
+    if blank:
+        return Video(_empty(size_of(source.files[0])[::-1], len(source.files)), source.fps)
     frames = []
     for path in source.files:
         try:
@@ -80,7 +87,7 @@ def load_video(source: VideoFiles) -> Video:
         raise DataError(f"video {source.files[0]}, …: {error}") from error
 
 
-def _of_file(source: VideoFiles) -> Video:
+def _of_file(source: VideoFiles, blank: bool) -> Video:
     try:
         import av
 
@@ -92,8 +99,15 @@ def _of_file(source: VideoFiles) -> Video:
                 container.seek(0)
             count = max(1, min(MOST_FRAMES, total, round(total / rate * source.fps)))
             chosen = {(2 * number + 1) * total // (2 * count) for number in range(count)}
-            numbered = enumerate(itertools.islice(container.decode(stream), max(chosen) + 1))
-            frames = [frame.to_image() for number, frame in numbered if number in chosen]
+            if blank:
+                frames = _empty((stream.width, stream.height), count)
+            else:
+                numbered = enumerate(itertools.islice(container.decode(stream), max(chosen) + 1))
+                frames = [frame.to_image() for number, frame in numbered if number in chosen]
         return Video(frames, len(frames) / (total / rate))
     except Exception as error:
         raise DataError(source.why_unreadable() or f"video {source.files[0]} cannot be read: {error}") from error
+
+
+def _empty(size: tuple[int, int], count: int) -> list[Image.Image]:
+    return [Image.new("RGB", size)] * count

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from attanchor_vlm.data.rows import load_image
 from attanchor_vlm.errors import DataError
 
 TASK = "amber_d"
+_SCORES = ("accuracy", "precision", "recall", "f1")
 _POST_PROMPT = " Please answer yes or no."
 Doc = Mapping[str, Any]
 
@@ -30,9 +31,6 @@ def task_config(folder: Path, rows: Path) -> dict[str, Any]:
     Args:
         folder: AMBER's, as above.
         rows: Where to write the joined questions, a .jsonl.
-
-    Raises:
-        DataError: a file of the folder is missing or is not AMBER's.
     """
     rows.parent.mkdir(parents=True, exist_ok=True)
     joined = questions(folder)
@@ -49,24 +47,14 @@ def task_config(folder: Path, rows: Path) -> dict[str, Any]:
         "generation_kwargs": {"max_new_tokens": 16, "do_sample": False},
         "process_results": _process,
         "metric_list": [
-            {"metric": name, "aggregation": aggregate, "higher_is_better": True}
-            for name, aggregate in (
-                ("amber_accuracy", _accuracy),
-                ("amber_precision", _precision),
-                ("amber_recall", _recall),
-                ("amber_f1", _f1),
-            )
+            {"metric": f"amber_{name}", "aggregation": _aggregation(name), "higher_is_better": True} for name in _SCORES
         ],
         "metadata": [{"version": 1.0}],
     }
 
 
 def questions(folder: Path) -> list[dict[str, Any]]:
-    """AMBER's yes-or-no questions with their answers and image paths.
-
-    Raises:
-        DataError: a file is missing or holds something else.
-    """
+    """AMBER's yes-or-no questions with their answers and image paths."""
     asked = _load(folder / "data" / "query" / "query_discriminative.json")
     annotations = {one["id"]: one for one in _load(folder / "data" / "annotations.json")}
     joined = []
@@ -96,8 +84,8 @@ def scores(answers: Sequence[tuple[str, str]]) -> dict[str, float]:
     precision = denied.count("no") / len(denied) if denied else 0.0
     recall = to_deny.count("no") / len(to_deny) if to_deny else 0.0
     f1 = 2 * precision * recall / (precision + recall) if precision + recall else 0.0
-    named = {"accuracy": right / len(answers), "precision": precision, "recall": recall, "f1": f1}
-    return {name: 100 * value for name, value in named.items()}
+    shares = right / len(answers), precision, recall, f1
+    return {name: 100 * value for name, value in zip(_SCORES, shares, strict=True)}
 
 
 def combined(chair: float, f1: float) -> float:
@@ -139,20 +127,8 @@ def _text(doc: Doc, lmms_eval_specific_kwargs: Mapping[str, Any] | None = None) 
 
 def _process(doc: Doc, results: Sequence[str]) -> dict[str, tuple[str, str]]:
     pair = doc["truth"], said(results[0])
-    return {f"amber_{name}": pair for name in ("accuracy", "precision", "recall", "f1")}
+    return {f"amber_{name}": pair for name in _SCORES}
 
 
-def _accuracy(results: Sequence[tuple[str, str]]) -> float:
-    return scores(results)["accuracy"]
-
-
-def _precision(results: Sequence[tuple[str, str]]) -> float:
-    return scores(results)["precision"]
-
-
-def _recall(results: Sequence[tuple[str, str]]) -> float:
-    return scores(results)["recall"]
-
-
-def _f1(results: Sequence[tuple[str, str]]) -> float:
-    return scores(results)["f1"]
+def _aggregation(name: str) -> Callable[[Sequence[tuple[str, str]]], float]:
+    return lambda pairs: scores(pairs)[name]

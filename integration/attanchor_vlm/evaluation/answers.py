@@ -11,14 +11,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from attanchor_vlm.chat.encode import encode_chat
 from attanchor_vlm.constants import IGNORE_INDEX
 from attanchor_vlm.data.batches import Collator, message, to_model
 from attanchor_vlm.data.rows import Sample, load_image
 from attanchor_vlm.data.videos import load_video
 from attanchor_vlm.errors import DataError
+from attanchor_vlm.inference.ask import encode_questions, generated
 from attanchor_vlm.model.attach import anchor_counts, base_of
-from attanchor_vlm.model.config import AttAnchorConfig
 from attanchor_vlm.model.families import adapter_for
 
 
@@ -65,8 +64,8 @@ def score_answers(
     """
     started = time.perf_counter()
     model.eval()
-    collate = Collator(processor, "each", _config(model).content_words)
-    tokenizer = processor.tokenizer
+    target: Any = base_of(model)
+    collate = Collator(processor, "each", target.attanchor_config.content_words)
     total, texts, tally = 0.0, [], _Tally()
     for part in _batches(samples, batch_size, "scoring", progress):
         batch = to_model(collate(part), model)
@@ -74,13 +73,12 @@ def score_answers(
         total += float(output.loss) * len(part)
         tally.add(model, batch)
         if predict:
-            plan = _plan(model)
-            labels = batch["labels"] if plan is None else plan.labels
-            texts += [tokenizer.decode(row, skip_special_tokens=True).strip() for row in _forced(output.logits, labels)]
+            labels = batch["labels"] if target.attanchor_plan is None else target.attanchor_plan.labels
+            said = processor.tokenizer.batch_decode(_forced(output.logits, labels), skip_special_tokens=True)
+            texts += [text.strip() for text in said]
     return tally.answers(texts, _references(samples), total / len(samples), time.perf_counter() - started)
 
 
-@torch.no_grad()
 def generate_answers(
     model: Any,
     processor: Any,
@@ -95,26 +93,19 @@ def generate_answers(
         model: Attached, or a PeftModel around an attached model; left in evaluation mode.
     """
     started = time.perf_counter()
-    model.eval()
     texts: list[str] = []
-    tally, words = _Tally(), _config(model).content_words
+    tally = _Tally()
     for part in _batches(samples, batch_size, "answering", progress):
         images = [[load_image(path) for path in sample.images] for sample in part]
         videos = [[load_video(video) for video in sample.videos] for sample in part]
         chats = [[message(role, text) for role, text in sample.messages[:-1]] for sample in part]
         try:
-            batch = encode_chat(
-                processor, chats, images, videos=videos, add_generation_prompt=True, content_words=words
-            )
+            batch = encode_questions(model, processor, chats, images, videos)
         except ValueError as error:
             raise DataError(f"a prompt cannot be made of rows {[sample.row for sample in part]}: {error}") from error
-        if not any(images) and not any(videos):
-            del batch["anchor_mask"]  # without an image there is nothing to match
-        batch = to_model(batch, model)
-        sequences = model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False)
+        said = generated(model, processor, batch, max_new_tokens=max_new_tokens)
+        texts += [text.strip() for text in said]
         tally.add(model, batch)
-        new = sequences[:, batch["input_ids"].shape[1] :]
-        texts += [text.strip() for text in processor.tokenizer.batch_decode(new, skip_special_tokens=True)]
     return tally.answers(texts, _references(samples), None, time.perf_counter() - started)
 
 
@@ -153,16 +144,6 @@ def _forced(logits: Tensor, labels: Tensor) -> list[list[int]]:
 
 def _references(samples: Sequence[Sample]) -> tuple[str, ...]:
     return tuple(sample.messages[-1][1].strip() for sample in samples)
-
-
-def _plan(model: Any) -> Any:
-    target: Any = base_of(model)
-    return target.attanchor_plan
-
-
-def _config(model: Any) -> AttAnchorConfig:
-    target: Any = base_of(model)
-    return target.attanchor_config
 
 
 def _batches(samples: Sequence[Sample], size: int, what: str, progress: bool) -> Iterator[Sequence[Sample]]:

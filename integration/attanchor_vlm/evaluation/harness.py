@@ -22,13 +22,7 @@ _WHAT = "a benchmark task"
 def check_tasks(
     names: Sequence[str], data: Mapping[str, Path], include: Path | None = None, limit: int | None = None
 ) -> None:
-    """Refuse tasks that do not exist and data that is not there, before a model is loaded.
-
-    Raises:
-        MissingExtraError: lmms-eval is not installed.
-        ValueError: an unknown task, data for a task that is not asked for, or a limit that a task cannot be scored on.
-        DataError: a folder is missing.
-    """
+    """Refuse tasks that do not exist and data that is not there, before a model is loaded."""
     require("lmms_eval.evaluator", "lmms-eval", _WHAT)
     if include is not None and not include.is_dir():
         raise DataError(f"include path {include} is not a folder; it should hold task files of lmms-eval (.yaml)")
@@ -62,11 +56,7 @@ def check_tasks(
 
 
 def check_data(names: Sequence[str], data: Mapping[str, Path], include: Path | None = None) -> None:
-    """Load the data of tasks, which the runs that follow take from the cache.
-
-    Raises:
-        DataError: those of a task cannot be loaded.
-    """
+    """Load the data of tasks, which the runs that follow take from the cache."""
     with tempfile.TemporaryDirectory() as temporary, _quiet():
         for name in names:
             _task(name, benchmarks.task_config(name, data.get(name), Path(temporary)), include)

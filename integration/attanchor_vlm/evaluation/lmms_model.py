@@ -13,9 +13,8 @@ from lmms_eval.api.model import lmms
 from lmms_eval.protocol import ChatMessages
 from tqdm import tqdm
 
-from attanchor_vlm.chat.encode import encode_chat
-from attanchor_vlm.data.batches import to_model
 from attanchor_vlm.data.rows import load_image
+from attanchor_vlm.inference.ask import encode_questions, generated
 from attanchor_vlm.model.attach import base_of
 from attanchor_vlm.model.load import load
 
@@ -90,7 +89,6 @@ class AttAnchorLmms(lmms):
     def config(self) -> Any:
         return base_of(self.model).config
 
-    @torch.no_grad()
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
         """One answer for each request, in order; requests with the same generation settings share batches."""
         answers = [""] * len(requests)
@@ -115,15 +113,8 @@ class AttAnchorLmms(lmms):
             chat, seen = as_chat(ChatMessages(messages=to_messages(self.task_dict[task][split][doc_id])), task)
             chats.append(chat)
             images.append(seen)
-        target: Any = base_of(self.model)
-        words = target.attanchor_config.content_words
-        batch = encode_chat(self.processor, chats, images, add_generation_prompt=True, content_words=words)
-        if not any(images):
-            del batch["anchor_mask"]  # without an image there is nothing to match
-        batch = to_model(batch, self.model)
-        sequences = self.model.generate(**batch, **generation_options(settings, self.max_new_tokens))
-        new = sequences[:, batch["input_ids"].shape[1] :]
-        texts = self.processor.tokenizer.batch_decode(new, skip_special_tokens=True)
+        batch = encode_questions(self.model, self.processor, chats, images)
+        texts = generated(self.model, self.processor, batch, **generation_options(settings, self.max_new_tokens))
         return [cut(text, settings.get("until")).strip() for text in texts]
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
@@ -136,11 +127,7 @@ class AttAnchorLmms(lmms):
 
 
 def as_chat(messages: Any, task: str) -> tuple[list[dict[str, Any]], list[Any]]:
-    """A conversation (lmms-eval's ChatMessages) as `encode_chat` takes it, and its images in order.
-
-    Raises:
-        ValueError: it holds video or sound.
-    """
+    """A conversation (lmms-eval's ChatMessages) as `encode_chat` takes it, and its images in order."""
     chat: list[dict[str, Any]] = []
     images: list[Any] = []
     for one in messages.messages:

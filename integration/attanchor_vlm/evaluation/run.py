@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from attanchor_vlm.data.batches import MostCopies, check_texts
-from attanchor_vlm.data.rows import Sample, read_rows, samples
-from attanchor_vlm.errors import DataError, SetupError
+from attanchor_vlm.data.lengths import Growth, RowLengths, check_texts
+from attanchor_vlm.data.rows import Sample, read_rows, samples, sorted_out
+from attanchor_vlm.errors import SetupError
 from attanchor_vlm.evaluation import answers, harness, text_metrics
 from attanchor_vlm.evaluation.config import LOSS, EvalConfig
 from attanchor_vlm.model import load as loading
 from attanchor_vlm.model.attach import base_of, is_attached
-from attanchor_vlm.records import write_atomically, write_json
+from attanchor_vlm.records import check_parent, write_atomically, write_json
 
 # What a report says beside the metrics, for those who want to compare runs.
 FIGURES = ("inserted_share", "anchor_score", "image_tokens", "seconds")
@@ -38,33 +37,21 @@ class Report:
 
 
 def read(
-    config: EvalConfig, processor: Any, context: int | None, progress: bool = True, copies: MostCopies | None = None
+    config: EvalConfig, processor: Any, context: int | None, progress: bool = True, growth: Growth | None = None
 ) -> list[Sample]:
-    """The samples that text metrics are of: one for every answer of the rows. `copies`: what anchors add to a row.
-
-    Raises:
-        DataError: a row is bad (unless `skip_bad`), or none is left.
-    """
+    """The samples that text metrics are of: one for every answer of the rows. `growth`: what anchors add to a row."""
     assert config.data is not None
     assert config.images is not None
     rows, unreadable = read_rows(config.data, config.images, config.skip_bad, progress)
-    rows, bad = check_texts(config.data, rows, processor, context, copies)
-    bad = unreadable + bad
-    if bad and not config.skip_bad:
-        raise DataError("\n".join([*map(str, bad[:10]), f"{len(bad)} bad rows: mend them, or leave them out"]), bad)
-    if not rows:
-        raise DataError(f"{config.data} has no usable row; {bad[0]}", bad)
+    rows, refused = check_texts(config.data, rows, RowLengths(processor), context, growth)
+    rows, bad = sorted_out(config.data, rows, unreadable + refused, config.skip_bad)
     if bad:
         tqdm.write(f"{len(bad)} bad rows of {config.data} left out, the first: {bad[0]}", file=sys.stderr)
     return list(samples(rows, "each"))[: config.limit]
 
 
 def processor_and_context(model: str) -> tuple[Any, int | None]:
-    """The processor of a model and how many tokens its language model takes, without its weights.
-
-    Raises:
-        SetupError: there is no such model, it has no processor, or a file of it is damaged.
-    """
+    """The processor of a model and how many tokens its language model takes, without its weights."""
     from transformers import AutoConfig
 
     from attanchor_vlm.model.processors import load_processor
@@ -111,21 +98,27 @@ def evaluate(
         target: Any = base_of(model)
         context = getattr(target.config.get_text_config(), "max_position_embeddings", None)
         anchors = target.attanchor_config if is_attached(target) else None
-        copies = None if anchors is None else MostCopies.of(anchors, anchors.pause_tokens)
-        chosen = read(config, processor, context, progress, copies)
+        growth = None if anchors is None else Growth.of(anchors, anchors.pause_tokens)
+        chosen = read(config, processor, context, progress, growth)
         count = len(chosen)
-        found = _answers(model, processor, chosen, config, progress)
         text = [name for name in config.metrics if name != LOSS]
-        for part in found:
-            if part.loss is not None and LOSS in config.metrics:
-                values[LOSS] = part.loss
-            if part.predictions and text:
-                references = [[one] for one in part.references]
-                values |= text_metrics.compute(text, part.predictions, references, config.bertscore)
-                pairs = tuple(zip(part.predictions, part.references, strict=True))
-        last = found[-1]
+        forced = bool(text) and config.predictions == "teacher-forced"
+        passes = []
+        if LOSS in config.metrics or forced:
+            scored = answers.score_answers(model, processor, chosen, config.batch_size, forced, progress)
+            if LOSS in config.metrics and scored.loss is not None:
+                values[LOSS] = scored.loss
+            passes.append(scored)
+        if text and not forced:
+            limits = config.batch_size, config.max_new_tokens
+            passes.append(answers.generate_answers(model, processor, chosen, *limits, progress))
+        last = passes[-1]
+        if text:
+            references = [[one] for one in last.references]
+            values |= text_metrics.compute(text, last.predictions, references, config.bertscore)
+            pairs = tuple(zip(last.predictions, last.references, strict=True))
         figures = {name: getattr(last, name) for name in FIGURES if getattr(last, name) is not None}
-        figures["seconds"] = sum(part.seconds for part in found)
+        figures["seconds"] = sum(one.seconds for one in passes)
     if config.tasks:
         from attanchor_vlm.evaluation.lmms_model import AttAnchorLmms
 
@@ -135,26 +128,6 @@ def evaluate(
         )
     good = finite(values)
     return Report(good, finite(figures), count, pairs, tuple(name for name in values if name not in good))
-
-
-def _answers(
-    model: Any, processor: Any, chosen: list[Sample], config: EvalConfig, progress: bool
-) -> list[answers.Answers]:
-    """The passes over the data that the metrics need."""
-    text = any(name != LOSS for name in config.metrics)
-    forced = config.predictions == "teacher-forced"
-    passes: list[Callable[[], answers.Answers]] = []
-    if LOSS in config.metrics or (text and forced):
-        passes.append(
-            lambda: answers.score_answers(model, processor, chosen, config.batch_size, text and forced, progress)
-        )
-    if text and not forced:
-        passes.append(
-            lambda: answers.generate_answers(
-                model, processor, chosen, config.batch_size, config.max_new_tokens, progress
-            )
-        )
-    return [run() for run in passes]
 
 
 def write(report: Report, folder: Path, about: Mapping[str, Any]) -> list[Path]:
@@ -179,12 +152,10 @@ def as_dict(report: Report, about: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_output(folder: Path) -> None:
-    """Raises: SetupError: results could not be written there."""
+    """Refuse a folder that results could not be written into."""
     if folder.exists() and not folder.is_dir():
         raise SetupError(f"output {folder} is a file; it should be a folder, or not exist")
-    there = next(one for one in (folder, *folder.absolute().parents) if one.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        raise SetupError(f"output {folder} cannot be written to: {there} does not allow it")
+    check_parent(folder / "results.json")
 
 
 def anchors(model: Any) -> dict[str, Any]:

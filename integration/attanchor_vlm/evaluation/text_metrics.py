@@ -7,10 +7,10 @@ All are in the paper's scale: BLEU, ROUGE-L, METEOR, BERTScore and exact match f
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
 from attanchor_vlm.evaluation.extras import MissingExtraError, require, require_java
 
@@ -42,7 +42,7 @@ def tokenize(text: str) -> str:
 
     coco-caption runs Stanford's PTBTokenizer, which needs java; this is nltk's tokenizer by the same rules.
     """
-    words = require("nltk.tokenize", "nltk", "CIDEr and METEOR").NLTKWordTokenizer().tokenize(text.lower())
+    words = _package("tokens").NLTKWordTokenizer().tokenize(text.lower())
     return " ".join(word for one in words for word in _split_period(one) if word not in _DROPPED)
 
 
@@ -56,15 +56,14 @@ def _split_period(word: str) -> list[str]:
 
 def bleu(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
     """Corpus BLEU-4 of sacrebleu with its defaults (13a tokens, exponential smoothing), over 100."""
-    sacrebleu = require("sacrebleu", "sacrebleu", "BLEU")
     most = max(len(each) for each in references)
     streams = [[each[k] if k < len(each) else None for each in references] for k in range(most)]
-    return float(sacrebleu.corpus_bleu(list(predictions), streams).score) / 100
+    return float(_package("bleu").corpus_bleu(list(predictions), streams).score) / 100
 
 
 def rouge_l(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
     """Mean F-measure of the longest common subsequence (rouge-score, no stemming), with the best reference each."""
-    scorer = require("rouge_score.rouge_scorer", "rouge-score", "ROUGE-L").RougeScorer(["rougeL"])
+    scorer = _package("rougeL").RougeScorer(["rougeL"])
     best = [
         max(scorer.score(reference, prediction)["rougeL"].fmeasure for reference in each)
         for prediction, each in zip(predictions, references, strict=True)
@@ -74,9 +73,9 @@ def rouge_l(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> 
 
 def meteor(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
     """METEOR 1.5 of pycocoevalcap, which runs java with 2 GB of memory."""
-    module = require("pycocoevalcap.meteor.meteor", "pycocoevalcap", "METEOR")
+    package = _package("meteor")
     require_java("METEOR")
-    scorer = module.Meteor()
+    scorer = package.Meteor()
     try:
         score, _ = scorer.compute_score(*_by_number(predictions, references))
     except (ValueError, OSError) as error:  # what the package makes of a java that ended
@@ -88,8 +87,7 @@ def meteor(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> f
 
 def cider(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
     """CIDEr (with length penalty, pycocoevalcap). Word weights come from the references: few samples, rough values."""
-    module = require("pycocoevalcap.cider.cider", "pycocoevalcap", "CIDEr")
-    score, _ = module.Cider().compute_score(*_by_number(predictions, references))
+    score, _ = _package("cider").Cider().compute_score(*_by_number(predictions, references))
     return float(score)
 
 
@@ -98,8 +96,7 @@ def bert_score(
 ) -> float:
     """Mean BERTScore F1, without idf weights and without baseline rescaling, with the best reference each."""
     model = model or BertScoreModel()
-    package = require("bert_score", "bert-score", "BERTScore")
-    _, _, f1 = package.score(
+    _, _, f1 = _package("bertscore").score(
         list(predictions),
         [list(each) for each in references],
         model_type=model.name,
@@ -129,13 +126,18 @@ TEXT_METRICS: dict[str, Callable[..., float]] = {
     "rougeL": rouge_l,
     "exact": exact_match,
 }
-_NEEDS = {
+_NEEDS = {  # the module, the package that has it, and what needs it
     "bleu": ("sacrebleu", "sacrebleu", "BLEU"),
     "bertscore": ("bert_score", "bert-score", "BERTScore"),
     "meteor": ("pycocoevalcap.meteor.meteor", "pycocoevalcap", "METEOR"),
     "cider": ("pycocoevalcap.cider.cider", "pycocoevalcap", "CIDEr"),
     "rougeL": ("rouge_score.rouge_scorer", "rouge-score", "ROUGE-L"),
+    "tokens": ("nltk.tokenize", "nltk", "CIDEr and METEOR"),
 }
+
+
+def _package(name: str) -> ModuleType:
+    return require(*_NEEDS[name])
 
 
 def check(names: Sequence[str], bertscore: BertScoreModel | None = None) -> None:
@@ -149,9 +151,9 @@ def check(names: Sequence[str], bertscore: BertScoreModel | None = None) -> None
         if name not in TEXT_METRICS:
             raise ValueError(f"metric is {name!r}; it should be one of loss, {', '.join(TEXT_METRICS)}")
         if name in _NEEDS:
-            require(*_NEEDS[name])
+            _package(name)
         if name in ("meteor", "cider"):
-            require("nltk.tokenize", "nltk", name)
+            _package("tokens")
         if name == "meteor":
             require_java("METEOR")
     if "bertscore" in names and bertscore is not None:
@@ -169,19 +171,13 @@ def compute(
     Args:
         predictions: One text each.
         references: For each prediction one or several texts.
-
-    Raises:
-        ValueError: no predictions, or not as many references.
     """
     if not predictions or len(predictions) != len(references):
         raise ValueError(
             f"{len(predictions)} predictions for {len(references)} references; there should be as many, at least one"
         )
-    values = {}
-    for name in names:
-        more: Mapping[str, Any] = {"model": bertscore} if name == "bertscore" else {}
-        values[name] = TEXT_METRICS[name](predictions, references, **more)
-    return values
+    settings = {"bertscore": (bertscore,)}
+    return {name: TEXT_METRICS[name](predictions, references, *settings.get(name, ())) for name in names}
 
 
 def _by_number(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> tuple[dict, dict]:

@@ -6,13 +6,14 @@ answer(model, processor, "Where is the dog?", ["photo.jpg"]).text
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 from attanchor_vlm.chat.encode import encode_chat
 from attanchor_vlm.chat.videos import Video
@@ -63,7 +64,6 @@ def answer(
     return answers(model, processor, [prompt], [images], [videos], max_new_tokens=max_new_tokens, **options)[0]
 
 
-@torch.no_grad()
 def answers(
     model: Any,
     processor: Any,
@@ -76,28 +76,48 @@ def answers(
 ) -> list[Answer]:
     """`answer` for a batch, padded on the left: ``images[i]`` and ``videos[i]`` are those of ``prompts[i]``."""
     _check_batch(prompts, images, options)
-    model.eval()
     opened = [open_images(own) for own in images]
     films = [()] * len(prompts) if videos is None else [tuple(own) for own in videos]
     media = list(zip(opened, films, strict=True))
     chats = [
         [message("user", with_placeholders(text, *map(len, own)))] for text, own in zip(prompts, media, strict=True)
     ]
-    target: Any = base_of(model)
-    attached = is_attached(target)
-    words = target.attanchor_config.content_words if attached else False
-    encoded = encode_chat(processor, chats, opened, videos=films, add_generation_prompt=True, content_words=words)
-    batch = to_model(encoded, model)
-    mask = batch["anchor_mask"]
-    if not any(map(any, media)) or not attached:
-        del batch["anchor_mask"]  # nothing to match, or nobody to take it
-    sequences = model.generate(**batch, **{"do_sample": False, **options, "max_new_tokens": max_new_tokens})
-    plan = target.attanchor_plan if attached else None
+    batch = encode_questions(model, processor, chats, opened, films)
+    texts = generated(model, processor, batch, **{**options, "max_new_tokens": max_new_tokens})
+    plan = getattr(base_of(model), "attanchor_plan", None)
     inserted = [0] * len(chats) if plan is None else plan.is_anchor.sum(-1).tolist()
-    new = sequences[:, batch["input_ids"].shape[1] :]
-    texts = processor.tokenizer.batch_decode(new, skip_special_tokens=True)
-    candidates = [count if any(own) else 0 for own, count in zip(media, mask.sum(-1).tolist(), strict=True)]
+    words = batch["anchor_mask"].sum(-1).tolist() if "anchor_mask" in batch else [0] * len(chats)
+    candidates = [count if any(own) else 0 for own, count in zip(media, words, strict=True)]
     return [Answer(text.strip(), *counts) for text, *counts in zip(texts, inserted, candidates, strict=True)]
+
+
+def encode_questions(
+    model: Any,
+    processor: Any,
+    chats: Sequence[Sequence[Mapping[str, Any]]],
+    images: Sequence[Sequence[Any]],
+    videos: Sequence[Sequence[Video]] = (),
+) -> dict[str, Tensor]:
+    """Conversations that `model` is to answer, as `encode_chat` returns them, on the model's device.
+
+    With `anchor_mask` if one of them has an image or a video: of content words alone where the model's settings say so.
+    """
+    target: Any = base_of(model)
+    words = target.attanchor_config.content_words if is_attached(model) else False
+    films = list(videos) or None
+    batch = encode_chat(processor, chats, images, videos=films, add_generation_prompt=True, content_words=words)
+    if not any(images) and not any(videos):
+        del batch["anchor_mask"]  # there is nothing to match
+    return to_model(batch, model)
+
+
+@torch.no_grad()
+def generated(model: Any, processor: Any, batch: dict[str, Tensor], **options: Any) -> list[str]:
+    """What `model` answers to each conversation of `encode_questions`: greedily, unless `options` say otherwise."""
+    model.eval()
+    taken = {name: value for name, value in batch.items() if name != "anchor_mask" or is_attached(model)}
+    sequences = model.generate(**taken, **{"do_sample": False, **options})
+    return processor.tokenizer.batch_decode(sequences[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
 def _check_batch(prompts: Sequence[str], images: Sequence[Any], options: dict[str, Any]) -> None:
@@ -135,29 +155,17 @@ def _with_places(text: str, place: str, count: int, kind: str) -> str:
 
 
 def open_images(images: Picture | Sequence[Picture]) -> list[Image.Image]:
-    """RGB images, of one or several.
-
-    Raises:
-        DataError: see `open_image`.
-    """
+    """RGB images, of one or several."""
     return [open_image(image) for image in ([images] if isinstance(images, (Image.Image, str, PathLike)) else images)]
 
 
 def open_image(image: Picture) -> Image.Image:
-    """An RGB image.
-
-    Raises:
-        DataError: there is no such file, or it is no image.
-    """
+    """An RGB image."""
     return load_image(image if isinstance(image, Image.Image) else Path(image))
 
 
 def open_video(path: str | PathLike[str]) -> Video:
-    """The frames of a video in a file, or in a folder of pictures, in the order of their names.
-
-    Raises:
-        DataError: there is no such file or folder, or it cannot be read.
-    """
+    """The frames of a video in a file, or in a folder of pictures, in the order of their names."""
     path = Path(path)
     files = sorted(one for one in path.iterdir() if one.is_file()) if path.is_dir() else [path]
     if not files or not files[0].is_file():

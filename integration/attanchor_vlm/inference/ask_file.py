@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from attanchor_vlm.data.batches import check_texts
+from attanchor_vlm.data.lengths import RowLengths, check_texts
 from attanchor_vlm.data.reading import check_characters, from_json, lines_of, parse_list, read_text
 from attanchor_vlm.data.rows import (
     PLACEHOLDER,
     VIDEO_PLACEHOLDER,
     Row,
+    check_folder,
     images_of,
     sorted_out,
     split_readable,
@@ -39,10 +40,6 @@ class Question(Row):
     @property
     def prompt(self) -> str:
         return self.messages[0][1]
-
-
-class UnansweredError(DataError):
-    """A batch holds a question that cannot be answered."""
 
 
 @dataclass(frozen=True)
@@ -73,8 +70,7 @@ def read_questions(
         DataError: the file cannot be read, a row is bad (unless `skip_bad`), or no good row is left.
     """
     folder = file.parent if images is None else images
-    if not folder.is_dir():
-        raise DataError(f"{folder} is not a folder; --images should name the folder with the images of {file.name}")
+    check_folder(folder, file)
     good: list[Question] = []
     bad: list[BadRow] = []
     seen: dict[str | int, int] = {}
@@ -94,14 +90,10 @@ def read_questions(
 def check_for_model(
     file: Path, questions: list[Question], model: Any, processor: Any, skip_bad: bool = False
 ) -> tuple[list[Question], list[BadRow]]:
-    """The questions that a model can be given: within its context, without its own image token in the text.
-
-    Raises:
-        DataError: there are others (unless `skip_bad`), or no others.
-    """
+    """The questions that a model can be given: within its context, without its own image token in the text."""
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    good, bad = check_texts(file, questions, processor, context)
-    return sorted_out(file, [one for one in good if isinstance(one, Question)], bad, skip_bad)
+    good, bad = check_texts(file, questions, RowLengths(processor), context)
+    return sorted_out(file, good, bad, skip_bad)
 
 
 def answer_all(
@@ -141,57 +133,40 @@ def answer_all(
         left_out: dict[int, str] = {}
         with tqdm(total=len(questions), initial=len(done), desc="answers", unit="", disable=not progress) as bar:
             for part in _batches(waiting, batch_size):
-                try:
-                    given = _answers(model, processor, part, max_new_tokens)
-                except UnansweredError:
-                    if not skip_bad:
-                        raise
-                    part, given, reasons = _one_by_one(model, processor, part, max_new_tokens)
-                    left_out |= reasons
+                given, reasons = _answers(model, processor, part, max_new_tokens, skip_bad)
+                left_out |= reasons
                 rows = [
-                    {
-                        "id": one.id,
-                        "answer": said.text,
-                        "inserted": said.inserted,
-                        "candidates": said.candidates,
-                        **settings,
-                    }
-                    for one, said in zip(part, given, strict=True)
+                    {"id": name, "answer": text, "inserted": inserted, "candidates": candidates, **settings}
+                    for name, (text, inserted, candidates) in given
                 ]
                 _append(output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
                 bar.update(len(part))
     return Result(len(waiting) - len(left_out), len(done), left_out)
 
 
-def _one_by_one(
-    model: Any, processor: Any, part: Sequence[Question], max_new_tokens: int
-) -> tuple[list[Question], list[Answer], dict[int, str]]:
-    """The questions of a batch that can be answered, their answers, and why the others cannot."""
-    good: list[Question] = []
-    given: list[Answer] = []
-    reasons: dict[int, str] = {}
-    for one in part:
-        try:
-            given += _answers(model, processor, [one], max_new_tokens)
-            good.append(one)
-        except UnansweredError as error:
-            reasons[one.number] = str(error)
-    return good, given, reasons
-
-
-def _answers(model: Any, processor: Any, part: Sequence[Question], max_new_tokens: int) -> list[Answer]:
+def _answers(
+    model: Any, processor: Any, part: Sequence[Question], max_new_tokens: int, skip_bad: bool
+) -> tuple[list[tuple[str | int, Answer]], dict[int, str]]:
+    """Answers by their questions' ids; with `skip_bad` also, by its number, why a question has none."""
     try:
         images = [one.images for one in part]
         videos = [[load_video(video) for video in one.videos] for one in part]
-        return answers(model, processor, [one.prompt for one in part], images, videos, max_new_tokens=max_new_tokens)
+        prompts = [one.prompt for one in part]
+        given = answers(model, processor, prompts, images, videos, max_new_tokens=max_new_tokens)
+        return list(zip([one.id for one in part], given, strict=True)), {}
     except torch.OutOfMemoryError as error:
         raise DataError(
             f"the GPU's memory does not hold a batch of {len(part)} questions; give a smaller --batch-size, and "
             "--resume to go on"
         ) from error
     except ValueError as error:
-        rows = ", ".join(str(one.number) for one in part)
-        raise UnansweredError(f"no answer to rows {rows}: {error}") from error
+        reason = f"no answer to rows {', '.join(str(one.number) for one in part)}: {error}"
+        if not skip_bad:
+            raise DataError(reason) from error
+        if len(part) == 1:
+            return [], {part[0].number: reason}
+    found = [_answers(model, processor, [one], max_new_tokens, skip_bad) for one in part]
+    return [one for own, _ in found for one in own], {number: why for _, own in found for number, why in own.items()}
 
 
 def _append(output: Path, lines: str) -> None:
@@ -210,12 +185,7 @@ def _append(output: Path, lines: str) -> None:
 def open_answers(
     output: Path, ids: Sequence[str | int], settings: Mapping[str, object], resume: bool
 ) -> set[str | int]:
-    """The ids that `output` already answers; an end that was half written is cut off.
-
-    Raises:
-        DataError: `output` is there and `resume` is not asked for, or it holds something else: no answers, answers to
-            other questions, or with other settings.
-    """
+    """The ids that `output` already answers; an end that was half written is cut off."""
     _check_output(output, resume)
     output.parent.mkdir(parents=True, exist_ok=True)
     if not output.exists():
@@ -252,13 +222,7 @@ def open_answers(
 
 
 def check_output(output: Path, resume: bool) -> None:
-    """Refuse an `output` that is there, unless it is to be resumed, or that cannot be.
-
-    Raises:
-        DataError: it is there.
-        SetupError: another run writes to it.
-        ValueError: it is in no folder that can be written into.
-    """
+    """Refuse an `output` that is there, unless it is to be resumed, or that cannot be."""
     _check_output(output, resume)
     if output.parent.is_dir():
         with alone_in(output.parent, output.name):

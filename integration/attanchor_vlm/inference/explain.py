@@ -2,22 +2,104 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-import torch
+from PIL import Image
 
-from attanchor_vlm.chat.encode import encode_chat
 from attanchor_vlm.chat.videos import Video
-from attanchor_vlm.data.batches import message, to_model
+from attanchor_vlm.data.batches import message
 from attanchor_vlm.data.rows import PLACEHOLDER, VIDEO_PLACEHOLDER, parts
-from attanchor_vlm.inference.ask import Picture, open_images, with_placeholders
-from attanchor_vlm.inference.picture import Anchored, Match
+from attanchor_vlm.inference.ask import Picture, encode_questions, generated, open_images, with_placeholders
 from attanchor_vlm.model.attach import base_of, is_attached
-from attanchor_vlm.model.geometry import image_slots, patch_boxes
+from attanchor_vlm.model.geometry import Box, image_slots, patch_boxes
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class Match:
+    """A token of the prompt that took part: its text, its best cosine, and the image token that it was copied behind.
+
+    `patch` counts the image tokens of the prompt, as `Anchored.boxes` does; None if the token was not inserted.
+    """
+
+    text: str
+    score: float
+    patch: int | None
+
+
+@dataclass(frozen=True)
+class Anchored:
+    """A question about images, and where its anchors went.
+
+    Attributes:
+        images: Those of the question, as the user has them, and frames of its videos.
+        boxes: Of every image token of the prompt, as `geometry.patch_boxes` gives them.
+        matches: In the order of the prompt.
+        truth: Shown where `answer` differs from it.
+        dropped: The image tokens that the model was not given, counted as `boxes` are.
+        frames: What those of `images` are called that are frames of videos; they are shown where they have anchors.
+    """
+
+    images: Sequence[Image.Image]
+    boxes: Sequence[Box]
+    question: str
+    matches: Sequence[Match]
+    answer: str | None = None
+    truth: str | None = None
+    dropped: frozenset[int] = frozenset()
+    frames: Mapping[int, str] = field(default_factory=dict)
+
+    def name(self, image: int) -> str:
+        """What a picture is called where there are several."""
+        return self.frames.get(image) or f"image {1 + sum(n not in self.frames for n in range(image))}"
+
+
+def describe(shown: Anchored) -> dict[str, Any]:
+    """What an anchor picture shows, as JSON has it: `answer`, counts (of image tokens, those `kept`), and `anchors`.
+
+    These are the text tokens that took part, each with its `text`, `score` (null where it had no candidate) and whether
+    it was `inserted`; if so, with the patch's place: in words (`where`), and `image`, `tile` (null in a view of the
+    whole image), `row`, `column`, counted from 0, and `pixels` (x0, y0, x1, y1 in that image); of a video also
+    `video` and `frame`, counted from 0.
+    """
+    anchors: list[dict[str, Any]] = []
+    for match in shown.matches:
+        one: dict[str, Any] = {"text": match.text, "score": match.score if math.isfinite(match.score) else None}
+        one["inserted"] = match.patch is not None
+        if match.patch is not None:
+            box = shown.boxes[match.patch]
+            one |= {"where": _where(shown, box), **box._asdict()}
+            if box.video is None:
+                del one["video"], one["frame"]
+            one["pixels"] = None if box.pixels is None else [round(value, 2) for value in box.pixels]
+        anchors.append(one)
+    inserted = sum(one["inserted"] for one in anchors)
+    return {
+        "answer": shown.answer,
+        "inserted": inserted,
+        "candidates": len(anchors),
+        "image_tokens": len(shown.boxes),
+        "kept": len(shown.boxes) - len(shown.dropped),
+        "anchors": anchors,
+    }
+
+
+def _where(shown: Anchored, box: Box) -> str:
+    said = [shown.name(box.image)] if len(shown.images) > 1 else []
+    if box.tile is not None:
+        said.append(f"tile {box.tile + 1}")
+    elif has_tiles(shown, box.image):
+        said.append("whole view")
+    return ", ".join([*said, f"row {box.row + 1}, column {box.column + 1}"])
+
+
+def has_tiles(shown: Anchored, image: int) -> bool:
+    """Whether a picture of a question was cut into tiles, so that its tokens without one are of the whole view."""
+    return any(box.image == image and box.tile is not None for box in shown.boxes)
+
+
 def explain(
     model: Any,
     processor: Any,
@@ -48,21 +130,16 @@ def explain(
         raise ValueError(
             f"the model has tau {config.tau} and direction {config.direction}; only text in images can be drawn"
         )
-    model.eval()
     opened = open_images(images)
     if not opened and not videos:
         raise ValueError("there is no image, and anchors stand in images; give one or more")
     asked = with_placeholders(prompt, len(opened), len(videos))
     chat = [message("user", asked)]
-    words = config.content_words
-    encoded = encode_chat(
-        processor, [chat], [opened], videos=[list(videos)], add_generation_prompt=True, content_words=words
-    )
-    batch = to_model(encoded, model)
+    batch = encode_questions(model, processor, [chat], [opened], [videos])
     own = {"image": iter(opened), "video": iter(videos)}
     media = [next(own[part["type"]]) for part in parts(asked) if part["type"] in own]
     boxes = patch_boxes(model, processor, batch, 0, [media])
-    sequences = model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False)
+    (answer,) = generated(model, processor, batch, max_new_tokens=max_new_tokens)
     plan = target.attanchor_plan
     ids = batch["input_ids"][0]
     patch_of = {slot: patch for patch, slot in enumerate(image_slots(model, batch, 0))}
@@ -73,7 +150,6 @@ def explain(
         patch = patch_of.get(int(plan.host[0, slot]))
         word = processor.tokenizer.decode([int(ids[slot])]).strip() or "␣"
         matches.append(Match(word, float(plan.score[0, slot]), patch))
-    answer = processor.tokenizer.decode(sequences[0, len(ids) :], skip_special_tokens=True).strip()
     shown = _with_numbers(prompt.replace(VIDEO_PLACEHOLDER, ""))
     frames = {box.image: (box.video, box.frame or 0) for box in boxes if box.video is not None}
     still = iter(opened)
@@ -82,7 +158,7 @@ def explain(
         for n in range(1 + max(box.image for box in boxes))
     ]
     names = {n: f"video {video + 1}, frame {frame + 1}" for n, (video, frame) in frames.items()}
-    return Anchored(pictures, boxes, shown, matches, answer, dropped=dropped, frames=names)
+    return Anchored(pictures, boxes, shown, matches, answer.strip(), dropped=dropped, frames=names)
 
 
 def _with_numbers(prompt: str) -> str:

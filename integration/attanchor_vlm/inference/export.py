@@ -119,24 +119,18 @@ def check_servable(model: Any) -> None:
             are inherited.
     """
     target: Any = base_of(model)
-    family, adapter = target.config.model_type, adapter_for(target)
-    inherit = ((is_attached(target) and target.attanchor_config.positions) or adapter.positions) == "inherit"
+    per_token = adapter_for(target).positions_per_token
     reasons = [refusal(target)]
-    if adapter.positions_per_token > 1 and inherit:
+    if per_token > 1 and _inherits(target):
         reasons.insert(
             0,
-            f"its tokens have {adapter.positions_per_token} positions each (M-RoPE: time, height, width), and engines "
-            "give prompt embeddings one, counted; attach it with positions='sequential', or serve it with "
-            "`attanchor serve`",
+            f"its tokens have {per_token} positions each (M-RoPE: time, height, width), and engines give prompt "
+            "embeddings one, counted; attach it with positions='sequential', or serve it with `attanchor serve`",
         )
     if reason := "; ".join(filter(None, reasons)):
         raise ServingError(
-            f"{family} cannot be served by prompt embeddings: {reason}. Use `generate` of the attached model"
-        )
-    if inherit:
-        raise ServingError(
-            "positions is 'inherit', but engines count the positions of prompt embeddings, 0, 1, 2, …; use "
-            "'sequential', with which the adapter should be trained too"
+            f"{target.config.model_type} cannot be served by prompt embeddings: {reason}. Use `generate` of the "
+            "attached model"
         )
 
 
@@ -168,7 +162,16 @@ def refusal(model: Any) -> str | None:
         )
     if not reasons and "embeds" not in adapter.routes:
         reasons.append("its forward cannot be given inputs_embeds that hold the images")
+    if adapter.positions_per_token == 1 and _inherits(model):
+        reasons.append(
+            "positions is 'inherit', but engines count the positions of this family's tokens, 0, 1, 2, …; use "
+            "'sequential', with which the adapter should be trained too"
+        )
     return "; ".join(reasons) or None
+
+
+def _inherits(model: Any) -> bool:
+    return ((is_attached(model) and model.attanchor_config.positions) or adapter_for(model).positions) == "inherit"
 
 
 # --- The checkpoint. -------------------------------------------------------------------------------------------------
@@ -199,7 +202,8 @@ def language_model(model: Any) -> Any:
     config.dtype = head.weight.dtype
     try:
         with torch.device("meta"):
-            causal: Any = AutoModelForCausalLM.from_config(config, attn_implementation=_attention_of(decoder))
+            attention = getattr(decoder.config, "_attn_implementation", None)
+            causal: Any = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
     except ValueError as error:
         raise ServingError(
             f"transformers has no causal language model for {type(config).__name__}, the language half of "
@@ -216,10 +220,6 @@ def language_model(model: Any) -> Any:
     causal.eval()
     _check_logits(target, causal)
     return causal
-
-
-def _attention_of(decoder: Any) -> str | None:
-    return getattr(decoder.config, "_attn_implementation", None)
 
 
 def _check_logits(model: Any, causal: Any) -> None:

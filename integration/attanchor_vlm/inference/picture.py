@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from matplotlib.patches import Rectangle
 from PIL import Image
 
 from attanchor_vlm.figures import PALETTE, fonts, save
+from attanchor_vlm.inference.explain import Anchored, Match, has_tiles
 from attanchor_vlm.model.geometry import Box
 
 _GREY, _VEIL = "#b8bec6", 0.72
@@ -28,91 +29,6 @@ _IMAGE_WIDTH, _IMAGE_HEIGHT, _ONE_OF_SEVERAL, _MOST_HEIGHT = 8.0, 3.9, 3.1, 6.0
 _LABEL, _MOST_LABELS = 0.265, 36  # height of one, number beside an image
 _BAR, _BARS, _MOST_BARS = 0.2, 3.8, 44  # height of one, width of all, number
 _LETTER = 0.083  # width of one, about
-
-
-@dataclass(frozen=True)
-class Match:
-    """A token of the prompt that took part: its text, its best cosine, and the image token that it was copied behind.
-
-    `patch` counts the image tokens of the prompt, as `Anchored.boxes` does; None if the token was not inserted.
-    """
-
-    text: str
-    score: float
-    patch: int | None
-
-
-@dataclass(frozen=True)
-class Anchored:
-    """A question about images, and where its anchors went.
-
-    Attributes:
-        images: Those of the question, as the user has them, and frames of its videos.
-        boxes: Of every image token of the prompt, as `geometry.patch_boxes` gives them.
-        matches: In the order of the prompt.
-        truth: Shown where `answer` differs from it.
-        dropped: The image tokens that the model was not given, counted as `boxes` are.
-        frames: What those of `images` are called that are frames of videos; they are shown where they have anchors.
-    """
-
-    images: Sequence[Image.Image]
-    boxes: Sequence[Box]
-    question: str
-    matches: Sequence[Match]
-    answer: str | None = None
-    truth: str | None = None
-    dropped: frozenset[int] = frozenset()
-    frames: Mapping[int, str] = field(default_factory=dict)
-
-    def name(self, image: int) -> str:
-        """What a picture is called where there are several."""
-        return self.frames.get(image) or f"image {1 + sum(n not in self.frames for n in range(image))}"
-
-
-def describe(shown: Anchored) -> dict[str, Any]:
-    """What an anchor picture shows, as JSON has it: `answer`, counts (of image tokens, those `kept`), and `anchors`.
-
-    These are the text tokens that took part, each with its `text`, `score` (null where it had no candidate) and whether
-    it was `inserted`; if so, with the patch's place: in words (`where`), and `image`, `tile` (null in a view of the
-    whole image), `row`, `column`, counted from 0, and `pixels` (x0, y0, x1, y1 in that image); of a video also
-    `video` and `frame`, counted from 0.
-    """
-    anchors: list[dict[str, Any]] = []
-    for match in shown.matches:
-        one: dict[str, Any] = {"text": match.text, "score": match.score if np.isfinite(match.score) else None}
-        one["inserted"] = match.patch is not None
-        if match.patch is not None:
-            box = shown.boxes[match.patch]
-            one |= {"where": _where(shown, box), **box._asdict()}
-            if box.video is None:
-                del one["video"], one["frame"]
-            one["pixels"] = None if box.pixels is None else [round(value, 2) for value in box.pixels]
-        anchors.append(one)
-    inserted = sum(one["inserted"] for one in anchors)
-    return {
-        "answer": shown.answer,
-        "inserted": inserted,
-        "candidates": len(anchors),
-        "image_tokens": len(shown.boxes),
-        "kept": len(shown.boxes) - len(shown.dropped),
-        "anchors": anchors,
-    }
-
-
-def _where(shown: Anchored, box: Box) -> str:
-    parts = [shown.name(box.image)] if len(shown.images) > 1 else []
-    if box.tile is not None:
-        parts.append(f"tile {box.tile + 1}")
-    elif _has_tiles(shown, box.image):
-        parts.append("whole view")
-    return ", ".join([*parts, f"row {box.row + 1}, column {box.column + 1}"])
-
-
-def _has_tiles(shown: Anchored, image: int) -> bool:
-    return any(box.image == image and box.tile is not None for box in shown.boxes)
-
-
-# --- The page. -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -254,27 +170,12 @@ def _draw_anchor(axes: Axes, example: Anchored, patch: int, colour: str, x: floa
     box = example.boxes[patch]
     assert box.pixels is not None
     x0, y0, x1, y1 = box.pixels
-    whole = box.tile is None and _has_tiles(example, box.image)
-    side = min(x1 - x0, y1 - y0) * scale
-    thick = min(2.4, max(1.2, 10 * side))
-    axes.add_patch(
-        Rectangle(
-            (x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor="white", linewidth=thick + 1.6, zorder=3, clip_on=False
-        )
-    )
-    axes.add_patch(
-        Rectangle(
-            (x0, y0),
-            x1 - x0,
-            y1 - y0,
-            fill=False,
-            edgecolor=colour,
-            linewidth=thick,
-            linestyle=(0, (2, 1)) if whole else "-",
-            zorder=4,
-            clip_on=False,
-        )
-    )
+    dashes = (0, (2, 1)) if box.tile is None and has_tiles(example, box.image) else "-"
+    thick = min(2.4, max(1.2, 10 * min(x1 - x0, y1 - y0) * scale))
+    frame: dict[str, Any] = {"fill": False, "clip_on": False}
+    axes.add_patch(_rectangle(box.pixels, edgecolor="white", linewidth=thick + 1.6, zorder=3, **frame))
+    axes.add_patch(_rectangle(box.pixels, edgecolor=colour, linewidth=thick, linestyle=dashes, zorder=4, **frame))
+    line = {"arrowstyle": "-", "color": colour, "linewidth": 1.3, "shrinkA": 0, "shrinkB": 0, "relpos": (0, 0.5)}
     axes.annotate(
         _plain(_label(example, patch)),
         xy=(x1, (y0 + y1) / 2),
@@ -284,14 +185,7 @@ def _draw_anchor(axes: Axes, example: Anchored, patch: int, colour: str, x: floa
         color="white",
         annotation_clip=False,
         bbox={"boxstyle": "round,pad=0.3", "facecolor": colour, "edgecolor": "none"},
-        arrowprops={
-            "arrowstyle": "-",
-            "color": colour,
-            "linewidth": 1.3,
-            "shrinkA": 0,
-            "shrinkB": 0,
-            "relpos": (0, 0.5),
-        },
+        arrowprops=line,
         zorder=5,
     )
 
@@ -303,7 +197,7 @@ def _label(example: Anchored, patch: int) -> str:
     box = example.boxes[patch]
     if box.tile is not None:
         return f"{text}  · tile {box.tile + 1}"
-    return f"{text}  · whole view" if _has_tiles(example, box.image) else text
+    return f"{text}  · whole view" if has_tiles(example, box.image) else text
 
 
 def _middle(box: Box) -> tuple[float, float]:
@@ -318,22 +212,18 @@ def _dim_unseen(axes: Axes, image: Image.Image, boxes: Sequence[Box]) -> None:
     if seen is None:
         return
     x0, y0, x1, y1 = seen
-    for x, y, w, h in (
-        (0, 0, x0, image.height),
-        (x1, 0, image.width - x1, image.height),
-        (x0, 0, x1 - x0, y0),
-        (x0, y1, x1 - x0, image.height - y1),
-    ):
-        if w > 0.5 and h > 0.5:
-            axes.add_patch(Rectangle((x, y), w, h, facecolor="white", alpha=_VEIL, edgecolor="none", zorder=1))
+    width, height = image.size
+    for beside in ((0, 0, x0, height), (x1, 0, width, height), (x0, 0, x1, y0), (x0, y1, x1, height)):
+        if beside[2] - beside[0] > 0.5 and beside[3] - beside[1] > 0.5:
+            axes.add_patch(_rectangle(beside, facecolor="white", alpha=_VEIL, edgecolor="none", zorder=1))
 
 
 def _dim_dropped(axes: Axes, example: Anchored, index: int) -> None:
     """Grey over the patches that were dropped; of an image with tiles, over those of the tiles."""
-    tiled = _has_tiles(example, index)
+    tiled = has_tiles(example, index)
     boxes = [example.boxes[patch] for patch in sorted(example.dropped)]
     places = [box.pixels for box in boxes if box.image == index and box.pixels and (box.tile is not None or not tiled)]
-    covers = [Rectangle((x0, y0), x1 - x0, y1 - y0) for x0, y0, x1, y1 in places]
+    covers = [_rectangle(place) for place in places]
     axes.add_collection(PatchCollection(covers, facecolor="white", edgecolor="none", alpha=_VEIL, zorder=1))
 
 
@@ -352,19 +242,18 @@ def _draw_grid(axes: Axes, boxes: Sequence[Box], scale: float) -> None:
     if not grid:
         return
     side = float(np.median([min(x1 - x0, y1 - y0) for x0, y0, x1, y1 in grid])) * scale
-    cells = [Rectangle((x0, y0), x1 - x0, y1 - y0) for x0, y0, x1, y1 in grid]
-    axes.add_collection(
-        PatchCollection(
-            cells, facecolor="none", edgecolor="white", linewidth=0.25 if side < 0.12 else 0.4, alpha=0.35, zorder=2
-        )
-    )
+    look: dict[str, Any] = {"linewidth": 0.25 if side < 0.12 else 0.4, "alpha": 0.35, "zorder": 2}
+    cells = [_rectangle(cell) for cell in grid]
+    axes.add_collection(PatchCollection(cells, facecolor="none", edgecolor="white", **look))
     for tile in tiles if len(tiles) > 1 else []:
         around = _around([box for box in boxes if box.tile == tile])
         assert around is not None
-        x0, y0, x1, y1 = around
-        axes.add_patch(
-            Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor="white", linewidth=1.6, linestyle=":", zorder=2)
-        )
+        axes.add_patch(_rectangle(around, fill=False, edgecolor="white", linewidth=1.6, linestyle=":", zorder=2))
+
+
+def _rectangle(corners: tuple[float, float, float, float], **look: Any) -> Rectangle:
+    x0, y0, x1, y1 = corners
+    return Rectangle((x0, y0), x1 - x0, y1 - y0, **look)
 
 
 def _spread(wanted: Sequence[float], gap: float, end: float) -> list[float]:

@@ -7,7 +7,9 @@ hold between the three.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import inspect
+import traceback
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,7 +23,7 @@ from attanchor_vlm.model.config import AttAnchorConfig
 from attanchor_vlm.model.families import FamilyAdapter, is_tested
 from attanchor_vlm.model.media import encode
 from attanchor_vlm.model.recording import record
-from attanchor_vlm.model.rewrite import Prepared, parameters, rewrite
+from attanchor_vlm.model.rewrite import Prepared, check_shapes, parameters, rewrite
 from attanchor_vlm.model.rules import RULES, Finding, Prompts
 
 WHEN = ("auto", "always", "never")
@@ -49,8 +51,9 @@ def check_once(
             raise FamilyError(
                 f"AttAnchor would be wrong in {type(model).__name__} (model_type {model.config.model_type!r}): what "
                 f"should hold, and what was found: {'; '.join(broken)}. The adapter, {type(adapter).__name__}, answers "
-                "wrongly for this model, or the model allows no anchors; attach(..., check='never') insists"
-            )
+                "wrongly for this model, or the model allows no anchors; `attanchor check --model PATH` shows it by "
+                "rule, attach(..., check='never') insists"
+            ) from next((one.cause for one in found if one.cause), None)
         if found:
             calls.checked |= kinds
 
@@ -79,17 +82,23 @@ def findings(
         return []
     # What else a user chose (tau, positions, what is kept) is right or wrong whatever the family.
     settings = AttAnchorConfig(tau=-1, max_anchors=room, direction=settings.direction, route=settings.route)
+    check_shapes(call["input_ids"], call, mask)
+    options = {name: value for name, value in _OPTIONS.items() if name in parameters(forward)}
     with _undisturbed(model), guard.inside_attached_call(model):
-        one, mask, same = _first_sample(model, adapter, settings, call, mask)
-        new = rewrite(model, adapter, settings, one, mask, None)
+        try:
+            one, mask, same = _first_sample(model, adapter, settings, call, mask)
+            new = rewrite(model, adapter, settings, one, mask, None)
+        except Exception as error:  # of the model's own code, or of an adapter that expects other code
+            if _is_of_the_call(error, lambda: forward(model, **call, **options)):
+                raise
+            return [_failed("encoding the images and rewriting the prompt", error)]
         if not bool(new.plan.is_anchor.any()):
             return []
-        options = {name: value for name, value in _OPTIONS.items() if name in parameters(forward)}
         plain = record(model, forward, {**one, **options})
         try:
             unchanged, changed = (record(model, forward, {**each.for_forward(), **options}) for each in (same, new))
-        except Exception as error:  # of the model's own code, which may be anything
-            return [Finding("arguments", f"the model's forward fails: {type(error).__name__}: {error}")]
+        except Exception as error:
+            return [_failed("the model's forward", error)]
         ids, is_real = one["input_ids"], one["attention_mask"].bool()
         is_image = adapter.placeholders(model, ids) & is_real
         before, after = (Prompts(is_real, is_image, each.plan) for each in (same, new))
@@ -104,6 +113,22 @@ def findings(
 
 _POSITIONS = ("second_per_grid_ts",)  # read from further arguments
 _OPTIONS = {"use_cache": False, "logits_to_keep": 1}  # the head is the same in all
+
+
+def _failed(what: str, error: Exception) -> Finding:
+    return Finding("arguments", f"{what} fails: {type(error).__name__}: {error}", cause=error)
+
+
+def _is_of_the_call(error: Exception, untouched: Callable[[], object]) -> bool:
+    """Whether AttAnchor refuses the call itself, or the untouched model does not take it either."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    if isinstance(error, ValueError) and str(frame.f_globals.get("__name__")).startswith("attanchor"):
+        return True
+    try:
+        untouched()
+    except Exception:
+        return True
+    return False
 
 
 def _first_sample(
@@ -130,14 +155,15 @@ def _first_sample(
 def _cropped(
     model: Any, adapter: FamilyAdapter, call: dict[str, Any], mask: Tensor | None
 ) -> tuple[dict[str, Any], Tensor | None]:
-    """The first sample that has all kinds of media of the call, or all samples if none has; media are divided as
-    placeholders are, which need not be right."""
+    """The first sample that has all kinds of media of the call, or all samples if none has or if there is sound; media
+    are divided as placeholders are, which need not be right."""
     ids, is_real = call["input_ids"], call["attention_mask"].bool()
     held = adapter.placeholders(model, ids) & is_real
     is_video = adapter.video_placeholders(model, ids)
     shown = (held & ~is_video).any(-1).byte() + (held & is_video).any(-1).byte()
     sample = int(shown.argmax())
-    if int(shown[sample]) < len(adapter.kinds(call)):
+    sound = inspect.signature(getattr(model.base_model, "get_audio_features", lambda: None)).parameters
+    if int(shown[sample]) < len(adapter.kinds(call)) or {*sound} & {*call}:
         return call, mask
 
     def of_tokens(value: Tensor) -> Tensor:

@@ -144,7 +144,7 @@ def rewrite(
             new prompt is longer than the model's context.
     """
     ids = arguments["input_ids"]
-    _check_shapes(ids, arguments, anchor_mask)
+    check_shapes(ids, arguments, anchor_mask)
     mask, labels = arguments.get("attention_mask"), arguments.get("labels")
     inherit = (settings.positions or adapter.positions) == "inherit"
     if not inherit and arguments.get("position_ids") is not None:
@@ -164,6 +164,8 @@ def rewrite(
             anchor_mask &= ~frame_labels(adapter.video_placeholders(model, ids) & is_real, grids[:, 0].tolist())
     elif labels is not None:
         _warn_of_answers(model, anchor_mask, labels)
+    if (sound := getattr(model.config, "audio_token_id", None)) is not None:
+        anchor_mask = anchor_mask & (ids != sound)  # each of which one row of the encoded sound fills
     if padding_side is None:
         padding_side = _side_of(mask)
     pauses = None
@@ -237,23 +239,26 @@ def rewrite(
     for name, anchor_value in adapter.token_types.items():
         if others.get(name) is not None:
             others[name] = _follow(others[name].to(device), plan, anchor_value)
+    # What else is encoded, such as sound, keeps its order.
+    encoded = {k: v for k, v in (arguments.get("mm_encoder_outputs") or {}).items() if k not in ("image", "video")}
     if route == "embeds":
-        prompt = {"inputs_embeds": built.embeds}
+        prompt: dict[str, Any] = {"inputs_embeds": built.embeds}
     else:
-        prompt = _ids_prompt(adapter, plan, media, rows, (is_image & is_real).to(device))
+        prompt = {"input_ids": plan.input_ids}
+        encoded |= _regrouped(adapter, plan, media, rows, (is_image & is_real).to(device))
+    if encoded:
+        prompt["mm_encoder_outputs"] = PreparedImages(encoded)
     return Prepared(plan if pauses is None else pauses.in_callers_slots(plan), prompt, others)
 
 
-def _ids_prompt(
+def _regrouped(
     adapter: FamilyAdapter, plan: AnchorPlan, media: Media, rows: Tensor, holds_image: Tensor
 ) -> dict[str, Any]:
-    """The lengthened ids, with the image features in the order of their placeholders."""
+    """The image features in the order of the new prompt's placeholders."""
     row_of_slot = holds_image.flatten().cumsum(0).view_as(holds_image) - 1
     source = plan.source.clamp(min=0)
     is_image = holds_image.gather(1, source) & (plan.source >= 0)
-    order = row_of_slot.gather(1, source)[is_image]
-    regrouped = media.regrouped(adapter, rows, order, is_image.sum(-1).tolist())
-    return {"input_ids": plan.input_ids, "mm_encoder_outputs": PreparedImages(regrouped)}
+    return media.regrouped(adapter, rows, row_of_slot.gather(1, source)[is_image], is_image.sum(-1).tolist())
 
 
 def _plan(model: PreTrainedModel, built: AnchoredSequence, ids: Tensor, labels: Tensor | None) -> AnchorPlan:
@@ -333,7 +338,7 @@ def _to(value: Tensor | None, device: torch.device) -> Tensor | None:
     return None if value is None else value.to(device)
 
 
-def _check_shapes(ids: Tensor, arguments: Mapping[str, Any], anchor_mask: Tensor | None) -> None:
+def check_shapes(ids: Tensor, arguments: Mapping[str, Any], anchor_mask: Tensor | None) -> None:
     if ids.dim() != 2:
         raise ValueError(f"input_ids has shape {tuple(ids.shape)}; it should be (B, S)")
     for name, value in (

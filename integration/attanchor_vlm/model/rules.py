@@ -25,11 +25,12 @@ RULES = {
 
 
 class Finding(NamedTuple):
-    """What one rule of `RULES` found; None is well. `note` is no fault, but worth knowing."""
+    """What one rule of `RULES` found; None is well. `note` is no fault, but worth knowing; `cause` was raised."""
 
     rule: str
     found: str | None = None
     note: str | None = None
+    cause: Exception | None = None
 
 
 class Prompts(NamedTuple):

@@ -76,27 +76,23 @@ class StopOnPlateau(TrainerCallback):
             control.should_training_stop = True
 
 
-class EvaluateLastStep(TrainerCallback):
-    """Validates and saves at the end also where the number of steps is no multiple of the interval."""
+class SaveOften(TrainerCallback):
+    """Saves every so many steps besides, so that a kill loses no more; validates and saves behind the last step too.
 
-    def __init__(self, validate: bool):
-        self.validate = validate
+    Args:
+        steps: None for the last one alone.
+        validate: Whether there is anything to validate on.
+    """
+
+    def __init__(self, steps: int | None, validate: bool):
+        self.steps, self.validate = steps, validate
 
     def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step >= state.max_steps:
+        is_last = state.global_step >= state.max_steps
+        if is_last or (self.steps is not None and state.global_step % self.steps == 0):
             control.should_save = True
+        if is_last:
             control.should_evaluate = self.validate
-
-
-class SaveEvery(TrainerCallback):
-    """Saves more often than it validates: a run that is killed loses at most so many steps."""
-
-    def __init__(self, steps: int):
-        self.steps = steps
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step % self.steps == 0:
-            control.should_save = True
 
 
 class SameOrderOnResume(TrainerCallback):

@@ -18,7 +18,7 @@ import torch
 from attanchor_vlm import distributed
 from attanchor_vlm.data.dataset import SKIPPED_FILE, STREAM_SKIPPED_FILE
 from attanchor_vlm.errors import CheckpointError, DataError, SetupError
-from attanchor_vlm.records import share_files, write_json
+from attanchor_vlm.records import PART, share_files, write_json
 from attanchor_vlm.settings import differences, settings_of
 from attanchor_vlm.training.config import TrainConfig
 
@@ -33,11 +33,7 @@ _PREFIX = "checkpoint-"
 
 
 def prepare_output(config: TrainConfig) -> Path | None:
-    """Make the output folder, which is this run's alone, ready; with `resume`, the checkpoint to go on from.
-
-    Raises:
-        SetupError: the folder is in use or cannot be written to, or there is nothing in it to resume.
-    """
+    """Make the output folder, which is this run's alone, ready; with `resume`, the checkpoint to go on from."""
     output = config.output
     checkpoint = distributed.on_main(lambda: _prepare(config))
     if not (output / RUN_FILE).is_file():
@@ -118,8 +114,8 @@ def _check_same_run(config: TrainConfig) -> None:
         raise SetupError(f"the run in {config.output} had other settings: {changes}; resume it with the same ones")
 
 
-def check_steps_left(checkpoint: Path, planned: int) -> None:
-    """Refuse to go on from a checkpoint of the last step: Trainer would make one more.
+def check_steps_left(checkpoint: Path, planned: int) -> bool:
+    """Whether steps are left behind a checkpoint; if not, the run ended before its adapter was written.
 
     Raises:
         SetupError: saying how to go on.
@@ -127,12 +123,14 @@ def check_steps_left(checkpoint: Path, planned: int) -> None:
     """
     with reading(checkpoint):
         json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        before = json.loads((checkpoint.parent / RUN_FILE).read_text(encoding="utf-8"))
     made = step_of(checkpoint)
-    if made >= planned:
+    if made > planned or made == planned == before.get("result", {}).get("steps"):
         raise SetupError(
             f"{checkpoint.parent} holds a run that has made {made} steps, and {planned} are asked for; "
             "raise --max-steps or --epochs to go on"
         )
+    return made < planned
 
 
 # --- Checkpoints in it. ----------------------------------------------------------------------------------------------
@@ -146,7 +144,7 @@ def complete_checkpoints(output: Path) -> list[Path]:
 def remove_torn(output: Path) -> list[Path]:
     """Delete what a killed run left of checkpoints it was writing; returns their paths."""
     torn = [path for path in folders(output) if read_state(path) is None]
-    for path in [*torn, *output.glob(".adapter-*")]:
+    for path in torn:
         shutil.rmtree(path, ignore_errors=True)
     return torn
 
@@ -198,9 +196,8 @@ def writing(checkpoint: Path) -> Iterator[None]:
         if not _is_of_files(error):
             raise
         shutil.rmtree(checkpoint, ignore_errors=True)
-        left = complete_checkpoints(checkpoint.parent)
-        after = f"{left[-1].name} is whole: make room, and go on from it with --resume" if left else "there is no other"
-        raise CheckpointError(f"checkpoint {checkpoint} cannot be written: {_reason(error)}; {after}") from error
+        after = _left(checkpoint.parent, "make room") or "; there is no other"
+        raise CheckpointError(f"checkpoint {checkpoint} cannot be written: {_reason(error)}{after}") from error
 
 
 @contextmanager
@@ -225,14 +222,11 @@ def replace_files(output: Path, write: Callable[[Path], object], is_writer: bool
 
     Args:
         is_writer: False for the processes that only take part in gathering what is written.
-
-    Raises:
-        CheckpointError: it cannot be written.
     """
     if not is_writer:
         write(output)
         return
-    temporary = Path(tempfile.mkdtemp(prefix=".adapter-", dir=output))
+    temporary = Path(tempfile.mkdtemp(prefix=PART, dir=output))
     try:
         write(temporary)
         share_files(temporary)
@@ -305,9 +299,10 @@ def explain_failures(config: TrainConfig) -> Iterator[None]:
         raise CheckpointError(f"training stopped: {reason}{_left(config.output)}") from error
 
 
-def _left(output: Path) -> str:
+def _left(output: Path, first: str = "mend that") -> str:
+    """What a run can go on from, once the user has done something; empty if there is no checkpoint."""
     whole = complete_checkpoints(output)
-    return f"; {whole[-1].name} is whole: mend that, and go on from it with --resume" if whole else ""
+    return f"; {whole[-1].name} is whole: {first}, and go on from it with --resume" if whole else ""
 
 
 def _too_large(config: TrainConfig) -> str:

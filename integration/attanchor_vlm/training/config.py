@@ -6,7 +6,7 @@ import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self
 
 from attanchor_vlm.data.config import DataConfig
 from attanchor_vlm.model.config import AnchorOptions, AttAnchorConfig
@@ -74,8 +74,6 @@ SCHEDULERS = (
     "reduce_lr_on_plateau",
 )
 
-M = TypeVar("M", bound="Method")
-
 
 @dataclass(frozen=True, kw_only=True)
 class Method(AnchorOptions):
@@ -134,7 +132,7 @@ class Method(AnchorOptions):
             )
 
     @classmethod
-    def from_preset(cls: type[M], preset: str, /, **settings: Any) -> M:
+    def from_preset(cls, preset: str, /, **settings: Any) -> Self:
         """A preset with every one of `settings` that is not None in the place of its own.
 
         Raises:
@@ -175,9 +173,13 @@ class TrainConfig(DataConfig, Method):
     align_weight: float | None = setting(
         None, "Also align image tokens with words: weight of that loss.", at_least=0, below=math.inf
     )
-    align_labels: str = setting("captions", "What images show: captions (their answers), or a file of captions.")
-    align_clip: Path | None = setting(None, "Instead: folder of a CLIP model, which says what image tokens show.")
-    align_words: Path | None = setting(None, "The words that CLIP chooses from, one a line.")
+    align_labels: str = setting(
+        "captions", "What images show: captions (their answers), or a file of captions.", needs="align_weight"
+    )
+    align_clip: Path | None = setting(
+        None, "Instead: folder of a CLIP model, which says what image tokens show.", needs="align_weight"
+    )
+    align_words: Path | None = setting(None, "The words that CLIP chooses from, one a line.", needs="align_weight")
     align_temperature: float = setting(0.1, "Of the alignment's contrast.", above=0, needs="align_weight")
     fsdp: bool = setting(False, "Under torchrun: shard the model over the GPUs, instead of copying it.")
     gradient_checkpointing: bool = setting(False, "Less memory, slower.", resumable=True)
@@ -196,7 +198,7 @@ class TrainConfig(DataConfig, Method):
             )
 
     @classmethod
-    def from_preset(cls: type[M], preset: str | None = None, /, **settings: Any) -> M:
+    def from_preset(cls, preset: str | None = None, /, **settings: Any) -> Self:
         """A preset, or that of the model's family, with every one of `settings` that is not None in its place.
 
         Raises:
@@ -213,9 +215,6 @@ def preset_for(model: str) -> str:
 
     The paper trained TinyLLaVA, LLaVA-1.5 and Qwen2.5-VL. A LLaVA's width tells the first two apart, and the small
     ones; all other families train as Qwen2.5-VL does, in bfloat16.
-
-    Raises:
-        SetupError: there is no such model, or its configuration is damaged.
     """
     from transformers import AutoConfig
 
@@ -236,11 +235,6 @@ def preset_for(model: str) -> str:
 def _check_alignment(config: TrainConfig) -> None:
     weight, labels = config.align_weight, config.align_labels
     if weight is None:
-        given = {"align_clip": config.align_clip, "align_words": config.align_words}
-        given["align_labels"] = Path(labels) if labels != "captions" else None
-        for name, value in given.items():
-            if value is not None:
-                raise ValueError(f"{name} is {value}, but there is no align_weight; say how much the alignment counts")
         return
     if (config.align_clip is None) != (config.align_words is None):
         raise ValueError("align_clip and align_words belong together: a CLIP model, and the words that it chooses from")

@@ -43,9 +43,6 @@ def choose_optimizer(wanted: str, say: Callable[[str], None], sharded: bool = Fa
     Args:
         sharded: Whether it steps sharded parameters (FSDP), which bitsandbytes' kernels do not take: its issue 1633, an
             illegal memory access.
-
-    Raises:
-        SetupError: transformers has no optimizer of that name.
     """
     from transformers.training_args import OptimizerNames
 

@@ -17,15 +17,15 @@ import torch
 from attanchor_vlm import distributed
 from attanchor_vlm.analysis.calibrate import HIGHEST_TAU, measure_scores
 from attanchor_vlm.data import dataset as train_data
-from attanchor_vlm.data.batches import Collator, MostCopies
+from attanchor_vlm.data.batches import Collator
 from attanchor_vlm.data.dataset import STREAM_SKIPPED_FILE, TrainData
+from attanchor_vlm.data.lengths import Growth
 from attanchor_vlm.data.stream import SampleStream
 from attanchor_vlm.errors import DataError, SetupError
 from attanchor_vlm.model import load as loading
 from attanchor_vlm.model.adapter_files import save_settings
 from attanchor_vlm.model.attach import attach, base_of, tau_of
 from attanchor_vlm.model.candidates import with_tokens_of
-from attanchor_vlm.model.config import AttAnchorConfig
 from attanchor_vlm.model.guard import expect_anchors
 from attanchor_vlm.model.pauses import with_pauses
 from attanchor_vlm.records import alone_in, write_json
@@ -92,39 +92,29 @@ def run(config: TrainConfig, say: Callable[[str], None] = print, progress: bool 
             not fit it, or the GPU's memory is too small.
         CheckpointError: a file cannot be written or read, or a process that loads data was killed.
     """
-    with distributed.session():
+    with distributed.session(), ExitStack() as held:
         if not distributed.is_main():
-            say, progress = _say_nothing, False
+            say, progress = (lambda line: None), False
+        _check_sharding(config)
+        loading.source_of(config.model)  # that there is no such model is said before images are checked
+        distributed.on_main(lambda: held.enter_context(alone_in(config.output)))
         return _run(config, say, progress)
 
 
-def _say_nothing(line: str) -> None:
-    pass
-
-
 def _run(config: TrainConfig, say: Callable[[str], None], progress: bool) -> TrainResult:
+    from transformers import set_seed
+
     anchors = config.anchors()
     if config.fraction is not None:
         anchors = dataclasses.replace(anchors, tau=HIGHEST_TAU)  # until it is measured
-    _check_sharding(config)
-    loading.source_of(config.model)  # that there is no such model is said before images are checked
-    with ExitStack() as held:
-        distributed.on_main(lambda: held.enter_context(alone_in(config.output)))
-        return _run_alone(config, anchors, say, progress)
-
-
-def _run_alone(
-    config: TrainConfig, anchors: AttAnchorConfig, say: Callable[[str], None], progress: bool
-) -> TrainResult:
-    from transformers import set_seed
 
     checkpoint = checkpoints.prepare_output(config)
     found = train_data.read(config, progress)
     dtype = loading.choose_dtype(config.dtype, say)
     optimizer = choose_optimizer(config.optimizer, say, config.fsdp)
     model, processor = loading.load_pretrained(config.model, dtype)
-    copies = MostCopies.of(anchors, config.pause_tokens)
-    data = train_data.make(found, config, processor, model, say, config.batch_size, config.fsdp, copies)
+    growth = Growth.of(anchors, config.pause_tokens)
+    data = train_data.make(found, config, processor, model, say, config.batch_size, config.fsdp, growth)
 
     # What to leave out in calls without a mask, as of an evaluation harness.
     anchors = with_tokens_of(anchors, processor)
@@ -159,11 +149,9 @@ def _described(config: TrainConfig, dtype: torch.dtype) -> str:
 
 
 def _check_sharding(config: TrainConfig) -> None:
-    if not config.fsdp:
-        return
-    if distributed.world_size() == 1:
+    if config.fsdp and distributed.world_size() == 1:
         raise SetupError("fsdp shards a model over several processes, and this is one; start them with torchrun")
-    if not distributed.can_shard():
+    if config.fsdp and not distributed.can_shard():
         raise SetupError("fsdp needs GPUs, and there is none; leave it out")
 
 
@@ -184,18 +172,15 @@ def _train(
     from attanchor_vlm.training import callbacks as calls
     from attanchor_vlm.training.trainer import AnchorTrainer
 
-    if checkpoint is not None:
-        checkpoints.check_steps_left(checkpoint, planned_steps(config, data.count))
+    steps_left = checkpoint is None or checkpoints.check_steps_left(checkpoint, planned_steps(config, data.count))
     collate = Collator(processor, config.turns, config.content_words)
     aligner = aligner_for(config, model, processor, getattr(data.train, "samples", ()), progress)
     interrupt, plateau = calls.KeepOnInterrupt(), None
     listeners = [calls.LogFile(config.output), calls.SameOrderOnResume(), interrupt]
-    if config.save_steps is not None:
-        listeners.append(calls.SaveEvery(config.save_steps))
     if len(data.val) and config.patience:
         plateau = calls.StopOnPlateau(config.patience)
         listeners.append(plateau)
-    listeners.append(calls.EvaluateLastStep(validate=bool(len(data.val))))
+    listeners.append(calls.SaveOften(config.save_steps, validate=bool(len(data.val))))
     arguments = _arguments(config, model, data, dtype, optimizer, progress)
     _check_optimizer(arguments, model)
     trainer = AnchorTrainer(
@@ -217,7 +202,7 @@ def _train(
 
     started = time.perf_counter()
     # A short run may draw no image at all, if some rows have none.
-    guard = nullcontext() if data.may_lack_images else expect_anchors(base_of(model))
+    guard = nullcontext() if data.may_lack_images or not steps_left else expect_anchors(base_of(model))
     watch = nullcontext() if aligner is None else aligner.watching(model)
     try:
         with checkpoints.explain_failures(config), guard, watch:

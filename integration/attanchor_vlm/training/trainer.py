@@ -131,6 +131,13 @@ class AnchorTrainer(Trainer):
         batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * distributed.world_size()
         return LengthGroupedSampler(self.lengths, batch, self.args.seed)
 
+    def _run_epoch(self, *args, **kwargs):
+        """As Trainer's, which would make one step more when it is resumed behind the last."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
     # --- Checkpoints. ------------------------------------------------------------------------------------------------
 
     def _save_checkpoint(self, model, trial):

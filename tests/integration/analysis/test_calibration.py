@@ -286,7 +286,7 @@ def test_calibrate_prints_draws_and_stores(world, tmp_path, capsys):
 
     # Another direction's threshold means nothing to these settings.
     assert cli.main(command(world, "--direction", "image_into_text", "--save", folder)) == 1
-    assert "direction is 'text_into_image' there and 'image_into_text' here" in capsys.readouterr().err
+    assert "direction was 'text_into_image' and is 'image_into_text'" in capsys.readouterr().err
     assert load_settings(folder) == stored
     # Written by hand, without what the processor says.
     save_settings(AttAnchorConfig(tau=0.9), folder)

@@ -193,7 +193,7 @@ def test_training_keeps_the_setting_beside_the_adapter(world, tmp_path, monkeypa
     assert said
     assert not FUNCTION_WORDS & set(said)
 
-    model = small_llava.build_model(collate.processor).eval()
+    model = small_llava.build_model().eval()
     attach(model, settings)
     shown = explain(model, collate.processor, picture(), "where is the red ring ?")
     assert [match.text for match in shown.matches] == ["red", "ring"]
@@ -244,7 +244,7 @@ def test_asking_with_content_words_alone(world, capsys):
 def test_calibration_counts_the_tokens_that_take_part(world):
     processor = small_llava.build_processor()
     torch.manual_seed(0)
-    model = small_llava.build_model(processor)
+    model = small_llava.build_model()
     image = next((world / "images").iterdir())
     sample = Sample(0, (("user", "<image>\nwhere is the red ring ?"), ("assistant", "left")), (image,))
     num_candidates = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
@@ -13,6 +14,8 @@ from attanchor_lab.scenes import dataset as scenes
 from attanchor_lab.small_llava import model as small_llava
 from attanchor_vlm.data import batches as collate
 from attanchor_vlm.data import rows as data
+from attanchor_vlm.data.lengths import Growth, RowLengths, check_texts
+from attanchor_vlm.data.videos import VideoFiles
 from attanchor_vlm.errors import DataError
 
 
@@ -310,27 +313,64 @@ def test_an_image_that_vanishes_later_is_named(folder, processor):
         collate.Collator(processor, "each")([sample])
 
 
-def test_rows_that_the_model_cannot_take_are_found_by_their_text(processor):
+def test_rows_that_the_model_cannot_take_are_found_by_their_text(folder, processor):
+    image = next((folder / "images").iterdir())
     rows = [
-        data.Row(1, (("user", "<image>\nShort?"), ("assistant", "yes")), ("a.png",)),
-        data.Row(2, (("user", "<image>\n" + "word " * 60), ("assistant", "yes")), ("a.png",)),
+        data.Row(1, (("user", "<image>\nShort?"), ("assistant", "yes")), (image,)),
+        data.Row(2, (("user", "<image>\n" + "word " * 60), ("assistant", "yes")), (image,)),
     ]
     cells = scenes.GRID**2
-    good, bad = collate.check_texts("data.json", rows, processor, context=cells + 40)
+    lengths = RowLengths(processor)
+    good, bad = check_texts("data.json", rows, lengths, cells + 40)
     assert [one.number for one in good] == [1]
     assert bad[0].number == 2
     assert f"more than the model's context, {cells + 40}" in str(bad[0])
-    assert collate.check_texts("data.json", rows, processor, context=None) == (rows, [])
-    # The short one as well, if every word of its question may be copied, but not if only two may.
-    length = cells + len(processor.tokenizer(" \nShort?\nyes", add_special_tokens=False).input_ids)
-    bad = collate.check_texts("data.json", rows[:1], processor, length, collate.MostCopies())[1]
-    assert f"{length} tokens with its images and up to " in str(bad[0])
-    assert f"anchors, more than the model's context, {length}; max_anchors bounds them" in str(bad[0])
-    assert collate.check_texts("data.json", rows[:1], processor, length + 2, collate.MostCopies(2))[1] == []
-    # Pause tokens count too, and what is dropped makes room.
-    assert len(collate.check_texts("data.json", rows[:1], processor, length + 2, collate.MostCopies(2, pauses=1))[1])
-    fewer = collate.MostCopies(2, pauses=2, keep=cells - 2)
-    assert collate.check_texts("data.json", rows[:1], processor, length + 2, fewer)[1] == []
+    assert check_texts("data.json", rows, lengths, None) == (rows, [])
+
+    def bad_of(context, growth=None):
+        return [one.reason for one in check_texts("data.json", rows[:1], lengths, context, growth)[1]]
+
+    # To the token, with what the template writes.
+    batch = collate.Collator(processor, "each")(list(data.samples(rows[:1], "each")))
+    length, asked = batch["input_ids"].shape[1], int(batch["anchor_mask"].sum())
+    assert bad_of(length) == []
+    assert bad_of(length - 1) == [f"{length} tokens with its images, more than the model's context, {length - 1}"]
+    # The short one is too long as well if every word of its question may be copied, but not if only two may.
+    (reason,) = bad_of(length, Growth())
+    assert reason == (
+        f"{length} tokens with its images and up to {asked} anchors, more than the model's context, {length}; "
+        "max_anchors bounds them"
+    )
+    assert bad_of(length + 2, Growth(2)) == []
+    # Pause tokens count too, and what is dropped makes room, also where the plain prompt has none.
+    assert len(bad_of(length + 2, Growth(2, pauses=1))) == 1
+    assert bad_of(length + 2, Growth(2, pauses=2, keep=cells - 2)) == []
+    fewer = Growth(2, keep=cells - 8)
+    assert bad_of(length - 6, fewer) == []
+    (reason,) = bad_of(length - 7, fewer)
+    assert reason.startswith(f"{length} tokens with its images, {length - 6} of which may be left by keep, more than")
+    # Not where tokens keep the plain prompt's positions.
+    assert len(bad_of(length - 1, dataclasses.replace(fewer, in_place=True))) == 1
+    assert bad_of(length, dataclasses.replace(fewer, in_place=True)) == []
+
+
+def test_frames_of_a_video_count(folder, processor, monkeypatch):
+    """By a processor of nothing but frames, of three tokens each."""
+
+    def encoded(processor, chat, images, videos, **options):
+        length = 10 + 3 * sum(len(video.frames) for video in videos[0])
+        return {"input_ids": torch.zeros(1, length), "anchor_mask": torch.ones(1, 5)}
+
+    monkeypatch.setattr("attanchor_vlm.data.lengths.encode_chat", encoded)
+    video = VideoFiles((next((folder / "images").iterdir()),) * 7)
+    row = data.Row(1, (("user", "<video>\nShort?"), ("assistant", "yes")), (), (video,))
+    lengths = RowLengths(processor)
+    assert check_texts("data.json", [row], lengths, 31)[1] == []
+    assert len(check_texts("data.json", [row], lengths, 30)[1]) == 1
+    assert check_texts("data.json", [row], lengths, 36, Growth())[1] == []
+    assert "31 tokens with its images and up to 5 anchors" in str(
+        check_texts("data.json", [row], lengths, 35, Growth())[1]
+    )
 
 
 @pytest.mark.parametrize(
@@ -340,12 +380,13 @@ def test_rows_that_the_model_cannot_take_are_found_by_their_text(processor):
         ({"keep": 1000}, 10),
         ({"keep": 0.9}, 0),
         ({"keep": 98}, 6),  # of the first image alone
-        ({"keep": 98, "budget": 3, "pauses": 2}, 2 + 0),
-        ({"budget": 0, "keep": 0.5, "pauses": 2}, 2),
+        ({"keep": 98, "budget": 3, "pauses": 2}, 2 + 3 - 4),
+        ({"keep": 98, "budget": 3, "pauses": 2, "in_place": True}, 2),
+        ({"budget": 0, "keep": 0.5, "pauses": 2}, 2 - 52),
         ({"of_images": True, "keep": 98}, 104 - 4),
     ],
 )
 def test_what_a_row_grows_by_at_the_most(copies, added):
     """10 tokens of text, images of 102 and 2 tokens."""
-    assert collate.MostCopies(**copies)(10, [102, 2]) == added
-    assert collate.MostCopies(**copies)(10, []) == 0
+    assert Growth(**copies)(10, [102, 2]) == added
+    assert Growth(**copies)(10, []) == 0

@@ -17,7 +17,8 @@ from attanchor_vlm import cli, detach
 from attanchor_vlm.inference import ask as infer
 from attanchor_vlm.inference import explain as evaluate
 from attanchor_vlm.inference import picture as plots
-from attanchor_vlm.inference.picture import Anchored, Match, anchor_picture, describe
+from attanchor_vlm.inference.explain import Anchored, Match, describe
+from attanchor_vlm.inference.picture import anchor_picture
 from attanchor_vlm.model.geometry import Box
 from attanchor_vlm.model.load import load
 

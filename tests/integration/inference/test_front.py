@@ -83,7 +83,7 @@ def test_a_family_that_was_never_compared_is_refused(monkeypatch):
     ("settings", "reason"),
     [
         (None, "holds no AttAnchor settings; start it with `attanchor serve`"),
-        ({"tau": 0.5, "positions": "inherit", "force_inherit": True}, "vLLM counts the positions"),
+        ({"tau": 0.5, "positions": "inherit", "force_inherit": True}, "engines count the positions"),
         ({"tau": 0.5, "positions": "inherit"}, "Use 'sequential'"),
         ({"tau": "high"}, "tau is str"),
     ],

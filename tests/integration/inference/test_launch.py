@@ -48,14 +48,20 @@ def test_options_behind_the_dashes_win(sample, monkeypatch, capsys):
     monkeypatch.setattr(launch, "check_vllm", lambda: None)
     ran = []
     monkeypatch.setattr(launch, "run_server", lambda command, address, ready: ran.append((command, address)) or 3)
-    options = ["--tau", "0.6", "--keep", "0.5", "--port", "1234", "--", "--dtype", "bfloat16"]
+    options = ["--tau", "0.6", "--keep", "0.5", "--port", "1234", "--", "--host=::1", "--dtype", "bfloat16"]
     assert cli.main(["serve", "--model", str(sample / "model"), *options]) == 3
     ((command, address),) = ran
-    assert address == "http://127.0.0.1:1234"
+    assert address == "http://[::1]:1234"
     assert command[-2:] == ["--dtype", "bfloat16"]
     overrides = json.loads(command[command.index("--hf-overrides") + 1])
     assert overrides["architectures"] == ["AttAnchorForConditionalGeneration"]
     assert AttAnchorConfig.from_dict(overrides["attanchor"]) == AttAnchorConfig(tau=0.6, keep=0.5)
+
+
+def test_what_is_announced_is_what_the_options_behind_the_dashes_say():
+    assert launch.announced("m", "127.0.0.1", 8000) == ("http://127.0.0.1:8000", "m")
+    options = ["--port", "1", "--served-model-name", "wide", "w", "--max-model-len", "512", "--host=0.0.0.0"]
+    assert launch.announced("m", "127.0.0.1", 8000, options) == ("http://0.0.0.0:1", "wide")
 
 
 SERVER = """
@@ -109,7 +115,7 @@ def test_what_answers_in_another_language_is_waited_for_without_a_proxy(monkeypa
 
 
 def test_a_server_does_not_outlive_a_command_that_fails(monkeypatch):
-    monkeypatch.setattr(launch, "_answers", lambda address: 1 / 0)
+    monkeypatch.setattr(launch, "answers", lambda address: 1 / 0)
     started = []
     popen = launch.subprocess.Popen
     monkeypatch.setattr(launch.subprocess, "Popen", lambda command: started.append(popen(command)) or started[0])
@@ -126,7 +132,9 @@ def test_the_printed_line_is_one_that_a_shell_takes_whole():
     assert body["messages"][0]["content"][0]["image_url"]["url"].startswith("data:image/png;base64,")
 
 
-def test_an_export_is_the_model_with_its_adapter_and_its_settings(sample, tmp_path, capsys):
+def test_what_is_exported_or_served_is_the_model_with_its_adapter_and_its_settings(
+    sample, tmp_path, monkeypatch, capsys
+):
     model, _ = load(str(sample / "model"), tau=-1, max_anchors=3)
     torch.manual_seed(1)
     targets = LoraConfig(r=4, lora_alpha=16, target_modules=lora_targets(model), init_lora_weights=False)
@@ -145,6 +153,18 @@ def test_an_export_is_the_model_with_its_adapter_and_its_settings(sample, tmp_pa
     assert expected.inserted == 3
     assert answer(whole, processor, QUESTION, image, max_new_tokens=8) == expected
     assert whole.config.text_config.head_dim == 32
+
+    def look(command, address, ready):
+        folders.append(command[command.index("--model") + 1])
+        served, _ = load(folders[0])
+        assert answer(served, processor, QUESTION, image, max_new_tokens=8) == expected
+        return 0
+
+    folders = []
+    monkeypatch.setattr(launch, "check_vllm", lambda: None)
+    monkeypatch.setattr(launch, "run_server", look)
+    assert cli.main(["serve", "--model", str(sample / "model"), "--adapter", str(tmp_path / "adapter")]) == 0
+    assert not os.path.exists(folders[0])
 
 
 def test_wider_heads_compute_the_same():

@@ -20,10 +20,10 @@ def test_the_demonstration_leaves_its_figures_and_a_picture(tmp_path, monkeypatc
     monkeypatch.setattr(parts, "check_installed", lambda: None)
     monkeypatch.setattr(parts, "read", lambda side: small_vlm_toy.parts())
     names = " ".join(name for names in CONCEPTS.values() for name in names if name != "fox")
-    monkeypatch.setattr(parts, "class_names", lambda: [names])
-    monkeypatch.setattr(parts, "read_tower", lambda side: (small_vlm_toy.tower(), (torch.zeros(1, 8), torch.zeros(1))))
+    monkeypatch.setattr(parts, "class_names", lambda: [f"{names} {word}" for word in ("cup", "owl", "jug")])
+    monkeypatch.setattr(parts, "read_tower", lambda side: (small_vlm_toy.tower(), (torch.zeros(3, 8), torch.zeros(3))))
     size = demo.Size(
-        scenes=8, test_scenes=4, concepts=None, caption_steps=1, question_steps=1, names=2, questions=1,
+        scenes=8, test_scenes=4, concepts=None, reading_steps=1, question_steps=1, names=2, questions=1,
         held_out=0.34,
     )  # fmt: skip
     said: list[str] = []
@@ -34,7 +34,7 @@ def test_the_demonstration_leaves_its_figures_and_a_picture(tmp_path, monkeypatc
     plain, anchors, shorter = (results["arms"][name] for name in (demo.PLAIN, demo.ANCHORS, demo.SHORTER))
     assert anchors["tokens"] > plain["tokens"] > shorter["tokens"]
     assert plain["inserted_share"] == 0 < anchors["inserted_share"]
-    assert set(plain["kinds"]) >= {"existence", "count", "what"}
+    assert set(plain["accuracy"]) >= {"existence", "count", "what", "mean"}
     assert results["held_out"]
     world = json.loads((tmp_path / "out" / "data" / "world.json").read_text())["concepts"]
     assert "fox" not in world["seen"] + world["held_out"]  # the image encoder's classes do not name it

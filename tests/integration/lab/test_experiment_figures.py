@@ -139,14 +139,16 @@ def test_views_are_the_whole_and_its_parts():
 
 
 def test_rows_of_views_have_a_placeholder_for_each(world, tmp_path):
-    data, images = variants.write_views(world / "test.json", world / "images", tmp_path / "v", 2, 3, progress=False)
+    data, images = variants.write_views(
+        world / "test.json", world / "images", tmp_path / "v", 2, rows=3, progress=False
+    )
     rows, _ = read_rows(data, images)
     assert [len(row.images) for row in rows] == [2, 2, 2]
     assert rows[0].messages[0][1].count("<image>") == 2
     before = data.stat().st_mtime_ns
-    variants.write_views(world / "test.json", world / "images", tmp_path / "v", 2, 3, progress=False)
+    variants.write_views(world / "test.json", world / "images", tmp_path / "v", 2, rows=3, progress=False)
     assert data.stat().st_mtime_ns == before  # made before
     (tmp_path / ".v.part" / "images").mkdir(parents=True)  # what a kill leaves
-    variants.write_views(world / "test.json", world / "images", tmp_path / "v", 2, 4, progress=False)
+    variants.write_views(world / "test.json", world / "images", tmp_path / "v", 2, rows=4, progress=False)
     assert len(read_rows(data, images)[0]) == 4
     assert [path.name for path in tmp_path.iterdir()] == ["v"]

@@ -7,8 +7,9 @@ import json
 import shutil
 import subprocess
 
+import pandas as pd
 import pytest
-from experiment_toy import quietly, study
+from experiment_toy import study
 
 from attanchor_lab import figures, table
 from attanchor_lab.paper import arms, studies
@@ -62,14 +63,14 @@ def bad_rows(world):
 
 def test_bad_test_rows_are_said_before_training(world, tmp_path, bad_rows, no_training):
     with pytest.raises(DataError, match=r"gone\.png does not exist"):
-        quietly(studies.sweep, measured_on(world, tmp_path, bad_rows), [1.0])
+        studies.sweep(measured_on(world, tmp_path, bad_rows), [1.0])
     with pytest.raises(DataError, match="nowhere is not a folder"):
-        quietly(studies.sweep, measured_on(world, tmp_path, world / "test.json", world / "nowhere"), [1.0])
+        studies.sweep(measured_on(world, tmp_path, world / "test.json", world / "nowhere"), [1.0])
 
 
 def test_every_threshold_is_checked_before_training(world, tmp_path, no_training):
     with pytest.raises(ValueError, match="tau"):
-        quietly(studies.sweep, study(world, tmp_path), [1.0, float("nan")])
+        studies.sweep(study(world, tmp_path), [1.0, float("nan")])
 
 
 def test_views_that_a_context_does_not_hold_are_said_before_training(world, tmp_path, no_training):
@@ -80,7 +81,7 @@ def test_views_that_a_context_does_not_hold_are_said_before_training(world, tmp_
     (short / "config.json").write_text(json.dumps(config))
     one = dataclasses.replace(study(world, tmp_path / "o"), model=str(short))
     with pytest.raises(DataError, match="more than the model's context, 300"):
-        quietly(studies.tokens, one, [1, 5])
+        studies.tokens(one, [1, 5])
 
 
 def test_an_adapter_of_other_settings_is_not_measured(world, tmp_path, monkeypatch):
@@ -93,14 +94,14 @@ def test_an_adapter_of_other_settings_is_not_measured(world, tmp_path, monkeypat
     with monkeypatch.context() as patch:
         patch.setattr(evaluation, "evaluate", killed)
         with pytest.raises(KeyboardInterrupt):
-            quietly(arms.run_arms, one, "x", [Arm("a", 0.5, placement="random")])
+            arms.run_arms(one, "x", [Arm("a", 0.5, placement="random")])
     other = dataclasses.replace(one, preset=dataclasses.replace(one.preset, lr=1e-5))
     with pytest.raises(SetupError, match=r"lr was 0\.01 and is 1e-05"):
-        quietly(arms.run_arms, other, "x", [Arm("a", 0.5, placement="random")])
+        arms.run_arms(other, "x", [Arm("a", 0.5, placement="random")])
     longer = dataclasses.replace(one, train=dataclasses.replace(one.train, max_steps=2))
     with pytest.raises(SetupError, match="max_steps was 1 and is 2"):
-        quietly(arms.run_arms, longer, "x", [Arm("a", 0.5, placement="random")])
-    quietly(arms.run_arms, one, "x", [Arm("a", 0.5, placement="random")])
+        arms.run_arms(longer, "x", [Arm("a", 0.5, placement="random")])
+    arms.run_arms(one, "x", [Arm("a", 0.5, placement="random")])
 
 
 def test_a_loss_that_is_no_number_costs_neither_the_row_nor_the_others(world, tmp_path, monkeypatch):
@@ -111,28 +112,28 @@ def test_a_loss_that_is_no_number_costs_neither_the_row_nor_the_others(world, tm
 
     monkeypatch.setattr(answers, "score_answers", overflows)
     said = []
-    one = study(world, tmp_path, trains=False, limit=2)
-    row = studies.sweep(one, [1.0], say=said.append, progress=False).rows[0]
+    one = dataclasses.replace(study(world, tmp_path, trains=False, limit=2), say=said.append)
+    row = studies.sweep(one, [1.0]).rows[0]
     assert set(row["values"]) == {"exact"}
     assert row["not_finite"] == ["loss"]
     assert any("left out, as NaN or infinite: loss" in line for line in said)
     assert "- baseline, seed 0: loss left out, as NaN or infinite." in (tmp_path / "table.md").read_text()
     # Without any number there is a table that says why, and no picture.
     nothing = study(world, tmp_path / "nothing", trains=False, limit=1, metrics=("loss",))
-    files = quietly(studies.degrade, nothing, {"blur": [9]}, [1.0]).files
+    files = studies.degrade(nothing, {"blur": [9]}, [1.0]).files
     assert [path.name for path in files] == ["rows.jsonl", "table.md"]
     assert "- blur 9, baseline, seed 0: loss left out" in (tmp_path / "nothing" / "table.md").read_text()
     figures.dots(tmp_path / "none.png", table.by_seed([{"arm": "a", "seed": 0, "values": {}, "figures": {}}]), {}, "")
-    figures.along(tmp_path / "none.png", {}, "", "")
+    figures.along(tmp_path / "none.png", pd.DataFrame(columns=["panel"]), "", "")
     assert not (tmp_path / "none.png").exists()
 
 
 def test_bad_rows_are_left_out_of_changed_images_too(world, tmp_path, bad_rows):
     one = measured_on(world, tmp_path, bad_rows, trains=False, limit=2, skip_bad=True)
-    assert len(quietly(studies.degrade, one, {"blur": [9]}, [1.0]).rows) == 2
+    assert len(studies.degrade(one, {"blur": [9]}, [1.0]).rows) == 2
     other = measured_on(world, tmp_path, world / "test.json", world / "images", trains=False, limit=2)
     with pytest.raises(SetupError, match="with other settings"):
-        quietly(studies.degrade, other, {"blur": [9]}, [1.0])
+        studies.degrade(other, {"blur": [9]}, [1.0])
 
 
 @pytest.mark.parametrize(
@@ -182,4 +183,4 @@ def test_an_installed_package_has_no_commit(tmp_path, monkeypatch):
 
 def test_arms_with_one_name_are_refused(world, tmp_path):
     with pytest.raises(ValueError, match="two arms have one name: a"):
-        quietly(arms.run_arms, study(world, tmp_path, trains=False), "x", [Arm("a", 1.0), Arm("a", 0.5)])
+        arms.run_arms(study(world, tmp_path, trains=False), "x", [Arm("a", 1.0), Arm("a", 0.5)])

@@ -7,7 +7,7 @@ import json
 import shutil
 
 import pytest
-from experiment_toy import quietly, same, study
+from experiment_toy import same, study
 
 from attanchor_lab.paper import arms, studies
 from attanchor_lab.paper.arms import find
@@ -51,7 +51,7 @@ def test_rows_of_other_settings_or_experiments_are_not_mixed(world, tmp_path):
     with pytest.raises(SetupError, match=r"holds 'a' with other settings: lr was 0\.1 and is 0\.2"):
         find(rows_in(tmp_path), "a", 0, {"tau": 1, "lr": 0.2})
     with pytest.raises(SetupError, match="rows of the experiment 'sweep'"):
-        quietly(arms.run_arms, study(world, tmp_path, trains=False), "degrade", [Arm("a", 0.5)])
+        arms.run_arms(study(world, tmp_path, trains=False), "degrade", [Arm("a", 0.5)])
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_settings_tell_whatever_figures_depend_on(world, tmp_path):
 def test_a_killed_sweep_goes_on_where_it_was(world, tmp_path, monkeypatch):
     """Killed in the measurement of the second arm, when it is trained: nothing is trained or measured twice, and the
     rows are those of a sweep that was left alone."""
-    whole = quietly(studies.sweep, study(world, tmp_path / "whole"), [1.0, 0.5]).rows
+    whole = studies.sweep(study(world, tmp_path / "whole"), [1.0, 0.5]).rows
     trained, measured = [], []
     run, evaluate = train.run, evaluation.evaluate
 
@@ -116,18 +116,18 @@ def test_a_killed_sweep_goes_on_where_it_was(world, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "run", training)
     monkeypatch.setattr(evaluation, "evaluate", measuring)
     with pytest.raises(KeyboardInterrupt):
-        quietly(studies.sweep, study(world, tmp_path / "killed"), [1.0, 0.5])
+        studies.sweep(study(world, tmp_path / "killed"), [1.0, 0.5])
     assert "baseline" in (tmp_path / "killed" / "table.md").read_text()  # what there is, is shown
-    result = quietly(studies.sweep, study(world, tmp_path / "killed"), [1.0, 0.5])
+    result = studies.sweep(study(world, tmp_path / "killed"), [1.0, 0.5])
     assert trained == ["baseline-seed0", "tau-0.5-seed0"]
     assert len(measured) == 3
     assert same(result.rows) == same(whole)
     assert load_settings(tmp_path / "killed" / "runs" / "tau-0.5-seed0").tau == 0.5
     assert {path.name for path in result.files} == {"rows.jsonl", "table.md", "plot.png"}
-    quietly(studies.sweep, study(world, tmp_path / "killed"), [1.0, 0.5])
+    studies.sweep(study(world, tmp_path / "killed"), [1.0, 0.5])
     assert len(measured) == 3  # all done before
     untrained = study(world, tmp_path / "untrained", trains=False, metrics=("loss",))
-    for before, after in zip(quietly(studies.sweep, untrained, [1.0, 0.5]).rows, whole, strict=True):
+    for before, after in zip(studies.sweep(untrained, [1.0, 0.5]).rows, whole, strict=True):
         assert abs(after["values"]["loss"] - before["values"]["loss"]) > 0.01  # what is measured is what was trained
 
 
@@ -137,12 +137,12 @@ def test_a_run_killed_before_its_result_was_written_goes_on(world, tmp_path, ste
     row is the same."""
     one = study(world, tmp_path, limit=4)
     one = dataclasses.replace(one, train=dataclasses.replace(one.train, max_steps=steps))
-    before = quietly(arms.run_arms, one, "x", [Arm("a", 0.5)])
+    before = arms.run_arms(one, "x", [Arm("a", 0.5)])
     folder = tmp_path / "runs" / "a-seed0"
     run = json.loads((folder / "run.json").read_text())
     (folder / "run.json").write_text(json.dumps({"settings": run["settings"]}))
     (tmp_path / "rows.jsonl").unlink()
-    assert same(quietly(arms.run_arms, one, "x", [Arm("a", 0.5)])) == same(before)
+    assert same(arms.run_arms(one, "x", [Arm("a", 0.5)])) == same(before)
 
 
 def test_a_killed_measurement_goes_on_behind_its_last_benchmark(world, tmp_path, monkeypatch):
@@ -166,15 +166,15 @@ def test_a_killed_measurement_goes_on_behind_its_last_benchmark(world, tmp_path,
     tasks, data = ("a", "amber", "b", "amber_g"), {"amber": world, "b": world}
     one = study(world, tmp_path, trains=False, metrics=("loss",), tasks=tasks, task_data=data)
     with pytest.raises(KeyboardInterrupt):
-        quietly(arms.run_arms, one, "x", [Arm("an arm", 0.5)])
+        arms.run_arms(one, "x", [Arm("an arm", 0.5)])
     parts = [(("loss",), ()), (("a",), ()), (("amber", "amber_g"), ("amber",)), (("b",), ("b",))]
     assert asked == [(*part, "an-arm-seed0") for part in parts]
     other = dataclasses.replace(one, plan=dataclasses.replace(one.plan, max_new_tokens=9))
     with pytest.raises(KeyboardInterrupt):
-        quietly(arms.run_arms, other, "x", [Arm("an arm", 0.5)])
+        arms.run_arms(other, "x", [Arm("an arm", 0.5)])
     assert len(asked) == 8  # parts of other settings are not taken
     kill.clear()
-    (row,) = quietly(arms.run_arms, one, "x", [Arm("an arm", 0.5)])
+    (row,) = arms.run_arms(one, "x", [Arm("an arm", 0.5)])
     assert asked[8:] == [(*parts[-1], "an-arm-seed0")]
     assert row["values"] == {name: value for name, value in found.items() if name != "b"}
     assert (row["figures"]["seconds"], row["samples"], row["not_finite"]) == (1.0, 1, ["b"])
@@ -182,7 +182,7 @@ def test_a_killed_measurement_goes_on_behind_its_last_benchmark(world, tmp_path,
 
 
 def test_rows_say_what_they_came_from(world, tmp_path):
-    result = quietly(studies.directions, study(world, tmp_path, trains=False, limit=4))
+    result = studies.directions(study(world, tmp_path, trains=False, limit=4))
     assert [one["arm"] for one in result.rows] == ["baseline", "text into image", "image into text"]
     stored = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     assert stored == result.rows
@@ -240,7 +240,7 @@ def test_the_papers_columns_stand_beside_where_it_has_them(world, tmp_path, monk
         return evaluate(*arguments)
 
     monkeypatch.setattr(evaluation, "evaluate", measuring)
-    rows = quietly(studies.sweep, dataclasses.replace(two, preset_name="tinyllava-1b"), [1.0, 0.12]).rows
+    rows = studies.sweep(dataclasses.replace(two, preset_name="tinyllava-1b"), [1.0, 0.12]).rows
     assert [(one["seed"], one["arm"]) for one in rows] == [(s, a) for s in (0, 1) for a in ("baseline", "tau 0.12")]
     assert folders == ["baseline-seed0", "tau-0.12-seed0", "baseline-seed1", "tau-0.12-seed1"]  # of what tasks write
     table = (tmp_path / "table.md").read_text()
@@ -253,7 +253,7 @@ def test_the_papers_columns_stand_beside_where_it_has_them(world, tmp_path, monk
 
 def test_degraded_images_against_tau(world, tmp_path):
     kinds = {"blur": [60]}
-    result = quietly(studies.degrade, study(world, tmp_path, trains=False, limit=6), kinds, [1.0, 0.5])
+    result = studies.degrade(study(world, tmp_path, trains=False, limit=6), kinds, [1.0, 0.5])
     by_name = {one["arm"]: one for one in result.rows}
     assert len(by_name) == 4
     assert by_name["blur 60, baseline"]["values"]["loss"] > 1.5 * by_name["clean, baseline"]["values"]["loss"]
@@ -267,7 +267,7 @@ def test_degraded_images_against_tau(world, tmp_path):
 
 
 def test_longer_image_sequences_are_trained_and_tested(world, tmp_path):
-    result = quietly(studies.tokens, study(world, tmp_path, limit=4), [2])
+    result = studies.tokens(study(world, tmp_path, limit=4), [2])
     tokens = {one["arm"]: one["figures"]["image_tokens"] for one in result.rows}
     assert tokens == {"2 views, baseline": 128, "2 views, tau 0.5": 128}
     assert "views/train/train.json" in result.rows[0]["settings"]["train"]["train_rows"]
@@ -276,12 +276,13 @@ def test_longer_image_sequences_are_trained_and_tested(world, tmp_path):
 def test_model_scale_changes_are_against_the_same_models_baseline(world, tmp_path):
     preset = Method.from_preset("small-llava", tau=0.5)
     models = {name: (str(world / "model"), "small-llava", preset) for name in ("one", "two")}
-    result = quietly(studies.scale, study(world, tmp_path, trains=False, limit=4), models)
+    result = studies.scale(study(world, tmp_path, trains=False, limit=4), models)
     rows = {one["arm"]: one for one in result.rows}
     assert len(rows) == 6
-    gains = studies._gains(result.rows)["exact match"]["text into image"]
+    gains = studies._gains(result.rows).query("panel == 'exact match' and series == 'text into image'")
     change = rows["one: text into image"]["values"]["exact"] - rows["one: baseline"]["values"]["exact"]
-    assert gains == [(rows["one: baseline"]["figures"]["parameters"], pytest.approx(change))] * 2
+    assert gains["x"].tolist() == [rows["one: baseline"]["figures"]["parameters"]] * 2
+    assert gains["y"].tolist() == pytest.approx([change] * 2)
     table = (tmp_path / "table.md").read_text()
     loss = {arm: one["values"]["loss"] for arm, one in rows.items()}  # the only metric of the paper among them
     better = int(loss["two: text into image"] < loss["two: baseline"])

@@ -197,7 +197,7 @@ def test_another_plan_or_another_folder_is_refused(tmp_path, started):
 
 @pytest.mark.parametrize("size", plans.SIZES)
 def test_every_plan_can_be_written_and_read(size):
-    made = plans.plan(size, workers=2)
+    made = plans.plan(size)
     assert plans.from_dict(json.loads(json.dumps(made.to_dict()))) == made
     assert all("plain" in setting.arms for setting in made.settings)
     assert all(len(setting.seeds) >= 3 for setting in made.settings) or size == "smoke"
@@ -243,7 +243,7 @@ def test_the_smoke_size_and_a_plan_of_one_s_own_can_be_rehearsed(tmp_path, start
 
 
 def test_every_setting_of_the_gpu_size_rehearsed(tmp_path, started):
-    made = plans.plan("gpu", rehearse=True)
+    made = plans.rehearsal(plans.plan("gpu"))
     small = [dataclasses.replace(one, arms=("plain",), more=(), test_scenes=2) for one in made.settings]
     short = dataclasses.replace(made, settings=tuple(small), contrasts=(), minutes=None)
     found = laboratory.run(short, tmp_path / "lab", "cpu", silent, progress=False)
@@ -277,7 +277,7 @@ def test_every_setting_of_the_gpu_size_rehearsed(tmp_path, started):
 )
 def test_the_plans_in_the_documentation_are_the_cpu_size_s_main_setting_with_little_changed(name, changed):
     folder = Path(__file__).parents[3] / "docs" / "lab"
-    made, device = plans.from_file(folder / f"{name}-plan.json", workers=3)
+    made, device = plans.chosen(None, folder / f"{name}-plan.json", workers=3)
     assert (device, made.workers, made.size) == ("cpu", 3, name)
     main = plans.plan("cpu").settings[0]
     assert made.settings[0].start_key() == main.start_key()

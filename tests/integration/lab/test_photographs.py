@@ -17,7 +17,7 @@ from attanchor_lab.photographs import stamps
 from attanchor_lab.photographs.config import PhotographConfig
 from attanchor_lab.photographs.dataset import SPLITS, read_photographs, write_photographs
 from attanchor_lab.photographs.grounding import grounding
-from attanchor_lab.photographs.questions import KINDS, NEGATIVES, with_article
+from attanchor_lab.photographs.questions import KINDS, NEGATIVES
 from attanchor_lab.photographs.scenes import PLACES
 from attanchor_lab.scenes import dataset
 from attanchor_lab.small_llava.model import SHIPPED
@@ -52,7 +52,7 @@ def said(row: dict) -> tuple[str, str]:
 
 def test_a_file_for_every_kind_and_split_and_the_library_reads_each(written: Path) -> None:
     wanted = {f"test-{kind}-{split}.json" for kind in KINDS for split in SPLITS}
-    wanted |= {"train-captions.json", "train-questions.json", "world.json"}
+    wanted |= {"train-questions.json", "world.json"}
     assert {path.name for path in written.glob("*.json")} == wanted
     for path in written.glob("t*-*.json"):
         good, bad = read_rows(path, written / "images")
@@ -114,17 +114,8 @@ def place_in(text: str) -> str:
     return next(place for place in PLACES if place in text)
 
 
-def test_a_caption_asks_for_every_corner_once(written: Path) -> None:
-    for row in rows(written, "train-captions.json"):
-        texts = [turn["value"] for turn in row["conversations"]]
-        at = {thing["place"]: with_article(thing["name"]) for thing in row["things"]}
-        assert {place_in(text): answer for text, answer in zip(texts[::2], texts[1::2], strict=True)} == at
-        assert len(texts) == 2 * len(at)
-        assert [text.startswith("<image>\n") for text in texts[::2]] == [True] + [False] * (len(at) - 1)
-
-
 def test_boxes_lie_in_their_corner_and_around_what_is_seen(written: Path) -> None:
-    for row in rows(written, "train-captions.json"):
+    for row in rows(written, "train-questions.json"):
         for thing in row["things"]:
             left, top, right, bottom = thing["box"]
             assert 0 <= left < right <= SIDE
@@ -187,7 +178,7 @@ def test_mistakes_are_told_before_anything_is_written(tmp_path: Path) -> None:
     write_stamps(tmp_path / "stamps")
     with pytest.raises(SetupError, match=r"too few for scenes of 4 things"):
         write_photographs(config(tmp_path, held_out=0.1))
-    with pytest.raises(ValueError, match=r"least and most are 4, 3"):
+    with pytest.raises(ValueError, match=r"least is 4; it should be at most most, 3"):
         write_photographs(config(tmp_path, least=4, most=3))
     assert not (tmp_path / "out").exists()
     (tmp_path / "out").mkdir()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from PIL import Image
 from attanchor_lab.photographs.stamps import find_stamps
 from attanchor_lab.small_vlm import build, experiment
 from attanchor_lab.small_vlm.experiment import Measurement, PhotographPlan
+from attanchor_lab.small_vlm.readings import known_stamps
 from attanchor_vlm.errors import SetupError
 
 PLAN = PhotographPlan(
@@ -81,6 +83,14 @@ def test_every_arm_and_measurement_gets_its_row_once(work, tmp_path):
         experiment.run(dataclasses.replace(PLAN, margin=0.5), tmp_path / "out", work, said.append)
 
 
+def test_an_interrupted_training_ends_the_experiment(work, tmp_path, monkeypatch):
+    monkeypatch.setattr("attanchor_vlm.training.run.run", lambda *arguments: SimpleNamespace(interrupted=True))
+    said: list[str] = []
+    with pytest.raises(KeyboardInterrupt):
+        experiment.run(PLAN, tmp_path / "out", work, said.append)
+    assert said[-1] == "interrupted while plain, seed 0, was trained; the same command goes on"
+
+
 def test_arms_are_compared_question_by_question():
     def row(arm, seed, right):
         return {"arm": arm, "seed": seed, "test": "as trained", "right": {"seen": right}}
@@ -117,7 +127,7 @@ def test_scenes_are_of_what_the_tower_can_tell(tmp_path, monkeypatch):
     always = torch.zeros(2, 8), torch.tensor([1.0, 0.0])  # to this tower everything is a tiger
     monkeypatch.setattr(experiment.sources, "read_tower", lambda side: (small_vlm_toy.tower(), always))
     for _ in range(2):  # a run that is gone on with finds the links there
-        known = experiment.known_stamps(source.parent, tmp_path / "known")
+        known = known_stamps(source.parent, tmp_path / "known")
     assert [(stamp.name, stamp.theme) for stamp in find_stamps(known)] == [("tiger", "animals")]
 
 

@@ -8,7 +8,8 @@ import pytest
 import small_vlm_toy
 import torch
 from PIL import Image
-from small_vlm_toy import NAMES, SIDE
+from small_vlm_toy import NAMES, SIDE, STAGES
+from stamps_toy import write_stamps
 from torch.nn import functional as F
 from transformers import (
     AutoConfig,
@@ -17,11 +18,17 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
 )
+from transformers.modeling_outputs import BaseModelOutput
 
+from attanchor_lab.photographs import stamps
+from attanchor_lab.photographs.config import PhotographConfig
+from attanchor_lab.photographs.dataset import write_photographs
+from attanchor_lab.photographs.scenes import Drawer, Scene
 from attanchor_lab.small_vlm import build
 from attanchor_lab.small_vlm import parts as sources
 from attanchor_lab.small_vlm.config import BuildConfig
 from attanchor_lab.small_vlm.parts import Parts
+from attanchor_lab.small_vlm.readings import write_readings
 from attanchor_lab.small_vlm.tower import (
     LITE0,
     EfficientNetLite,
@@ -47,21 +54,21 @@ def tiny_parts() -> Parts:
 
 
 @pytest.fixture
-def captions(tmp_path):
-    """Rows of captions and the folder of their images."""
-    rows = []
-    for number in range(4):
-        pixels = np.random.default_rng(number).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(tmp_path / f"{number}.png")
-        talk = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": NAMES[number % 3]}]
-        rows.append({"image": f"{number}.png", "conversations": talk})
-    (tmp_path / "captions.json").write_text(json.dumps(rows))
-    return tmp_path / "captions.json", tmp_path
+def world(tmp_path):
+    """A folder of `attanchor photographs`, of stand-ins for stamps."""
+    stamps = write_stamps(tmp_path / "stamps")
+    told = PhotographConfig(
+        output=tmp_path / "world", stamps=stamps, scenes=4, test_scenes=4, held_out=0.34, pixels=SIDE
+    )
+    write_photographs(told, lambda line: None)
+    return told.output
 
 
 def use_tiny_parts(monkeypatch, parts: Parts) -> None:
     monkeypatch.setattr(sources, "check_installed", lambda: None)
     monkeypatch.setattr(sources, "read", lambda side: parts)
+    monkeypatch.setattr(sources, "read_tower", lambda side: (parts.tower, parts.head))
+    monkeypatch.setattr(sources, "class_names", lambda: parts.names)
 
 
 def test_the_tower_is_known_to_transformers_and_keeps_its_weights(tmp_path):
@@ -131,9 +138,9 @@ def test_a_patch_becomes_the_words_of_its_class():
     assert nearest in tokenizer(" owl", add_special_tokens=False).input_ids
 
 
-def test_a_model_of_parts_trains_and_answers_from_its_folder(tiny_parts, captions, tmp_path, monkeypatch):
+def test_a_model_of_parts_trains_and_answers_from_its_folder(tiny_parts, world, tmp_path, monkeypatch):
     use_tiny_parts(monkeypatch, tiny_parts)
-    data, images = captions
+    data, images = world / "train-questions.json", world / "images"
     config = BuildConfig(output=tmp_path / "model", pixels=SIDE)
     said: list[str] = []
     build.make(config, said.append)
@@ -150,7 +157,7 @@ def test_a_model_of_parts_trains_and_answers_from_its_folder(tiny_parts, caption
     words = model.model.vision_tower(seen).last_hidden_state
     assert torch.equal(model.model.multi_modal_projector(words), words)
 
-    image = Image.open(images / "0.png")
+    image = Image.open(images / "train-00000.jpg")
     batch = encode_chat(processor, [[message("user", "<image>\nWhat is it?")]], [[image]])
     assert (batch["input_ids"] == model.config.image_token_id).sum() == 16
     pixels = (torch.from_numpy(np.array(image)).permute(2, 0, 1).float() - 127) / 128
@@ -166,11 +173,11 @@ def test_a_model_of_parts_trains_and_answers_from_its_folder(tiny_parts, caption
     assert any("multi_modal_projector" in name for name, p in trained.model.named_parameters() if p.requires_grad)
 
 
-def test_stage_1_changes_language_model_and_projector_alone(tiny_parts, captions, tmp_path, monkeypatch):
-    data, images = captions
+def test_stage_1_changes_language_model_and_projector_alone(tiny_parts, world, tmp_path, monkeypatch):
     use_tiny_parts(monkeypatch, tiny_parts)
-    for name, more in (("plain", {}), ("stage1", {"captions": data, "images": images, "steps": 2, "batch_size": 2})):
-        build.make(BuildConfig(output=tmp_path / name, pixels=SIDE, **more), lambda line: None)
+    more = {"world": world, "stamps": tmp_path / "stamps", "steps": 2, "batch_size": 2}
+    for name, told in (("plain", {}), ("stage1", more)):
+        build.make(BuildConfig(output=tmp_path / name, pixels=SIDE, **told), lambda line: None)
     before, after = (LlavaForConditionalGeneration.from_pretrained(tmp_path / name) for name in ("plain", "stage1"))
     assert not hasattr(after.config, "attanchor")
     changed = {
@@ -188,9 +195,44 @@ def test_missing_packages_are_one_error_with_the_command(tmp_path, monkeypatch):
     assert not (tmp_path / "model").exists()
 
 
-def test_captions_need_their_images(tmp_path):
-    with pytest.raises(ValueError, match="captions are given, but no images"):
-        BuildConfig(output=tmp_path / "model", captions=tmp_path / "captions.json")
+def test_stage_1_needs_a_world_and_says_so_before_it_looks_for_parts(tmp_path):
+    with pytest.raises(ValueError, match=r"holds no world.json; give a folder that `attanchor photographs` wrote"):
+        build.make(BuildConfig(output=tmp_path / "model", world=tmp_path), print)
+
+
+def test_readings_tell_the_class_of_every_thing_but_those_held_out(world, tmp_path, monkeypatch):
+    """A classifier of one pixel: bright patches are owls, dark ones tigers, which are held out."""
+
+    class Bright(torch.nn.Module):
+        config = EfficientNetLiteConfig(SIDE, stem=4, stages=STAGES, channels=2)
+
+        def forward(self, pixels):
+            bright = F.avg_pool2d(pixels.mean(1, keepdim=True), self.config.patch_size).flatten(2).mT
+            return BaseModelOutput(last_hidden_state=torch.cat([bright, -bright], -1))
+
+    for path in (tmp_path / "stamps").rglob("*.png"):
+        name = path.stem.partition("-")[0]
+        Image.new("RGBA", (64, 64), (255,) * 4 if name == "lion" else (0, 0, 0, 255)).save(path)
+    told = json.loads((world / "world.json").read_text())
+    told["concepts"]["held_out"] = ["tiger"]
+    (world / "world.json").write_text(json.dumps(told))
+    stamps.cut_out.cache_clear()
+    monkeypatch.setattr(sources, "class_names", lambda: ["snowy owl (bird)", "Sumatran tiger"])
+    drawn: list[Scene] = []
+    compose = Drawer.compose
+    monkeypatch.setattr(Drawer, "compose", lambda self, chosen: drawn.append(compose(self, chosen)) or drawn[-1])
+    head = 9 * torch.eye(2), torch.zeros(2)
+    data = write_readings(world, tmp_path / "stamps", tmp_path / "out", 12, 4 * SIDE, (Bright(), head), 0)
+    shown = [scene for scene in drawn if any(thing.name == "lion" for thing in scene.things)]
+    rows = json.loads(data.read_text())
+    assert len(rows) == len(shown) == 12
+    assert "tiger" not in {thing.name for scene in drawn for thing in scene.things}
+    wordings = told["wordings"]["seen"]["what"]
+    for row, scene in zip(rows, shown, strict=True):
+        turns = [turn["value"] for turn in row["conversations"]]
+        (lion,) = (thing for thing in scene.things if thing.name == "lion")
+        assert turns[1::2] == ["an owl"]
+        assert turns[0].removeprefix("<image>\n") in {text.format(place=lion.place) for text in wordings}
 
 
 @pytest.mark.parametrize(

@@ -295,6 +295,28 @@ def test_a_wrong_call_is_told_as_such(when, most):
     assert not isinstance(caught.value, FamilyError)
 
 
+class Misplaced(FamilyAdapter):
+    """Of a family that encodes into a field which this one has not."""
+
+    def feature_rows(self, encoded):
+        return encoded.projected_states
+
+
+def test_an_adapter_that_does_not_fit_is_told_with_what_failed(monkeypatch):
+    from attanchor_vlm.model.families import _REGISTRY
+
+    model, batch = BY_NAME["llava"].model(), batch_of()
+    monkeypatch.setitem(_REGISTRY, "llava", Misplaced(model_types=("llava",)))
+    attach(model, AttAnchorConfig(tau=0.5))
+    told = r"model_type 'llava'.*the prompt fails: AttributeError: .*projected_states.*Misplaced.*`attanchor check"
+    with pytest.raises(FamilyError, match=told) as caught:
+        model(**batch)
+    assert isinstance(caught.value.__cause__, AttributeError)
+    with pytest.raises(ValueError, match="Input image size") as caught:  # nor does the untouched model take these
+        model(**{**batch, "pixel_values": batch["pixel_values"][..., :8]})
+    assert not isinstance(caught.value, FamilyError)
+
+
 def test_an_adapter_that_a_user_registers_is_checked(monkeypatch):
     from attanchor_vlm.model.families import _REGISTRY, register
 

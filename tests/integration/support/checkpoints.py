@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import table_families
 import tiny_families
 import transformers
@@ -100,9 +101,10 @@ def _qwen(folder: Path, name: str) -> None:
 
 
 def _glm4v(folder: Path, name: str) -> None:
+    kind = "Glm46V" if name == "glm46v" else "Glm4v"
     images = {
-        "image_processor_type": "Glm4vImageProcessor",
-        "processor_class": "Glm4vProcessor",
+        "image_processor_type": f"{kind}ImageProcessor",
+        "processor_class": f"{kind}Processor",
         "patch_size": QWEN_PATCH,
         "temporal_patch_size": 2,
         "merge_size": 2,
@@ -112,6 +114,36 @@ def _glm4v(folder: Path, name: str) -> None:
     markers = [f"<|{part}{kind}|>" for kind in ("image", "video") for part in ("begin_of_", "", "end_of_")]
     template = CHATML.replace("<image>\n", "<|begin_of_image|><|image|><|end_of_image|>")
     _write(folder, tokenizer(markers), template, preprocessor_config=images)
+
+
+def _paddleocr_vl(folder: Path, name: str) -> None:
+    images = {
+        "image_processor_type": "PaddleOCRVLImageProcessor",
+        "processor_class": "PaddleOCRVLProcessor",
+        "patch_size": QWEN_PATCH,
+        "merge_size": 2,
+        "size": {"shortest_edge": 4 * (2 * QWEN_PATCH) ** 2, "longest_edge": 12 * (2 * QWEN_PATCH) ** 2},
+        **IMAGENET,
+    }
+    template = CHATML.replace("<image>\n", "<|IMAGE_START|><|IMAGE_PLACEHOLDER|><|IMAGE_END|>")
+    tokens = tokenizer(["<|IMAGE_START|>", "<|IMAGE_END|>"], image_token="<|IMAGE_PLACEHOLDER|>")
+    _write(folder, tokens, template, preprocessor_config=images)
+
+
+def _mistral3(folder: Path, name: str) -> None:
+    images = {"image_processor_type": "PixtralImageProcessor", "size": {"longest_edge": 24}, **IMAGENET}
+    own = {"patch_size": PATCH, "spatial_merge_size": 2, "processor_class": "PixtralProcessor"}
+    markers = ["[IMG]", "[IMG_BREAK]", "[IMG_END]"]
+    template = CHATML.replace("<image>\n", "[IMG]")
+    _write(folder, tokenizer(markers), template, preprocessor_config=images, processor_config=own)
+
+
+def _aya_vision(folder: Path, name: str) -> None:
+    images = {"image_processor_type": "GotOcr2ImageProcessor", "size": SQUARE, "max_patches": 4, **IMAGENET}
+    own = {"patch_size": PATCH, "img_size": SIDE, "downsample_factor": 2, "processor_class": "AyaVisionProcessor"}
+    tiles = ["TILE_GLOBAL", *(f"TILE_{tile + 1}" for tile in range(4))]
+    markers = ["<|START_OF_IMG|>", "<|END_OF_IMG|>", "<|IMG_PATCH|>", "<|IMG_LINE_BREAK|>", *tiles]
+    _write(folder, tokenizer(markers), CHATML, preprocessor_config=images, processor_config=own)
 
 
 def _gemma4(folder: Path, name: str) -> None:
@@ -217,15 +249,24 @@ WRITERS = {
 # Of the families that are served by facts alone, some that are used most.
 FURTHER = {
     "qwen3_5": _qwen,
+    "qwen3_5_moe": _qwen,
     "qwen3_vl_moe": _qwen,
     "gemma4": _gemma4,
     "glm4v": _glm4v,
+    "glm46v": _glm4v,
+    "mistral3": _mistral3,
+    "aya_vision": _aya_vision,
+    "paddleocr_vl": _paddleocr_vl,
 }
+# What the processors of some cannot do without.
+NEEDS = {"smolvlm": "num2words", "mistral3": "torchvision"}
 LOCATIONS = 1024 + 128  # tokens that PaliGemma's processor adds
 
 
 def write(folder: Path, name: str, monkeypatch: Any) -> tuple[Any, Any]:
     """Write a checkpoint of a family into `folder`; its model, in evaluation mode, and its processor as loaded."""
+    if name in NEEDS:
+        pytest.importorskip(NEEDS[name], reason=f"transformers' processor of {name} needs it")
     folder.mkdir(parents=True, exist_ok=True)
     (WRITERS | FURTHER)[name](folder, name)
     tokens = transformers.AutoTokenizer.from_pretrained(folder)
@@ -242,7 +283,10 @@ def write(folder: Path, name: str, monkeypatch: Any) -> tuple[Any, Any]:
 def _set_token_ids(config: Any, tokens: Any) -> None:
     known = tokens.get_vocab()
     for name, markers in {
-        "image_token_id": ("<|image_pad|>", "<IMG_CONTEXT>", "<image_soft_token>", "<|image|>", "<image>"),
+        "image_token_id": (
+            *("<|image_pad|>", "<IMG_CONTEXT>", "<image_soft_token>", "<|image|>"),
+            *("[IMG]", "<|IMG_PATCH|>", "<|IMAGE_PLACEHOLDER|>", "<image>"),
+        ),
         "video_token_id": ("<|video_pad|>", "<video>", "<|video|>"),
         "image_end_token_id": ("<|end_of_image|>",),
         "eoi_token_id": ("<image|>",),

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from attanchor_lab.paper.study import Study, TrainRows
+from attanchor_lab.paper.study import Study
 from attanchor_vlm.evaluation.config import EvalConfig
-from attanchor_vlm.training.config import Method
+from attanchor_vlm.training.config import Method, TrainConfig
 
 
 def study(world, output, trains=True, seeds=(0,), **plan):
-    rows = TrainRows(world / "train.json", world / "images", max_steps=1, eval_steps=1)
+    places = {"data": world / "train.json", "images": world / "images", "output": output}
+    train = TrainConfig(model=str(world / "model"), **places, max_steps=1, eval_steps=1)
     plan = {"metrics": ("loss", "exact"), "batch_size": 16, "max_new_tokens": 4, **plan}
     return Study(
         model=str(world / "model"),
@@ -16,13 +17,11 @@ def study(world, output, trains=True, seeds=(0,), **plan):
         plan=EvalConfig(data=world / "test.json", images=world / "images", **plan),
         # Without warm-up, whose first step has a learning rate of 0.
         preset=Method.from_preset("small-llava", tau=0.5, batch_size=8, lr=1e-2, warmup=0.0),
-        train=rows if trains else None,
+        train=train if trains else None,
         seeds=seeds,
+        say=lambda line: None,
+        progress=False,
     )
-
-
-def quietly(function, *arguments, **options):
-    return function(*arguments, **options, say=lambda line: None, progress=False)
 
 
 def same(rows):

@@ -7,7 +7,7 @@ from typing import Any
 import tiny_families
 import torch
 from builders import TILES, Family, Image, grid, square, tiled
-from tiny_families import END, IMAGE, PATCH, PINPOINTS, QWEN_PATCH, SIDE, START, VIDEO, VOCABULARY
+from tiny_families import END, IMAGE, PATCH, PINPOINTS, QWEN_PATCH, SIDE, SOUND, START, VIDEO, VOCABULARY
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 # By the name of a field, wherever it stands in a language model's configuration or a vision tower's.
@@ -74,6 +74,8 @@ IDS = {
     "image_token_index": IMAGE,
     "video_token_id": VIDEO,
     "video_token_index": VIDEO,
+    "audio_token_id": SOUND,
+    "audio_token_index": SOUND,
     "vision_start_token_id": START,
     "vision_end_token_id": END,
     "image_start_token_id": START,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import transformers
 
-PAD, BOS, EOS, IMAGE, VIDEO, START, END = range(7)
+PAD, BOS, EOS, IMAGE, VIDEO, START, END, SOUND = range(8)
 VOCABULARY = 64
 SIDE, PATCH = 16, 4
 QWEN_PATCH = 4

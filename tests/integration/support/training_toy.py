@@ -15,7 +15,7 @@ def save_random_model(folder):
     """Save a small model with random weights, and its processor, which is returned."""
     torch.manual_seed(0)
     processor = small_llava.build_processor()
-    small_llava.build_model(processor).save_pretrained(folder)
+    small_llava.build_model().save_pretrained(folder)
     processor.save_pretrained(folder)
     return processor
 

@@ -170,7 +170,6 @@ def test_an_image_without_a_caption_is_not_labelled():
     labels = CaptionLabels(processor.tokenizer, {"a": "red ring"})
     made = labels([sample("a", "<image>\nWhat?", "no"), sample("b", "<image>\nWhat?", "blue")], {})
     assert made["right"].sum(1).tolist() == [2, 0]
-    assert labels.labelled([("a",), ("b",), ()]) == 1
 
 
 # --- Labels from CLIP. -----------------------------------------------------------------------------------------------

@@ -203,7 +203,7 @@ def test_a_batch_without_images_has_no_alignment():
     processor = small_llava.build_processor()
     aligner = Aligner(CaptionLabels(processor.tokenizer), 1.0)
     torch.manual_seed(0)
-    model = attach(small_llava.build_model(processor), AttAnchorConfig(tau=0.2)).train()
+    model = attach(small_llava.build_model(), AttAnchorConfig(tau=0.2)).train()
     batch = AlignedCollator(Collator(processor, "each"), aligner.labels)([sample(None, "Is it red?", "yes")])
     inputs = {name: value for name, value in batch.items() if name != KEY}
     with aligner.watching(model):
@@ -230,8 +230,8 @@ def test_clip_labels_train_a_model(world, clip_folder, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"align_labels": "c.json"}, "align_labels is c.json, but there is no align_weight"),
-        ({"align_clip": "clip"}, "align_clip is clip, but there is no align_weight"),
+        ({"align_labels": "c.json"}, "align_labels is 'c.json', but there is no align_weight"),
+        ({"align_clip": Path("clip")}, "align_clip is clip, but there is no align_weight"),
         ({"align_weight": -1.0}, "align_weight is -1.0; it should be at least 0 and finite"),
         ({"align_weight": float("nan")}, "align_weight is nan"),
         ({"align_weight": 1.0, "align_temperature": 0.0}, "align_temperature is 0.0; it should be greater than 0"),

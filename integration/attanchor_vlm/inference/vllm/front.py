@@ -66,10 +66,7 @@ def settings_of(config: Any) -> AttAnchorConfig:
     try:
         settings, model = AttAnchorConfig.from_dict(stored), empty_model(config)
         attach(model, settings)
-        adapter = adapter_for(model)
         reason = refusal(model)
-        if not reason and adapter.positions_per_token == 1 and (settings.positions or adapter.positions) == "inherit":
-            reason = "positions is 'inherit', but vLLM counts the positions of this family's tokens, 0, 1, 2, …"
         if not reason and config.model_type not in FAMILIES:
             reason = f"it was never compared with `generate`, as {', '.join(FAMILIES)} were"
     except (TypeError, ValueError) as error:

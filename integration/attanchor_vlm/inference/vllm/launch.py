@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import base64
 import contextlib
 import http.client
@@ -83,6 +84,17 @@ def server_command(
     return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *words, *on_cpu, *options]
 
 
+def announced(name: str, host: str, port: int, options: Sequence[str] = ()) -> tuple[str, str]:
+    """The server's address and the name of its model, where vLLM's own options may say others."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--host", default=host)
+    parser.add_argument("--port", default=port)
+    parser.add_argument("--served-model-name", nargs="+", default=[name])
+    given, _ = parser.parse_known_args(options)
+    at = f"[{given.host}]" if ":" in given.host else given.host
+    return f"http://{at}:{given.port}", given.served_model_name[0]
+
+
 def curl_line(address: str, name: str) -> str:
     """A request with a small picture, as a shell takes it."""
     picture = io.BytesIO()
@@ -102,7 +114,7 @@ def run_server(command: Sequence[str], address: str, ready: Callable[[], object]
     """
     with subprocess.Popen(command) as server, _passing_on(server):
         try:
-            while server.poll() is None and not _answers(address):
+            while server.poll() is None and not answers(address):
                 time.sleep(0.5)
             if server.poll() is None:
                 ready()
@@ -128,7 +140,8 @@ def _passing_on(server: subprocess.Popen) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _answers(address: str) -> bool:
+def answers(address: str) -> bool:
+    """Whether a server is ready there; never by a proxy."""
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         with direct.open(f"{address}/health", timeout=5):

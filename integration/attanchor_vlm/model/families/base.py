@@ -133,6 +133,9 @@ class FamilyAdapter:
         if known is None:
             return None
         given = {**arguments, "input_ids": input_ids, "attention_mask": attention_mask}
+        if (sound := arguments.get("feature_attention_mask")) is not None:
+            given["audio_seqlens"] = sound.sum(-1)  # of Qwen's Omni models, as is the next
+        given["second_per_grids"] = arguments.get("video_second_per_grid")
         given = {name: given.get(name) for name in inspect.signature(known).parameters if name != "kwargs"}
         needed = {"mm_token_type_ids": "1 at image tokens, 2 at video tokens"}
         needed |= {f"{kind}_grid_thw": f"the {kind}s' grids" for kind in self.kinds(arguments)}

@@ -79,9 +79,6 @@ class Aligner:
     def __call__(self, model: Any, inputs: Mapping[str, Any], outputs: Any) -> Tensor:
         """The weighted loss of the batch that `model` was just called with; 0 without an image or a label, or
         with videos.
-
-        Raises:
-            RuntimeError: the call did not go through the model's `get_image_features`.
         """
         encoded, self._encoded = self._encoded, None
         target: Any = base_of(model)
@@ -121,10 +118,6 @@ def aligner_for(
     Args:
         model: As it will be trained, with its adapters on.
         samples: Those of the training; empty if they are streamed.
-
-    Raises:
-        SetupError: the settings cannot be met with this model or these samples.
-        DataError: a file of captions is no such thing.
     """
     if not config.align_weight:
         return None
@@ -137,7 +130,7 @@ def aligner_for(
     else:
         captions = read_captions(Path(config.align_labels), config.images)
         labels = CaptionLabels(processor.tokenizer, captions)
-        if samples and not labels.labelled({sample.images for sample in samples}):
+        if samples and not any(own.images and captions.keys() >= {*own.images} for own in samples):
             raise DataError(f"align_labels {config.align_labels} has no caption for any image of {config.data}")
     return Aligner(labels, config.align_weight, config.align_temperature)
 

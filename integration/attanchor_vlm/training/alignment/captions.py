@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from attanchor_vlm.chat.words import FUNCTION_WORDS, content_spans
+from attanchor_vlm.data.reading import lines_of, parse, read_text
 from attanchor_vlm.data.rows import PLACEHOLDER, Sample
 from attanchor_vlm.errors import DataError
 
@@ -52,29 +52,23 @@ class CaptionLabels:
         tokenizer: The model's own, a fast one.
         captions: Text for each image; None takes the sample's answers. A sample with an image that has none is not
             labelled, and is no wrong place for other samples' words either.
-        function_words: In lower case.
     """
 
     per_token = False  # what an image shows, not which token of it
 
-    def __init__(
-        self,
-        tokenizer: Any,
-        captions: Mapping[Path, str] | None = None,
-        function_words: Collection[str] = FUNCTION_WORDS,
-    ):
-        self.tokenizer, self.captions, self.function_words = tokenizer, captions, function_words
+    def __init__(self, tokenizer: Any, captions: Mapping[Path, str] | None = None):
+        self.tokenizer, self.captions = tokenizer, captions
 
     def __call__(self, samples: Sequence[Sample], batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """`words` (V,) int64 token ids and `right` (B, V) float32."""
         content: list[set[int]] = []
         other: set[int] = set()
         for sample in samples:
-            labels, rest = label_tokens(self.tokenizer, self._text(sample), self.function_words)
+            labels, rest = label_tokens(self.tokenizer, self._text(sample))
             content.append(labels)
             other |= rest
             for _, text in sample.messages:
-                other |= label_tokens(self.tokenizer, text.replace(PLACEHOLDER, " "), self.function_words)[1]
+                other |= label_tokens(self.tokenizer, text.replace(PLACEHOLDER, " "))[1]
         # What is said about an image in one sample is true of it in another.
         of_image: dict[tuple, set[int]] = {}
         for sample, labels in zip(samples, content, strict=True):
@@ -95,10 +89,6 @@ class CaptionLabels:
             return ""
         return " ".join(self.captions[image] for image in sample.images)
 
-    def labelled(self, images: Iterable[tuple]) -> int:
-        """How many of these samples' images have a label to be made of."""
-        return sum(self.captions is None or all(one in self.captions for one in own) for own in images if own)
-
 
 def read_captions(file: Path, images: Path) -> dict[Path, str]:
     """Texts about images: ``{"name.png": "a red ring", "other.png": ["dog", "grass"]}``; a list (or lines, in a .jsonl)
@@ -107,20 +97,13 @@ def read_captions(file: Path, images: Path) -> dict[Path, str]:
 
     Args:
         images: Folder that the names are in.
-
-    Raises:
-        DataError: the file cannot be read or is none of these.
     """
-    try:
-        text = file.read_text(encoding="utf-8")
-        if file.suffix == ".jsonl":
-            raw: Any = [json.loads(line) for line in text.splitlines() if line.strip()]
-        else:
-            raw = json.loads(text)
-    except OSError as error:
-        raise DataError(f"captions {file} cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise DataError(f"captions {file} are not valid JSON: {error}") from error
+    text = read_text(file)
+    raw: Any
+    if file.suffix == ".jsonl":
+        raw = [parse(file, line, number) for number, line in lines_of(file, text)]
+    else:
+        raw = parse(file, text, 1)
     pairs: list[tuple[Any, Any]]
     try:
         if isinstance(raw, dict) and isinstance(raw.get("annotations"), list):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from attanchor_vlm import distributed
-from attanchor_vlm.chat.words import FUNCTION_WORDS
+from attanchor_vlm.chat.words import read_lines
 from attanchor_vlm.data.rows import PLACEHOLDER, Sample, load_image
 from attanchor_vlm.errors import SetupError
 from attanchor_vlm.model.geometry import patch_boxes
@@ -34,17 +34,8 @@ _FILE, _INDEX = "align-labels.npy", "align-labels.json"
 
 
 def read_word_list(file: Path) -> list[str]:
-    """A word or phrase a line; ``#`` begins a comment.
-
-    Raises:
-        SetupError: the file cannot be read, or holds fewer than two.
-    """
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else f"not UTF-8 text ({error.reason})"
-        raise SetupError(f"align_words {file} cannot be read: {reason}") from error
-    words = list(dict.fromkeys(word for line in lines if (word := line.partition("#")[0].strip())))
+    """A word or phrase a line; ``#`` begins a comment."""
+    words = list(dict.fromkeys(read_lines(file, "align_words")))
     if not 2 <= len(words) < 65536:
         raise SetupError(
             f"align_words {file} holds {len(words)} words; it should hold two or more, and less than 65536"
@@ -57,17 +48,14 @@ class ClipLabels:
 
     Args:
         processor: The trained model's own.
-        model: A model of the family, for the places of its image tokens; without weights (`meta`) will do.
+        model: A model of the family, for the places of its image tokens; one without weights (`meta`) will do.
         votes: From `clip_votes`.
-        function_words: In lower case.
     """
 
     per_token = True
 
-    def __init__(
-        self, processor: Any, model: Any, votes: Votes, function_words: Collection[str] = FUNCTION_WORDS
-    ) -> None:
-        self.processor, self.model, self.votes, self.function_words = processor, model, votes, function_words
+    def __init__(self, processor: Any, model: Any, votes: Votes) -> None:
+        self.processor, self.model, self.votes = processor, model, votes
         self.tokens = [sorted(label_tokens(processor.tokenizer, word, ())[0]) for word in votes.words]
 
     def __call__(self, samples: Sequence[Sample], batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -91,7 +79,7 @@ class ClipLabels:
         labels = sorted({token for words in chances for word in words for token in self.tokens[word]})
         other: set[int] = set()
         for text in {text for sample in samples for _, text in sample.messages}:
-            other |= label_tokens(self.processor.tokenizer, text.replace(PLACEHOLDER, " "), self.function_words)[1]
+            other |= label_tokens(self.processor.tokenizer, text.replace(PLACEHOLDER, " "))[1]
         words = [*labels, *sorted(other - set(labels))]
         column = {token: index for index, token in enumerate(labels)}
         right = np.zeros((len(chances), len(words)), np.float32)

@@ -37,8 +37,6 @@ def chat(images: int):
 
 @pytest.mark.parametrize("name", SERVED)
 def test_the_exported_language_model_says_what_generate_says(name, tmp_path, monkeypatch):
-    if name == "smolvlm":
-        pytest.importorskip("num2words", reason="transformers' SmolVLM processor needs it")
     model, processor = checkpoints.write(tmp_path / "model", name, monkeypatch)
     attach(model, AttAnchorConfig(tau=-1, max_anchors=5))
     folder = export_language_model(model, processor, tmp_path / "lm")

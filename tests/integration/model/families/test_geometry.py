@@ -27,8 +27,6 @@ NEAREST = 0
 
 
 def load(name: str, tmp_path, monkeypatch):
-    if name == "smolvlm":
-        pytest.importorskip("num2words", reason="transformers' SmolVLM processor needs it")
     model, processor = checkpoints.write(tmp_path / name, name, monkeypatch)
     processor.image_processor.resample = NEAREST
     with torch.no_grad():
@@ -93,7 +91,7 @@ def check_places(model, processor, images: list[list[Image.Image]], row: int, ev
     return boxes
 
 
-@pytest.mark.parametrize("name", list(checkpoints.WRITERS))
+@pytest.mark.parametrize("name", [*checkpoints.WRITERS, "qwen3_5", "glm4v", "paddleocr_vl"])
 def test_a_box_is_where_its_token_looks(name, tmp_path, monkeypatch):
     model, processor = load(name, tmp_path, monkeypatch)
     for size in SIZES:

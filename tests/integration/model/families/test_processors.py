@@ -19,8 +19,9 @@ from transformers.utils import is_torchvision_available
 
 from attanchor_lab.scenes import dataset as scenes
 from attanchor_vlm import AttAnchorConfig, attach, cli, encode_chat, load_settings, with_tokens_of
-from attanchor_vlm.data.batches import check_texts, message
-from attanchor_vlm.data.rows import Row
+from attanchor_vlm.data.batches import Collator, message
+from attanchor_vlm.data.lengths import RowLengths, check_texts
+from attanchor_vlm.data.rows import Row, samples
 from attanchor_vlm.errors import SetupError
 from attanchor_vlm.inference import ask as infer
 from attanchor_vlm.model.load import load_pretrained
@@ -34,15 +35,9 @@ further_ones_too = pytest.mark.parametrize("name", list(checkpoints.WRITERS | ch
 without_torchvision = pytest.mark.skipif(is_torchvision_available(), reason="torchvision is installed")
 
 
-def written(name: str, folder, monkeypatch):
-    if name == "smolvlm":
-        pytest.importorskip("num2words", reason="transformers' SmolVLM processor needs it")
-    return checkpoints.write(folder, name, monkeypatch)
-
-
 @further_ones_too
 def test_a_chat_is_answered_with_anchors_on_the_users_text(name, tmp_path, monkeypatch):
-    model, processor = written(name, tmp_path, monkeypatch)
+    model, processor = checkpoints.write(tmp_path, name, monkeypatch)
     parts = [[{"type": "image"}] * (row + 1) + [{"type": "text", "text": text}] for row, text in enumerate(QUESTIONS)]
     chats = [[{"role": "user", "content": part}] for part in parts]
     images = [[picture(0)], [picture(1), picture(2)]]
@@ -70,7 +65,7 @@ def test_a_chat_is_answered_with_anchors_on_the_users_text(name, tmp_path, monke
 @pytest.mark.parametrize("name", ["llava", "llava_next"])
 def test_old_files_that_do_not_say_how_many_tokens_an_image_takes(name, tmp_path, monkeypatch):
     """Those of early 2024 have no processor_config.json: the model's config says what they leave out."""
-    _, expected = written(name, tmp_path, monkeypatch)
+    _, expected = checkpoints.write(tmp_path, name, monkeypatch)
     own = json.loads((tmp_path / "processor_config.json").read_text())
     images = json.loads((tmp_path / "preprocessor_config.json").read_text())
     (tmp_path / "processor_config.json").unlink()
@@ -87,7 +82,7 @@ def test_old_files_that_do_not_say_how_many_tokens_an_image_takes(name, tmp_path
 @every_processor
 def test_a_batch_is_its_questions_alone(name, tmp_path, monkeypatch):
     """One image, several of other shapes, and none, of questions of other lengths."""
-    model, processor = written(name, tmp_path, monkeypatch)
+    model, processor = checkpoints.write(tmp_path, name, monkeypatch)
     prompts = [QUESTIONS[0], "Is it in the first <image> or in the second <image> picture?"]
     images = [[picture(0)], [picture(1).resize((90, 50)), picture(2).resize((40, 100))]]
     if name != "paligemma":  # whose processor takes no question without an image
@@ -102,12 +97,34 @@ def test_a_batch_is_its_questions_alone(name, tmp_path, monkeypatch):
 
 
 def test_an_image_that_the_processor_refuses_is_one_error(tmp_path, monkeypatch, capsys):
-    written("qwen2_5_vl", tmp_path / "model", monkeypatch)
+    checkpoints.write(tmp_path / "model", "qwen2_5_vl", monkeypatch)
     picture(0).resize((402, 1)).save(tmp_path / "narrow.png")
     arguments = ["--model", tmp_path / "model", "--tau", 0, "--prompt", "What?", "--image", tmp_path / "narrow.png"]
     assert cli.main(["generate", *map(str, arguments)]) == 1
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: Qwen2_5_VLProcessor does not take these images or texts: absolute aspect ratio")
+
+
+@further_ones_too
+def test_rows_are_as_long_as_their_batches(name, tmp_path, monkeypatch):
+    """To the token: a row fits a context of its batch's length, and none that is shorter."""
+    _, processor = checkpoints.write(tmp_path, name, monkeypatch)
+    sizes = [(60, 40), (40, 100), (300, 90)]
+    files = [tmp_path / f"{width}.png" for width, _ in sizes]
+    for file, size in zip(files, sizes, strict=True):
+        picture(0).resize(size).save(file)
+    asked = (("user", "<image>\nWhat is it?"), ("assistant", " yes"))
+    several = (("user", "<image>Is <image> this <image>?"), ("assistant", "no"))
+    rows = [Row(1, asked, (files[0],)), Row(2, asked, (files[2],)), Row(3, several, tuple(files))]
+    if name != "paligemma":  # which takes one question, with an image
+        more = (*several, ("user", " And that \n? "), ("assistant", "a dog "))
+        rows += [Row(4, more, tuple(files)), Row(5, (("user", "Why?"), ("assistant", "So.")), ())]
+    collate, lengths = Collator(processor, "each"), RowLengths(processor)
+    for row in rows:
+        length = collate(list(samples([row], "each"))[-1:])["input_ids"].shape[1]
+        assert check_texts(tmp_path, [row], lengths, length)[1] == []
+        (bad,) = check_texts(tmp_path, [row], lengths, length - 1)[1]
+        assert bad.reason.startswith(f"{length} tokens with its images, more than")
 
 
 @pytest.mark.parametrize(
@@ -119,7 +136,7 @@ def test_an_image_that_the_processor_refuses_is_one_error(tmp_path, monkeypatch,
 )
 def test_rows_that_this_processor_cannot_take_are_found_before_a_run(name, token, tmp_path, monkeypatch):
     """A placeholder of any kind in a text and, of Qwen, an image that is far too narrow."""
-    _, processor = written(name, tmp_path, monkeypatch)
+    _, processor = checkpoints.write(tmp_path, name, monkeypatch)
     picture(0).save(tmp_path / "a.png")
     picture(0).resize((402, 1)).save(tmp_path / "narrow.png")
     rows = [
@@ -127,7 +144,7 @@ def test_rows_that_this_processor_cannot_take_are_found_before_a_run(name, token
         Row(2, (("user", f"<image>\nWhat is {token} here?"), ("assistant", "yes")), (tmp_path / "a.png",)),
         Row(3, (("user", "<image>\nWhat?"), ("assistant", "yes")), (tmp_path / "narrow.png",)),
     ]
-    good, bad = check_texts(tmp_path / "rows.json", rows, processor, None)
+    good, bad = check_texts(tmp_path / "rows.json", rows, RowLengths(processor), None)
     reasons = {2: f"its text holds {token}, which is a placeholder of this model"}
     if name == "qwen2_5_vl":
         reasons[3] = "an image of 402 x 1 pixels is not taken: absolute aspect ratio"
@@ -140,31 +157,32 @@ def test_rows_that_this_processor_cannot_take_are_found_before_a_run(name, token
 
 
 @further_ones_too
-def test_a_checkpoint_on_disk_is_trained_by_the_command_line(name, monkeypatch, tmp_path, capsys):
-    """And asked, with the adapter that came out: the model's path is all that the command line is told of it."""
-    written(name, tmp_path / "model", monkeypatch)
+def test_a_checkpoint_on_disk_is_trained_asked_and_measured_by_the_command_line(name, monkeypatch, tmp_path, capsys):
+    """The last two with the adapter that came out: the model's path is all that the command line is told of it."""
+    checkpoints.write(tmp_path / "model", name, monkeypatch)
     scenes.write_dataset(tmp_path, "train", 4, seed=0)
-    options = {
-        "--model": tmp_path / "model",
-        "--data": tmp_path / "train.json",
-        "--images": tmp_path / "images",
-        "--output": tmp_path / "run",
-        "--preset": "small-llava",
-        "--tau": 0.0,
-        "--max-steps": 2,
-        "--batch-size": 2,
-        "--val-fraction": 0,
-    }
-    assert cli.main(["train", *(str(word) for option in options.items() for word in option)]) == 0
+    rows = ["--data", tmp_path / "train.json", "--images", tmp_path / "images"]
+
+    def says(command, *words):
+        capsys.readouterr()
+        assert cli.main([command, "--model", *map(str, [tmp_path / "model", *words])]) == 0
+        return capsys.readouterr().out
+
+    options = ["--output", tmp_path / "run", "--preset", "small-llava", "--tau", 0.0, "--max-steps", 2]
+    says("train", *rows, *options, "--batch-size", 2, "--val-fraction", 0)
     assert load_settings(tmp_path / "run").tau == 0
     assert json.loads((tmp_path / "model" / "config.json").read_text())["model_type"] == name
-    image = next((tmp_path / "images").iterdir())
-    asked = ["--prompt", "Where is the red ring?", "--image", str(image), "--max-new-tokens", "2", "--json"]
-    capsys.readouterr()
-    assert cli.main(["generate", "--model", str(tmp_path / "model"), "--adapter", str(tmp_path / "run"), *asked]) == 0
-    said = json.loads(capsys.readouterr().out)
+    image, trained = next((tmp_path / "images").iterdir()), ["--adapter", tmp_path / "run", "--json"]
+    asked = ["--prompt", "Where is the red ring?", "--image", image, "--max-new-tokens", 2]
+    said = json.loads(says("generate", *asked, *trained))
     assert said["tau"] == 0
     assert said["candidates"] >= 6
+    measured = json.loads(
+        says("eval", *rows, "--metrics", "loss,rougeL", "--max-new-tokens", 2, "--limit", 3, *trained)
+    )
+    assert measured["samples"] == 3
+    assert set(measured["values"]) == {"loss", "rougeL"}
+    assert 0 < measured["figures"]["inserted_share"] < 1
 
     # The processor beside the adapter is whole enough to be loaded again.
     processor = load_processor(str(tmp_path / "model"))
@@ -178,7 +196,7 @@ def test_a_checkpoint_on_disk_is_trained_by_the_command_line(name, monkeypatch, 
 @pytest.mark.parametrize("name", ["gemma3", "qwen2_5_vl"])
 def test_space_around_a_text_may_be_taken_away_by_the_template(name, question, tmp_path, monkeypatch):
     """Gemma's template trims texts, Qwen's does not; the mask holds the user's text either way."""
-    _, processor = written(name, tmp_path, monkeypatch)
+    _, processor = checkpoints.write(tmp_path, name, monkeypatch)
     chat = [
         {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]},
         {"role": "assistant", "content": [{"type": "text", "text": " A cube. "}]},
@@ -199,7 +217,7 @@ def test_space_around_a_text_may_be_taken_away_by_the_template(name, question, t
 @without_torchvision
 @pytest.mark.parametrize("name", VIDEO)
 def test_without_torchvision_only_the_videos_are_missing(name, tmp_path, monkeypatch):
-    _, processor = written(name, tmp_path, monkeypatch)
+    _, processor = checkpoints.write(tmp_path, name, monkeypatch)
     with pytest.raises((ImportError, ValueError), match=r"(?i)torchvision"):
         transformers.AutoProcessor.from_pretrained(tmp_path)
     own = json.loads((tmp_path / "config.json").read_text())["model_type"]
@@ -229,7 +247,7 @@ def test_a_processor_that_needs_torchvision_for_more_says_so(tmp_path, monkeypat
 @pytest.mark.parametrize("name", VIDEO)
 def test_a_processor_without_videos_reaches_workers_of_every_kind(name, tmp_path, monkeypatch):
     """Spawn and forkserver send it pickled."""
-    written(name, tmp_path, monkeypatch)
+    checkpoints.write(tmp_path, name, monkeypatch)
     processor = load_processor(str(tmp_path))
     again = pickle.loads(pickle.dumps(processor))
     assert type(again) is type(processor)

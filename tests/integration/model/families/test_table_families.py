@@ -12,9 +12,10 @@ import torch
 from builders import Family, features
 from table_families import TABLE
 from tiny import difference, own_logits, plain
+from tiny_families import SOUND
 from torch import Tensor
 
-from attanchor_vlm import AnchorPlan, AttAnchorConfig, attach
+from attanchor_vlm import AnchorPlan, AttAnchorConfig, attach, prepare_inputs
 from attanchor_vlm.model.families import adapter_for
 from attanchor_vlm.model.families.structure import language_model
 from attanchor_vlm.model.geometry import patch_boxes
@@ -47,6 +48,34 @@ def test_the_decoder_is_given_the_gathered_plain_prompt(family: Family):
         with torch.no_grad():
             other = attach(model, AttAnchorConfig(tau=-1, route=route))(**batch).logits
         assert difference(anchored[real], other[real]) < 1e-4
+
+
+@pytest.mark.parametrize("route", ["ids", "embeds"])
+def test_sound_in_the_prompt_stays_where_it_is(route):
+    """Its placeholders are no words, whatever a mask says; what is encoded already is handed on."""
+    family = next(family for family in TABLE if family.name == "qwen2_5_omni_thinker")
+    model, (batch, _) = family.model(), family.prompts([1, 2], "left")
+    sound = torch.full((2, 4), SOUND)
+    ones = torch.ones_like(sound)
+    for name, values in (("input_ids", sound), ("attention_mask", ones), ("anchor_mask", ones.bool())):
+        batch[name] = torch.cat([batch[name], values], 1)
+    words = int(batch["anchor_mask"].sum()) - sound.numel()
+    generator = torch.Generator().manual_seed(0)
+    batch |= {"input_features": torch.randn(2, 16, 16, generator=generator)}
+    batch |= {"feature_attention_mask": torch.tensor([[1] * 16, [1] * 15 + [0]])}
+    calls: list[dict[str, Any]] = []
+    language_model(model).register_forward_pre_hook(lambda *call: calls.append(call[2]), with_kwargs=True)
+    with torch.no_grad():
+        model(**plain(batch))
+        attach(model, AttAnchorConfig(tau=-1, route=route))(**batch)
+    old, plan, new = calls[0], model.attanchor_plan, calls[-1]
+    assert int(plan.is_anchor.sum()) == words > 8
+    _check_gathered("inputs_embeds", old["inputs_embeds"], new["inputs_embeds"], plan, batch["input_ids"].shape)
+    _check_positions(family, old["position_ids"], new["position_ids"], plan)
+    encoded = {"image": model.base_model.get_image_features(batch["pixel_values"], batch["image_grid_thw"])}
+    del batch["pixel_values"]
+    handed_on = prepare_inputs(model, **batch, mm_encoder_outputs={**encoded, "audio": sound})["mm_encoder_outputs"]
+    assert handed_on["audio"] is sound
 
 
 def _check_gathered(name: str, old: Any, new: Any, plan: AnchorPlan, shape: torch.Size) -> None:

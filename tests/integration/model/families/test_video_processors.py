@@ -37,8 +37,6 @@ TEXTS = ["Look at", "What is the red dog?"]
 @pytest.fixture(params=PROCESSORS)
 def loaded(request, tmp_path, monkeypatch):
     name = request.param
-    if name == "smolvlm":
-        pytest.importorskip("num2words", reason="transformers' SmolVLM processor needs it")
     video = "{% elif p['type'] == 'video' %}<video>\n{% else %}{{ p['text'] }}"
     monkeypatch.setattr(checkpoints, "CHATML", checkpoints.CHATML.replace("{% else %}{{ p['text'] }}", video))
     monkeypatch.setattr(checkpoints, "INTERNVL", checkpoints.CHATML.replace("<image>", "<IMG_CONTEXT>"))

@@ -1,0 +1,226 @@
+"""Whatever ends a run, and whenever: what it leaves is whole, and gone on with it makes what a run makes unharmed."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+import json
+import os
+import random
+import resource
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from lab_toy import TOY
+from safetensors.torch import load_file
+from strategies import LONGER
+
+from attanchor_lab import runner
+from attanchor_lab.scenes import dataset as scenes
+from attanchor_lab.small_llava import model as small_llava
+from attanchor_lab.synthetic import laboratory
+from attanchor_lab.synthetic.plan import Contrast, LabPlan
+from attanchor_vlm import cli
+from attanchor_vlm.records import read_rows
+from attanchor_vlm.training import trainer  # noqa: F401  so that forked processes have it
+from attanchor_vlm.training.checkpoints import complete_checkpoints
+
+RUNS, ENDS = max(1, LONGER // 5), 3 if LONGER > 1 else 1  # in each, before it is let to its end
+WRITES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.chmod", "shutil.rmtree"}
+
+
+def _toy_plan() -> LabPlan:
+    condition = dataclasses.replace(TOY, arms=("plain", "t2i"), seeds=(0,), more=())
+    return LabPlan("toy", (condition,), (Contrast("toy", "t2i"),), workers=1)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world")
+    scenes.write_dataset(folder, "train", 2, seed=0)
+    (folder / "plan.json").write_text(json.dumps(_toy_plan().to_dict()))
+    return folder
+
+
+# --- Three commands, what they leave when they are done, and what has to be true of it before. -----------------------
+
+
+class Train:
+    def command(self, world: Path, output: Path) -> list[object]:
+        options = ["--preset", "small-llava", "--tau", 0.3, "--val-fraction", 0, "--batch-size", 2, "--lora-rank", 2]
+        options += ["--max-steps", 3, "--save-steps", 1, "--model", small_llava.SHIPPED, "--images", world / "images"]
+        resume = ["--resume"] if complete_checkpoints(output) else []
+        return ["train", "--data", world / "train.json", "--output", output, *options, *resume]
+
+    def made(self, output: Path) -> object:
+        losses = [(line["step"], line["loss"]) for line in read_rows(output / "log.jsonl") if "loss" in line]
+        return losses, (output / "adapter_model.safetensors").read_bytes()
+
+    def check(self, output: Path, whole: Path) -> None:
+        for checkpoint in complete_checkpoints(output):
+            load_file(checkpoint / "adapter_model.safetensors")
+            torch.load(checkpoint / "optimizer.pt")
+        if (output / "adapter_config.json").exists():
+            assert self.made(output) == self.made(whole)
+
+
+class Generate:
+    def command(self, world: Path, output: Path) -> list[object]:
+        file = output / "answers.jsonl"
+        options = ["--model", small_llava.SHIPPED, "--tau", 0.3, "--images", world / "images", "--batch-size", 2]
+        options += ["--max-new-tokens", 2, *(["--resume"] if file.exists() else [])]
+        return ["generate", "--input", world / "train.json", "--output", file, *options]
+
+    def made(self, output: Path) -> object:
+        return (output / "answers.jsonl").read_text()
+
+    def check(self, output: Path, whole: Path) -> None:
+        lines = self.made(output) if (output / "answers.jsonl").exists() else ""
+        assert self.made(whole).startswith(lines[: lines.rfind("\n") + 1])
+
+
+class Lab:
+    def command(self, world: Path, output: Path) -> list[object]:
+        return ["lab", "--plan", world / "plan.json", "--output", output, "--no-progress"]
+
+    def made(self, output: Path) -> object:
+        rows = laboratory.latest(laboratory.read(output))
+        return {key: (row["status"], row.get("test"), row.get("training")) for key, row in rows.items() if key[2]}
+
+    def check(self, output: Path, whole: Path) -> None:
+        done = self.made(output) if (output / "rows.jsonl").exists() else {}
+        expected = self.made(whole)
+        assert all(found == expected[key] for key, found in done.items() if found[0] == "done")
+
+
+@pytest.fixture(scope="module", params=[Train, Generate, Lab])
+def whole(request, world, tmp_path_factory):
+    """A command, what it makes if nothing stops it, and how many things it does to files for that."""
+    command, output = request.param(), tmp_path_factory.mktemp("whole") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        run = runner.run
+        patch.setattr(runner, "run", lambda jobs, keep, workers, *more: run(jobs, keep, 0, *more))
+        code, said = apart(command.command(world, output), output)
+        assert code == 0, said
+        yield command, output, int(said.split()[-1])
+
+
+# --- One of them in a process of its own, which something befalls. ---------------------------------------------------
+
+
+def apart(command: list[object], output: Path, event: int = 0, befall: Callable[[], object] = list) -> tuple[int, str]:
+    """Run a command in a forked process, where `befall` is called in front of the `event`-th thing that it does to a
+    file of `output`. Its exit code, and what it said, with the number of such things behind it."""
+    end, begin = os.pipe()
+    process = os.fork()
+    if process:
+        os.close(begin)
+        with os.fdopen(end, errors="replace") as pipe:
+            said = pipe.read()
+        return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), said
+    code = 3
+    try:
+        os.dup2(begin, 1)
+        os.dup2(begin, 2)
+        sys.stdout, sys.stderr = (os.fdopen(os.dup(begin), "w", buffering=1) for _ in range(2))
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        count = itertools.count(1)
+
+        def hook(name: str, arguments: tuple) -> None:
+            writes = name in WRITES or (name == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
+            if writes and str(arguments[0]).startswith(str(output)) and next(count) == event:
+                befall()
+
+        sys.addaudithook(hook)
+        code = cli.main([str(word) for word in command])
+        os.write(begin, f"\n{next(count) - 1}".encode())
+    except BaseException:
+        os.write(begin, traceback.format_exc().encode())
+    finally:
+        os._exit(code)
+
+
+def sent(number: signal.Signals, delay: float) -> None:
+    """A signal to this process, now or soon, wherever it is then."""
+    if delay:
+        timer = threading.Timer(delay, os.kill, (os.getpid(), number))
+        timer.daemon = True
+        timer.start()
+    else:
+        os.kill(os.getpid(), number)
+
+
+def full(size: int) -> None:
+    """From now on no file of this process grows beyond `size` bytes, as on a disk that is full."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+def attack(tried, whole, world, folder: Path, draw, codes: set[int], is_told: bool) -> None:
+    """Runs that something ends at moments that are drawn, gone on with each time; the last time they are let alone.
+
+    Args:
+        draw: Gives what befalls a run, of a random generator.
+        codes: The exit codes of such an end.
+        is_told: Whether the command has the time to clean up and say why.
+    """
+    command, expected, events = whole
+    for number in range(RUNS):
+        output, chance = folder / f"{number}" / "run", random.Random(f"{type(command).__name__} {number}")
+        output.parent.mkdir()
+        for _ in range(ENDS):
+            tried()
+            befall = draw(chance)
+            code, said = apart(command.command(world, output), output, chance.randint(1, events), befall)
+            assert code in {*codes, 0}, said
+            assert "Traceback" not in said
+            if is_told and code:
+                assert [line for line in said.splitlines() if line.startswith("error: ") or line == "interrupted"], said
+            with contextlib.suppress(FileNotFoundError):
+                command.check(output, expected)
+            if code == 0:
+                break
+        else:
+            code, said = apart(command.command(world, output), output)
+        assert code == 0, said
+        assert command.made(output) == command.made(expected)
+        assert names(output) == names(expected)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+def test_kills(tried, whole, world, tmp_path):
+    """Runs of train, generate and lab, killed and gone on with."""
+
+    def draw(chance):
+        return functools.partial(sent, signal.SIGKILL, chance.choice([0, chance.uniform(0, 0.1)]))
+
+    attack(tried, whole, world, tmp_path, draw, {-signal.SIGKILL}, False)
+
+
+def test_signals(tried, whole, world, tmp_path):
+    """Runs of train, generate and lab, interrupted or terminated and gone on with."""
+
+    def draw(chance):
+        number = chance.choice([signal.SIGINT, signal.SIGTERM])
+        return functools.partial(sent, number, chance.choice([0, chance.uniform(0, 0.1)]))
+
+    attack(tried, whole, world, tmp_path, draw, {130, -signal.SIGTERM}, False)
+
+
+def test_full_disks(tried, whole, world, tmp_path):
+    """Runs of train, generate and lab on a disk that fills, gone on with."""
+
+    def draw(chance):
+        return functools.partial(full, int(10 ** chance.uniform(0, 6)))
+
+    attack(tried, whole, world, tmp_path, draw, {1}, True)
