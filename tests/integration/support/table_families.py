@@ -579,6 +579,7 @@ TABLE = [
     _family(
         "unlimited_ocr",
         square,
+        newlines=True,
         vision={
             "sam_config": {**SAM, "downsample_channels": [32, 32]},
             "encoder_config": {"image_size": 4, "patch_size": 1},
