@@ -94,7 +94,8 @@ def test_hosts_are_the_best_matches_by_the_models_own_features(family, direction
     embeds[ids == IMAGE] = rows
     content = ids == IMAGE
     if family.newlines:
-        content[ids == IMAGE] = (rows != model.base_model.image_newline).any(-1)
+        learned = [getattr(model.base_model, name, None) for name in ("image_newline", "view_separator")]
+        content[ids == IMAGE] = torch.stack([(rows != one).any(-1) for one in learned if one is not None]).all(0)
     plan, inserted = model.attanchor_plan, 0
     for row in range(len(MIXED)):
         texts, images = batch["anchor_mask"][row].nonzero()[:, 0].tolist(), content[row].nonzero()[:, 0].tolist()
