@@ -17,7 +17,7 @@ ALONE = {"minicpmv4_6", "minicpmv4_7", "minicpm_ocr", "hunyuan_vl", "qwen3_5"}  
 CACHED = {"qwen3_vl_moe", "qwen3_omni_moe_thinker"}  # not what they are without a cache
 NO_BEAMS = {*CACHED, "llama4"}
 PREFILL = {*CACHED, "gemma4_unified", "molmo2", "ovis2", "llama4", "granite4_vision"}  # static caches, or chunks
-FEW_TOKENS = {"got_ocr2", "pp_chart2table", "step3p7", "unlimited_ocr"}  # an image of one token, and anchors too few to tell
+FEW_TOKENS = {"got_ocr2", "pp_chart2table", "step3p7", "unlimited_ocr"}  # one-token images: anchors too few to tell
 LONG = {"deepseek_ocr2"}  # whose images in the text are longer than a tiny context
 
 every_family = pytest.mark.parametrize("family", TABLE, ids=str)
