@@ -51,6 +51,10 @@ def test_a_laboratory_is_gone_on_with_after_a_kill(tmp_path, started):
     whole = laboratory.run(plan(), tmp_path / "whole", "cpu", silent, progress=False)
     assert [row["kind"] for row in whole] == ["plan", "start", "run", "run", "run", "start", "run", "run"]
     assert not (tmp_path / "whole" / "checkpoints").exists()
+    for row in whole[1:]:
+        assert row["settings"] == TOY.to_dict()
+        assert {"commit", "torch", "transformers", "processor", "seed", "seconds", "load_before"} <= set(row)
+    assert plans.from_dict(json.loads((tmp_path / "whole" / "plan.json").read_text())) == plan()
 
     folder = tmp_path / "cut"
     lines = (tmp_path / "whole" / "rows.jsonl").read_text().splitlines()
@@ -95,15 +99,6 @@ def test_a_kill_right_behind_the_plan_leaves_a_folder_that_can_be_gone_on_with(t
     found = laboratory.run(late, tmp_path, "cpu", silent, progress=False)
     assert [row["kind"] for row in found] == ["plan"]
     assert found == [json.loads((tmp_path / "plan.json").read_text())]
-
-
-def test_rows_say_what_was_run(tmp_path, started):
-    found = laboratory.run(plan(), tmp_path / "lab", "cpu", silent, progress=False)
-    for row in found[1:]:
-        assert row["settings"] == TOY.to_dict()
-        assert {"commit", "torch", "transformers", "processor", "seed", "seconds", "load_before"} <= set(row)
-    written = json.loads((tmp_path / "lab" / "plan.json").read_text())
-    assert plans.from_dict(written) == dataclasses.replace(plan(), size="toy")
 
 
 def test_a_failed_run_is_kept_and_the_rest_goes_on(tmp_path, started, monkeypatch):
