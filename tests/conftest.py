@@ -1,5 +1,6 @@
 """Without a GPU, Triton's kernels run in its interpreter: it must be chosen before anything imports triton."""
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -60,6 +61,14 @@ def pytest_collection_modifyitems(config, items):
         reason = broken.get(name) or broken.get(name.split("[")[0])
         if reason:
             item.add_marker(pytest.mark.xfail(reason=reason))
+
+
+def pytest_collection_finish():
+    gc.freeze()  # modules and tests stay to the end: the garbage collector need not go through them again and again
+
+
+def pytest_sessionfinish():
+    gc.unfreeze()  # or bindings report at exit what was never freed
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -27,21 +27,13 @@ TARGETS = ("80", "90", "100")
 
 
 def targets(source: Path) -> tuple[str, ...]:
-    """What a file is compiled for here: all of sm_90, where the kernels are tuned, and elsewhere one of each kind.
+    """What a file is compiled for here: sm_90, where the kernels are tuned, and one file for the others too.
 
-    float16 differs from bfloat16 in one instruction: it is assembled further below. Clusters begin with sm_90.
+    float16 differs from bfloat16 in one instruction: its files are compiled to PTX further below.
     """
-    kind = source.stem.removeprefix("construct_")
-    return {
-        "bfloat": TARGETS,
-        "copy": TARGETS,
-        "float": TARGETS[:2],
-        "drop_bfloat": TARGETS[:2],
-        "held_bfloat": TARGETS[1:],
-        "half": (),
-        "held_half": (),
-        "drop_half": (),
-    }.get(kind, TARGETS[1:2])
+    if source.stem == "construct_bfloat":
+        return TARGETS
+    return () if source.stem.endswith("half") else TARGETS[1:2]
 
 
 SOURCES = [path for path in sorted(CSRC.rglob("*.cu")) if targets(path)]

@@ -111,7 +111,7 @@ def test_a_rehearsal_from_a_foreign_folder(tmp_path):
 
     Left out are the steps whose commands the suite runs anyway.
     """
-    names = ["environment", "build", "smoke", "roofline-cuda", "tune", "profile", "sanitizer"]
+    names = ["environment", "build", "smoke", "profile"]
     command = [sys.executable, "-m", "benchmarks.gpu", "--device", "cpu", "--output", str(tmp_path / "out")]
     done = subprocess.run(
         [*command, "--steps", ",".join(names)],
@@ -122,10 +122,9 @@ def test_a_rehearsal_from_a_foreign_folder(tmp_path):
         timeout=900,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    rows_of = ["roofline-cuda.jsonl", "smoke.jsonl"]  # there is no CUDA backend to tune
-    assert sorted(os.listdir(tmp_path / "out")) == ["logs-part1.tar.gz", *rows_of, "summary-part1.txt"]
+    assert sorted(os.listdir(tmp_path / "out")) == ["logs-part1.tar.gz", "smoke.jsonl", "summary-part1.txt"]
     statuses = [line.split()[1] for line in done.stdout.splitlines() if line.split()[:1] in [[name] for name in names]]
-    assert statuses[-7:] == ["passed", "not", "passed", "passed", "not", "not", "not"]
+    assert statuses[-4:] == ["passed", "not", "passed", "not"]
 
 
 HOPPER = gpu.Gpu("Test GPU", 9, 0, 140 * 2**30)

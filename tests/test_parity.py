@@ -49,18 +49,18 @@ def test_reference_merge(arguments, trim):
 
 
 @interpreted
-@examples(40)
-@given(build_arguments(KERNEL_DTYPES), st.booleans())
+@examples(50)
+@given(build_arguments(KERNEL_DTYPES, drops=True, tau_tensors=True), st.booleans())
 def test_triton_build(arguments, trim):
-    """The Triton kernels keep the contract of build_sequence."""
+    """The Triton kernels keep the contract of build_sequence, half of the time dropping tokens."""
     check_build(arguments, trim, "triton")
 
 
 @interpreted
-@examples(40)
-@given(merge_arguments(KERNEL_DTYPES), st.booleans())
+@examples(50)
+@given(merge_arguments(KERNEL_DTYPES, drops=True, tau_tensors=True), st.booleans())
 def test_triton_merge(arguments, trim):
-    """The Triton kernels keep the contract of merge_sequence and plan_sequence."""
+    """The same of merge_sequence and plan_sequence."""
     check_merge(arguments, trim, "triton")
 
 
@@ -98,8 +98,7 @@ def _gradient_problem(dtype: torch.dtype, merge: bool):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES)
 @pytest.mark.parametrize("merge", [False, True], ids=["build", "merge"])
-@pytest.mark.parametrize("direction", ["text_into_image", "image_into_text"])
-@pytest.mark.parametrize("trim", [False, True], ids=["capacity", "trim"])
+@pytest.mark.parametrize(("direction", "trim"), [("text_into_image", False), ("image_into_text", True)])
 def test_gradients_are_the_sums_over_copies(backend, dtype, merge, direction, trim):
     """Against float32 index arithmetic on the result's own map, with a random upstream gradient, rounded once."""
     operator, rows, options = _gradient_problem(dtype, merge)
@@ -123,10 +122,9 @@ def test_gradients_are_the_sums_over_copies(backend, dtype, merge, direction, tr
         assert torch.equal(one, other.to(dtype))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_bitwise_repeatable(backend):
-    """Ten runs, one result."""
+def test_bitwise_repeatable():
+    """Ten runs of the reference, one result; the kernels have tests of their own for it."""
     arguments = {"img": torch.randn(2, 70, 33), "txt": torch.randn(2, 20, 33), "tau": 0.05, "max_anchors": 6}
-    first = build_sequence(**arguments, backend=backend)
+    first = build_sequence(**arguments, backend="reference")
     for _ in range(9):
-        assert_same_fields(build_sequence(**arguments, backend=backend), first)
+        assert_same_fields(build_sequence(**arguments, backend="reference"), first)

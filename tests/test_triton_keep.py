@@ -1,12 +1,8 @@
-"""Dropping image tokens in the Triton kernels: the contract on random problems, and where these kernels change way."""
+"""Dropping image tokens in the Triton kernels: where these kernels change way. Random problems: test_parity.py."""
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from limits import build, merge
-from strategies import KERNEL_DTYPES, build_arguments, merge_arguments
-from test_parity import check_build, check_merge, interpreted
 from test_triton_kernels import SCHEDULE, assert_same, assert_workspace_zero, build_problem, merge_problem
 from test_triton_limits import on_device
 
@@ -15,22 +11,6 @@ from attanchor_kernels.backends import triton as backend
 from attanchor_kernels.backends.triton import launch
 from attanchor_kernels.problem import Problem
 from attanchor_kernels.testing.contract import assert_keeps_contract
-
-
-@interpreted
-@settings(max_examples=40)
-@given(build_arguments(KERNEL_DTYPES, drops=True, tau_tensors=True), st.booleans())
-def test_build(arguments, trim):
-    """The contract of build_sequence with `keep` and a tensor `tau`."""
-    check_build(arguments, trim, "triton")
-
-
-@interpreted
-@settings(max_examples=40)
-@given(merge_arguments(KERNEL_DTYPES, drops=True, tau_tensors=True), st.booleans())
-def test_merge(arguments, trim):
-    """The contract of merge_sequence and plan_sequence with `keep` and a tensor `tau`."""
-    check_merge(arguments, trim, "triton")
 
 
 def ranked(problem: Problem, keep: int, cells: int) -> Problem:

@@ -99,17 +99,17 @@ def test_any_lag(make):
 
 
 @problems
-@pytest.mark.parametrize("ring", [1, 3, 99])
-def test_slices_of_the_columns(make, ring):
+def test_slices_of_the_columns(make):
     """Sums over slices make the same decisions, and the same bits if slices are shared out, in a ring of any size."""
     problem = make()
     whole = launch.run(problem, copy=True, schedule=SCHEDULE)
-    sliced = SCHEDULE._replace(slice_blocks=1, slices=3)
-    got = launch.run(problem, copy=True, schedule=sliced._replace(split=True, ring=ring))
-    assert_same(got, launch.run(problem, copy=True, schedule=sliced))
-    assert_same((got[0], got[1]._replace(score=whole[1].score)), whole)
-    torch.testing.assert_close(got[1].score, whole[1].score, rtol=0, atol=1e-6)
-    assert_workspace_zero()
+    schedule = SCHEDULE._replace(slice_blocks=1, slices=3)
+    sliced = launch.run(problem, copy=True, schedule=schedule)
+    assert_same((sliced[0], sliced[1]._replace(score=whole[1].score)), whole)
+    torch.testing.assert_close(sliced[1].score, whole[1].score, rtol=0, atol=1e-6)
+    for ring in (1, 99):  # elsewhere 2
+        assert_same(launch.run(problem, copy=True, schedule=schedule._replace(split=True, ring=ring)), sliced)
+        assert_workspace_zero()
 
 
 @problems
@@ -153,7 +153,7 @@ def assert_matches(problem: Problem, score: Tensor, host: Tensor) -> None:
 
 
 @problems
-@pytest.mark.parametrize("schedule", [None, SCHEDULE, SCHEDULE._replace(slice_blocks=1, slices=3, split=True)])
+@pytest.mark.parametrize("schedule", [None, SCHEDULE._replace(slice_blocks=1, slices=3, split=True)])
 def test_match_alone(make, schedule, poisoned_empty):
     """Score and host of every mover before threshold and budget, below tau and at tau >= 1 too."""
     problem = make()
@@ -190,7 +190,7 @@ def test_repeatable(make):
         assert_same(backend.construct(problem), first)
 
 
-@pytest.mark.parametrize("max_anchors", [1, 130, 200])
+@pytest.mark.parametrize("max_anchors", [1, 130])
 @pytest.mark.parametrize("image_into_text", [False, True])
 def test_budget_of_many_movers(max_anchors, image_into_text):
     """Above 128 movers the budget's cut is searched by one program: exact also among equal scores."""

@@ -103,9 +103,7 @@ const T* meet(const T& value, int kind) {
   std::memcpy(w.message[turn][lane], &value, sizeof(T));
   w.kind[turn][lane] = kind;
   wait(w.barrier);
-  for (int other = 0; other < 32; other++) {
-    if (w.kind[turn][other] != kind) fail("lanes of a warp meet in different functions");
-  }
+  if (w.kind[turn][0] != kind) fail("lanes of a warp meet in different functions");
   return reinterpret_cast<const T*>(w.message[turn][0]);
 }
 
@@ -345,16 +343,20 @@ inline float truncated(double sum) {
 template <class E>
 void multiply_matrices(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
   const emulator::Fragments* all = emulator::meet(emulator::Fragments{{a0, a1, a2, a3}, {b0, b1}}, 5);
-  for (int i = 0; i < 4; i++) {
-    const int row = lane() / 4, below = i / 2, column = lane() % 4 * 2 + i % 2;
-    double sum = c[i];
-    for (int k = 0; k < 16; k++) {
-      const uint32_t a = emulator::message(all, row * 4 + k % 8 / 2).a[below + k / 8 * 2];
-      const uint32_t b = emulator::message(all, column * 4 + k % 8 / 2).b[k / 8];
-      sum += emulator::element<E>(a, k % 2) * emulator::element<E>(b, k % 2);
-    }
-    c[i] = emulator::truncated(sum);
+  const int row = lane() / 4 * 4, column = lane() % 4 * 8;
+  double sums[4] = {c[0], c[1], c[2], c[3]};
+  for (int k = 0; k < 16; k++) {
+    const int word = k % 8 / 2, half = k / 8;
+    const uint32_t(&a)[4] = emulator::message(all, row + word).a;
+    const double above = emulator::element<E>(a[half * 2], k % 2), below = emulator::element<E>(a[half * 2 + 1], k % 2);
+    const double left = emulator::element<E>(emulator::message(all, column + word).b[half], k % 2);
+    const double right = emulator::element<E>(emulator::message(all, column + 4 + word).b[half], k % 2);
+    sums[0] += above * left;
+    sums[1] += above * right;
+    sums[2] += below * left;
+    sums[3] += below * right;
   }
+  for (int i = 0; i < 4; i++) c[i] = emulator::truncated(sums[i]);
 }
 
 // --- Launch -----------------------------------------------------------------------------------------------------------

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import emulated
+import pytest
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
@@ -57,6 +59,25 @@ def check(problem: Problem, schedule) -> AnchoredSequence:
     assert_keeps_contract(result, problem, trimmed=False)
     check_rows(problem, result, places)
     return result
+
+
+def check_rims(problem: Problem) -> None:
+    """Outputs that lie in larger buffers, whose rims stay as they were."""
+    rims: list[Tensor] = []
+
+    def rimmed(shape, dtype, device):
+        count = math.prod(shape)
+        buffer = torch.full((count + 256,), 77, device=device).to(dtype)
+        rims.extend([buffer[:128], buffer[128 + count :]])
+        return buffer[128 : 128 + count].view(shape)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch.torch, "empty", rimmed)
+        emulator.configure(3, 9)
+        embeds, made = launch.run(problem, copy=True)
+    assert_keeps_contract(AnchoredSequence(embeds, *made[:-1]), problem, trimmed=False)
+    assert rims
+    assert all((rim == torch.tensor(77).to(rim.dtype)).all() for rim in rims)
 
 
 def check_rows(problem: Problem, result: AnchoredSequence, places: Tensor) -> None:

@@ -85,6 +85,7 @@ struct Device {
   std::vector<Fiber*> ready, pausing;
   std::vector<std::unique_ptr<Cluster>> clusters;
   std::vector<uint8_t*> stacks;
+  size_t mapped = 0;  // stacks ever
   std::vector<Flight> flights;
   std::string error;
   jmp_buf scheduler;

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 
@@ -66,10 +67,13 @@ def build() -> Path:
 def _compile(folder: Path, module: Path) -> None:
     units: list[tuple[Path, list[str]]] = [(source, ["-x", "c++"]) for source in sorted(CSRC.rglob("*.cu"))]
     units += [*((source, []) for source in sorted(HERE.glob("*.cpp"))), (CSRC / "bindings.cpp", BINDING_FLAGS)]
-    objects = []
-    for source, flags in units:
-        objects.append(str(folder / f"{source.name}.o"))
-        _run([compiler(), *FLAGS, *flags, "-c", str(source), "-o", objects[-1]])
+    objects = [str(folder / f"{source.name}.o") for source, _ in units]
+    commands = [
+        [compiler(), *FLAGS, *flags, "-c", str(source), "-o", made]
+        for (source, flags), made in zip(units, objects, strict=True)
+    ]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # the tests' other workers wait for this one
+        list(pool.map(_run, commands))
     unfinished = folder / "unfinished.so"
     _run([compiler(), "-shared", *objects, "-o", str(unfinished), f"-L{TORCH / 'lib'}", "-ltorch_cpu"])
     unfinished.rename(module)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from attanchor_lab import sample as scenes
 from attanchor_vlm import cli
 
 ROOT = Path(__file__).parents[2]
@@ -29,7 +30,7 @@ def commands(page: Path) -> list[list[str]]:
 
 
 @pytest.fixture(scope="module")
-def sample(tmp_path_factory):
+def sample(tmp_path_factory, short_examples):
     folder = tmp_path_factory.mktemp("docs")
     assert cli.main(["sample", "--output", str(folder / "sample")]) == 0
     return folder / "sample"
@@ -59,6 +60,6 @@ def test_every_dotted_name_of_a_page_exists(page):
 
 def test_a_sample_is_whole_and_never_overwrites(sample, capsys):
     assert sorted(os.listdir(sample)) == ["images", "model", "test.json", "train.json"]
-    assert len(list((sample / "images").iterdir())) == 50
+    assert len(list((sample / "images").iterdir())) == scenes.TRAIN_SCENES + scenes.TEST_SCENES
     assert cli.main(["sample", "--output", str(sample)]) == 1
     assert "take another folder" in capsys.readouterr().err

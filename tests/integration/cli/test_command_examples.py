@@ -31,7 +31,7 @@ def printed(text):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory, short_examples):
     return tmp_path_factory.mktemp("examples")
 
 
