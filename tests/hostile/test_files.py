@@ -14,14 +14,16 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from PIL import ExifTags, Image
+from safetensors.torch import load_file, save_file
 from strategies import examples
 from tiny import tiny_llava
 
+from attanchor_lab.small_llava.model import SHIPPED
 from attanchor_vlm import AttAnchorConfig, load_settings
 from attanchor_vlm.data.rows import load_image, read_rows
 from attanchor_vlm.errors import DataError, SetupError
 from attanchor_vlm.inference.ask_file import read_questions
-from attanchor_vlm.model.load import with_adapter
+from attanchor_vlm.model.load import load_pretrained, with_adapter
 
 TEXTS = st.text(max_size=8) | st.sampled_from(
     [
@@ -215,3 +217,41 @@ def test_adapters(tried, adapter, tmp_path, data):
         warnings.simplefilter("ignore")
         with naming(folder, SetupError):
             with_adapter(tiny_llava(), "base", folder)
+
+
+@given(data=st.data())
+@examples(6)
+def test_checkpoints(tried, tmp_path, data):
+    """Checkpoints: weights gone, surplus or NaN, files damaged, settings altered."""
+    tried()
+    folder = tmp_path / "model"
+    shutil.copytree(SHIPPED, folder, dirs_exist_ok=True)
+    weights = folder / "model.safetensors"
+    tensors, is_whole = load_file(weights), False
+    name = data.draw(st.sampled_from(sorted(tensors)))
+    match data.draw(st.sampled_from(["gone", "surplus", "nan", "damaged", "settings"])):
+        case "gone":
+            del tensors[name]
+            save_file(tensors, weights, {"format": "pt"})
+        case "surplus":
+            save_file({**tensors, "nobody": tensors[name].clone()}, weights, {"format": "pt"})
+            is_whole = True
+        case "nan":
+            tensors[name].view(-1)[-1] = float("nan")
+            save_file(tensors, weights, {"format": "pt"})
+        case "damaged":
+            content = weights.read_bytes()
+            weights.write_bytes(content[: data.draw(st.integers(0, len(content) - 1))])
+        case "settings":
+            file = folder / data.draw(st.sampled_from(["config.json", "processor_config.json", "tokenizer.json"]))
+            file.write_text(json.dumps(data.draw(altered(json.loads(file.read_text())))))
+            is_whole = None  # what is left of it may be a model
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            load_pretrained(str(folder))
+        except SetupError as error:
+            if is_whole or str(folder) not in str(error):
+                raise AssertionError(f"{folder} is refused, or not named") from error
+        else:
+            assert is_whole is not False, "a model that is not whole is loaded"

@@ -1,9 +1,10 @@
-"""A model that many threads ask at once, in batches of several sizes, answers each as if it were alone."""
+"""A model, or an operator, that many threads call at once answers each as if it were alone."""
 
 from __future__ import annotations
 
 import gc
 import os
+import signal
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch
 from builders import BY_NAME
 from strategies import LONGER
 
+from attanchor_kernels import build_sequence
 from attanchor_vlm import AttAnchorConfig, attach
 
 THREADS, CALLS = 8, 40 * LONGER
@@ -53,3 +55,37 @@ def test_service(tried, name):
             gc.collect()
             grown.append(resident())
     assert grown[-1] - grown[1] < 32 * 2**20, "memory grows"  # the first rounds fill caches
+
+
+def test_operators(tried):
+    """Calls of the operators from 8 threads, with gradients, some while this process forks."""
+    generator = torch.Generator().manual_seed(0)
+    problems = [
+        {
+            "img": torch.randn(2, rows, 16, generator=generator),
+            "txt": torch.randn(2, 5, 16, generator=generator),
+            "tau": 0.1,
+            "keep": keep,
+        }
+        for rows, keep in ((9, None), (12, 6), (30, 4))
+    ]
+
+    def call(number: int) -> list[torch.Tensor]:
+        problem = problems[number % 3]
+        images = problem["img"].clone().requires_grad_()
+        made = build_sequence(**{**problem, "img": images})
+        return [made.embeds.detach(), made.source, *torch.autograd.grad(made.embeds.square().sum(), images)]
+
+    alone = [call(number) for number in range(3)]
+    with ThreadPoolExecutor(THREADS) as pool:
+        for round_ in range(4):
+            calls = pool.map(call, range(CALLS))
+            process = os.fork()
+            if not process:
+                signal.alarm(60)
+                os._exit(int(not all(map(torch.equal, call(round_), alone[round_ % 3]))))
+            for number, found in enumerate(calls):
+                tried()
+                assert all(map(torch.equal, found, alone[number % 3]))
+            tried()
+            assert os.waitpid(process, 0)[1] == 0

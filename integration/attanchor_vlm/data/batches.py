@@ -60,7 +60,7 @@ class Collator:
                 content_words=self.content_words,
             )
         except ValueError as error:
-            rows = ", ".join(str(sample.row) for sample in samples)
+            rows = ", ".join(str(sample.number) for sample in samples)
             raise DataError(f"a batch cannot be made of rows {rows}: {error}") from error
         if not any(images) and not any(videos):
             del batch["anchor_mask"]  # without an image there is nothing to match

@@ -93,7 +93,7 @@ class RowLengths:
             small, *others = [self._of_image((side, width)) for side, width in ((336, 336), (672, 672), (1, 4000))]
             self._fixed = small if others == [small, small] else None
 
-    def near(self, rows: Sequence[Row | Sample]) -> Iterator[Tokens | ValueError]:
+    def near(self, rows: Sequence[Row]) -> Iterator[Tokens | ValueError]:
         """The tokens of each row, without encoding it; or why it is not taken. Too few by no more than `slack`: where
         texts meet the template, and in what is written between frames."""
         texts = (
@@ -118,7 +118,7 @@ class RowLengths:
             except ValueError as error:
                 yield error
 
-    def exact(self, row: Row | Sample) -> Tokens:
+    def exact(self, row: Row) -> Tokens:
         """The tokens of a row to the last, but for `media`, which are not told apart.
 
         Raises:

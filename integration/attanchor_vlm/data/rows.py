@@ -335,18 +335,8 @@ def _rows_by_images(rows: list[Row]) -> dict[object, list[Row]]:
     return groups
 
 
-@dataclass(frozen=True)
-class Sample:
-    """What the model is given at once: `messages` up to an answer, of which the last (or every) one is supervised."""
-
-    row: int
-    messages: tuple[tuple[str, str], ...]
-    images: tuple[Any, ...]  # ImageSource
-    videos: tuple[Any, ...] = ()  # VideoFiles; of a stream, Video
-
-    @property
-    def media(self) -> tuple[Any, ...]:
-        return self.images + self.videos
+class Sample(Row):
+    """What the model is given at once: a row up to an answer, of which the last (or every) one is supervised."""
 
 
 def samples(rows: Iterable[Row], turns: str) -> Iterator[Sample]:

@@ -102,7 +102,7 @@ def generate_answers(
         try:
             batch = encode_questions(model, processor, chats, images, videos)
         except ValueError as error:
-            raise DataError(f"a prompt cannot be made of rows {[sample.row for sample in part]}: {error}") from error
+            raise DataError(f"a prompt cannot be made of rows {[sample.number for sample in part]}: {error}") from error
         said = generated(model, processor, batch, max_new_tokens=max_new_tokens)
         texts += [text.strip() for text in said]
         tally.add(model, batch)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from attanchor_vlm.data.lengths import RowLengths, check_texts
+from attanchor_vlm.data.lengths import Growth, RowLengths, check_texts
 from attanchor_vlm.data.reading import check_characters, from_json, lines_of, parse_list, read_text
 from attanchor_vlm.data.rows import (
     PLACEHOLDER,
@@ -90,9 +91,12 @@ def read_questions(
 def check_for_model(
     file: Path, questions: list[Question], model: Any, processor: Any, skip_bad: bool = False
 ) -> tuple[list[Question], list[BadRow]]:
-    """The questions that a model can be given: within its context, without its own image token in the text."""
+    """The questions that a model can be given: within its context, if no anchor is inserted and what `keep` says is
+    dropped, and without its own image token in the text."""
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    good, bad = check_texts(file, questions, RowLengths(processor), context)
+    anchors = getattr(model, "attanchor_config", None)
+    growth = None if anchors is None else Growth.of(dataclasses.replace(anchors, max_anchors=0), anchors.pause_tokens)
+    good, bad = check_texts(file, questions, RowLengths(processor), context, growth)
     return sorted_out(file, good, bad, skip_bad)
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from infer_toy import QUESTION, TAU, run
 
-from attanchor_vlm import cli
+from attanchor_vlm import cli, detach
 from attanchor_vlm.errors import DataError, SetupError
 from attanchor_vlm.inference import ask as infer
 from attanchor_vlm.inference import ask_file as questions
@@ -129,7 +129,7 @@ def test_bad_rows_may_be_left_out(sample, asked, tmp_path, capsys):
 
 KILLED = """
 import os, signal, sys
-from attanchor_vlm import cli
+from attanchor_vlm import cli, detach
 from attanchor_vlm.inference import ask_file as questions
 answers, calls = questions.answers, []
 def killed(*args, **kwargs):
@@ -295,3 +295,17 @@ def test_a_prompt_that_grows_past_the_context_names_its_rows(sample, tmp_path):
     assert (result.answered, list(result.left_out)) == (3, [2])
     assert "the prompt with its anchors has" in result.left_out[2]
     assert [one["id"] for one in read(output)] == [1, 3, 4]
+
+
+def test_a_prompt_that_only_dropping_makes_short_enough_is_answered(sample, tmp_path):
+    model, processor = load(str(sample / "model"), tau=1, keep=4)
+    name = os.path.relpath(sample / "images", tmp_path)
+    words = 1024 - 30 - len(processor.tokenizer("ring", add_special_tokens=False).input_ids)
+    row = {"image": f"{name}/test-00000.png", "prompt": "ring " * words}
+    file = write(tmp_path / "long.jsonl", [row])
+    rows, bad = questions.check_for_model(file, questions.read_questions(file)[0], model, processor)
+    assert bad == []
+    assert questions.answer_all(model, processor, rows, tmp_path / "a.jsonl", {}, max_new_tokens=1).answered == 1
+    detach(model)
+    with pytest.raises(DataError, match="more than the model's context, 1024"):
+        questions.check_for_model(file, rows, model, processor)

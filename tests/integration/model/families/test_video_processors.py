@@ -16,6 +16,10 @@ from torch import nn
 
 from attanchor_vlm import AttAnchorConfig, attach, cli, encode_chat
 from attanchor_vlm.chat.videos import Video
+from attanchor_vlm.data.batches import Collator
+from attanchor_vlm.data.lengths import RowLengths, check_texts
+from attanchor_vlm.data.rows import Row, samples
+from attanchor_vlm.data.videos import VideoFiles
 from attanchor_vlm.model.families import adapter_for
 from attanchor_vlm.model.geometry import image_slots, patch_boxes
 from attanchor_vlm.model.media import encode
@@ -77,6 +81,21 @@ def test_the_times_of_frames_are_no_candidates(loaded):
     model.generate(**batch, max_new_tokens=2, do_sample=False)
     hosts = model.attanchor_plan.host[batch["anchor_mask"]].tolist()
     assert set(hosts) <= set(image_slots(model, batch, 0))
+
+
+def test_rows_with_videos_are_as_long_as_their_batches(loaded, tmp_path):
+    _, _, processor = loaded
+    files = tuple(tmp_path / f"{number}.png" for number in range(4))
+    for file, frame in zip(files, noise(4), strict=True):
+        frame.save(file)
+    collate, lengths = Collator(processor, "each"), RowLengths(processor)
+    turns = (("user", "<video>\nWhat is it?"), ("assistant", "yes"))
+    for count, fps in ((4, 2.0), (2, 2.0), (4, 0.05)):
+        row = Row(1, turns, (), (VideoFiles(files[:count], fps),))
+        length = collate(list(samples([row], "each")))["input_ids"].shape[1]
+        assert check_texts(tmp_path, [row], lengths, length)[1] == []
+        (bad,) = check_texts(tmp_path, [row], lengths, length - 1)[1]
+        assert bad.reason.startswith(f"{length} tokens with its images, more than")
 
 
 def test_a_box_is_where_its_token_looks(loaded):
