@@ -88,7 +88,6 @@ class Server:
         self.address, self.model = f"http://127.0.0.1:{port}", str(model)
         self.log = model.with_name(f"{port}.log")
         own = ["--max-model-len", "1024", "--max-num-seqs", "8", "--kv-cache-memory-bytes", str(256 << 20)]
-        own += ["--distributed-executor-backend", "uni"]  # a process less, and its threads
         if settings is None:
             command = ["vllm.entrypoints.openai.api_server", "--model", self.model, "--port", port, *ON_CPU, *own]
         else:
