@@ -40,7 +40,7 @@ IMAGE_TOKENS = (WIDTH // PATCH) ** 2
 ANCHORS = ["--tau", "-1", "--max-anchors", "5"]
 SIDES = {"anchors": ANCHORS, "anchors, keep 1/3": [*ANCHORS, "--keep", "0.3333"]}
 PLAIN = "plain"
-REQUESTS = {1: 2, 8: 16}  # of a round, for each number of clients
+REQUESTS = {1: 4, 8: 16}  # of a round, for each number of clients
 NEW = 8
 QUESTION = "Where is the purple triangle in this picture, and what is to the left of it?"
 ENVIRONMENT = {
@@ -88,7 +88,6 @@ class Server:
         self.address, self.model = f"http://127.0.0.1:{port}", str(model)
         self.log = model.with_name(f"{port}.log")
         own = ["--max-model-len", "1024", "--max-num-seqs", "8", "--kv-cache-memory-bytes", str(256 << 20)]
-        own += ["--distributed-executor-backend", "uni"]  # a process less, and its threads
         if settings is None:
             command = ["vllm.entrypoints.openai.api_server", "--model", self.model, "--port", port, *ON_CPU, *own]
         else:

@@ -67,7 +67,7 @@ def server(sample):
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "attanchor_vlm.cli", "serve", "--model", sample / "wide"]
     limits = ["--max-model-len", "512", "--kv-cache-memory-bytes", str(64 << 20)]
-    vllm = ["--", "--port", str(port), "--served-model-name", "wide", "--distributed-executor-backend", "uni", *limits]
+    vllm = ["--", "--port", str(port), "--served-model-name", "wide", *limits]
     log = (sample / "log").open("w")
     process = subprocess.Popen(
         [*command, *vllm], stdout=subprocess.PIPE, stderr=log, text=True, env=os.environ | QUIET | ONE_THREAD
