@@ -11,6 +11,7 @@ from attanchor_kernels import AnchoredSequence, backends, build_sequence, merge_
 from attanchor_kernels.problem import Problem
 from attanchor_kernels.testing.contract import BAND
 from attanchor_kernels.testing.inputs import SHAPES, TAU, Shape, merge_form
+from benchmarks import timing
 
 TOY = Shape("toy", 36, 10, 128)
 SHAPE_OF = {shape.name: shape for shape in (*SHAPES, TOY)}
@@ -112,6 +113,11 @@ def make_inputs(case: Case, device: torch.device, seed: int) -> Inputs:
     plan = ops.plan(problem_of(case, Inputs(image, text)), "reference")
     grad = torch.randn(case.batch, case.capacity, case.shape.hidden, device=device, dtype=torch.float32)
     return Inputs(image, text, None, positions, None, grad.to(case.dtype), plan.source, plan.places)
+
+
+def make_sets(case: Case, device: torch.device) -> list[Inputs]:
+    """As many different inputs as make every call meet a cold cache, when calls take them by turns."""
+    return [make_inputs(case, device, seed) for seed in range(timing.rotation(case.least_bytes, device))]
 
 
 def _pair(case: Case, device: torch.device, seed: int) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,6 @@ steps run at toy sizes, as a rehearsal, into a folder that no GPU has filled.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib.util
 import json
 import os
@@ -29,7 +28,7 @@ from typing import NamedTuple
 
 from attanchor_vlm.records import write_atomically
 from benchmarks import targets
-from benchmarks.options import UNAVAILABLE
+from benchmarks.options import UNAVAILABLE, end
 from benchmarks.rows import ROOT, of_newest_gpu, read, write_text
 
 TOTAL = {1: 570.0, 2: 280.0}  # seconds for everything
@@ -116,7 +115,6 @@ def find_gpu(python: str, limit: float = 60.0) -> Gpu | None:
 def steps(python: str, gpu: Gpu | None, output: Path) -> list[Step]:
     """All steps, the most valuable first; without a GPU at toy sizes."""
     device = "cpu" if gpu is None else "cuda"
-    smoke = str(output / "smoke.jsonl")
 
     def measuring(name: str, limit: float, part: int, command: str, *more: str) -> Step:
         file = f"{name}.jsonl"
@@ -124,7 +122,11 @@ def steps(python: str, gpu: Gpu | None, output: Path) -> list[Step]:
         return Step(name, (line,), limit, part, writes=file)
 
     def roofline(name: str, limit: float, part: int, backends: str, *more: str) -> Step:
-        kernels = ("--passes", "kernels", "--smoke", smoke) if gpu else ("--passes", "kernels", "--batches", "1")
+        kernels = (
+            ("--passes", "kernels", "--smoke", str(output / "smoke.jsonl"))
+            if gpu
+            else ("--passes", "kernels", "--batches", "1")
+        )
         chosen = ("--backends", backends) if gpu and backends else ()
         return measuring(name, limit, part, "roofline", *more, *chosen, *kernels)
 
@@ -221,20 +223,11 @@ def run(step: Step, log: Path, limit: float) -> Outcome:
             except subprocess.TimeoutExpired:
                 return Outcome(step.name, "timed out", time.monotonic() - begin, f"limit {limit:.0f} s")
             finally:
-                _end(process)
+                end(process)
             if status:
                 break
     names = {0: "passed", UNAVAILABLE: "not available"}
     return Outcome(step.name, names.get(status, "failed"), time.monotonic() - begin, _last_line(log))
-
-
-def _end(process: subprocess.Popen) -> None:
-    """With all that it started: what a step leaves behind would disturb the next one's figures."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    # One that hangs in the driver may not even die: it is not waited for without end.
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(10.0)
 
 
 def _lines(log: Path) -> list[str]:
@@ -266,11 +259,11 @@ def _keep(output: Path, part: int, logs: Path, outcomes: list[Outcome]) -> None:
 
 def run_all(chosen: list[Step], output: Path, total: float, part: int = 1) -> list[Outcome]:
     """Run the steps and keep logs and summary; what no time is left for is skipped."""
-    end = time.monotonic() + total
+    until = time.monotonic() + total
     outcomes: list[Outcome] = []
     with tempfile.TemporaryDirectory() as folder:
         for number, step in enumerate(chosen, 1):
-            left = end - time.monotonic()
+            left = until - time.monotonic()
             if left < min(step.least, step.limit):
                 outcomes.append(Outcome(step.name, "skipped", 0.0, "no time left"))
                 _keep(output, part, Path(folder), outcomes)

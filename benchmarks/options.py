@@ -1,8 +1,12 @@
-"""Options that several commands have, and what may stand behind them."""
+"""What several commands have: options and what may stand behind them, and the end of a process that hangs."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
+import signal
+import subprocess
 from collections.abc import Callable, Collection
 from fractions import Fraction
 from pathlib import Path
@@ -80,3 +84,12 @@ def refusal(given: argparse.Namespace) -> str | None:
     if "output" in given and getattr(given, "device", "cpu") == "cpu" and of_newest_gpu(read(given.output)):
         return f"{given.output} holds rows of a GPU; name another file by --output"
     return None
+
+
+def end(process: subprocess.Popen) -> None:
+    """With all that it started in a session of its own: what stays behind would disturb the next one's figures."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    # One that hangs in the driver may not even die: it is not waited for without end.
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(10.0)

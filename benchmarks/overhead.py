@@ -23,7 +23,7 @@ import attanchor_vlm
 from attanchor_kernels.testing.inputs import Shape
 from benchmarks import models, options, timing
 from benchmarks.baselines import plain_merge
-from benchmarks.cases import BEFORE, Case, Inputs, WrongResult, make_inputs, run, verify
+from benchmarks.cases import BEFORE, Case, Inputs, WrongResult, make_sets, run, verify
 from benchmarks.models import Decoder, Spec
 from benchmarks.rows import Row, Run, ratio
 
@@ -69,7 +69,7 @@ def measure(
     Raises:
         WrongResult: `merge_sequence` differs from the reference.
     """
-    sets = [make_inputs(case, on.device, seed) for seed in range(timing.rotation(case.least_bytes, on.device))]
+    sets = make_sets(case, on.device)
     verify(case, run(case, sets[0], "reference"), run(case, sets[0], "auto"))  # counts the anchors too
     plain = Prompt(plain_merge(sets[0]), sets[0].position_ids)
     length = plain.embeds.shape[1]

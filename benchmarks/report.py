@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from attanchor_lab import demo_table
-from benchmarks import cpu_reference, plots, store_demo, targets
+from benchmarks import cpu_reference, plots, same_tokens, store_demo, targets
 from benchmarks.rows import IMAGES, RESULTS, ROOT, Row, latest, of_newest_gpu, ratio, read, table, write_text
 
 COMMAND = "python -m benchmarks report"
@@ -146,23 +146,35 @@ def cpu_reference_block(rows: list[Row], image: str) -> str:
 
 
 def serve_block(rows: list[Row], image: str) -> str:
-    """Requests behind vLLM, and the memory that many of them leave behind."""
+    """Requests a second of three servers, and the memory that many of them leave behind."""
+    measured = [row for row in rows if "side" in row]
     lines = [
-        [row["side"], str(row["clients"]), str(row["length"]), str(row["pairs"]), ratio(row, "requests")]
-        for row in rows
-        if "side" in row
+        [
+            row["side"],
+            str(row["clients"]),
+            f"{row['length']}, plain {row['plain_length']}",
+            str(row["rounds"]),
+            f"{row['per_second']:.3g}, plain {row['plain_per_second']:.3g}",
+            ratio(row, "requests"),
+        ]
+        for row in measured
     ]
+    loads = [load for row in measured for load in row["load"]]
+    load = f"\nThe load average was {min(loads)} to {max(loads)}, on {measured[0]['cores']} cores.\n"
     memory = "".join(
-        "\nResident memory after "
+        "\nResident memory of the processes of the server with anchors after "
         + ", ".join(f"{done} requests {size / 1e6:.0f} MB" for done, size in row["resident_bytes"].items())
         + ".\n"
         for row in rows
         if row.get("measure") == "memory"
     )
-    return (
-        table(["", "clients", "tokens of a prompt", "pairs", "time of a request over the plain model's"], lines)
-        + memory
-    )
+    head = ["", "clients", "tokens of a prompt", "rounds", "requests a second", "over the plain model's"]
+    return table(head, lines) + load + memory
+
+
+def same_tokens_block(rows: list[Row], image: str) -> str:
+    """The prompts that vLLM answers with the tokens of `generate`, when first asked and when asked again."""
+    return table(*same_tokens.table_of(rows))
 
 
 def demo_block(rows: list[Row], image: str) -> str:
@@ -277,6 +289,7 @@ BLOCKS: dict[str, Block] = {
     "training": _block(partial(_on_gpu, "training"), training_block, "python -m benchmarks training"),
     "cpu-reference": _block(partial(_of, "cpu-reference"), cpu_reference_block, "python -m benchmarks cpu-reference"),
     "serve": _block(partial(_of, "serve"), serve_block, "python -m benchmarks serve"),
+    "same-tokens": _block(partial(_of, "same-tokens"), same_tokens_block, "python -m benchmarks same-tokens"),
     "targets": targets_block,
     "audit": _block(lambda rows: list(latest(_of("audit", rows), "kind").values()), audit_block, "make audit"),
     "demo": _block(lambda rows: _of("demo", rows)[-1:], demo_block, f"make demo` and `{store_demo.MAKE}"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -25,6 +26,7 @@ from benchmarks.cases import (
     kernel_backends,
     launched,
     make_inputs,
+    make_sets,
     run,
     verify,
 )
@@ -54,10 +56,11 @@ class Roofline(Run):
             with self.guarded(case.label):
                 measure(case)
 
-    def report(self, row: Row, taken: Timing, moved: int) -> None:
-        """Store a row and print its line."""
-        if moved:
-            row["gbps"] = float(f"{moved / taken.p50 / 1e9:.4g}")
+    def report(self, described: Row, taken: Timing, backend: str, **more: Any) -> None:
+        """Store a row of what was measured, of `described["bytes"]` moved, and print its line."""
+        row = {**described, **taken.describe(), "backend": backend, **more}
+        if row["bytes"]:
+            row["gbps"] = float(f"{row['bytes'] / taken.p50 / 1e9:.4g}")
         row = self.add(row)
         where = f"{row['operation']:<9}{row.get('shape', ''):<14}B={row.get('batch', '-')!s:<4}{row['backend']:<34}"
         of_floor = f"{row['ratio']:>8.2f} x floor" if "ratio" in row else ""
@@ -68,12 +71,11 @@ class Roofline(Run):
         count = 2**27 if self.device.type == "cuda" else 2**21
         pairs = [(torch.rand(count, device=self.device), torch.empty(count, device=self.device)) for _ in range(2)]
         copied = self.measure([partial(target.copy_, source) for source, target in pairs])
-        moved = 8 * count
-        self.report({"operation": "copy", "backend": "torch", "bytes": moved, **copied.describe()}, copied, moved)
+        self.report({"operation": "copy", "bytes": 8 * count}, copied, "torch")
         if not floor.on_gpu(self.device):
             return None
         empty = self.measure(floor.empty_calls(self.device))
-        self.report({"operation": "empty", "backend": "triton", "bytes": 0, **empty.describe()}, empty, 0)
+        self.report({"operation": "empty", "bytes": 0}, empty, "triton")
         return empty
 
     def memory(self, case: Case) -> None:
@@ -88,32 +90,26 @@ class Roofline(Run):
                 where = f"{case.operation:<9}{case.shape.name:<14}B={case.batch:<4}{name:<34}"
                 print(f"{where}{(peak or 0) / 1e6:>10.3f} MB beside outputs", flush=True)
 
-    def inputs(self, case: Case) -> list[Inputs]:
-        count = timing.rotation(case.least_bytes, self.device)
-        return [make_inputs(case, self.device, seed) for seed in range(count)]
-
     def kernels(self, case: Case, empty: Timing | None) -> None:
         """Floor, then every backend."""
-        sets = self.inputs(case)
+        sets = make_sets(case, self.device)
         candidates = {name: self.measure(calls) for name, calls in floor.copies(case, sets, self.device)}
         variant = min(candidates, key=lambda name: candidates[name].p50)
         least = candidates[variant]
-        described = {**case.describe(), **least.describe(), "backend": "floor", "variant": variant}
-        self.report(described, least, case.least_bytes)
+        self.report(case.describe(), least, "floor", variant=variant)
         expected = run(case, sets[0], "reference")
         for name in self.names:
             with self.guarded(f"{name}, {case.label}"):
                 verify(case, expected, run(case, sets[0], name))
                 taken = self.measure([partial(run, case, inputs, name) for inputs in sets])
-                row = {**case.describe(), **taken.describe(), "backend": name, "floor_us": round(least.p50 * 1e6, 3)}
-                row |= launched(name, case, sets[0])
-                row["auto"] = name == backends.choose("auto", self.device, case.dtype)
-                row["ratio"] = round(taken.p50 / least.p50, 4)
+                more: Row = {"floor_us": round(least.p50 * 1e6, 3), **launched(name, case, sets[0])}
+                more["auto"] = name == backends.choose("auto", self.device, case.dtype)
+                more["ratio"] = round(taken.p50 / least.p50, 4)
                 # Digits, not decimals: it can be tiny.
-                row["percent_of_roofline"] = float(f"{100 * least.p50 / taken.p50:.4g}")
+                more["percent_of_roofline"] = float(f"{100 * least.p50 / taken.p50:.4g}")
                 if empty is not None:
-                    row["us_less_empty"] = round((taken.p50 - empty.p50) * 1e6, 3)
-                self.report(row, taken, case.least_bytes)
+                    more["us_less_empty"] = round((taken.p50 - empty.p50) * 1e6, 3)
+                self.report(case.describe(), taken, name, **more)
                 self.called(name, case, sets)
 
     def called(self, name: str, case: Case, sets: Sequence[Inputs]) -> None:
@@ -127,17 +123,15 @@ class Roofline(Run):
 
     def baseline(self, name: str, case: Case, calls: Sequence[Callable[[], Any]], eager: bool = False) -> None:
         taken = self.measure(calls, eager)
-        row = {**case.describe(), **taken.describe(), "backend": name}
-        if name == "reference":
-            row["peak_bytes"] = timing.peak_beside_outputs(calls[0], self.device)
-        self.report(row, taken, case.least_bytes)
+        more = {"peak_bytes": timing.peak_beside_outputs(calls[0], self.device)} if name == "reference" else {}
+        self.report(case.describe(), taken, name, **more)
 
     def baselines(self, case: Case) -> None:
         """The reference, for a prompt the merge of transformers: as device time alone, and with their launches.
 
         The reference is no baseline for a prompt: it matches every slot with every slot, which no user would.
         """
-        sets = self.inputs(case)
+        sets = make_sets(case, self.device)
         calls: list[Callable[[], Any]]
         if case.operation == "merge":
             if not verify_merge(sets[0], plain_merge(sets[0])):
@@ -157,7 +151,7 @@ class Roofline(Run):
             compiled = Compiled(matmul)
             for case in cases:
                 with self.guarded(f"{compiled.name}, {case.label}"), torch.no_grad():
-                    sets = self.inputs(case)
+                    sets = make_sets(case, self.device)
                     if not torch.equal(compiled(sets[0])[0], run(case, sets[0], "reference")[0]):
                         raise WrongResult("embeds differ from the reference")
                     self.baseline(compiled.name, case, [partial(compiled, inputs) for inputs in sets])
@@ -203,12 +197,8 @@ def _measure(on: Roofline, given: argparse.Namespace) -> None:
     shapes = given.shapes or (("toy",) if on_cpu else tuple(shape.name for shape in SHAPES))
     # The sizes that the targets are about come first, so that a run cut short has them.
     batches = given.batches or ((1, 2) if on_cpu else (8, 1, 32, 64, 4))
-    cases = [
-        Case(operation, SHAPE_OF[name], batch, on.dtype)
-        for batch in batches
-        for name in shapes
-        for operation in given.operations
-    ]
+    wished = itertools.product(batches, shapes, given.operations)
+    cases = [Case(operation, SHAPE_OF[name], batch, on.dtype) for batch, name, operation in wished]
     if "kernels" in given.passes:
         empty = on.machine()
         if not on_cpu:

@@ -1,17 +1,28 @@
-"""What anchors cost behind vLLM, and what dropping image tokens saves, as ratios to the same model without them.
+"""What anchors cost over HTTP, and what dropping image tokens saves: `attanchor serve` beside vLLM without the plugin.
 
-One engine, in this process and on one thread, serves all sides by turns: it only sees rows. Since a CPU is slow, a
-random LLaVA of 5 million parameters with 256 image tokens; every request is a new picture, and 8 clients are 8 chats in
-flight together. HTTP is not in it.
+Three servers of the same weights are up at once, and clients ask one after the other, in another order each round: what
+disturbs a round disturbs all of them. Since a CPU is slow, the model is a random Idefics3 of 7 million parameters with
+256 image tokens, which vLLM's own class of it serves too; every request brings a new picture.
 """
 
 from __future__ import annotations
 
 import argparse
+import base64
+import contextlib
+import io
 import itertools
+import json
 import os
+import shutil
+import socket
+import statistics
+import subprocess
+import sys
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,76 +30,165 @@ import numpy as np
 import torch
 from PIL import Image
 
-from attanchor_vlm import AttAnchorConfig, attach, load_pretrained
+from attanchor_vlm.inference.vllm.launch import ON_CPU, answers
 from attanchor_vlm.provenance import version_of
 from benchmarks import options, timing
 from benchmarks.rows import Run
 
-SIDE, PATCH = 224, 14
-PLAIN = {"tau": 1.0}
-SIDES = {
-    "anchors": {"tau": -1.0, "max_anchors": 5},
-    "anchors, keep 1/3": {"tau": -1.0, "max_anchors": 5, "keep": 1 / 3},
-}
+WIDTH, PATCH = 256, 16
+IMAGE_TOKENS = (WIDTH // PATCH) ** 2
+ANCHORS = ["--tau", "-1", "--max-anchors", "5"]
+SIDES = {"anchors": ANCHORS, "anchors, keep 1/3": [*ANCHORS, "--keep", "0.3333"]}
+PLAIN = "plain"
+REQUESTS = {1: 2, 8: 16}  # of a round, for each number of clients
 NEW = 8
 QUESTION = "Where is the purple triangle in this picture, and what is to the left of it?"
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_NO_USAGE_STATS": "1",
+}
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     options.output(parser, "serve-cpu")
-    parser.add_argument("--pairs", type=options.number, default=9, help="of each measurement (default: %(default)s)")
+    parser.add_argument("--rounds", type=options.number, default=9, help="of each measurement (default: %(default)s)")
     parser.add_argument("--requests", type=options.number, default=500, help="for memory (default: %(default)s)")
 
 
 def main(given: argparse.Namespace) -> int:
-    """Throughput of every side at 1 and 8 clients, then memory."""
-    on = Run(given.output, "cpu", "serve")
-    with tempfile.TemporaryDirectory() as folder:
-        engine = _engine(_write_model(Path(folder)))
-        pictures = _pictures()
-        for clients, (side, settings) in itertools.product((1, 8), SIDES.items()):
-            with on.guarded(f"{side}, {clients} clients"):
-                # Warm: neither side is the first to run a prompt of its length.
-                for values in (PLAIN, settings):
-                    _ask(engine, values, pictures, clients)
-                both = timing.pairs(
-                    _take(engine, PLAIN, pictures, clients), _take(engine, settings, pictures, clients), given.pairs
-                )
-                shown = _ask(engine, settings, pictures, 1)
-                row = {"side": side, "clients": clients, "length": len(shown[0].prompt_token_ids), "new_tokens": NEW}
-                _add(on, {**row, "pairs": given.pairs, "method": both.method, **both.describe("requests")})
-        with on.guarded("memory"):
-            held = {}
-            for done in range(0, given.requests + 1, 100):
-                held[done] = timing.resident()
-                for _ in range(0 if done == given.requests else 100 // 4):
-                    _ask(engine, SIDES["anchors"], pictures, 4)
-            _add(on, {"measure": "memory", "resident_bytes": held})
+    """Requests per second of every side at 1 and 8 clients, then memory."""
+    on, pictures = Run(given.output, "cpu", "serve"), _pictures()
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as running:
+        model = _write_model(Path(folder))
+        servers = {
+            side: running.enter_context(Server(model, settings)) for side, settings in [(PLAIN, None), *SIDES.items()]
+        }
+        for server in servers.values():
+            server.wait()
+        for clients in REQUESTS:
+            _throughput(on, servers, pictures, clients, given.rounds)
+        _memory(on, servers["anchors"], pictures, given.requests)
     return on.status()
 
 
+class Server:
+    """A server in processes of its own, which end with the context.
+
+    Args:
+        settings: What `attanchor serve` is told; None for vLLM without the plugin.
+    """
+
+    def __init__(self, model: Path, settings: Sequence[str] | None) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        self.address, self.model = f"http://127.0.0.1:{port}", str(model)
+        self.log = model.with_name(f"{port}.log")
+        own = ["--max-model-len", "1024", "--max-num-seqs", "8", "--kv-cache-memory-bytes", str(256 << 20)]
+        own += ["--distributed-executor-backend", "uni"]  # a process less, and its threads
+        if settings is None:
+            command = ["vllm.entrypoints.openai.api_server", "--model", self.model, "--port", port, *ON_CPU, *own]
+        else:
+            command = ["attanchor_vlm.cli", "serve", "--model", self.model, "--port", port, *settings, "--", *own]
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", *command], env=os.environ | ENVIRONMENT, stdout=log, stderr=log
+            )
+
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.terminate()
+        self.process.wait()
+
+    def wait(self) -> None:
+        """Until it answers."""
+        from openai import OpenAI
+
+        while not answers(self.address):
+            if self.process.poll() is not None:
+                raise RuntimeError(f"a server ended at its start:\n{self.log.read_text()[-3000:]}")
+            time.sleep(0.5)
+        self.client = OpenAI(base_url=f"{self.address}/v1", api_key="none", max_retries=0)
+
+    def ask(self, picture: str) -> int:
+        """The number of tokens of the prompt."""
+        parts = [{"type": "image_url", "image_url": {"url": picture}}, {"type": "text", "text": QUESTION}]
+        said = self.client.chat.completions.create(
+            model=self.model,
+            messages=[{"role": "user", "content": parts}],  # type: ignore[list-item]
+            max_tokens=NEW,
+            temperature=0,
+            extra_body={"ignore_eos": True},
+        )
+        return said.usage.prompt_tokens
+
+    def rate(self, pictures: Sequence[str], clients: int) -> float:
+        """Requests per second."""
+        with ThreadPoolExecutor(clients) as pool:
+            begin = time.perf_counter()
+            list(pool.map(self.ask, pictures))
+            return len(pictures) / (time.perf_counter() - begin)
+
+    def resident(self) -> int:
+        """Bytes of memory that its processes hold; what they share counts once for each."""
+        import psutil
+
+        process = psutil.Process(self.process.pid)
+        return sum(one.memory_info().rss for one in (process, *process.children(recursive=True)))
+
+
+def _throughput(on: Run, servers: dict[str, Server], pictures: Iterator[str], clients: int, rounds: int) -> None:
+    lengths = {side: server.ask(next(pictures)) for side, server in servers.items()}  # the first is warm then, too
+    rates: dict[str, list[float]] = {side: [] for side in servers}
+    loads = []
+    for turn in range(rounds):
+        shown = list(itertools.islice(pictures, REQUESTS[clients]))
+        for side in list(servers)[:: -1 if turn % 2 else 1]:
+            rates[side].append(servers[side].rate(shown, clients))
+        loads.append(round(os.getloadavg()[0], 1))
+    for side in SIDES:
+        row = {"side": side, "clients": clients, "length": lengths[side], "plain_length": lengths[PLAIN]}
+        row |= {"new_tokens": NEW, "rounds": rounds, "requests": REQUESTS[clients]}
+        row |= {"per_second": round(statistics.median(rates[side]), 3)}
+        row |= {"plain_per_second": round(statistics.median(rates[PLAIN]), 3)}
+        row |= timing.Pairs(tuple(rates[PLAIN]), tuple(rates[side]), "wall").ratios("requests")
+        _add(on, {**row, "load": [min(loads), max(loads)]})
+
+
+def _memory(on: Run, server: Server, pictures: Iterator[str], requests: int) -> None:
+    held = {0: server.resident()}
+    for done in range(100, requests + 1, 100):
+        server.rate(list(itertools.islice(pictures, 100)), 8)
+        held[done] = server.resident()
+    _add(on, {"measure": "memory", "resident_bytes": held})
+
+
 def _add(on: Run, row: dict[str, Any]) -> None:
-    row = on.add({**row, "vllm": version_of("vllm-cpu") or version_of("vllm")})
-    print(
-        {name: row[name] for name in row if name in ("side", "clients", "requests_ratio", "resident_bytes")}, flush=True
-    )
+    on.add({**row, "vllm": version_of("vllm-cpu") or version_of("vllm")})
+    print(row, flush=True)
 
 
 def _write_model(folder: Path) -> Path:
-    """A random LLaVA of 5 million parameters, with heads of 64 and the sample's tokenizer and template."""
+    """A random Idefics3 of 7 million parameters, with heads of 64 and the sample's tokenizer and template."""
     import transformers
 
     from attanchor_lab.sample import write_sample
 
     write_sample(folder / "sample")
-    _, processor = load_pretrained(str(folder / "sample" / "model"))
-    images, side = processor.image_processor, {"height": SIDE, "width": SIDE}
-    images.size, images.crop_size, processor.patch_size = {"shortest_edge": SIDE}, side, PATCH
+    model, sample = folder / "model", folder / "sample" / "model"
+    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(sample)
+    markers = ["<fake_token_around_image>", "<global-img>", "<end_of_utterance>"]
+    tokenizer.add_special_tokens({"additional_special_tokens": markers})
     tower: dict[str, Any] = {
         "hidden_size": 128,
         "intermediate_size": 256,
         "num_hidden_layers": 4,
-        "num_attention_heads": 4,
+        "num_attention_heads": 2,
     }
     text: dict[str, Any] = {
         "hidden_size": 256,
@@ -96,60 +196,34 @@ def _write_model(folder: Path) -> Path:
         "num_hidden_layers": 6,
         "num_attention_heads": 4,
     }
+    pad: dict[str, Any] = {"pad_token_id": tokenizer.pad_token_id}
     torch.manual_seed(0)
-    config = transformers.LlavaConfig(
-        vision_config=transformers.CLIPVisionConfig(**tower, image_size=SIDE, patch_size=PATCH),
-        text_config=transformers.LlamaConfig(**text, num_key_value_heads=4, vocab_size=len(processor.tokenizer)),
-        image_token_index=processor.tokenizer.convert_tokens_to_ids(processor.image_token),
+    config = transformers.Idefics3Config(
+        vision_config=transformers.Idefics3VisionConfig(**tower, image_size=WIDTH, patch_size=PATCH),
+        text_config=transformers.LlamaConfig(**text, vocab_size=len(tokenizer), **pad),
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        scale_factor=1,
+        **pad,
     )
-    transformers.LlavaForConditionalGeneration(config).save_pretrained(folder / "model")
-    processor.save_pretrained(folder / "model")
-    return folder / "model"
-
-
-def _engine(folder: Path) -> Any:
-    torch.set_num_threads(1)
-    os.environ |= {
-        "OMP_NUM_THREADS": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_LOGGING_LEVEL": "ERROR",
-        "VLLM_NO_USAGE_STATS": "1",
+    transformers.Idefics3ForConditionalGeneration(config).save_pretrained(model)
+    tokenizer.save_pretrained(model)
+    edge = {"longest_edge": WIDTH}
+    images: dict[str, Any] = {"image_processor_type": "Idefics3ImageProcessor", "do_image_splitting": False}
+    images |= {"size": edge, "max_image_size": edge, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    files = {
+        "preprocessor_config.json": images,
+        "processor_config.json": {"processor_class": "Idefics3Processor", "image_seq_len": IMAGE_TOKENS},
     }
-    from vllm import LLM
-
-    from attanchor_vlm.inference.vllm import ARCHITECTURE, MODE
-
-    return LLM(
-        str(folder),
-        tokenizer_mode=MODE,
-        hf_overrides={"architectures": [ARCHITECTURE], "attanchor": PLAIN},
-        dtype="float32",
-        enforce_eager=True,
-        max_model_len=1024,
-        max_num_seqs=8,
-        kv_cache_memory_bytes=256 << 20,
-        mm_processor_cache_gb=0,
-        distributed_executor_backend="uni",
-    )
+    for name, content in files.items():
+        (model / name).write_text(json.dumps(content), encoding="utf-8")
+    shutil.copy(sample / "chat_template.jinja", model)
+    return model
 
 
-def _pictures() -> Iterator[Image.Image]:
+def _pictures() -> Iterator[str]:
+    """Noise, each as the URL that holds it."""
     noise = np.random.default_rng(0)
     while True:
-        yield Image.fromarray(noise.integers(0, 255, (SIDE, SIDE, 3), dtype=np.uint8))
-
-
-def _take(engine: Any, settings: dict[str, Any], pictures: Iterator[Image.Image], clients: int) -> timing.Take:
-    return timing.prepare_long(lambda: _ask(engine, settings, pictures, clients), torch.device("cpu"))
-
-
-def _ask(engine: Any, settings: dict[str, Any], pictures: Iterator[Image.Image], clients: int) -> list[Any]:
-    from vllm import SamplingParams
-
-    attach(engine.llm_engine.renderer.front.model, AttAnchorConfig(**settings))
-    chats = [
-        [{"role": "user", "content": [{"type": "image_pil", "image_pil": picture}, {"type": "text", "text": QUESTION}]}]
-        for picture in itertools.islice(pictures, clients)
-    ]
-    return engine.chat(chats, SamplingParams(temperature=0, max_tokens=NEW, ignore_eos=True), use_tqdm=False)
+        file = io.BytesIO()
+        Image.fromarray(noise.integers(0, 255, (WIDTH, WIDTH, 3), dtype=np.uint8)).save(file, "PNG")
+        yield f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"

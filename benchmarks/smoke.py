@@ -10,9 +10,7 @@ import argparse
 import contextlib
 import itertools
 import json
-import os
 import queue
-import signal
 import subprocess
 import sys
 import threading
@@ -156,10 +154,7 @@ def _process(command: Sequence[str]) -> Iterator[queue.Queue]:
     try:
         yield lines
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        with contextlib.suppress(subprocess.TimeoutExpired):  # one that hangs in the driver may not even die
-            process.wait(10.0)
+        options.end(process)
 
 
 def _json(line: str | None) -> Row | None:
@@ -196,13 +191,7 @@ def main(given: argparse.Namespace) -> int:
     for row in supervised([*command, "--from"]):
         row = on.add(row)
         print(
-            row["status"],
-            row["backend"],
-            row["dtype"],
-            row.get("operation"),
-            row.get("tuning"),
-            row.get("detail", ""),
-            flush=True,
+            *(row.get(key, "") for key in ("status", "backend", "dtype", "operation", "tuning", "detail")), flush=True
         )
     bad = [row for row in on.rows if row["status"] not in ("right", "left out")]
     print(f"{len(on.rows)} ways, {len(bad)} of them not right")

@@ -74,11 +74,18 @@ class Pairs(NamedTuple):
 
     def describe(self, what: str) -> dict:
         """The part of a row that says what became of `what`, times in microseconds."""
-        low, middle, high = self.quartiles
         return {
             f"{what}_us": round(statistics.median(self.other) * 1e6, 2),
             f"plain_{what}_us": round(statistics.median(self.plain) * 1e6, 2),
-            **{f"{what}_ratio": float(f"{middle:.4g}"), f"{what}_ratio_q1": float(f"{low:.4g}")},
+            **self.ratios(what),
+        }
+
+    def ratios(self, what: str) -> dict:
+        """The part of it without times."""
+        low, middle, high = self.quartiles
+        return {
+            f"{what}_ratio": float(f"{middle:.4g}"),
+            f"{what}_ratio_q1": float(f"{low:.4g}"),
             f"{what}_ratio_q3": float(f"{high:.4g}"),
             f"{what}_within_spread": high - low >= abs(middle - 1),  # which so swamps the difference
         }

@@ -20,7 +20,7 @@ import torch
 from attanchor_kernels import backends
 from attanchor_kernels.testing.inputs import SHAPES
 from benchmarks import floor, options, timing
-from benchmarks.cases import SHAPE_OF, Case, Inputs, make_inputs, run, verify
+from benchmarks.cases import SHAPE_OF, Case, Inputs, make_sets, run, verify
 from benchmarks.options import UNAVAILABLE
 from benchmarks.rows import Run
 
@@ -108,7 +108,7 @@ def search(backend: str, case: Case, on: Run, end: float) -> None:
 
     It is stored when something faster is found too: a candidate that hangs takes no more than itself.
     """
-    sets = [make_inputs(case, on.device, seed) for seed in range(timing.rotation(case.least_bytes, on.device))]
+    sets = make_sets(case, on.device)
     least = min(timing.measure(c, on.device, repeats=9, budget=0.1).p50 for _, c in floor.copies(case, sets, on.device))
     expected = run(case, sets[0], "reference")
     best: dict[str, Any] = {}

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from attanchor_lab import demo_table
-from benchmarks import plots, report, rows, store_demo, targets
+from benchmarks import plots, report, rows, same_tokens, store_demo, targets
 from benchmarks.__main__ import main
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -241,6 +241,17 @@ def test_a_demonstration_is_stored_whole_or_not_at_all(tmp_path, monkeypatch, ca
     assert row["run"] == "demo"
     assert len(demo_table.lines_of(row)[1]) == len(demo_table.HEAD)
     assert sorted(os.listdir(tmp_path / "images")) == ["demo-loss.png", "demo-photographs.png", "demo-scenes.png"]
+
+
+def test_a_prompt_with_other_tokens_is_counted_out_in_its_turn():
+    """As tests/serve/same_tokens.py prints them: the second answers come from the prefix cache."""
+    printed = {"expected": [[1, 2], [3], [4]], "first": [[1, 2], [3], [5]], "second": [[1, 2], [4], [5]]}
+    counted = same_tokens._equal(printed)
+    assert counted == {"equal": 2, "equal_from_cache": 1}
+    one = {"setting": {"tau": 0.1, "keep": 0.34}, "inserted": 7, "compared": 3, **counted}
+    head, lines = same_tokens.table_of([{"family": name, "settings": [one]} for name in ("llava", "qwen2_vl")])
+    assert head == ["settings", "llava", "qwen2_vl"]
+    assert lines == [["tau 0.1, keep 0.34", *["2 and 1 of 3, 7 anchors"] * 2]]
 
 
 def test_check_misses_a_plot_and_sees_an_old_one(tmp_path, capsys):

@@ -25,32 +25,26 @@ def run(code: str, blocked: tuple[str, ...] = (), **variables: str) -> str:
 
 
 USE = """
-import torch, attanchor_kernels
+import attanchor_kernels
+print([m for m in ('triton', 'transformers', 'peft') if m in sys.modules])
+import torch
 a, b = torch.randn(1, 4, 8, requires_grad=True), torch.randn(1, 2, 8)
 out = attanchor_kernels.build_sequence(a, b, -1.0)
 out.embeds.backward(torch.randn_like(out.embeds))
 raw = torch.ops.attanchor.build_sequence(a, b, -1.0)
 print(tuple(out.embeds.shape), tuple(raw[0].shape), a.grad is not None)
+try: attanchor_kernels.build_sequence(a, b, 0.1, backend='triton')
+except ValueError as error: print(error)
 """
 
 
-@pytest.mark.parametrize("blocked", [(), ("triton",), ("attanchor_kernels._C",), ("triton", "transformers", "peft")])
-def test_works_without_what_is_optional(blocked):
-    assert run(USE, blocked) == "(1, 8, 8) (1, 8, 8) True\n"
-
-
-def test_import_does_not_load_triton_or_transformers():
-    code = "import attanchor_kernels, sys; print([m for m in ('triton', 'transformers', 'peft') if m in sys.modules])"
-    assert run(code) == "[]\n"
-
-
-def test_a_missing_triton_is_explained():
-    code = (
-        "import torch, attanchor_kernels as a\n"
-        "try: a.build_sequence(torch.randn(2, 4), torch.randn(2, 4), 0.1, backend='triton')\n"
-        "except ValueError as error: print(error)"
-    )
-    assert "Triton cannot be imported (triton is blocked by the test); install it with" in run(code, ("triton",))
+@pytest.mark.parametrize("blocked", [(), ("triton", "transformers", "peft", "attanchor_kernels._C")])
+def test_what_is_optional_is_neither_needed_nor_loaded(blocked):
+    loaded, made, *explained = run(USE, blocked).splitlines()
+    assert loaded == "[]"
+    assert made == "(1, 8, 8) (1, 8, 8) True"
+    if blocked:
+        assert "Triton cannot be imported (triton is blocked by the test); install it with" in explained[0]
 
 
 DOCTOR = "import runpy; runpy.run_module('attanchor_kernels.doctor', run_name='__main__')"

@@ -27,7 +27,7 @@ LEAST = 3  # seeds without which there is no test
 BETTER, WORSE, OPEN, TOO_FEW = "better", "worse", "not shown", "too few seeds"
 
 
-def compare(differences: Mapping[Hashable, Sequence[float]], higher_is_better: bool = True) -> pd.DataFrame:
+def compare(differences: Mapping[Hashable, Sequence[float]]) -> pd.DataFrame:
     """Test paired differences that are looked at together: Student's t over seeds, corrected by Holm.
 
     Interval and verdict come from one test: `low` to `high` is the interval at the level that Holm's procedure tests
@@ -35,7 +35,7 @@ def compare(differences: Mapping[Hashable, Sequence[float]], higher_is_better: b
     strictest, Bonferroni's. `low_alone` to `high_alone` is the 95 % interval of the comparison by itself.
 
     Args:
-        differences: For every comparison its differences, one a seed.
+        differences: For every comparison its differences, one a seed, of which more is better.
 
     Returns:
         A line for each comparison, in the order given: seeds, mean, low_alone, high_alone, p_alone, low, high, p,
@@ -61,9 +61,8 @@ def compare(differences: Mapping[Hashable, Sequence[float]], higher_is_better: b
     for name, level in (("_alone", LEVEL), ("", LEVEL * holm)):
         half = stats.t.isf(level / 2, free) * table["error"]
         table[f"low{name}"], table[f"high{name}"] = table["mean"] - half, table["mean"] + half
-    gain = table["mean"] if higher_is_better else -table["mean"]
     established = table["p"] < LEVEL
-    choices = [(~tested, TOO_FEW), (established & (gain > 0), BETTER), (established, WORSE)]
+    choices = [(~tested, TOO_FEW), (established & (table["mean"] > 0), BETTER), (established, WORSE)]
     table["verdict"] = np.select([where for where, _ in choices], [word for _, word in choices], OPEN)
     return table.drop(columns="error")
 
@@ -79,8 +78,8 @@ def number(value: float, digits: int = 1, sign: bool = False) -> str:
     return (f"{value:+.{digits}f}" if sign else f"{value:.{digits}f}").replace("-", "−")
 
 
-def interval(low: float, high: float, digits: int = 1) -> str:
-    return f"{number(low, digits, True)} to {number(high, digits, True)}" if np.isfinite(low) else "–"
+def interval(low: float, high: float) -> str:
+    return f"{number(low, 1, True)} to {number(high, 1, True)}" if np.isfinite(low) else "–"
 
 
 def probability(p: float) -> str:

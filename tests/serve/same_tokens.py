@@ -110,6 +110,7 @@ def main(name: str, count: int) -> None:
             first, second = (engine.chat(messages, sampling, use_tqdm=False) for _ in range(2))
             row = {
                 "setting": setting,
+                "values": values,
                 "expected": [tokens for tokens, _ in expected[setting]],
                 "inserted": [number for _, number in expected[setting]],
                 "first": [list(output.outputs[0].token_ids) for output in first],

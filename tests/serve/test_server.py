@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import functools
+import http.server
 import io
 import json
 import os
@@ -25,7 +27,7 @@ from attanchor_lab.sample import write_sample
 from attanchor_vlm import answer, cli, load
 
 TAU = 0.6
-QUIET = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
+QUIET = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING", "no_proxy": "127.0.0.1"}
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 
 
@@ -65,7 +67,7 @@ def server(sample):
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "attanchor_vlm.cli", "serve", "--model", sample / "wide"]
     limits = ["--max-model-len", "512", "--kv-cache-memory-bytes", str(64 << 20)]
-    vllm = ["--", "--port", str(port), "--served-model-name", "wide", *limits]
+    vllm = ["--", "--port", str(port), "--served-model-name", "wide", "--distributed-executor-backend", "uni", *limits]
     log = (sample / "log").open("w")
     process = subprocess.Popen(
         [*command, *vllm], stdout=subprocess.PIPE, stderr=log, text=True, env=os.environ | QUIET | ONE_THREAD
@@ -133,6 +135,22 @@ def test_eight_clients_get_the_answers_of_generate(server, asked):
 
     with ThreadPoolExecutor(8) as clients:
         assert sum(clients.map(ask, asked * 2)) > 0
+
+
+def test_an_image_is_fetched_from_its_address(server, asked):
+    image, question, expected, _ = asked[0]
+    files = functools.partial(http.server.SimpleHTTPRequestHandler, directory=image.parent)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), files) as web:
+        threading.Thread(target=web.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{web.server_port}/{image.name}"
+        found, missing = (
+            server.ask({"type": "image_url", "image_url": {"url": url}}, text(question))
+            for url in (address, f"{address}.gone")
+        )
+        web.shutdown()
+    assert found[0] == 200, found
+    assert found[2]["choices"][0]["message"]["content"].strip() == expected
+    assert 400 <= missing[0] < 500, missing
 
 
 def test_the_printed_line_works(server):

@@ -27,6 +27,7 @@ experiment = typer.Typer(
 app.add_typer(experiment, name="experiment")
 
 Given = dict[str, Any]
+PAPER_TAUS = "1.0,0.16,0.14,0.12,0.10,0.08"
 TAUS = Annotated[str, typer.Option(help="Thresholds, with commas; 1 is the baseline.")]
 
 
@@ -56,7 +57,7 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
 
 
 @command
-def sweep(tested: Given, trained: Given, *, model: MODEL, taus: TAUS = "1.0,0.16,0.14,0.12,0.10,0.08") -> None:
+def sweep(tested: Given, trained: Given, *, model: MODEL, taus: TAUS = PAPER_TAUS) -> None:
     """Text into image at several thresholds against the baseline, beside the paper where it has such a model."""
     chosen = numbers(taus, "--taus")
     _run("sweep", _study(tested, trained, model), chosen)
@@ -127,7 +128,7 @@ def paper(
     trained: Given,
     *,
     model: MODEL,
-    taus: TAUS = "1.0,0.16,0.14,0.12,0.10,0.08",
+    taus: TAUS = PAPER_TAUS,
     no_controls: Annotated[bool, typer.Option("--no-controls", help="Leave the two controls out.")] = False,
 ) -> None:
     """The paper's TinyLLaVA table beside the paper's own values, with two controls that it lacks.

@@ -19,12 +19,11 @@ from attanchor_vlm.data.rows import PLACEHOLDER, load_image, read_rows
 from attanchor_vlm.errors import DataError, SetupError
 from attanchor_vlm.records import write_json
 
-KINDS: dict[str, tuple[tuple[float, ...], str]] = {
-    # default levels, and what a level is
-    "blur": ((2, 4, 8), "standard deviation of the Gaussian, in pixels of an image 336 pixels high or wide"),
-    "noise": ((16, 32, 64), "standard deviation, of pixel values up to 255"),
-    "downscale": ((2, 4, 8), "the image is made so many times smaller, then as large as before"),
-    "jpeg": ((30, 10, 5), "JPEG quality"),
+KINDS = {  # and what a level is
+    "blur": "standard deviation of the Gaussian, in pixels of an image 336 pixels high or wide",
+    "noise": "standard deviation, of pixel values up to 255",
+    "downscale": "the image is made so many times smaller, then as large as before",
+    "jpeg": "JPEG quality",
 }
 VIEWS = (1, 2, 5)
 _REFERENCE_SIDE = 336  # CLIP's input in LLaVA-1.5: levels of blur mean the same for images of every size
@@ -59,10 +58,10 @@ def check_level(kind: str, level: float) -> None:
     if kind not in KINDS:
         raise SetupError(f"degradation is {kind!r}; it should be one of {', '.join(KINDS)}")
     if kind == "jpeg" and level != int(level):
-        raise SetupError(f"level of jpeg is {level:g}; it should be a whole number ({KINDS[kind][1]})")
+        raise SetupError(f"level of jpeg is {level:g}; it should be a whole number ({KINDS[kind]})")
     least, most = {"downscale": (1, 1000), "jpeg": (1, 100)}.get(kind, (0, 1000))
     if not least <= level <= most:
-        raise SetupError(f"level of {kind} is {level:g}; it should be from {least} to {most} ({KINDS[kind][1]})")
+        raise SetupError(f"level of {kind} is {level:g}; it should be from {least} to {most} ({KINDS[kind]})")
 
 
 def views(image: Image.Image, count: int) -> list[Image.Image]:

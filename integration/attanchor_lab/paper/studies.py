@@ -30,7 +30,6 @@ from attanchor_vlm.errors import SetupError
 from attanchor_vlm.records import Row, write_atomically
 from attanchor_vlm.training.config import Method
 
-PAPER_TAUS = (1.0, 0.16, 0.14, 0.12, 0.10, 0.08)
 TABLE, PLOT, RADAR = "table.md", "plot.png", "radar.png"
 RANDOM, FRONT = "random places", "prompt in front"
 Paper = dict[str, dict[str, float] | None]
@@ -44,7 +43,7 @@ class Result:
     files: list[Path]
 
 
-def sweep(study: Study, taus: Sequence[float] = PAPER_TAUS) -> Result:
+def sweep(study: Study, taus: Sequence[float]) -> Result:
     """Text into image at several thresholds, 1 being the baseline."""
     arms = _tau_arms(taus)
     paper: Paper = {arm.name: paper_values(study.preset_name, tau=arm.tau) for arm in arms}
@@ -60,7 +59,7 @@ def directions(study: Study) -> Result:
     return _run(study, "directions", arms, "Direction", paper)
 
 
-def paper_table(study: Study, taus: Sequence[float] = PAPER_TAUS, controls: bool = True) -> Result:
+def paper_table(study: Study, taus: Sequence[float], controls: bool = True) -> Result:
     """The paper's TinyLLaVA table: thresholds, image into text, and two controls that it lacks.
 
     Image into text and the controls have the preset's tau. "random places" copies the tokens that text into image
@@ -148,7 +147,7 @@ def degrade(study: Study, kinds: Mapping[str, Sequence[float]], taus: Sequence[f
         for name, how in {**metrics_of(rows), "inserted_share": FIGURES["inserted_share"]}.items():
             if name in found:
                 lines += [f"## {how.title}", "", *table.pivot(found, name, how, "run", "images", "images"), ""]
-        lines += ["Levels: " + "; ".join(f"{kind}: {variants.KINDS[kind][1]}" for kind in kinds) + "."]
+        lines += ["Levels: " + "; ".join(f"{kind}: {variants.KINDS[kind]}" for kind in kinds) + "."]
         return lines
 
     def draw(rows: list[Row]) -> None:
@@ -177,7 +176,7 @@ def _by_level(rows: Sequence[Row], metric: str, kinds: Sequence[str]) -> pd.Data
     return pd.concat(panels)
 
 
-def tokens(study: Study, views: Sequence[int] = variants.VIEWS) -> Result:
+def tokens(study: Study, views: Sequence[int]) -> Result:
     """Baseline against text into image with every image given in 1, 2 or 5 views, in training as in testing."""
     study.check()
     tau_of_anchors = _tau_of(study.preset)

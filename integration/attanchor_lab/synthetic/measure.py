@@ -20,7 +20,7 @@ from attanchor_lab.synthetic.plan import Condition
 from attanchor_lab.synthetic.training import generator_for, hosts_as_patches, new_batch
 
 TEST = Mixture(kinds=(0.5, 0.25, 0.25))  # POPE's balance: half the existence questions are to be denied
-_PICTURED = Mixture(kinds=(0.0, 0.5, 0.5))
+_PICTURED, _PICTURES = Mixture(kinds=(0.0, 0.5, 0.5)), 2
 _ATTENTION_SAMPLES = 96
 
 
@@ -185,10 +185,10 @@ def _attentions(asker: Asker, batch: Batch, copies: bool) -> tuple[Tensor, Built
     return torch.stack(list(answered.output.attentions)).float(), answered.built
 
 
-def _pictures(condition: Condition, asker: Asker, seed: int, device: str, count: int = 2) -> list[dict[str, Any]]:
-    """Scenes as PNG with question, answer, matches and the attention of the answer's place to every patch."""
+def _pictures(condition: Condition, asker: Asker, seed: int, device: str) -> list[dict[str, Any]]:
+    """Two scenes as PNG with question, answer, matches and the attention of the answer's place to every patch."""
     generator = generator_for(device, seed, 7)
-    batch = new_batch(condition, asker.model, count, 1, generator, mixture=_PICTURED)
+    batch = new_batch(condition, asker.model, _PICTURES, 1, generator, mixture=_PICTURED)
     asked = batch.questions
     attentions, built = _attentions(asker, batch, True)
     answer = asker(batch).logits.argmax(-1)
@@ -198,7 +198,7 @@ def _pictures(condition: Condition, asker: Asker, seed: int, device: str, count:
     if asker.arm.at_patches:
         host = hosts_as_patches(built.host, batch.patches)
     found = []
-    for row in range(count):
+    for row in range(_PICTURES):
         to_all = attentions[:, row, :, mask[row].sum() - 1].mean((0, 1))
         there = (source[row] >= 1) & (source[row] <= batch.patches) & ~is_anchor[row]
         to_patches = to_all.new_zeros(batch.patches)  # and none to those that were dropped

@@ -166,13 +166,7 @@ def learner(
 
 
 def pretrain_encoder(
-    encoder: PatchEncoder,
-    world: scenes.World,
-    steps: int,
-    generator: torch.Generator,
-    blur: float = 0.0,
-    batch: int = 24,
-    lr: float = 3e-3,
+    encoder: PatchEncoder, world: scenes.World, steps: int, generator: torch.Generator, blur: float
 ) -> dict[str, float]:
     """Teach the encoder to name the colour and the shape of a patch, or that it is empty; then freeze it.
 
@@ -187,7 +181,7 @@ def pretrain_encoder(
     small = small.to(generator.device)
     small.layers = encoder.layers.requires_grad_(True)
     heads = nn.Linear(config.content, colours + 1 + shapes + 1).to(generator.device)
-    learn = learner([*small.layers.parameters(), *heads.parameters()], steps, lr)
+    learn = learner([*small.layers.parameters(), *heads.parameters()], steps, 3e-3)
 
     def looked_at(count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         drawn = scenes.draw(crowded, count, generator)
@@ -198,7 +192,7 @@ def pretrain_encoder(
         return colour, shape, true[0], true[1] % (shapes + 1)
 
     for _ in range(steps):
-        colour, shape, true_colour, true_shape = looked_at(batch)
+        colour, shape, true_colour, true_shape = looked_at(24)
         learn(F.cross_entropy(colour, true_colour) + F.cross_entropy(shape, true_shape))
     encoder.layers.requires_grad_(False)
     with torch.no_grad():

@@ -202,13 +202,13 @@ def tau_for(scores: Tensor, share: float) -> float:
 
 
 @torch.no_grad()
-def starting_tau(condition: Condition, asker: Asker, generator: torch.Generator, batches: int = 4) -> float:
+def starting_tau(condition: Condition, asker: Asker, generator: torch.Generator) -> float:
     """The threshold for the wanted share with the model as it is; 1 for arms that have none."""
     if not asker.arm.has_tau:
         return 1.0
     asker.tau = 0.999
     scores = []
-    for _ in range(batches):
+    for _ in range(4):
         batch = new_batch(condition, asker.model, condition.stage2.batch, 1, generator, condition.blur_train)
         scores.append(candidate_scores(asker(batch).built.score))
     return tau_for(torch.cat(scores), wanted_share(condition, asker.arm))

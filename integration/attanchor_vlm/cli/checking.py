@@ -30,8 +30,7 @@ def check(
     quiet()
     from PIL import Image
 
-    from attanchor_vlm.chat.encode import encode_chat
-    from attanchor_vlm.data.batches import message, to_model
+    from attanchor_vlm.data.batches import message
     from attanchor_vlm.inference import ask
     from attanchor_vlm.model import load as loading
     from attanchor_vlm.model.attach import base_of
@@ -46,8 +45,7 @@ def check(
     chosen = None if dtype is None else loading.choose_dtype(dtype.value, note)
     loaded, processor = loading.load(model, adapter, dtype=chosen, default_tau=0)
     target: Any = base_of(loaded)
-    batch = encode_chat(processor, [[message("user", text)]], [pictures], add_generation_prompt=True)
-    batch = to_model(batch, loaded)
+    batch = ask.encode_questions(loaded, processor, [[message("user", text)]], [pictures])
     mask = batch.pop("anchor_mask")
     found = findings(target, adapter_for(target), target.attanchor_config, batch, mask)
     if not found:

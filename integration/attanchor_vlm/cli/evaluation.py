@@ -34,13 +34,10 @@ def evaluate(
     config.check()
     if output is not None:
         run.check_output(output)
-    import torch
-
     from attanchor_vlm.model.load import load
     from attanchor_vlm.provenance import environment
 
-    weights = getattr(torch, dtype.value) if dtype else None
-    loaded, processor = load(model, adapter, dtype=weights, default_tau=1.0, **changes)
+    loaded, processor = load(model, adapter, dtype=dtype and dtype.value, default_tau=1.0, **changes)
     report = run.evaluate(loaded, processor, config, output, progress=True)
     about = {
         "model": model,

@@ -73,9 +73,9 @@ class Options:
             name, about = self.renamed.get(field.name, field.name), field.metadata
             help = about["help"] + self._default(field)
             required = field.default is REQUIRED and field.default_factory is REQUIRED and self.unsaid is None
-            kind, default = _kind(field.name, hints[field.name], about["choices"])
+            kind, default = _kind(hints[field.name], about["choices"]), None
             if kind is bool:
-                option = typer.Option(f"--{name.replace('_', '-')}", help=help)
+                option, default = typer.Option(f"--{name.replace('_', '-')}", help=help), False
             else:
                 parser, metavar = None, about["metavar"]
                 if kind == int | float:  # typer takes no union; the parser says which
@@ -138,23 +138,18 @@ def _parameter(name: str, annotation: Any, default: Any) -> inspect.Parameter:
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
-def _kind(name: str, hint: Any, choices: tuple[str, ...]) -> tuple[Any, Any]:
-    """What an option of a setting's type takes, and its default."""
-    kinds = [kind for kind in typing.get_args(hint) if kind is not type(None)] if _is_union(hint) else [hint]
+def _kind(hint: Any, choices: tuple[str, ...]) -> Any:
+    """What an option of a setting's type takes."""
     if choices:
-        return Enum("Choice", {choice: choice for choice in choices}, type=str), None
+        return Enum("Choice", {choice: choice for choice in choices}, type=str)
+    is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    kinds = [kind for kind in typing.get_args(hint) if kind is not type(None)] if is_union else [hint]
     if bool in kinds:
-        return bool, False
-    origin = typing.get_origin(kinds[0])
-    if origin is tuple:
-        return str, None
+        return bool
     if {int, float} <= set(kinds):
-        return int | float, None
-    return (list[str] if origin is not None else kinds[0]), None
-
-
-def _is_union(hint: Any) -> bool:
-    return typing.get_origin(hint) in (typing.Union, types.UnionType)
+        return int | float
+    origin = typing.get_origin(kinds[0])  # names are written with commas between, other collections option by option
+    return kinds[0] if origin is None else str if origin is tuple else list[str]
 
 
 def _number(text: str) -> int | float:

@@ -96,12 +96,12 @@ def calibrate(
     quiet()
     from attanchor_vlm import save_settings
     from attanchor_vlm.analysis import calibrate as calibration
-    from attanchor_vlm.analysis.calibrate import check_fraction
     from attanchor_vlm.data.batches import Collator
     from attanchor_vlm.data.dataset import some_samples
     from attanchor_vlm.model.attach import base_of
     from attanchor_vlm.model.load import load
     from attanchor_vlm.records import check_parent
+    from attanchor_vlm.settings import check_fraction
 
     check_fraction(fraction, changes.get("direction"))
     if save is not None and not save.is_dir():

@@ -63,7 +63,7 @@ class AttAnchorLmms(lmms):
             pretrained,
             adapter,
             tau=None if tau is None else float(tau),
-            dtype=None if dtype == "auto" else getattr(torch, dtype),
+            dtype=None if dtype == "auto" else dtype,
             device=device,
             default_tau=1.0,
         )

@@ -27,13 +27,11 @@ class BertScoreModel:
         name: A Hub id or the folder of a saved encoder.
         layers: The layer whose states are compared; None for the one that bert-score recommends for this name, and the
             last one for encoders that it does not know.
-        batch_size: Sentences per forward pass.
         device: None for the GPU if there is one.
     """
 
     name: str = "roberta-large"
     layers: int | None = None
-    batch_size: int = 64
     device: str | None = None
 
 
@@ -101,7 +99,6 @@ def bert_score(
         [list(each) for each in references],
         model_type=model.name,
         num_layers=_layers(model),
-        batch_size=model.batch_size,
         device=model.device,
         verbose=False,
     )

@@ -133,8 +133,7 @@ def test_a_killed_sweep_goes_on_where_it_was(world, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("steps", [1, 2])
 def test_a_run_killed_before_its_result_was_written_goes_on(world, tmp_path, steps):
-    """All steps made, the last checkpoint whole, no result: the one before is gone on from, if there is one, and the
-    row is the same."""
+    """All steps made, the last checkpoint whole, no result: no step is made again, and the row is the same."""
     one = study(world, tmp_path, limit=4)
     one = dataclasses.replace(one, train=dataclasses.replace(one.train, max_steps=steps))
     before = arms.run_arms(one, "x", [Arm("a", 0.5)])

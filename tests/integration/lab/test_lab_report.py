@@ -76,10 +76,6 @@ def test_differences_without_spread():
     assert list(table.loc["something", ["low", "high"]]) == [2, 2]
 
 
-def test_a_lower_loss_is_better():
-    assert compare({"loss": [-1.0, -1.1, -0.9]}, higher_is_better=False).loc["loss", "verdict"] == BETTER
-
-
 # --- Rows made up, so that what should be shown is known. -------------------------------------------------------------
 
 ENVIRONMENT = {

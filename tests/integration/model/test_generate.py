@@ -1,9 +1,12 @@
-"""`generate` with anchors: cached decoding against uncached forwards, and what the caller gets to see."""
+"""`generate` of a LLaVA with anchors: what the caller gives it and gets to see. What holds for every family is tested
+in families/test_family_generate.py, on LLaVA too."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from builders import BY_NAME
+from shared import NEW, greedy_by_forward
 from tiny import IMAGE, PAD, plain, prompts, tiny_llava
 from transformers import GenerationConfig, LlavaForConditionalGeneration, LogitsProcessor, LogitsProcessorList
 from transformers.generation.streamers import BaseStreamer
@@ -11,93 +14,21 @@ from transformers.generation.streamers import BaseStreamer
 from attanchor_vlm import AttAnchorConfig, attach
 
 TAU = 0.1
-NEW = 6
 LOGITS = {"return_dict_in_generate": True, "output_logits": True}
 ROUTES = ["embeds", "ids"]
-DIRECTIONS = ["text_into_image", "image_into_text"]
 
 
 def attached(route: str = "embeds", **settings):
     return attach(tiny_llava(), AttAnchorConfig(**{"tau": TAU, "route": route, **settings}))
 
 
-@torch.no_grad()
-def greedy_by_forward(model, batch: dict, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """New tokens (B, steps) and their logits (B, steps, V), every one from a forward of the whole sequence.
-
-    New tokens stand behind the prompt with `anchor_mask` False, so the prompt's anchors stay the same.
-    """
-    batch, tokens, scores = dict(batch), [], []
-    for _ in range(steps):
-        logits = model(**batch).logits[:, -1]  # left padding: the last token is at the end
-        token = logits.argmax(-1, keepdim=True)
-        tokens.append(token)
-        scores.append(logits)
-        batch["input_ids"] = torch.cat([batch["input_ids"], token], 1)
-        batch["attention_mask"] = torch.cat([batch["attention_mask"], torch.ones_like(token)], 1)
-        batch["anchor_mask"] = torch.cat([batch["anchor_mask"], torch.zeros_like(token, dtype=torch.bool)], 1)
-    return torch.cat(tokens, 1), torch.stack(scores, 1)
-
-
-# --- Cached decoding. ------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("images", [[1], [1, 2, 1]], ids=["one sample", "batch"])
-@pytest.mark.parametrize("direction", DIRECTIONS)
-@pytest.mark.parametrize("route", ROUTES)
-def test_cached_generation_agrees_with_uncached_forwards(route, direction, images):
-    model, batch = attached(route, direction=direction), prompts(images, "left")
-    output = model.generate(
-        **batch, max_new_tokens=NEW, do_sample=False, return_dict_in_generate=True, output_logits=True
-    )
-    assert model.attanchor_plan.is_anchor.any()
-    tokens, logits = greedy_by_forward(model, batch, NEW)
-    length = batch["input_ids"].shape[1]
-    assert torch.equal(output.sequences[:, :length], batch["input_ids"])
-    assert torch.equal(output.sequences[:, length:], tokens)
-    assert float((torch.stack(output.logits, 1) - logits).abs().max()) < 2e-5
-
-
 def test_forced_inherit_decodes_as_it_computes_without_a_cache():
     model, batch = attached(positions="inherit", force_inherit=True), prompts([1], "left")
     output = model.generate(**batch, max_new_tokens=NEW, do_sample=False, **LOGITS)
-    tokens, logits = greedy_by_forward(model, batch, NEW)
+    tokens, logits = greedy_by_forward(BY_NAME["llava"], model, batch)
     assert model.attanchor_plan.is_anchor.any()
     assert torch.equal(output.sequences[:, -NEW:], tokens)
     assert float((torch.stack(output.logits, 1) - logits).abs().max()) < 2e-5
-
-
-@pytest.mark.parametrize("route", ROUTES)
-def test_right_padded_and_mixed_batches_generate_as_their_samples_alone(route):
-    model, images = attached(route), [1, 2, 0]
-    batch = prompts(images, "right")
-    together = model.generate(**batch, max_new_tokens=NEW, do_sample=False)
-    assert model.attanchor_plan.attention_mask[:, -1].all()  # padded on the left, whatever the caller did
-    length = batch["input_ids"].shape[1]
-    pictures = list(batch["pixel_values"].split([1, 2]))
-    for row in range(3):
-        real = batch["attention_mask"][row].bool()
-        alone = {"input_ids": batch["input_ids"][row : row + 1, real]}
-        if images[row]:
-            alone |= {"anchor_mask": batch["anchor_mask"][row : row + 1, real], "pixel_values": pictures[row]}
-        new = model.generate(**alone, max_new_tokens=NEW, do_sample=False)[0, alone["input_ids"].shape[1] :]
-        assert torch.equal(together[row, length:], new)
-
-
-@pytest.mark.parametrize("route", ROUTES)
-@pytest.mark.parametrize("options", [{"use_cache": False}, {"cache_implementation": "static"}], ids=["none", "static"])
-def test_other_caches(route, options):
-    model, batch = attached(route), prompts([1, 2], "left")
-    expected = model.generate(**batch, max_new_tokens=NEW, do_sample=False)
-    assert torch.equal(model.generate(**batch, max_new_tokens=NEW, do_sample=False, **options), expected)
-
-
-@pytest.mark.parametrize("route", ROUTES)
-def test_prefill_in_chunks(route):
-    model, batch = attached(route), prompts([1, 2], "left")
-    expected = model.generate(**batch, max_new_tokens=NEW, do_sample=False)
-    found = model.generate(**batch, max_new_tokens=NEW, do_sample=False, prefill_chunk_size=8)
-    assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("route", ROUTES)
@@ -159,30 +90,6 @@ def test_both_routes_decode_alike():
         assert torch.equal(outputs[0], outputs[1]), options
         prompt = batch["input_ids"].repeat_interleave(count, 0)
         assert torch.equal(outputs[0][:, : prompt.shape[1]], prompt)
-
-
-@pytest.mark.parametrize("route", ROUTES)
-def test_the_score_of_beams_is_that_of_an_uncached_forward(route):
-    model, batch = attached(route), prompts([1, 2], "left")
-    output = model.generate(
-        **batch,
-        max_new_tokens=NEW,
-        num_beams=3,
-        do_sample=False,
-        length_penalty=0.0,
-        return_dict_in_generate=True,
-        output_scores=True,
-    )
-    new = output.sequences[:, -NEW:]
-    longer = {
-        **batch,
-        "input_ids": output.sequences,
-        "attention_mask": torch.cat([batch["attention_mask"], torch.ones_like(new)], 1),
-        "anchor_mask": torch.cat([batch["anchor_mask"], torch.zeros_like(new, dtype=torch.bool)], 1),
-    }
-    logits = model(**longer).logits[:, -NEW - 1 : -1]
-    expected = logits.log_softmax(-1).gather(2, new[..., None]).sum((1, 2))
-    assert torch.allclose(output.sequences_scores, expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("route", ROUTES)
@@ -292,30 +199,6 @@ def test_without_a_mask_everything_after_the_image_takes_part():
 # --- Handed through. -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_tau_one_generates_as_the_untouched_model(side):
-    model, batch = tiny_llava(), prompts([1, 2, 0], side)
-    options = {"max_new_tokens": NEW, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
-    before = model.generate(**plain(batch), **options)
-    attach(model, AttAnchorConfig(tau=1))
-    after = model.generate(**batch, **options)
-    assert torch.equal(before.sequences, after.sequences)
-    assert all(torch.equal(a, b) for a, b in zip(before.logits, after.logits, strict=True))
-    assert model.attanchor_calls == 0
-
-
-@pytest.mark.parametrize("route", ROUTES)
-def test_nothing_allowed_generates_as_the_untouched_model(route):
-    model, batch = tiny_llava(), prompts([1, 2], "left")
-    options = {"max_new_tokens": NEW, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
-    before = model.generate(**plain(batch), **options)
-    attach(model, AttAnchorConfig(tau=-1, route=route))
-    after = model.generate(**{**batch, "anchor_mask": torch.zeros_like(batch["anchor_mask"])}, **options)
-    assert model.attanchor_calls == 1
-    assert torch.equal(before.sequences, after.sequences)
-    assert max(float((a - b).abs().max()) for a, b in zip(before.logits, after.logits, strict=True)) < 1e-4
-
-
 def test_text_alone_generates_as_the_untouched_model():
     model, batch = tiny_llava(), plain(prompts([0, 0], "left"))
     before = model.generate(**batch, max_new_tokens=NEW, do_sample=False)
@@ -359,5 +242,5 @@ def test_a_lora_model_generates(tmp_path):
     batch = prompts([1, 2], "left")
     found = model.generate(**batch, max_new_tokens=NEW, do_sample=False)
     assert model.attanchor_plan.is_anchor.any()
-    tokens, _ = greedy_by_forward(model, batch, NEW)
+    tokens, _ = greedy_by_forward(BY_NAME["llava"], model, batch)
     assert torch.equal(found[:, -NEW:], tokens)

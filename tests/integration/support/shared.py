@@ -29,6 +29,10 @@ every_route = pytest.mark.parametrize(
 )
 both_directions = pytest.mark.parametrize("direction", DIRECTIONS)
 both_sides = pytest.mark.parametrize("side", ["left", "right"])
+# Padding and direction do not meet: each is tried with one of the other.
+both_sides_and_directions = pytest.mark.parametrize(
+    ("side", "direction"), list(zip(["left", "right"], DIRECTIONS, strict=True)), ids=["left", "right"]
+)
 
 
 @functools.cache

@@ -111,11 +111,17 @@ def _merge(known: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     return {**known, **both}
 
 
-def _family(name: str, image: Any, *, text: Any = None, vision: Any = None, own: Any = None, **facts: Any) -> Family:
+def _family(
+    name: str, image: Any, *, text: Any = None, vision: Any = None, own: Any = None, tower: Any = None, **facts: Any
+) -> Family:
+    """`tower`: in place of one of timm's, which is not installed."""
     parts = {name: part for name, part in (("text_config", text), ("vision_config", vision)) if part}
 
     def build() -> Any:
-        return AutoModelForImageTextToText.from_config(config(name, {**(own or {}), **parts}))
+        made = config(name, {**(own or {}), **parts})
+        if tower is not None:
+            object.__setattr__(made, "vision_config", AutoConfig.for_model(**tower))
+        return AutoModelForImageTextToText.from_config(made)
 
     return Family(name, build, image, **{"routes": ("ids",), **facts})
 
@@ -148,6 +154,25 @@ def _flat(generator: torch.Generator, index: int) -> Image:
 
 def _merged(generator: torch.Generator, index: int) -> Image:
     return {**_flat(generator, index), "image_merge_sizes": torch.tensor([2])}
+
+
+def _one_tile(generator: torch.Generator, index: int) -> Image:
+    return {"pixel_values": square(generator, index)["pixel_values"][:, None]}
+
+
+def _twice(generator: torch.Generator, index: int) -> Image:
+    """DeepSeek's, of two resolutions."""
+    names = ("pixel_values", "high_res_pixel_values")
+    return {name: square(generator, index)["pixel_values"] for name in names}
+
+
+def _blocks(generator: torch.Generator, index: int) -> Image:
+    """Inkling 2's: blocks of two by two patches, and their grid."""
+    height, width = [(2, 3), (3, 2), (2, 2)][index % 3]
+    return {
+        "pixel_values": torch.randn(height * width, 2 * PATCH, 2 * PATCH, 3, generator=generator),
+        "image_grid_thw": torch.tensor([[1, height, width]]),
+    }
 
 
 def _video_llava(generator: torch.Generator, index: int) -> Image:
@@ -268,6 +293,21 @@ GEMMA4_TOWER = {
     "patch_size": PATCH,
     "position_embedding_size": 64,
 }
+RESNET = {
+    "model_type": "resnet",
+    "hidden_size": 32,
+    "hidden_sizes": [32],
+    "depths": [1],
+    "embedding_size": 8,
+    "layer_type": "basic",
+}
+MUSE = {
+    "text": {"layer_rope_theta": [10000.0, 0]},
+    "vision": {"pos_emb_height": 8, "pos_emb_width": 8, "max_position_embeddings": 64},
+}
+MUSE_PROJECTOR = {"out_hidden_size": 128, "projector_hidden_size": 32}
+MUSE_EARS = {"num_hidden_layers": 1, "patch_sizes": [4], "hidden_sizes": [16], "depths": [1], "out_hidden_size": 32}
+SAM = {"global_attn_indexes": [1], "window_size": 4, "output_channels": 32}
 OMNI = {"audio_config": {"n_window": 4, "num_mel_bins": 16, "max_source_positions": 16}, "vision_start_token_id": START}
 
 TABLE = [
@@ -325,14 +365,8 @@ TABLE = [
         text={"dense_intermediate_size": 64, "shared_intermediate_size": 16, "rotary_dim": 8, **SPARSE},
         own={"projector_hidden_size": 32, "merged_hidden_size": 128},
     ),
-    _family(
-        "muse_glimmer",
-        grid,
-        **BOTH,
-        text={"layer_rope_theta": [10000.0, 0]},
-        vision={"pos_emb_height": 8, "pos_emb_width": 8, "max_position_embeddings": 64},
-        own={"out_hidden_size": 128, "projector_hidden_size": 32},
-    ),
+    _family("muse_glimmer", grid, **BOTH, **MUSE, own=MUSE_PROJECTOR),
+    _family("muse_spark", grid, **MUSE, own={**MUSE_PROJECTOR, "audio_config": MUSE_EARS}),
     _family("mistral_large4", _sized, **BOTH, text={"num_key_value_heads": 4}),
     _family(
         "lfm3_vl",
@@ -469,14 +503,7 @@ TABLE = [
         stack=_locals,
         **BOTH,
         text={"num_experts_per_tok": 2, **SPARSE},
-        vision={
-            "sam_config": {
-                "global_attn_indexes": [1],
-                "window_size": 4,
-                "output_channels": 32,
-                "downsample_channels": [32, 32],
-            }
-        },
+        vision={"sam_config": {**SAM, "downsample_channels": [32, 32]}},
     ),
     _family(
         "llama4",
@@ -512,4 +539,63 @@ TABLE = [
         },
     ),
     _family("glmga", **MROPE, **BOTH, text=GLM),
+    _family("fast_vlm", square, vision=RESNET),
+    _family(
+        "perception_lm",
+        _one_tile,
+        vision={"model_type": "siglip_vision_model", "model_args": {"embed_dim": 32}, **tiny_families.TOWER},
+        own={"vision_use_cls_token": False, "projector_pooling_ratio": 2},
+    ),
+    _family(
+        "gemma3n",
+        square,
+        token_types="token_type_ids",
+        tower={**RESNET, "vocab_offset": VOCABULARY, "vocab_size": 16, "rms_norm_eps": 1e-6},
+        text={**WINDOWED, "num_kv_shared_layers": 0, "laurel_rank": 4},
+        own={
+            "vision_soft_tokens_per_image": 16,
+            "audio_config": {
+                "input_feat_size": 16,
+                "conf_num_hidden_layers": 1,
+                "conf_num_attention_heads": 2,
+                "sscp_conv_channel_size": [8, 4],
+                "vocab_offset": VOCABULARY + 16,
+                "vocab_size": 16,
+            },
+        },
+    ),
+    _family("deepseek_vl_hybrid", _twice, own={"high_res_vision_config": SAM}),
+    _family("pp_chart2table", square),
+    _family(
+        "glm5_next",
+        grid,
+        token_types="mm_token_type_ids",
+        text={
+            "num_key_value_heads": 4,
+            "qk_rope_head_dim": 0,
+            "layer_types": ["linear_attention", "full_attention"],
+        },
+    ),
+    _family(
+        "unlimited_ocr",
+        square,
+        vision={
+            "sam_config": {**SAM, "downsample_channels": [32, 32]},
+            "encoder_config": {"image_size": 4, "patch_size": 1},
+        },
+    ),
+    _family(
+        "inkling2",
+        _blocks,
+        text={
+            "swa_num_attention_heads": 4,
+            "swa_num_key_value_heads": 2,
+            "swa_head_dim": 8,
+            "sliding_window_size": 24,
+            "unpadded_vocab_size": VOCABULARY,
+            "d_rel": 4,
+            "rel_extent": 64,
+        },
+        vision={"projection_hidden_dim": 32, "posemb_grid_size": 8},
+    ),
 ]

@@ -37,25 +37,19 @@ PINPOINTS = [[16, 32], [32, 16], [32, 32]]
 VISION_IDS = {"vision_start_token_id": START, "vision_end_token_id": END}
 
 
-def llava():
-    config = transformers.LlavaConfig(
+def llava(kind="Llava", **own):
+    config = getattr(transformers, f"{kind}Config")(
         vision_config=transformers.CLIPVisionConfig(**TOWER, projection_dim=32),
         text_config=transformers.LlamaConfig(**TEXT),
         image_token_index=IMAGE,
         tie_word_embeddings=False,
+        **own,
     )
-    return transformers.LlavaForConditionalGeneration(config)
+    return getattr(transformers, f"{kind}ForConditionalGeneration")(config)
 
 
 def llava_next():
-    config = transformers.LlavaNextConfig(
-        vision_config=transformers.CLIPVisionConfig(**TOWER, projection_dim=32),
-        text_config=transformers.LlamaConfig(**TEXT),
-        image_token_index=IMAGE,
-        image_grid_pinpoints=PINPOINTS,
-        tie_word_embeddings=False,
-    )
-    return transformers.LlavaNextForConditionalGeneration(config)
+    return llava("LlavaNext", image_grid_pinpoints=PINPOINTS)
 
 
 def llava_onevision():
@@ -143,28 +137,20 @@ def internvl():
     return transformers.InternVLForConditionalGeneration(config)
 
 
-def idefics3():
-    config = transformers.Idefics3Config(
-        vision_config=transformers.Idefics3VisionConfig(**TOWER),
+def idefics3(kind="Idefics3"):
+    config = getattr(transformers, f"{kind}Config")(
+        vision_config=getattr(transformers, f"{kind}VisionConfig")(**TOWER),
         text_config=transformers.LlamaConfig(**TEXT),
         image_token_id=IMAGE,
         scale_factor=2,
         pad_token_id=PAD,
         tie_word_embeddings=False,
     )
-    return transformers.Idefics3ForConditionalGeneration(config)
+    return getattr(transformers, f"{kind}ForConditionalGeneration")(config)
 
 
 def smolvlm():
-    config = transformers.SmolVLMConfig(
-        vision_config=transformers.SmolVLMVisionConfig(**TOWER),
-        text_config=transformers.LlamaConfig(**TEXT),
-        image_token_id=IMAGE,
-        scale_factor=2,
-        pad_token_id=PAD,
-        tie_word_embeddings=False,
-    )
-    return transformers.SmolVLMForConditionalGeneration(config)
+    return idefics3("SmolVLM")
 
 
 def paligemma():

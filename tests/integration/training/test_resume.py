@@ -192,22 +192,6 @@ def test_a_killed_worker_is_one_line(world, tmp_path, monkeypatch):
         run(world, tmp_path / "run", workers=1)
 
 
-def test_an_adapter_s_folders_take_the_place_of_earlier_ones(tmp_path):
-    for text in ("first", "second"):
-
-        def write(folder, text=text):
-            (folder / "additional_chat_templates").mkdir()
-            (folder / "additional_chat_templates" / "tool.jinja").write_text(text)
-            (folder / "additional_chat_templates" / "tool.jinja").chmod(0o600)  # as safetensors makes files
-
-        checkpoints.replace_files(tmp_path, write)
-    (plain := tmp_path / "plain").touch()
-    made = tmp_path / "additional_chat_templates" / "tool.jinja"
-    assert made.stat().st_mode == plain.stat().st_mode  # as the umask says
-    plain.unlink()
-    assert contents(tmp_path) == {"additional_chat_templates/tool.jinja": b"second"}
-
-
 def test_a_checkpoint_that_a_kill_tore_is_removed_and_made_anew(world, output):
     torn = output / "checkpoint-5"
     torn.mkdir()
@@ -383,15 +367,6 @@ def test_a_gpu_that_is_too_small_is_one_line_that_says_what_to_do(world, tmp_pat
     assert ("checkpoint-3 is whole, and --resume goes on from it with --grad" in message) == bool(steps)
     if steps:
         assert run(world, tmp_path / "run", resume=True, gradient_checkpointing=True).steps == 6
-
-
-def test_old_checkpoints_are_deleted_but_the_best(tmp_path):
-    for step in (10, 20, 30, 40):
-        folder = tmp_path / f"checkpoint-{step}"
-        folder.mkdir()
-        checkpoints.mark_complete(folder, {"tau": 0.1, "keeper": None})
-    checkpoints.delete_old(tmp_path, 2, str(tmp_path / "checkpoint-10"))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-30", "checkpoint-40"]
 
 
 def test_another_number_of_processes_is_another_run(world, output, monkeypatch):

@@ -20,11 +20,10 @@ from attanchor_vlm.data.rows import read_rows, samples
 from attanchor_vlm.errors import DataError, SetupError
 from attanchor_vlm.model import load as loading
 from attanchor_vlm.model.attach import anchor_counts, base_of
-from attanchor_vlm.training import callbacks, checkpoints
+from attanchor_vlm.training import callbacks
 from attanchor_vlm.training import run as train
 from attanchor_vlm.training import trainer as trainer_module
-from attanchor_vlm.training.config import SCHEDULERS, Method
-from attanchor_vlm.training.lora import add_lora, choose_optimizer
+from attanchor_vlm.training.lora import add_lora
 
 
 @pytest.fixture(scope="module")
@@ -176,20 +175,6 @@ def test_an_interrupted_run_resumes_as_if_nothing_had_been(world, tmp_path, monk
     assert (tmp_path / "parts" / "adapter_model.safetensors").read_bytes() == saved
 
 
-def test_a_checkpoint_cut_short_is_not_resumed_from(tmp_path):
-    for step, whole in ((5, True), (40, True), (300, False)):
-        folder = tmp_path / f"checkpoint-{step}"
-        folder.mkdir()
-        (folder / "trainer_state.json").write_text("{}")  # Trainer's own last file, while others may still write
-        if whole:
-            checkpoints.mark_complete(folder, {"tau": 0.5, "keeper": None})
-    torn = tmp_path / "checkpoint-300" / checkpoints.STATE_FILE
-    torn.write_text('{"step": 3')
-    assert [path.name for path in train.complete_checkpoints(tmp_path)] == ["checkpoint-5", "checkpoint-40"]
-    assert checkpoints.remove_torn(tmp_path) == [tmp_path / "checkpoint-300"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-40", "checkpoint-5"]
-
-
 def test_training_stops_when_validation_no_longer_improves(world, tmp_path):
     result = run(world, tmp_path / "run", lr=1e-12, patience=2, eval_steps=1, max_steps=20)
     assert result.stopped_early
@@ -289,36 +274,6 @@ def test_label_smoothing_is_refused(world, tmp_path):
         )
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
-def test_a_cpu_with_amx_computes_in_bfloat16(monkeypatch):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
-    said: list[str] = []
-    assert loading.choose_dtype("bfloat16", said.append) == torch.bfloat16
-    assert not said
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
-def test_what_needs_a_gpu_falls_back_with_one_line(monkeypatch):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": False})
-    said: list[str] = []
-    assert loading.choose_dtype("float16", said.append) == torch.float32
-    assert loading.choose_dtype("bfloat16", said.append) == torch.float32
-    assert choose_optimizer("paged_adamw_8bit", said.append) == "adamw_torch"
-    assert loading.choose_dtype("float32", said.append) == torch.float32
-    assert choose_optimizer("adamw_torch", said.append) == "adamw_torch"
-    assert said == [
-        "float16 needs a GPU, and there is none: float32 is used",
-        "bfloat16 needs a GPU, and there is none: float32 is used",
-        "paged_adamw_8bit needs a GPU: training with adamw_torch",
-    ]
-    # Which are bitsandbytes' is no matter of their names' ends alone.
-    assert choose_optimizer("adamw_torch_8bit", said.append) == "adamw_torch_8bit"
-    assert choose_optimizer("ademamix", said.append) == "adamw_torch"
-    assert said[3:] == ["ademamix needs a GPU: training with adamw_torch"]
-    with pytest.raises(SetupError, match="optimizer is 'adamx'; it should be one of"):
-        choose_optimizer("adamx", said.append)
-
-
 def test_an_optimizer_that_is_not_installed_is_said_before_training(world, tmp_path):
     with pytest.raises(SetupError, match=r"^optimizer galore_adamw cannot be used here: .*"):
         run(world, tmp_path / "run", optimizer="galore_adamw")
@@ -340,50 +295,6 @@ def test_lora_refuses_a_model_it_does_not_fit():
         add_lora(LlamaForCausalLM(tiny_llava().config.text_config), rank=2, alpha=4, dropout=0.0)
 
 
-def test_presets_are_the_papers():
-    tiny, large, qwen = (Method.from_preset(name) for name in ("tinyllava-1b", "llava-7b", "qwen2.5-vl-3b"))
-    table = {
-        "dtype": ("float16", "float16", "bfloat16"),
-        "tau": (0.12, 0.12, 0.08),
-        "lora_rank": (32, 8, 32),
-        "lora_alpha": (64, 16, 64),
-        "lora_dropout": (0.05, 0.05, 0.05),
-        "batch_size": (4, 8, 8),
-        "accumulation": (4, 4, 4),
-        "lr": (1e-4, 2e-4, 1e-4),
-        "scheduler": ("cosine",) * 3,
-        "warmup": (0.03, 0.03, 0.1),
-        "weight_decay": (0.003, 0.0, 0.03),
-        "optimizer": ("adamw_torch", "paged_adamw_8bit", "paged_adamw_8bit"),
-        "epochs": (4, 2, 2),
-        "patience": (10_000, 5_000, 4_500),
-    }
-    for name, values in table.items():
-        assert tuple(getattr(preset, name) for preset in (tiny, large, qwen)) == values, name
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"lr": 0.0}, "lr is 0.0; it should be greater than 0"),
-        ({"val_fraction": 1.0}, "val_fraction is 1.0; it should be at least 0 and less than 1"),
-        ({"turns": "some"}, "turns is 'some'; it should be one of each, all"),
-        ({"max_steps": 0}, "max_steps is 0"),
-        ({"workers": -1}, "workers is -1"),
-        ({"seed": -1}, "seed is -1; it should be at least 0"),
-        ({"scheduler": "cosine_with_min_lr"}, "scheduler is 'cosine_with_min_lr'; it should be one of linear, cosine"),
-        ({"scheduler": "reduce_lr_on_plateau", "val_data": None, "val_fraction": 0}, "but there is no validation"),
-        ({"val_fraction": 0.5}, "val_fraction is 0.5 with val_data"),
-        ({"shuffle_buffer": 5}, "shuffle_buffer is 5, but there is no stream"),
-        ({"calibration_samples": 4}, "calibration_samples is 4, but there is no fraction"),
-        ({"align_temperature": 0.3}, "align_temperature is 0.3, but there is no align_weight"),
-    ],
-)
-def test_settings_that_make_no_sense_are_refused(world, tmp_path, change, message):
-    with pytest.raises(ValueError, match=message):
-        settings(world, tmp_path, **change)
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_mixed_precision_follows_the_run_in_float32(world, tmp_path, monkeypatch, dtype):
     """Both compute in autocast on a CPU as well, though users get them on a GPU alone."""
@@ -395,16 +306,6 @@ def test_mixed_precision_follows_the_run_in_float32(world, tmp_path, monkeypatch
     assert losses == pytest.approx(expected, rel=2e-3)
     assert losses != expected
     assert half.val_loss == pytest.approx(full.val_loss, rel=2e-3)
-
-
-@pytest.mark.parametrize("name", SCHEDULERS)
-def test_schedulers_are_those_that_need_no_further_numbers(name):
-    from transformers import get_scheduler
-
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-    scheduler = get_scheduler(name, optimizer, num_warmup_steps=0 if "plateau" in name else 1, num_training_steps=4)
-    optimizer.step()
-    scheduler.step(*([1.0] if "plateau" in name else []))
 
 
 def test_runs_that_differ_in_anchors_alone_start_alike(world, tmp_path):

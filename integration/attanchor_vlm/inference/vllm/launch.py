@@ -28,7 +28,7 @@ from attanchor_vlm.model.config import AttAnchorConfig
 from attanchor_vlm.model.load import source_of
 
 # Without a GPU: the arithmetic of `attanchor generate`, no compilation, and a KV cache that leaves memory to others.
-_ON_CPU = ("--dtype", "float32", "--enforce-eager", "--kv-cache-memory-bytes", str(1 << 30))
+ON_CPU = ("--dtype", "float32", "--enforce-eager", "--kv-cache-memory-bytes", str(1 << 30))
 
 
 def check_vllm() -> None:
@@ -80,7 +80,7 @@ def server_command(
         "--port": port,
     }
     words = [str(word) for pair in own.items() for word in pair]
-    on_cpu = () if torch.cuda.is_available() else _ON_CPU
+    on_cpu = () if torch.cuda.is_available() else ON_CPU
     return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *words, *on_cpu, *options]
 
 

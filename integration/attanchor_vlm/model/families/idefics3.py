@@ -8,7 +8,7 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from attanchor_vlm.model.families.grid import Grid, split, whole
+from attanchor_vlm.model.families.grid import Grid
 from attanchor_vlm.model.families.tiles import TileAdapter
 
 
@@ -21,11 +21,7 @@ class Idefics3Adapter(TileAdapter):
     def grids(
         self, model: Any, processor: Any, batch: Mapping[str, Tensor], index: int, size: tuple[int, int]
     ) -> list[Grid]:
-        """Tiles in reading order, then the whole image; small images have no tiles."""
         blank = Image.new("RGB", (size[1], size[0]))
         # How many there are depends on several roundings: asked of the processor itself.
         encoded = processor.image_processor(blank, return_row_col_info=True)
-        rows, columns = encoded["rows"][0][0], encoded["cols"][0][0]
-        shape = self.tile_shape(model, batch)
-        tiles = split(whole(size), rows, columns) if rows else []
-        return [*(Grid(*shape, region, tile) for tile, region in enumerate(tiles)), Grid(*shape, whole(size))]
+        return self.tiled(model, batch, size, encoded["rows"][0][0], encoded["cols"][0][0])

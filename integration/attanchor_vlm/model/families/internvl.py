@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from attanchor_vlm.model.families.grid import Grid, split, whole
+from attanchor_vlm.model.families.grid import Grid
 from attanchor_vlm.model.families.tiles import TileAdapter
 
 
@@ -21,18 +21,14 @@ class InternVLAdapter(TileAdapter):
     def grids(
         self, model: Any, processor: Any, batch: Mapping[str, Tensor], index: int, size: tuple[int, int]
     ) -> list[Grid]:
-        """Tiles in reading order, then the whole image, if there are several."""
-        shape, images = self.tile_shape(model, batch), processor.image_processor
+        images = processor.image_processor
         # The processor crops unless it is told not to, whatever the image processor's own default is.
         crops = {**getattr(processor, "images_kwargs", {})}.get("crop_to_patches", images.crop_to_patches)
         rows = columns = 1
         if crops and images.max_patches > 1:
             tile = (images.size["height"], images.size["width"])
             columns, rows = _canvas_of(images)(size, tile, images.min_patches, images.max_patches)
-        if rows * columns == 1:
-            return [Grid(*shape, whole(size))]
-        tiles = split(whole(size), rows, columns)
-        return [*(Grid(*shape, region, tile) for tile, region in enumerate(tiles)), Grid(*shape, whole(size))]
+        return self.tiled(model, batch, size, rows, columns)
 
 
 def _canvas_of(image_processor: Any) -> Any:

@@ -39,12 +39,14 @@ class LlavaOnevisionAdapter(LlavaNextAdapter):
         self, model: Any, processor: Any, batch: Mapping[str, Tensor], index: int, size: tuple[int, int], frames: int
     ) -> list[Grid]:
         """Every frame pooled two by two, and one newline behind the last."""
-        vision = model.config.vision_config
-        cells = math.ceil(vision.image_size // vision.patch_size / 2)
-        grid = Grid(cells, cells, whole(size))
+        grid = Grid(*_pooled(model), whole(size))
         return [grid] * (frames - 1) + [dataclasses.replace(grid, ends=True)]
 
     def video_shapes(self, model: Any, arguments: Mapping[str, Any], count: int) -> list[list[tuple[int, int]]]:
-        vision = model.config.vision_config
-        cells = math.ceil(vision.image_size // vision.patch_size / 2)
-        return [[(cells, cells)]] * (count // cells**2)
+        rows, columns = _pooled(model)
+        return [[(rows, columns)]] * (count // (rows * columns))
+
+
+def _pooled(model: Any) -> tuple[int, int]:
+    vision = model.config.vision_config
+    return (math.ceil(vision.image_size // vision.patch_size / 2),) * 2

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from attanchor_vlm.model.families.base import FamilyAdapter
-from attanchor_vlm.model.families.grid import Grid, kept, whole
+from attanchor_vlm.model.families.grid import Grid, kept, split, whole
 
 
 class TileAdapter(FamilyAdapter):
@@ -43,3 +43,8 @@ class TileAdapter(FamilyAdapter):
     def pooling(self, model: Any) -> float:
         """How many patches of the image encoder lie along the side of a token."""
         return 1
+
+    def tiled(self, model: Any, batch: Mapping[str, Any], size: tuple[int, int], rows: int, columns: int) -> list[Grid]:
+        """Tiles in reading order, if there are several, then the whole image."""
+        shape, tiles = self.tile_shape(model, batch), split(whole(size), rows, columns) if rows * columns > 1 else []
+        return [*(Grid(*shape, region, tile) for tile, region in enumerate(tiles)), Grid(*shape, whole(size))]

@@ -30,6 +30,7 @@ from attanchor_vlm.training.alignment.captions import label_tokens
 
 CANDIDATES = 5  # words kept for each patch, with their probabilities: SEA draws a patch's label from its best ones
 TEMPLATE = "a photo of a {}"  # CLIP's own
+_BATCH = 32  # images that CLIP is shown at a time
 _FILE, _INDEX = "align-labels.npy", "align-labels.json"
 
 
@@ -135,9 +136,7 @@ class Votes:
         return self.table[self.rows[image]] * np.array([1, 1 / 65535], np.float32) if image in self.rows else None
 
 
-def clip_votes(
-    path: Path, words: Sequence[str], images: Sequence[Path], folder: Path, batch_size: int = 32, progress: bool = True
-) -> Votes:
+def clip_votes(path: Path, words: Sequence[str], images: Sequence[Path], folder: Path, progress: bool = True) -> Votes:
     """Show every image to a CLIP-class model, or take what an earlier call for the same ones left in `folder`.
 
     The patches' embeddings are those of MaskCLIP (arXiv 2112.01071): the last layer's values without its attention,
@@ -161,7 +160,7 @@ def clip_votes(
             return
         stored.unlink(missing_ok=True)
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, lambda temporary: _vote(path, words, images, temporary, batch_size, progress))
+        write_atomically(file, lambda temporary: _vote(path, words, images, temporary, progress))
         write_json(stored, {"key": key, **index})
 
     distributed.on_main(make)
@@ -169,9 +168,7 @@ def clip_votes(
 
 
 @torch.no_grad()
-def _vote(
-    path: Path, words: Sequence[str], images: Sequence[Path], file: Path, batch_size: int, progress: bool
-) -> None:
+def _vote(path: Path, words: Sequence[str], images: Sequence[Path], file: Path, progress: bool) -> None:
     model, processor = _load(path)
     model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
     side = model.config.vision_config.image_size
@@ -183,11 +180,9 @@ def _vote(
     words_ = torch.cat(known)
     candidates = min(CANDIDATES, len(words))
     table = None
-    for start in tqdm(
-        range(0, len(images), batch_size), "labelling images", unit="", disable=not progress, leave=False
-    ):
+    for start in tqdm(range(0, len(images), _BATCH), "labelling images", unit="", disable=not progress, leave=False):
         pictures = [
-            load_image(image).resize((side, side), Image.Resampling.BICUBIC) for image in images[start:][:batch_size]
+            load_image(image).resize((side, side), Image.Resampling.BICUBIC) for image in images[start:][:_BATCH]
         ]
         pixels = processor.image_processor(pictures, do_resize=False, do_center_crop=False, return_tensors="pt")
         patches = F.normalize(_patch_embeddings(model, pixels["pixel_values"].to(model.device)), dim=-1)

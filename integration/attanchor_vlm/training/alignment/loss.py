@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 TEMPERATURE = 0.1  # of InfoNCE, as in the small LLaVA's first stage
-# Of the smooth maximum over an image's tokens. Small against the differences of cosines, or hundreds of tokens that do
-# not match would outweigh the one that does: 0.02 * log(576) = 0.13.
+# Temperature of the smooth maximum over an image's tokens, POOLING * logsumexp(cosine / POOLING). Small against the
+# differences of cosines, or hundreds of tokens that do not match would outweigh the one that does: 0.02 * log(576) is
+# 0.13.
 POOLING = 0.02
 
 
@@ -57,9 +58,7 @@ def patch_alignment(patches: Tensor, words: Tensor, right: Tensor, temperature: 
     return two_way_contrast(_cosines(patches, words) / temperature, right)
 
 
-def image_alignment(
-    patches: list[Tensor], words: Tensor, right: Tensor, temperature: float = TEMPERATURE, pooling: float = POOLING
-) -> Tensor:
+def image_alignment(patches: list[Tensor], words: Tensor, right: Tensor, temperature: float = TEMPERATURE) -> Tensor:
     """Where it is known only which image shows what (multiple instances): a word should be close to at least one token
     of its own image, and far from all tokens of the others.
 
@@ -67,10 +66,9 @@ def image_alignment(
         patches: B tensors (M_b, D), the projected image tokens of each sample; M_b may be 0 where nothing is labelled.
         words: (V, D).
         right: (B, V) float32, 1 where a word belongs to the sample's images.
-        pooling: Temperature of the smooth maximum over a sample's tokens, ``pooling * logsumexp(cosine / pooling)``.
     """
     table = [
-        pooling * (_cosines(own, words) / pooling).logsumexp(0) if len(own) else words.new_zeros(len(words)).float()
+        POOLING * (_cosines(own, words) / POOLING).logsumexp(0) if len(own) else words.new_zeros(len(words)).float()
         for own in patches
     ]
     return two_way_contrast(torch.stack(table) / temperature, right)

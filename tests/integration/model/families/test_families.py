@@ -13,7 +13,17 @@ import family_pages
 import pytest
 import torch
 from builders import FAMILIES, features
-from shared import GREEDY, LOGITS, MIXED, attached, both_directions, both_sides, every_family, every_route, tau_for
+from shared import (
+    GREEDY,
+    LOGITS,
+    MIXED,
+    attached,
+    both_directions,
+    both_sides_and_directions,
+    every_family,
+    every_route,
+    tau_for,
+)
 from tiny import difference, own_logits, plain
 from tiny_families import IMAGE
 from torch.nn import functional as F
@@ -31,10 +41,9 @@ ON_THE_PAGE = {"test_families"} | {
 # --- Nothing to insert. ---
 
 
-@both_sides
 @every_family
-def test_tau_one_is_the_untouched_model(family, side):
-    model, batch = family.model(), family.with_labels(family.prompts(MIXED, side)[0])
+def test_tau_one_is_the_untouched_model(family):
+    model, batch = family.model(), family.with_labels(family.prompts(MIXED)[0])
     question = family.prompts([1, 2], "left")[0]
     before, generated = model(**plain(batch)), model.generate(**plain(question), **GREEDY)
     attach(model, AttAnchorConfig(tau=1))
@@ -45,8 +54,7 @@ def test_tau_one_is_the_untouched_model(family, side):
     assert model.attanchor_calls == 0
 
 
-@both_directions
-@both_sides
+@both_sides_and_directions
 @every_route
 def test_nothing_allowed_is_the_untouched_model_but_for_rounding(family, route, side, direction):
     model, batch = family.model(), family.with_labels(family.prompts(MIXED, side)[0])
@@ -102,8 +110,7 @@ def test_hosts_are_the_best_matches_by_the_models_own_features(family, direction
     assert int(plan.is_anchor.sum()) == inserted
 
 
-@both_directions
-@both_sides
+@both_sides_and_directions
 @pytest.mark.parametrize("family", [family for family in FAMILIES if len(family.routes) > 1], ids=str)
 def test_both_routes_agree(family, side, direction):
     batch, losses, logits, gradients = family.with_labels(family.prompts(MIXED, side)[0]), [], [], []
@@ -128,8 +135,7 @@ def test_a_route_that_the_model_cannot_take_is_refused(family):
         attached(family, "embeds", tau=0.1)
 
 
-@both_directions
-@both_sides
+@both_sides_and_directions
 @every_route
 def test_a_batch_is_its_samples_alone(family, route, side, direction):
     model, (batch, alone) = attached(family, route, direction), family.prompts([1, 2, 0, 1], side)

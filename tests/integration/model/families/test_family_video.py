@@ -6,7 +6,7 @@ import pytest
 import torch
 import videos
 from PIL import Image
-from shared import GREEDY, LOGITS, NEW, both_directions, both_sides
+from shared import GREEDY, LOGITS, NEW, both_directions, both_sides_and_directions
 from tiny import difference, own_logits, plain
 from tiny_families import IMAGE, PAD, START, VIDEO
 from torch.nn import functional as F
@@ -33,8 +33,7 @@ def attached(family, **settings):
     return attach(family.model(), AttAnchorConfig(**{"tau": TAU, **settings}))
 
 
-@both_directions
-@both_sides
+@both_sides_and_directions
 @every_route
 def test_nothing_allowed_is_the_untouched_model_but_for_rounding(family, route, side, direction):
     batch = videos.prompts(family, MIXED, side)[0]
@@ -68,18 +67,17 @@ def test_hosts_are_the_best_matches_over_frames_and_images(family):
     assert in_frames
 
 
-@both_directions
+@both_sides_and_directions
 @every_route
-def test_a_batch_is_its_samples_alone(family, route, direction):
-    for side in ("left", "right"):
-        batch, alone = videos.prompts(family, MIXED, side)
-        model = attached(family, route=route, direction=direction)
-        with torch.no_grad():
-            logits = model(**batch).logits
-            together, plan = [logits[n][plan_of(model, n)] for n in range(len(alone))], model.attanchor_plan
-            assert plan.is_anchor.any(-1).sum() >= 3
-            for own, sample in zip(together, alone, strict=True):
-                assert difference(own, model(**sample).logits[0]) < 1e-4
+def test_a_batch_is_its_samples_alone(family, route, side, direction):
+    batch, alone = videos.prompts(family, MIXED, side)
+    model = attached(family, route=route, direction=direction)
+    with torch.no_grad():
+        logits = model(**batch).logits
+        together, plan = [logits[n][plan_of(model, n)] for n in range(len(alone))], model.attanchor_plan
+        assert plan.is_anchor.any(-1).sum() >= 3
+        for own, sample in zip(together, alone, strict=True):
+            assert difference(own, model(**sample).logits[0]) < 1e-4
 
 
 def plan_of(model, sample):

@@ -18,7 +18,8 @@ PROJECTOR = re.compile(
 )
 LANGUAGE = re.compile(r"(language_model|text_model)\.(?!lm_head)")
 FEED_FORWARD = re.compile(r"\.(gate|up|down)_proj$|\.gate$")
-WHOLE = ("gemma3", "ovis2")  # whose projectors are a bare parameter and an embedding
+# Whose projectors, or parts of them, are a bare parameter, an embedding, a convolution.
+WHOLE = ("gemma3", "ovis2", "deepseek_vl_hybrid")
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, *TABLE], ids=str)

@@ -50,18 +50,22 @@ def test_both_routes(family, direction):
     test_families.test_both_routes_agree(family, "right", direction)
 
 
+@every_family
+def test_beams(family):
+    _skip(family, NO_BEAMS)
+    test_family_generate.test_the_score_of_beams_is_that_of_an_uncached_forward(family, "ids")
+
+
 @both_directions
 @every_family
-def test_generation_and_beams(family, direction):
+def test_generation(family, direction):
     _skip(family, CACHED, direction)
     for route in family.routes:
         test_family_generate.test_cached_generation_agrees_with_uncached_forwards(family, route, direction)
-    if family.name not in NO_BEAMS:
-        test_family_generate.test_the_score_of_beams_is_that_of_an_uncached_forward(family, "ids", direction)
 
 
 @every_family
 def test_nothing_to_insert_and_other_caches(family):
-    test_families.test_tau_one_is_the_untouched_model(family, "left")
+    test_families.test_tau_one_is_the_untouched_model(family)
     _skip(family, PREFILL)
     test_family_generate.test_other_ways_to_prefill_and_to_cache_change_nothing(family, "ids")
