@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from attanchor_vlm.data.lengths import RowLengths, check_texts
-from attanchor_vlm.data.rows import read_rows
+from attanchor_vlm.data.rows import read_rows, sorted_out
 from attanchor_vlm.errors import DataError, SetupError
 from attanchor_vlm.evaluation import harness
 from attanchor_vlm.evaluation import run as evaluation
@@ -223,9 +223,7 @@ def _check_rows(study: Study, arms: Sequence[Arm]) -> None:
     for model, rows in dict.fromkeys((arm.model or study.model, arm.train_rows) for arm in arms if arm.train_rows):
         processor, context = evaluation.processor_and_context(model)
         found, _ = read_rows(*rows, study.plan.skip_bad, decode=False)
-        good, bad = check_texts(rows[0], found, RowLengths(processor), context)
-        if bad and (not study.plan.skip_bad or not good):
-            raise DataError("\n".join([*map(str, bad[:10]), f"{len(bad)} bad rows to train on"]), bad)
+        sorted_out(rows[0], *check_texts(rows[0], found, RowLengths(processor), context), study.plan.skip_bad)
 
 
 def _check_earlier_run(settings: TrainConfig) -> None:

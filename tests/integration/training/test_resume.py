@@ -88,6 +88,21 @@ def test_a_killed_run_loses_the_steps_since_its_checkpoint_and_no_more(world, tm
     assert losses(tmp_path / "parts") == losses(parts)
 
 
+def test_a_run_that_ended_in_front_of_its_adapter_still_gets_it(world, output):
+    made = {name: (output / name).read_bytes() for name in ("adapter_config.json", "adapter_model.safetensors")}
+    for name in made:
+        (output / name).unlink()
+    record = json.loads((output / "run.json").read_text())
+    del record["result"]
+    (output / "run.json").write_text(json.dumps(record))
+    (output / ".attanchor-part-1.json").touch()  # of a kill
+    for attempt in range(2):
+        with pytest.raises(SetupError, match="made 3 steps") if attempt else contextlib.nullcontext():
+            assert run(world, output, max_steps=3, save_steps=2, resume=True).steps == 3
+    assert {name: (output / name).read_bytes() for name in made} == made
+    assert not list(output.glob(".*"))
+
+
 def test_workers_that_start_anew_do_not_change_what_follows(world, tmp_path):
     """In the epoch behind a resume, and for its first validation: their seeds come from a generator of their own."""
     few = tmp_path / "few.json"
