@@ -40,7 +40,7 @@ demo-photographs: $(STAMP)
 	$(VENV)/bin/attanchor demo-photographs --output photographs-out
 
 test: $(STAMP) lint
-	$(PYTHON) -m pytest -n 2 --dist loadgroup tests
+	$(PYTHON) -m pytest -n 2 --dist loadfile tests
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .
@@ -111,7 +111,8 @@ latest:
 	$(call install,.venv-latest,.venv-latest/lock.txt)
 	.venv-latest/bin/python -m pytest -n 2 --newest tests
 
-OLDEST_TESTS := $(addprefix tests/integration/,model/test_attach.py model/test_generate.py training/test_train.py cli)
+OLDEST_TESTS := $(addprefix tests/integration/,model/test_attach.py model/test_generate.py \
+	model/families/test_families.py model/families/test_family_generate.py training/test_train.py cli)
 oldest:
 	$(call environment,.venv-oldest,$(TORCH) uv)
 	$(call RESOLVE,.venv-oldest) --all-extras pyproject.toml --resolution lowest-direct --upgrade --output-file .venv-oldest/lock.txt

@@ -365,10 +365,6 @@ def compiled(tmp_path_factory) -> dict[tuple[str, str], dict]:
     return {(row["target"], row["case"]): row for row in rows}
 
 
-# With `--dist loadgroup` one worker compiles for all of them.
-pytestmark = pytest.mark.xdist_group("triton compile")
-
-
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_kernel_compiles(compiled, target, record_property):
     """Machine code for every kernel and configuration."""
