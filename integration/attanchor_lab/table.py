@@ -39,16 +39,14 @@ def compare(differences: Mapping[Hashable, Sequence[float]]) -> pd.DataFrame:
 
     Returns:
         A line for each comparison, in the order given: seeds, mean, low_alone, high_alone, p_alone, low, high, p,
-        verdict. Fewer than `LEAST` seeds get no test, and do not count in the correction.
+        verdict. Fewer than `LEAST` seeds get no test, and do not count in the correction; nor do differences that are
+        all the same.
     """
     index = pd.MultiIndex.from_tuples(differences) if _are_tuples(differences) else pd.Index(list(differences))
     table = pd.DataFrame(index=index)
     table["seeds"] = [len(values) for values in differences.values()]
     table["mean"] = [np.mean(values) if len(values) else np.nan for values in differences.values()]
-    table["error"] = [
-        np.std(values, ddof=1) / len(values) ** 0.5 if len(values) >= LEAST else np.nan
-        for values in differences.values()
-    ]
+    table["error"] = [_error(values) for values in differences.values()]
     tested = table["error"].notna()
     with np.errstate(divide="ignore", invalid="ignore"):
         t = (table["mean"] / table["error"]).abs().where(table["mean"] != 0, 0.0).where(tested)
@@ -65,6 +63,14 @@ def compare(differences: Mapping[Hashable, Sequence[float]]) -> pd.DataFrame:
     choices = [(~tested, TOO_FEW), (established & (table["mean"] > 0), BETTER), (established, WORSE)]
     table["verdict"] = np.select([where for where, _ in choices], [word for _, word in choices], OPEN)
     return table.drop(columns="error")
+
+
+def _error(values: Sequence[float]) -> float:
+    """The standard error of the mean. Accuracies of few questions can differ by as much in every seed by chance: that
+    tells nothing of how they spread, unless no answer differs at all."""
+    if len(values) < LEAST or (np.ptp(values) < 1e-9 and np.any(values)):
+        return np.nan
+    return float(np.std(values, ddof=1) / len(values) ** 0.5)
 
 
 def _are_tuples(differences: Mapping[Hashable, Sequence[float]]) -> bool:

@@ -70,10 +70,11 @@ def test_fewer_than_three_seeds_give_no_test_and_do_not_count():
 
 
 def test_differences_without_spread():
+    """No answer differs: no difference. As many in every seed, as few questions can by chance: no test."""
     table = compare({"nothing": [0.0] * 3, "something": [2.0] * 3})
-    assert list(table["p"]) == [1, 0]
-    assert list(table["verdict"]) == [OPEN, BETTER]
-    assert list(table.loc["something", ["low", "high"]]) == [2, 2]
+    assert table.loc["nothing", "p"] == 1
+    assert list(table["verdict"]) == [OPEN, TOO_FEW]
+    assert table.loc["something", ["low", "high", "p"]].isna().all()
 
 
 # --- Rows made up, so that what should be shown is known. -------------------------------------------------------------
@@ -186,7 +187,9 @@ def test_two_folders_of_one_plan_are_told_apart(tmp_path, undrawn):
 
 def test_the_page_in_the_repository_is_what_its_rows_give(tmp_path, undrawn):
     """Plans in the order of the page; its pictures are there, and no other."""
-    folders = [PAGES / plan for plan in ("cpu", "again", "shorter", "placements", "long", "share", "settings")]
+    folders = [
+        PAGES / plan for plan in ("photographs", "cpu", "again", "shorter", "placements", "long", "share", "settings")
+    ]
     written = report.write(folders, tmp_path / "report.md")
     assert (tmp_path / "report.md").read_text() == (PAGES / "report.md").read_text()
     assert {path.name for path in PAGES.glob("*.png")} == {path.name for path in written[1:]}
@@ -247,7 +250,12 @@ def test_rows_of_the_experiment_on_photographs(tmp_path, undrawn):
     for seed in plan["seeds"]:
         for arm, gain in (("plain", 0.0), ("t2i", 0.1)):
             common = {"arm": arm, "seed": seed, "date": "2026-01-01T00:00:00Z", **ENVIRONMENT}
-            values = {"seen": 0.5 + gain + seed / 100, "concepts": 0.3, "seen/what": 0.2 + gain, "concepts/what": 0.1}
+            values = {
+                "seen": 0.5 + gain * (1 + (seed - 1) / 99) + seed / 100,
+                "concepts": 0.3,
+                "seen/what": 0.2 + gain,
+                "concepts/what": 0.1,
+            }
             values["concepts"] += gain * (-1, 0, 1)[seed]
             rows.append(common | {"test": "as trained", "values": values, "figures": {"losses": [2.0, 1.0 - gain]}})
             kept = {"seen": 0.4 + gain, "seen/what": 0.2}
