@@ -98,7 +98,7 @@ def alone_in(folder: Path, name: str = "") -> Iterator[None]:
             file.truncate(0)
             file.write(f"process {os.getpid()} on {platform.node()}, since {now}".encode())
         for part in () if name else folder.glob(f"{PART}*"):
-            shutil.rmtree(part) if part.is_dir() else part.unlink()
+            shutil.rmtree(part, ignore_errors=True) if part.is_dir() else part.unlink(missing_ok=True)
         yield
     finally:
         if file in _locks:  # a forked process has none

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import signal
 from pathlib import Path
@@ -16,6 +15,7 @@ from transformers.trainer_callback import ProgressCallback
 
 from attanchor_vlm import distributed
 from attanchor_vlm.records import write_atomically
+from attanchor_vlm.training.checkpoints import has_stalled
 
 LOG_FILE = "log.jsonl"
 
@@ -66,14 +66,12 @@ class StopOnPlateau(TrainerCallback):
         self.patience = patience
         self.stopped_at: int | None = None
 
-    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
-        best, best_step = math.inf, 0
-        for line in state.log_history:
-            if line.get("eval_loss", math.inf) < best:
-                best, best_step = line["eval_loss"], line["step"]
-        if state.global_step - best_step >= self.patience:
+    def on_evaluate(self, args, state, control, **kwargs):
+        if has_stalled(state.log_history, self.patience):
             self.stopped_at = state.global_step
             control.should_training_stop = True
+
+    on_train_begin = on_evaluate  # resumed behind the validation that ended the run
 
 
 class SaveOften(TrainerCallback):

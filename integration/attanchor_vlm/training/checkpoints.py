@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -114,23 +115,36 @@ def _check_same_run(config: TrainConfig) -> None:
         raise SetupError(f"the run in {config.output} had other settings: {changes}; resume it with the same ones")
 
 
-def check_steps_left(checkpoint: Path, planned: int) -> bool:
-    """Whether steps are left behind a checkpoint; if not, the run ended before its adapter was written.
+def check_steps_left(checkpoint: Path, planned: int, patience: int) -> bool:
+    """Whether a run goes on behind a checkpoint; if not, it ended before its adapter was written.
 
     Raises:
         SetupError: saying how to go on.
         CheckpointError: Trainer's own state in it cannot be read.
     """
     with reading(checkpoint):
-        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
         before = json.loads((checkpoint.parent / RUN_FILE).read_text(encoding="utf-8"))
-    made = step_of(checkpoint)
-    if made > planned or made == planned == before.get("result", {}).get("steps"):
+    made, stalled = step_of(checkpoint), has_stalled(state.get("log_history", ()), patience)
+    is_done = before.get("result", {}).get("steps") == made
+    if is_done and stalled and made < planned:
+        raise SetupError(
+            f"{checkpoint.parent} holds a run that stopped at step {made}, with no better validation loss for "
+            f"{patience} steps; raise --patience to go on"
+        )
+    if made > planned or (is_done and made == planned):
         raise SetupError(
             f"{checkpoint.parent} holds a run that has made {made} steps, and {planned} are asked for; "
             "raise --max-steps or --epochs to go on"
         )
-    return made < planned
+    return made < planned and not stalled
+
+
+def has_stalled(log: Sequence[Mapping[str, float]], patience: int) -> bool:
+    """Whether the last validation of Trainer's log was made `patience` steps or more behind the best; 0 is never."""
+    losses = [(line["eval_loss"], line["step"]) for line in log if "eval_loss" in line]
+    _, best_step = min((one for one in losses if one[0] < math.inf), default=(0, 0))
+    return bool(patience and losses) and losses[-1][1] - best_step >= patience
 
 
 # --- Checkpoints in it. ----------------------------------------------------------------------------------------------

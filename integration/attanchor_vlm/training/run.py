@@ -172,7 +172,8 @@ def _train(
     from attanchor_vlm.training import callbacks as calls
     from attanchor_vlm.training.trainer import AnchorTrainer
 
-    steps_left = checkpoint is None or checkpoints.check_steps_left(checkpoint, planned_steps(config, data.count))
+    planned = planned_steps(config, data.count)
+    steps_left = checkpoint is None or checkpoints.check_steps_left(checkpoint, planned, config.patience)
     collate = Collator(processor, config.turns, config.content_words)
     aligner = aligner_for(config, model, processor, getattr(data.train, "samples", ()), progress)
     interrupt, plateau = calls.KeepOnInterrupt(), None

@@ -132,8 +132,8 @@ class AnchorTrainer(Trainer):
         return LengthGroupedSampler(self.lengths, batch, self.args.seed)
 
     def _run_epoch(self, *args, **kwargs):
-        """As Trainer's, which would make one step more when it is resumed behind the last."""
-        if self.state.global_step >= self.state.max_steps:
+        """As Trainer's, which would make one step more when it is resumed behind the last, or told to stop before."""
+        if self.control.should_training_stop or self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
         else:
             super()._run_epoch(*args, **kwargs)

@@ -17,6 +17,7 @@ from peft import LoraConfig, get_peft_model
 from tiny import prompts, tiny_llava
 
 from attanchor_vlm import AttAnchorConfig, answer, attach, cli, load, save_settings
+from attanchor_vlm.errors import SetupError
 from attanchor_vlm.inference.vllm import launch
 from attanchor_vlm.inference.widen import widen_heads
 from attanchor_vlm.training.lora import lora_targets
@@ -62,6 +63,8 @@ def test_what_is_announced_is_what_the_options_behind_the_dashes_say():
     assert launch.announced("m", "127.0.0.1", 8000) == ("http://127.0.0.1:8000", "m")
     options = ["--port", "1", "--served-model-name", "wide", "w", "--max-model-len", "512", "--host=0.0.0.0"]
     assert launch.announced("m", "127.0.0.1", 8000, options) == ("http://0.0.0.0:1", "wide")
+    with pytest.raises(SetupError, match=r"^behind --, argument --port: expected one argument$"):
+        launch.announced("m", "127.0.0.1", 8000, ["--port"])
 
 
 SERVER = """

@@ -88,7 +88,17 @@ def test_a_killed_run_loses_the_steps_since_its_checkpoint_and_no_more(world, tm
     assert losses(tmp_path / "parts") == losses(parts)
 
 
-def test_a_run_that_ended_in_front_of_its_adapter_still_gets_it(world, output):
+@pytest.mark.parametrize(
+    ("options", "refusal"),
+    [
+        ({"max_steps": 3, "save_steps": 2}, r"made 3 steps, and 3 are asked for; raise --max-steps"),
+        ({"lr": 1e-12, "eval_steps": 1, "patience": 2}, r"stopped at step 3, with no .* for 2 steps; raise --patience"),
+    ],
+)
+def test_a_run_that_ended_in_front_of_its_adapter_still_gets_it(world, output, options, refusal):
+    if "patience" in options:
+        output = output.parent / "stalled"
+        assert run(world, output, **options).stopped_early
     made = {name: (output / name).read_bytes() for name in ("adapter_config.json", "adapter_model.safetensors")}
     for name in made:
         (output / name).unlink()
@@ -96,9 +106,10 @@ def test_a_run_that_ended_in_front_of_its_adapter_still_gets_it(world, output):
     del record["result"]
     (output / "run.json").write_text(json.dumps(record))
     (output / ".attanchor-part-1.json").touch()  # of a kill
-    for attempt in range(2):
-        with pytest.raises(SetupError, match="made 3 steps") if attempt else contextlib.nullcontext():
-            assert run(world, output, max_steps=3, save_steps=2, resume=True).steps == 3
+    result = run(world, output, resume=True, **options)
+    assert (result.steps, result.stopped_early) == (3, "patience" in options)
+    with pytest.raises(SetupError, match=refusal):
+        run(world, output, resume=True, **options)
     assert {name: (output / name).read_bytes() for name in made} == made
     assert not list(output.glob(".*"))
 

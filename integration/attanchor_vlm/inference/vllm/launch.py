@@ -85,12 +85,19 @@ def server_command(
 
 
 def announced(name: str, host: str, port: int, options: Sequence[str] = ()) -> tuple[str, str]:
-    """The server's address and the name of its model, where vLLM's own options may say others."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    """The server's address and the name of its model, where vLLM's own options may say others.
+
+    Raises:
+        SetupError: one of these options lacks its value.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--host", default=host)
     parser.add_argument("--port", default=port)
     parser.add_argument("--served-model-name", nargs="+", default=[name])
-    given, _ = parser.parse_known_args(options)
+    try:
+        given, _ = parser.parse_known_args(options)
+    except argparse.ArgumentError as error:
+        raise SetupError(f"behind --, {error}") from error
     at = f"[{given.host}]" if ":" in given.host else given.host
     return f"http://{at}:{given.port}", given.served_model_name[0]
 
