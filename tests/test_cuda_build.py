@@ -1,6 +1,6 @@
 """Every CUDA file compiled to machine code without a GPU, and what its kernels take: registers, spills, shared memory.
 
-`python tests/test_cuda_build.py` prints the table for all files and targets.
+`python tests/test_cuda_build.py` prints the table of what is compiled here.
 """
 
 from __future__ import annotations

@@ -75,6 +75,7 @@ def findings(
     names |= {"mm_encoder_outputs", *_POSITIONS}
     names -= {"labels", "past_key_values", "cache", "position_ids"}
     call = {name: value for name, value in arguments.items() if name in names and value is not None}
+    check_shapes(call["input_ids"], call, mask)
     call.setdefault("attention_mask", torch.ones_like(call["input_ids"]))
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     room = MOST_ANCHORS if context is None else min(MOST_ANCHORS, context - call["input_ids"].shape[1])
@@ -82,14 +83,13 @@ def findings(
         return []
     # What else a user chose (tau, positions, what is kept) is right or wrong whatever the family.
     settings = AttAnchorConfig(tau=-1, max_anchors=room, direction=settings.direction, route=settings.route)
-    check_shapes(call["input_ids"], call, mask)
     options = {name: value for name, value in _OPTIONS.items() if name in parameters(forward)}
     with _undisturbed(model), guard.inside_attached_call(model):
         try:
             one, mask, same = _first_sample(model, adapter, settings, call, mask)
             new = rewrite(model, adapter, settings, one, mask, None)
         except Exception as error:  # of the model's own code, or of an adapter that expects other code
-            if _is_of_the_call(error, lambda: forward(model, **call, **options)):
+            if _is_of_the_call(error, lambda: forward(model, **{**call, **options})):
                 raise
             return [_failed("encoding the images and rewriting the prompt", error)]
         if not bool(new.plan.is_anchor.any()):
@@ -116,6 +116,8 @@ _OPTIONS = {"use_cache": False, "logits_to_keep": 1}  # the head is the same in 
 
 
 def _failed(what: str, error: Exception) -> Finding:
+    if isinstance(error, torch.OutOfMemoryError):  # which says nothing of the model or its adapter
+        raise error
     return Finding("arguments", f"{what} fails: {type(error).__name__}: {error}", cause=error)
 
 

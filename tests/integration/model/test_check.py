@@ -309,12 +309,28 @@ def test_an_adapter_that_does_not_fit_is_told_with_what_failed(monkeypatch):
     monkeypatch.setitem(_REGISTRY, "llava", Misplaced(model_types=("llava",)))
     attach(model, AttAnchorConfig(tau=0.5))
     told = r"model_type 'llava'.*the prompt fails: AttributeError: .*projected_states.*Misplaced.*`attanchor check"
-    with pytest.raises(FamilyError, match=told) as caught:
-        model(**batch)
-    assert isinstance(caught.value.__cause__, AttributeError)
+    for options in ({}, {"logits_to_keep": 1}):
+        with pytest.raises(FamilyError, match=told) as caught:
+            model(**batch, **options)
+        assert isinstance(caught.value.__cause__, AttributeError)
     with pytest.raises(ValueError, match="Input image size") as caught:  # nor does the untouched model take these
         model(**{**batch, "pixel_values": batch["pixel_values"][..., :8]})
     assert not isinstance(caught.value, FamilyError)
+
+
+class Large(FamilyAdapter):
+    def feature_rows(self, encoded):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def test_memory_that_runs_out_is_no_fault_of_the_model(monkeypatch):
+    """Callers halve their batch on it."""
+    from attanchor_vlm.model.families import _REGISTRY
+
+    monkeypatch.setitem(_REGISTRY, "llava", Large(model_types=("llava",)))
+    model = attach(BY_NAME["llava"].model(), AttAnchorConfig(tau=0.5))
+    with pytest.raises(torch.OutOfMemoryError):
+        model(**batch_of())
 
 
 def test_an_adapter_that_a_user_registers_is_checked(monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -32,12 +33,13 @@ class Granite4VisionAdapter(FamilyAdapter):
 
     model_types = ("granite4_vision",)
 
-    def feature_rows(self, encoded: Any) -> Tensor:
-        return flat(encoded.deepstack_features[0][1])
+    def encode_images(self, model: Any, arguments: Any) -> Any:
+        encoded = super().encode_images(model, arguments)
+        return type(encoded)(**{**encoded, "pooler_output": encoded.deepstack_features[0][1]})
 
     def regroup(self, encoded: Any, rows: Tensor, order: Tensor, per_sample: list[int]) -> Any:
         layers = [(number, by_sample(flat(layer)[order], per_sample)) for number, layer in encoded.deepstack_features]
-        return type(encoded)(**{**encoded, "deepstack_features": layers})
+        return type(encoded)(**{**encoded, "pooler_output": None, "deepstack_features": layers})
 
 
 class HunYuanVLAdapter(FamilyAdapter):
@@ -76,6 +78,17 @@ class Phi4MultimodalAdapter(FamilyAdapter):
 
     def feature_rows(self, encoded: Tensor) -> Tensor:
         return encoded
+
+    def token_shapes(self, model: Any, arguments: Any, count: int) -> list[list[tuple[int, int]]]:
+        """Of an image, its crops less their padding as one grid, then the view of the whole."""
+        images, shapes = model.base_model.embed_tokens_extend.image_embed, []
+        side = math.isqrt(images.num_img_tokens)
+        for size, mask in zip(arguments["image_sizes"].view(-1, 2), arguments["image_attention_mask"], strict=True):
+            high, wide = (size // images.crop_size).tolist()
+            rows = mask[1 : high * wide + 1 : wide, ::2, 0].sum()  # along the first crop of each line of crops
+            columns = mask[1 : wide + 1, 0, ::2].sum()
+            shapes.append([(int(rows), int(columns)), (side, side)])
+        return shapes
 
     @torch.no_grad()
     def silent_features(self, model: Any, rows: Tensor) -> Tensor:

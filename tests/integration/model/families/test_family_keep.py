@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from builders import BY_NAME, FAMILIES, features
@@ -195,11 +197,14 @@ def test_mrope_survivors_keep_their_positions(family):
         assert torch.equal(plan.position_ids[:, row, own[row]], positions[:, row, plan.source[row, own[row]]])
 
 
-@pytest.mark.parametrize("family", FLAT, ids=str)
-def test_one_position_per_token_may_be_inherited(family):
+@pytest.mark.parametrize(
+    ("family", "implementation"), zip(FLAT, itertools.cycle(["sdpa", "eager"]), strict=False), ids=str
+)
+def test_one_position_per_token_may_be_inherited(family, implementation):
     """Gaps where tokens were dropped, repeats at anchors: what a sample alone and a padded batch make of them agrees
     with attention code that knows of no packed sequences."""
     model, (batch, alone) = dropping(family, positions="inherit"), family.prompts(MIXED, "left")
+    model.set_attn_implementation(implementation)
     with torch.no_grad():
         logits, plan = model(**batch).logits, model.attanchor_plan
         real = plan.source >= 0

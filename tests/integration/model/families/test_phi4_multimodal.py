@@ -79,6 +79,26 @@ def test_cached_generation_agrees_with_uncached_forwards(model, batch):
     assert torch.equal(logits[:, -3:].argmax(-1), tokens)
 
 
+def test_image_tokens_are_dropped_and_anchors_bounded_image_by_image(model, batch):
+    """The second image's last lines are padding: 3 x 2 tokens of its crops, and 2 x 2 of the whole."""
+    batch["image_attention_mask"][1, 2, 2:] = 0
+    ids, image = batch["input_ids"], batch["input_ids"] == IMAGE
+    batch["input_ids"] = ids.masked_fill(image & (image.cumsum(-1) <= 3) & (torch.arange(2) == 1)[:, None], 9)
+    adapter = adapter_for(model)
+    assert adapter.token_shapes(model, batch, 22) == [[(2, 4), (2, 2)], [(3, 2), (2, 2)]]
+    rows, is_image = adapter.encode_images(model, batch), adapter.placeholders(model, batch["input_ids"])
+    content = torch.zeros_like(is_image).masked_scatter(is_image, ~adapter.silent_features(model, rows))
+    attach(model, AttAnchorConfig(tau=1, keep=0.5))
+    with torch.no_grad():
+        model(**batch)
+    left = [content[row, source[source >= 0]].sum() for row, source in enumerate(model.attanchor_plan.source)]
+    assert [int(count) for count in left] == [12 // 2, 10 // 2]
+    attach(model, AttAnchorConfig(tau=-1, max_anchors_per_frame=1))
+    with torch.no_grad():
+        model(**batch)
+    assert model.attanchor_plan.is_anchor.sum(-1).tolist() == [1, 1]
+
+
 def test_sound_beside_images_is_refused(model, batch):
     attach(model, AttAnchorConfig(tau=-1))
     with pytest.raises(ValueError, match="audio_input_features is given beside images"):

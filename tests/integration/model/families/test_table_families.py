@@ -142,15 +142,20 @@ def test_separators_are_no_image_content(name, silent):
     assert not (hosts[is_image] & found).any()
 
 
-def test_without_a_known_grid_there_are_no_boxes_and_each_image_is_one_line():
-    family = next(family for family in TABLE if family.name == "lighton_ocr")
+@pytest.mark.parametrize(
+    ("name", "tokens", "left"),
+    # Half of the content: of granite4_vision 12, 12 and 20 tokens; its 2, 4 and 4 newlines stay.
+    [("lighton_ocr", [6, 10], [3, 5]), ("granite4_vision", [14, 40], [8, 24])],
+)
+def test_without_a_known_grid_there_are_no_boxes_and_each_image_is_one_line(name, tokens, left):
+    family = next(family for family in TABLE if family.name == name)
     model, (batch, _) = family.model(), family.prompts([1, 2])
-    with pytest.raises(ValueError, match="not known for lighton_ocr: boxes are not available"):
+    with pytest.raises(ValueError, match=f"not known for {name}: boxes are not available"):
         patch_boxes(model, None, batch, 0, [[(24, 16)], [(16, 24), (16, 16)]])
     attach(model, AttAnchorConfig(tau=1, keep=0.5))
     with torch.no_grad():
         model(**batch)
     before = adapter_for(model).placeholders(model, batch["input_ids"])
     kept = adapter_for(model).placeholders(model, model.attanchor_plan.input_ids)
-    assert before.sum(-1).tolist() == [6, 10]
-    assert kept.sum(-1).tolist() == [3, 5]
+    assert before.sum(-1).tolist() == tokens
+    assert kept.sum(-1).tolist() == left
