@@ -243,6 +243,11 @@ def test_a_demonstration_is_stored_whole_or_not_at_all(tmp_path, monkeypatch, ca
     assert sorted(os.listdir(tmp_path / "images")) == ["demo-loss.png", "demo-photographs.png", "demo-scenes.png"]
 
 
+def test_models_that_were_only_run_whole_have_no_table_of_parts():
+    whole = [row for row in gpu_rows() if str(row.get("measure")).startswith("attached")]
+    assert report.BLOCKS["overhead"](whole, "images") == ""
+
+
 def test_rows_of_servers_are_shown_without_those_of_before():
     """Which were of one engine, by pairs; without rows of servers there is no table, memory or not."""
     stored = rows.read(ROOT / "benchmarks" / "results" / "serve-cpu.jsonl")

@@ -129,7 +129,7 @@ def test_bad_rows_may_be_left_out(sample, asked, tmp_path, capsys):
 
 KILLED = """
 import os, signal, sys
-from attanchor_vlm import cli, detach
+from attanchor_vlm import cli
 from attanchor_vlm.inference import ask_file as questions
 answers, calls = questions.answers, []
 def killed(*args, **kwargs):
