@@ -52,4 +52,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    options.heed_sigterm()
     sys.exit(main())

@@ -17,7 +17,6 @@ import importlib.util
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tarfile
@@ -28,7 +27,7 @@ from typing import NamedTuple
 
 from attanchor_vlm.records import write_atomically
 from benchmarks import targets
-from benchmarks.options import UNAVAILABLE, end
+from benchmarks.options import UNAVAILABLE, end, heed_sigterm
 from benchmarks.rows import ROOT, of_newest_gpu, read, write_text
 
 TOTAL = {1: 570.0, 2: 280.0}  # seconds for everything
@@ -312,7 +311,7 @@ def main(arguments: list[str] | None = None) -> int:
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         print("no GPU is used: a rehearsal at toy sizes, whose figures mean nothing")
     output.mkdir(parents=True, exist_ok=True)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the step that runs, as an interrupt does
+    heed_sigterm()
     total = options.total or TOTAL[options.part]
     outcomes = run_all(chosen, output, total - (time.monotonic() - begin), options.part)
     print(f"\n{(output / f'summary-part{options.part}.txt').read_text(encoding='utf-8')}\n{output}")

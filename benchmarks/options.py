@@ -1,4 +1,4 @@
-"""What several commands have: options and what may stand behind them, and the end of a process that hangs."""
+"""What several commands have: options and what may stand behind them, and how they end with what they started."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import contextlib
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Callable, Collection
 from fractions import Fraction
 from pathlib import Path
@@ -84,6 +85,11 @@ def refusal(given: argparse.Namespace) -> str | None:
     if "output" in given and getattr(given, "device", "cpu") == "cpu" and of_newest_gpu(read(given.output)):
         return f"{given.output} holds rows of a GPU; name another file by --output"
     return None
+
+
+def heed_sigterm() -> None:
+    """It ends a command as an interrupt does, so that what the command started is ended with it."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 
 
 def end(process: subprocess.Popen) -> None:

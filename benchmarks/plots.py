@@ -44,9 +44,10 @@ def roofline_rows(rows: list[Row]) -> list[Row]:
 
 
 def overhead_rows(rows: list[Row]) -> list[Row]:
-    """Of whole models, by a GPU or, where there are none, by CPUs."""
+    """Of whole models, by a GPU or, where there are none, by CPUs; none if they were run through `attach` alone."""
     rows = [row for row in rows if row.get("run") == "overhead" and row.get("measure") != "sweep"]
-    return of_newest_gpu(rows) or rows
+    found = of_newest_gpu(rows) or rows
+    return found if by_model(found) else []
 
 
 def by_model(rows: list[Row]) -> dict[tuple[str, str, int], dict[str, Row]]:

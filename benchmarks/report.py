@@ -149,7 +149,7 @@ def cpu_reference_block(rows: list[Row], image: str) -> str:
 
 def serve_block(rows: list[Row], image: str) -> str:
     """Requests a second of three servers, and the memory that many of them leave behind."""
-    measured = [row for row in rows if "side" in row]
+    measured = [row for row in rows if "rounds" in row]
     lines = [
         [
             row["side"],
@@ -274,6 +274,12 @@ def _on_gpu(run: str, rows: list[Row]) -> list[Row]:
     return _of(run, of_newest_gpu(rows))
 
 
+def _served(rows: list[Row]) -> list[Row]:
+    """Of servers; nothing where only memory was measured, or requests to one engine, as in rows of before."""
+    found = [row for row in _of("serve", rows) if "rounds" in row or "measure" in row]
+    return found if any("rounds" in row for row in found) else []
+
+
 def _block(choose: Callable[[list[Row]], list[Row]], write: Block, command: str) -> Block:
     """What `write` makes of the rows that `choose` finds, and what measured them; nothing without any."""
 
@@ -295,7 +301,7 @@ BLOCKS: dict[str, Block] = {
     ),
     "training": _block(partial(_on_gpu, "training"), training_block, "python -m benchmarks training"),
     "cpu-reference": _block(partial(_of, "cpu-reference"), cpu_reference_block, "python -m benchmarks cpu-reference"),
-    "serve": _block(partial(_of, "serve"), serve_block, "python -m benchmarks serve"),
+    "serve": _block(_served, serve_block, "python -m benchmarks serve"),
     "same-tokens": _block(partial(_of, "same-tokens"), same_tokens_block, "python -m benchmarks same-tokens"),
     "targets": targets_block,
     "audit": _block(lambda rows: list(latest(_of("audit", rows), "kind").values()), audit_block, "make audit"),

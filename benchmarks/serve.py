@@ -61,7 +61,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def main(given: argparse.Namespace) -> int:
     """Requests per second of every side at 1 and 8 clients, then memory."""
     on, pictures = Run(given.output, "cpu", "serve"), _pictures()
-    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as running:
+    with on.guarded("servers"), tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as running:
         model = _write_model(Path(folder))
         servers = {
             side: running.enter_context(Server(model, settings)) for side, settings in [(PLAIN, None), *SIDES.items()]
@@ -69,7 +69,8 @@ def main(given: argparse.Namespace) -> int:
         for server in servers.values():
             server.wait()
         for clients in REQUESTS:
-            _throughput(on, servers, pictures, clients, given.rounds)
+            with on.guarded(f"{clients} clients"):
+                _throughput(on, servers, pictures, clients, given.rounds)
         _memory(on, servers["anchors"], pictures, given.requests)
     return on.status()
 
@@ -94,15 +95,23 @@ class Server:
             command = ["attanchor_vlm.cli", "serve", "--model", self.model, "--port", port, *settings, "--", *own]
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", *command], env=os.environ | ENVIRONMENT, stdout=log, stderr=log
+                [sys.executable, "-m", *command],
+                env=os.environ | ENVIRONMENT,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
             )
 
     def __enter__(self) -> Server:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.process.terminate()
-        self.process.wait()
+        try:
+            self.process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(30.0)
+        finally:
+            options.end(self.process)
 
     def wait(self) -> None:
         """Until it answers."""

@@ -243,6 +243,21 @@ def test_a_demonstration_is_stored_whole_or_not_at_all(tmp_path, monkeypatch, ca
     assert sorted(os.listdir(tmp_path / "images")) == ["demo-loss.png", "demo-photographs.png", "demo-scenes.png"]
 
 
+def test_models_that_were_only_run_whole_have_no_table_of_parts():
+    whole = [row for row in gpu_rows() if str(row.get("measure")).startswith("attached")]
+    assert report.BLOCKS["overhead"](whole, "images") == ""
+
+
+def test_rows_of_servers_are_shown_without_those_of_before():
+    """Which were of one engine, by pairs; without rows of servers there is no table, memory or not."""
+    stored = rows.read(ROOT / "benchmarks" / "results" / "serve-cpu.jsonl")
+    (memory,) = (row for row in stored if "measure" in row)
+    before = {"run": "serve", "side": "anchors", "clients": 1, "length": 296, "pairs": 7, "requests_ratio": 1.02}
+    write = report.BLOCKS["serve"]
+    assert write([before, *stored], "images") == write(stored, "images") != ""
+    assert write([before, memory], "images") == ""
+
+
 def test_a_prompt_with_other_tokens_is_counted_out_in_its_turn():
     """As tests/serve/same_tokens.py prints them: the second answers come from the prefix cache."""
     printed = {"expected": [[1, 2], [3], [4]], "first": [[1, 2], [3], [5]], "second": [[1, 2], [4], [5]]}

@@ -15,7 +15,7 @@ from attanchor_vlm.evaluation.answers import generate_answers
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Exact matches of generated answers. `inserted_share` is inserted anchors over text tokens taking part."""
+    """Which generated answers are right. `inserted_share` is inserted anchors over text tokens taking part."""
 
     kinds: tuple[str, ...]  # of every question
     right: tuple[bool, ...]
@@ -39,6 +39,11 @@ class Accuracy:
         return difference, sum(float(pair.var()) / len(pair) for pair in pairs) ** 0.5 / len(pairs)
 
 
+def is_right(said: str, wanted: str) -> bool:
+    """Whether an answer is the reference, but for capitals and the full stop."""
+    return said.strip().lower().rstrip(".") == wanted.lower()
+
+
 def accuracy(
     model: Any, processor: Any, rows: Sequence[Row], kinds: Sequence[str], batch_size: int = 64, most_tokens: int = 6
 ) -> Accuracy:
@@ -50,5 +55,5 @@ def accuracy(
     """
     asked = list(samples(rows, "all"))
     found = generate_answers(model, processor, asked, batch_size, most_tokens, progress=False)
-    right = tuple(said == wanted for said, wanted in zip(found.predictions, found.references, strict=True))
+    right = tuple(map(is_right, found.predictions, found.references))
     return Accuracy(tuple(kinds), right, found.inserted_share, found.seconds)

@@ -22,11 +22,9 @@ from attanchor_lab.photographs.grounding import grounding
 from attanchor_lab.photographs.questions import KINDS
 from attanchor_lab.small_vlm import build, parts
 from attanchor_lab.small_vlm.config import BuildConfig
-from attanchor_lab.small_vlm.experiment import is_right
 from attanchor_lab.small_vlm.readings import known_stamps
 from attanchor_vlm.data.batches import question, to_model
-from attanchor_vlm.data.rows import Row, load_image, read_rows, samples
-from attanchor_vlm.evaluation.answers import generate_answers
+from attanchor_vlm.data.rows import Row, load_image, read_rows
 from attanchor_vlm.inference.explain import explain
 from attanchor_vlm.inference.picture import anchor_picture
 from attanchor_vlm.model.attach import base_of, prepare_inputs, tau_of
@@ -175,10 +173,9 @@ def _sight(folder: Path, dtype: torch.dtype, data: Path, count: int) -> dict[str
     named, found, chance = {}, {}, 0.0
     for split in ("seen", "concepts"):
         rows, _ = read_rows(data / f"test-what-{split}.json", data / "images")
-        chosen = list(samples(rows[:count], "each"))
-        said = generate_answers(model, processor, chosen, 8, _ANSWER, progress=False)
-        right = map(is_right, said.predictions, said.references)
-        named[f"named {split}"] = sum(right) / len(chosen)
+        chosen = rows[:count]
+        answered = accuracy(model, processor, chosen, ["what"] * len(chosen), 8, _ANSWER)
+        named[f"named {split}"] = answered.figures()["mean"]
         asked = read_photographs(data / f"test-place-{split}.json")[:count]
         matched = grounding(model, processor, asked, data / "images")
         found[f"matched {split}"], chance = matched["hit"], matched["chance"]

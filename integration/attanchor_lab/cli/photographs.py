@@ -14,7 +14,7 @@ from attanchor_vlm.cli.options import Options, quiet, takes
 @app.command()
 @takes(Options(PhotographConfig))
 def photographs(given: dict[str, Any]) -> None:
-    """Write captions and questions about photographed things on photographs, with concepts and wordings held out.
+    """Write questions about photographed things on photographs, with concepts and wordings held out.
 
     The photographs are those of Debian's tuxpaint-stamps-default, read where they are installed, and scikit-image's.
     """

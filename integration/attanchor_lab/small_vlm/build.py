@@ -14,6 +14,7 @@ import torch
 from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from attanchor_lab.photographs.stamps import find_stamps
 from attanchor_lab.small_vlm import parts as sources
 from attanchor_lab.small_vlm.config import BuildConfig
 from attanchor_lab.small_vlm.parts import CHAT_TEMPLATE, IMAGE, Parts
@@ -34,8 +35,12 @@ def make(config: BuildConfig, say: Callable[[str], None] = print) -> Path:
     if config.output.exists():
         raise ValueError(f"output {config.output} exists; take another folder")
     check_parent(config.output)
-    if config.world is not None and not (config.world / "world.json").is_file():
-        raise ValueError(f"world {config.world} holds no world.json; give a folder that `attanchor photographs` wrote")
+    if config.world is not None:
+        if not (config.world / "world.json").is_file():
+            raise ValueError(
+                f"world {config.world} holds no world.json; give a folder that `attanchor photographs` wrote"
+            )
+        find_stamps(config.stamps)  # that there are none is said before parts are put together
     sources.check_installed()
     parts = sources.read(config.pixels)
     torch.manual_seed(config.seed)

@@ -22,6 +22,7 @@ import numpy as np
 import pydantic
 
 from attanchor_lab import runner, selection  # noqa: F401  plans name its rules of `keep_by`
+from attanchor_lab.accuracy import is_right
 from attanchor_lab.paper.arms import trained_result
 from attanchor_lab.paper.degrade import write_degraded
 from attanchor_lab.photographs.config import FOLDER, PhotographConfig
@@ -229,7 +230,7 @@ def _ask(
         data, images = write_degraded(data, images, work / f"{split}-{kind}-{level:g}", kind, level, progress=False)
     rows, _ = read_rows(data, images, False, False)
     found = generate_answers(model, processor, list(samples(rows, "each")), _BATCH, _WORDS, progress=False)
-    right = [is_right(said, wanted) for said, wanted in zip(found.predictions, found.references, strict=True)]
+    right = list(map(is_right, found.predictions, found.references))
     by_kind = defaultdict(list)
     for one, mark in zip(asked, right, strict=True):
         by_kind[one["kind"]].append(mark)
@@ -237,11 +238,6 @@ def _ask(
     figures = {name: getattr(found, name) for name in ("inserted_share", "anchor_score", "image_tokens", "seconds")}
     known = {name: round(value, 4) for name, value in figures.items() if value is not None}
     return statistics.mean(accuracy.values()), accuracy, "".join("01"[mark] for mark in right), known
-
-
-def is_right(said: str, wanted: str) -> bool:
-    """Whether an answer is the reference, but for capitals and the full stop."""
-    return said.strip().lower().rstrip(".") == wanted.lower()
 
 
 def differences(rows: list[Row], plan: PhotographPlan, scenes: Mapping[str, list[str]]) -> list[dict[str, Any]]:

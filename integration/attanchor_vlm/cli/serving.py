@@ -120,7 +120,7 @@ def serve(
     if settings is None:
         raise SetupError(f"model {model} has no AttAnchor settings; give --tau, or an --adapter with its own")
     launch.check_model(model, settings)
-    address, name = launch.announced(model, host, port, options or ())
+    address, name, header = launch.announced(model, host, port, options or ())
     with tempfile.TemporaryDirectory(prefix="attanchor-") as folder:
         source = model
         if adapter is not None:
@@ -128,7 +128,6 @@ def serve(
             source = str(export_model(loaded, processor, Path(folder) / "model"))
             del loaded
         command = launch.server_command(source, model, settings, host, port, options or ())
-        code = launch.run_server(
-            command, address, lambda: typer.echo(f"{name} at {address}\n{launch.curl_line(address, name)}")
-        )
+        said = f"{name} at {address}\n{launch.curl_line(address, name, header)}"
+        code = launch.run_server(command, address, lambda: typer.echo(said))
     raise typer.Exit(code)

@@ -7,6 +7,7 @@ import os
 import shlex
 import signal
 import socket
+import subprocess
 import sys
 import threading
 
@@ -59,12 +60,26 @@ def test_options_behind_the_dashes_win(sample, monkeypatch, capsys):
     assert AttAnchorConfig.from_dict(overrides["attanchor"]) == AttAnchorConfig(tau=0.6, keep=0.5)
 
 
-def test_what_is_announced_is_what_the_options_behind_the_dashes_say():
-    assert launch.announced("m", "127.0.0.1", 8000) == ("http://127.0.0.1:8000", "m")
+def test_what_is_announced_is_what_the_options_behind_the_dashes_say(monkeypatch):
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+    assert launch.announced("m", "127.0.0.1", 8000) == ("http://127.0.0.1:8000", "m", "")
     options = ["--port", "1", "--served-model-name", "wide", "w", "--max-model-len", "512", "--host=0.0.0.0"]
-    assert launch.announced("m", "127.0.0.1", 8000, options) == ("http://0.0.0.0:1", "wide")
+    assert launch.announced("m", "127.0.0.1", 8000, options) == ("http://0.0.0.0:1", "wide", "")
     with pytest.raises(SetupError, match=r"^behind --, argument --port: expected one argument$"):
         launch.announced("m", "127.0.0.1", 8000, ["--port"])
+
+
+@pytest.mark.parametrize(
+    ("options", "sent"), [(["--api-key", "it's $1", "other"], "it's $1"), (["--api-key=k"], "k"), ([], "of the shell")]
+)
+def test_the_printed_line_has_the_key_that_the_server_asks_for(options, sent, monkeypatch):
+    """Of the options, or of the environment, whose secret is not printed."""
+    monkeypatch.setenv("VLLM_API_KEY", "of the shell")
+    line = launch.curl_line(*launch.announced("m", "127.0.0.1", 8000, options))
+    assert "of the shell" not in line
+    words = subprocess.check_output(["sh", "-c", line.replace("curl", "printf '%s\\n'", 1)], text=True).splitlines()
+    assert words[words.index(f"Authorization: Bearer {sent}") - 1] == "-H"
+    assert json.loads(words[-1])["model"] == "m"
 
 
 SERVER = """

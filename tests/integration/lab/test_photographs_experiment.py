@@ -10,6 +10,7 @@ import small_vlm_toy
 import torch
 from PIL import Image
 
+from attanchor_lab.accuracy import is_right
 from attanchor_lab.photographs.stamps import find_stamps
 from attanchor_lab.small_vlm import build, experiment
 from attanchor_lab.small_vlm.experiment import Measurement, PhotographPlan
@@ -113,8 +114,8 @@ def test_a_difference_below_the_margin_does_not_matter(low, high, said):
 
 
 def test_an_answer_is_right_but_for_capitals_and_the_full_stop():
-    assert experiment.is_right("A lion.", "a lion")
-    assert not experiment.is_right("a lion cub", "a lion")
+    assert is_right("A lion.", "a lion")
+    assert not is_right("a lion cub", "a lion")
 
 
 def test_scenes_are_of_what_the_tower_can_tell(tmp_path, monkeypatch):

@@ -195,9 +195,13 @@ def test_missing_packages_are_one_error_with_the_command(tmp_path, monkeypatch):
     assert not (tmp_path / "model").exists()
 
 
-def test_stage_1_needs_a_world_and_says_so_before_it_looks_for_parts(tmp_path):
+def test_stage_1_needs_a_world_and_stamps_and_says_so_before_it_looks_for_parts(tmp_path):
+    config = BuildConfig(output=tmp_path / "model", world=tmp_path, stamps=tmp_path)
     with pytest.raises(ValueError, match=r"holds no world.json; give a folder that `attanchor photographs` wrote"):
-        build.make(BuildConfig(output=tmp_path / "model", world=tmp_path), print)
+        build.make(config, print)
+    (tmp_path / "world.json").touch()
+    with pytest.raises(SetupError, match="holds no stamps: `apt-get install tuxpaint-stamps-default`"):
+        build.make(config, print)
 
 
 def test_readings_tell_the_class_of_every_thing_but_those_held_out(world, tmp_path, monkeypatch):

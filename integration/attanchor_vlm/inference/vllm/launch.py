@@ -9,6 +9,7 @@ import http.client
 import importlib.util
 import io
 import json
+import os
 import shlex
 import signal
 import subprocess
@@ -84,8 +85,10 @@ def server_command(
     return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *words, *on_cpu, *options]
 
 
-def announced(name: str, host: str, port: int, options: Sequence[str] = ()) -> tuple[str, str]:
-    """The server's address and the name of its model, where vLLM's own options may say others.
+def announced(name: str, host: str, port: int, options: Sequence[str] = ()) -> tuple[str, str, str]:
+    """The server's address, the name of its model and the header that it asks for, which vLLM's own options may say.
+
+    The header is quoted for a shell, empty without a key. One of the environment stays there: output may be kept.
 
     Raises:
         SetupError: one of these options lacks its value.
@@ -94,15 +97,20 @@ def announced(name: str, host: str, port: int, options: Sequence[str] = ()) -> t
     parser.add_argument("--host", default=host)
     parser.add_argument("--port", default=port)
     parser.add_argument("--served-model-name", nargs="+", default=[name])
+    parser.add_argument("--api-key", nargs="+")
     try:
         given, _ = parser.parse_known_args(options)
     except argparse.ArgumentError as error:
         raise SetupError(f"behind --, {error}") from error
-    at = f"[{given.host}]" if ":" in given.host else given.host
-    return f"http://{at}:{given.port}", given.served_model_name[0]
+    at, header = f"[{given.host}]" if ":" in given.host else given.host, ""
+    if given.api_key:
+        header = shlex.quote(f"Authorization: Bearer {given.api_key[0]}")
+    elif os.environ.get("VLLM_API_KEY"):
+        header = '"Authorization: Bearer $VLLM_API_KEY"'
+    return f"http://{at}:{given.port}", given.served_model_name[0], header
 
 
-def curl_line(address: str, name: str) -> str:
+def curl_line(address: str, name: str, header: str = "") -> str:
     """A request with a small picture, as a shell takes it."""
     picture = io.BytesIO()
     Image.new("RGB", (64, 64), "red").save(picture, "PNG")
@@ -110,7 +118,7 @@ def curl_line(address: str, name: str) -> str:
     parts = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "What is this?"}]
     body = {"model": name, "messages": [{"role": "user", "content": parts}], "max_tokens": 32, "temperature": 0}
     request = ["curl", "-i", f"{address}/v1/chat/completions", "-H", "Content-Type: application/json"]
-    return shlex.join([*request, "-d", json.dumps(body)])
+    return f"{shlex.join(request)} {f'-H {header} ' if header else ''}{shlex.join(['-d', json.dumps(body)])}"
 
 
 def run_server(command: Sequence[str], address: str, ready: Callable[[], object]) -> int:
