@@ -14,8 +14,10 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from lab_toy import TOY
@@ -29,7 +31,6 @@ from attanchor_lab.synthetic import laboratory
 from attanchor_lab.synthetic.plan import Contrast, LabPlan
 from attanchor_vlm import cli
 from attanchor_vlm.records import read_rows
-from attanchor_vlm.training import trainer  # noqa: F401  so that forked processes have it
 from attanchor_vlm.training.checkpoints import complete_checkpoints
 
 RUNS, ENDS = max(1, LONGER // 5), 3 if LONGER > 1 else 1  # in each, before it is let to its end
@@ -105,35 +106,38 @@ class Lab:
 def whole(request, world, tmp_path_factory):
     """A command, what it makes if nothing stops it, and how many things it does to files for that."""
     command, output = request.param(), tmp_path_factory.mktemp("whole") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        run = runner.run
-        patch.setattr(runner, "run", lambda jobs, keep, workers, *more: run(jobs, keep, 0, *more))
-        code, said = apart(command.command(world, output), output)
-        assert code == 0, said
-        yield command, output, int(said.split()[-1])
+    code, said = apart(command.command(world, output), output)
+    assert code == 0, said
+    return command, output, int(said.split()[-1])
 
 
 # --- One of them in a process of its own, which something befalls. ---------------------------------------------------
 
 
 def apart(command: list[object], output: Path, event: int = 0, befall: Callable[[], object] = list) -> tuple[int, str]:
-    """Run a command in a forked process, where `befall` is called in front of the `event`-th thing that it does to a
-    file of `output`. Its exit code, and what it said, with the number of such things behind it."""
-    end, begin = os.pipe()
-    process = os.fork()
-    if process:
-        os.close(begin)
-        with os.fdopen(end, errors="replace") as pipe:
-            said = pipe.read()
-        code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
-        return 0 if ALL_DONE in said else code, said
-    code = 3
+    """Run a command in a process of its own, where `befall` is called in front of the `event`-th thing that it does to
+    a file of `output`. Its exit code, and what it said, with the number of such things behind it."""
+    end, begin = forked.context().Pipe(duplex=False)
+    process = forked.context().Process(target=_run, args=(begin, [*map(str, command)], output, event, befall))
+    process.start()
+    begin.close()
+    with os.fdopen(os.dup(end.fileno()), errors="replace") as pipe:
+        said = pipe.read()
+    end.close()
+    process.join()
+    return 0 if ALL_DONE in said else process.exitcode, said
+
+
+def _run(begin: Connection, command: list[str], output: Path, event: int, befall: Callable[[], object]) -> None:
+    code, told = 3, begin.fileno()
     try:
-        os.dup2(begin, 1)
-        os.dup2(begin, 2)
-        sys.stdout, sys.stderr = (os.fdopen(os.dup(begin), "w", buffering=1) for _ in range(2))
+        os.dup2(told, 1)
+        os.dup2(told, 2)
+        sys.stdout, sys.stderr = (os.fdopen(os.dup(told), "w", buffering=1) for _ in range(2))
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        count = itertools.count(1)
+        torch.set_num_threads(1)
+        run, count = runner.run, itertools.count(1)
+        runner.run = lambda jobs, keep, workers, *more: run(jobs, keep, 0, *more)
 
         def hook(name: str, arguments: tuple) -> None:
             writes = name in WRITES or (name == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
@@ -141,10 +145,10 @@ def apart(command: list[object], output: Path, event: int = 0, befall: Callable[
                 befall()
 
         sys.addaudithook(hook)
-        code = cli.main([str(word) for word in command])
-        os.write(begin, f"\n{next(count) - 1}".encode())
+        code = cli.main(command)
+        os.write(told, f"\n{next(count) - 1}".encode())
     except BaseException:
-        os.write(begin, traceback.format_exc().encode())
+        os.write(told, traceback.format_exc().encode())
     finally:
         os._exit(code)
 

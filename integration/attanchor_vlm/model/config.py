@@ -64,6 +64,7 @@ class AnchorOptions:
         "relevance: the question's best matches; pooling: the mean of each of those rectangles, in place of its tokens "
         "(with a tau above 0).",
         choices=KEEP_BY,
+        metavar="RULE",
     )
     placement: str = setting(
         "matched",
