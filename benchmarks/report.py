@@ -214,12 +214,13 @@ def targets_block(rows: list[Row], image: str) -> str:
 
 
 def laboratory_block(rows: list[Row], image: str) -> str:
-    """From the laboratory's page, the table of the comparisons named before the runs: the lines of `README_PLANS`.
+    """From the laboratory's page, the table of the comparisons named before the runs: of `README_PLANS`, the lines with
+    a question of their own.
 
     `attanchor report` writes that page from the laboratory's own rows.
     """
     head, *lines = _named_comparisons()
-    shown = [line for line in lines if line[0].split(",")[0] in README_PLANS]
+    shown = [line for line in lines if line[0].split(",")[0] in README_PLANS and line[1]]
     how = "Points of mean accuracy, paired by seed; interval, p and verdict are of one test, corrected for its plan."
     link = f"From the rows under `docs/lab`, by `attanchor report`; all plans: [the report]({LABORATORY})."
     return f"{table(head, shown)}\n{how} {link}\n"

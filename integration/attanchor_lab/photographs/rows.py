@@ -24,11 +24,10 @@ def as_laboratory(plan: Mapping[str, Any], rows: Sequence[Row], name: str) -> li
     """
     main, *others = plan["splits"]
     contrasts = [
-        {"setting": name, "arm": arm, "against": against, "asks": plan["question"] if not number else "",
+        {"setting": name, "arm": arm, "against": against,
+         "asks": "" if number else plan["question"] if split == main else f"The same on {split} held out?",
          "margin": 100 * plan["margin"], **({} if split == main else {"test": split})}
-        for number, (split, (arm, against)) in enumerate(
-            (split, pair) for split in plan["splits"] for pair in plan["contrasts"]
-        )
+        for split in plan["splits"] for number, (arm, against) in enumerate(plan["contrasts"])
     ]  # fmt: skip
     setting = {"name": name, "arms": list(plan["arms"]), "seeds": plan["seeds"], "more": list(plan.get("more", ()))}
     setting["more_seeds"] = len(plan["seeds"])
