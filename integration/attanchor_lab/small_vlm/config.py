@@ -23,7 +23,7 @@ class BuildConfig:
         None, "Stage 1: a folder of `attanchor photographs`, whose held-out concepts it leaves out."
     )
     stamps: Path = setting(FOLDER, "Folder of the stamps that stage 1 shows.", needs="world")
-    steps: int = setting(300, "Steps of stage 1.", above=0, needs="world")
+    steps: int = setting(120, "Steps of stage 1.", above=0, needs="world")
     batch_size: int = setting(4, "Scenes a step.", above=0)
     lr: float = setting(1e-3, "Learning rate of stage 1.", above=0)
     align_weight: float | None = setting(None, "Also align patches with the answers' words: weight.", at_least=0)

@@ -27,6 +27,7 @@ from attanchor_lab.small_vlm.tower import EfficientNetLite, last_word
 from attanchor_vlm.records import write_json
 
 _SIDE = 224  # pixels that the tower is shown a stamp in
+_TRIES = 10  # scenes drawn for each one kept, at most
 Tower = tuple[EfficientNetLite, tuple[Tensor, Tensor]]  # with its classifier, weight and bias
 
 
@@ -57,6 +58,9 @@ def write_readings(world: Path, stamps: Path, folder: Path, scenes: int, pixels:
 
     Returns:
         The file of rows; the images lie beside it.
+
+    Raises:
+        ValueError: nearly all that the tower reads is held out.
     """
     told = json.loads((world / "world.json").read_text(encoding="utf-8"))
     left_out, wordings = set(told["concepts"]["held_out"]), told["wordings"]["seen"]["what"]
@@ -69,7 +73,7 @@ def write_readings(world: Path, stamps: Path, folder: Path, scenes: int, pixels:
     of_word = torch.tensor([[float(one == word) for word in words] for one in last])
     folder.mkdir(parents=True)
     rows: list[dict[str, Any]] = []
-    while len(rows) < scenes:
+    for _ in range(_TRIES * scenes):
         chosen = generator.choice(len(every), generator.integers(config.least, config.most + 1), replace=False)
         scene = drawer.compose([every[number] for number in chosen])
         readings = _readings(scene, _classes(tower, scene.image) @ of_word, words)
@@ -82,6 +86,10 @@ def write_readings(world: Path, stamps: Path, folder: Path, scenes: int, pixels:
             name = f"{len(rows):06d}.jpg"
             scene.image.save(folder / name, quality=92)
             rows.append({"id": f"readings-{len(rows):06d}", "image": name, "conversations": talk(turns)})
+        if len(rows) == scenes:
+            break
+    else:
+        raise ValueError(f"the tower reads little but held-out concepts in the stamps of {stamps}; hold out fewer")
     write_json(folder / "readings.json", rows)
     return folder / "readings.json"
 

@@ -227,6 +227,10 @@ def test_readings_tell_the_class_of_every_thing_but_those_held_out(world, tmp_pa
     monkeypatch.setattr(Drawer, "compose", lambda self, chosen: drawn.append(compose(self, chosen)) or drawn[-1])
     head = 9 * torch.eye(2), torch.zeros(2)
     data = write_readings(world, tmp_path / "stamps", tmp_path / "out", 12, 4 * SIDE, (Bright(), head), 0)
+    held_out = torch.tensor([-1e3, 1e3])  # to this classifier everything is a tiger
+    with pytest.raises(ValueError, match="hold out fewer"):
+        write_readings(world, tmp_path / "stamps", tmp_path / "none", 1, SIDE, (Bright(), (head[0], held_out)), 0)
+    drawn = drawn[: len(drawn) - 10]
     shown = [scene for scene in drawn if any(thing.name == "lion" for thing in scene.things)]
     rows = json.loads(data.read_text())
     assert len(rows) == len(shown) == 12
