@@ -19,7 +19,7 @@ from attanchor_lab.photographs import stamps
 from attanchor_lab.photographs.config import FOLDER, PhotographConfig
 from attanchor_lab.photographs.dataset import read_photographs, write_photographs
 from attanchor_lab.photographs.grounding import grounding
-from attanchor_lab.photographs.questions import KINDS
+from attanchor_lab.photographs.wordings import KINDS
 from attanchor_lab.small_vlm import build, parts
 from attanchor_lab.small_vlm.config import BuildConfig
 from attanchor_lab.small_vlm.readings import known_stamps

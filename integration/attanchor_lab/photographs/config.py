@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from attanchor_lab.photographs.wordings import KINDS
 from attanchor_vlm.settings import REQUIRED, check_values, setting
 
 FOLDER = Path("/usr/share/tuxpaint/stamps")  # where Debian's package puts them
@@ -29,9 +30,12 @@ class PhotographConfig:
     most: int = setting(4, "Most things in a scene, one a corner.", at_least=1, below=5)
     noise: float = setting(0.03, "Standard deviation of the pixels, of a range of 1.", at_least=0)
     blur: float = setting(0.0, "Standard deviation in pixels of an image of 336.", at_least=0)
+    kinds: tuple[str, ...] = setting(KINDS, "Of questions, with commas between; or all.", all_of=KINDS)
     stamps: Path = setting(FOLDER, "Folder of the stamps: .png with alpha, captions in .txt files beside them.")
 
     def __post_init__(self) -> None:
         check_values(self)
+        if not self.kinds or set(self.kinds) - set(KINDS):
+            raise ValueError(f"kinds is {', '.join(self.kinds) or 'empty'}; it should be some of {', '.join(KINDS)}")
         if self.least > self.most:
             raise ValueError(f"least is {self.least}; it should be at most most, {self.most}")

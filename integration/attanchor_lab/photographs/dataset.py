@@ -12,9 +12,10 @@ import numpy as np
 
 from attanchor_lab.photographs import questions, stamps
 from attanchor_lab.photographs.config import PhotographConfig
-from attanchor_lab.photographs.questions import KINDS, WORDINGS, Question
+from attanchor_lab.photographs.questions import Question
 from attanchor_lab.photographs.scenes import Drawer, Scene
 from attanchor_lab.photographs.stamps import Stamp
+from attanchor_lab.photographs.wordings import KINDS, WORDINGS
 from attanchor_vlm.errors import SetupError
 from attanchor_vlm.records import check_parent, write_json
 
@@ -62,7 +63,7 @@ def write_photographs(config: PhotographConfig, say: Callable[[str], None] = pri
         drawn = [drawer.draw() for _ in range(config.scenes if split == "train" else config.test_scenes)]
         for index, scene in enumerate(drawn):
             scene.image.save(images / f"{split}-{index:05d}.jpg", quality=92)
-        asked = questions.ask(drawn, concepts, wordings, generator)
+        asked = questions.ask(drawn, concepts, wordings, generator, config.kinds)
         if split == "train":
             save("train-questions", asked, drawn, split)
         else:

@@ -11,6 +11,7 @@ from typing import TypeVar
 import numpy as np
 
 from attanchor_lab.photographs.scenes import Scene
+from attanchor_lab.photographs.wordings import KINDS
 
 T = TypeVar("T")
 NEGATIVES = ("random", "popular", "adversarial")  # POPE's
@@ -19,58 +20,6 @@ _POPULAR = 0.25  # of the concepts, the most frequent ones, are popular
 _PLURALS = {"fish": "fish", "deer": "deer", "sheep": "sheep", "bison": "bison", "mouse": "mice", "goose": "geese",
             "tooth": "teeth", "shrimp": "shrimp", "scarf": "scarves", "fireman": "firemen", "woodlouse": "woodlice",
             "lettuce": "heads of lettuce", "garlic": "bulbs of garlic", "squash": "squash"}  # fmt: skip
-
-WORDINGS: Mapping[str, tuple[str, ...]] = {
-    "existence": (
-        "Is there {a} in the picture?",
-        "Do you see {a}?",
-        "Does the picture show {a}?",
-        "Can {a} be seen in this photograph?",
-        "Is {a} visible here?",
-        "Would you say that there is {a} in the image?",
-    ),
-    "colour": (
-        "What colour is the {name}?",
-        "Which colour does the {name} have?",
-        "Tell me the colour of the {name}.",
-        "The {name} in the picture is of which colour?",
-        "How would you call the colour of the {name}?",
-        "In which colour do you see the {name}?",
-    ),
-    "place": (
-        "Where is the {name}?",
-        "In which corner is the {name}?",
-        "Which corner of the picture holds the {name}?",
-        "Where in the picture do you see the {name}?",
-        "Tell me the corner that the {name} is in.",
-        "Find the {name}: which corner?",
-    ),
-    "left": (
-        "Is the {name} to the left of the {other}?",
-        "Is the {name} further left than the {other}?",
-        "Does the {name} stand left of the {other}?",
-        "Looking from left to right, does the {name} come before the {other}?",
-        "Do you find the {name} on the left side of the {other}?",
-        "Would you say that the {name} is left of the {other}?",
-    ),
-    "count": (
-        "How many {names} are there?",
-        "How many {names} do you see?",
-        "Count the {names}.",
-        "What is the number of {names} in the picture?",
-        "Tell me how many {names} the picture shows.",
-        "The picture shows how many {names}?",
-    ),
-    "what": (
-        "What is at the {place}?",
-        "What do you see at the {place}?",
-        "Name the thing in the {place} corner.",
-        "Which thing is at the {place}?",
-        "The {place} corner holds what?",
-        "Tell me what stands at the {place}.",
-    ),
-}
-KINDS = tuple(WORDINGS)
 
 
 @dataclass(frozen=True)
@@ -95,8 +44,9 @@ def ask(
     concepts: Sequence[str],
     wordings: Mapping[str, Sequence[str]],
     generator: np.random.Generator,
+    kinds: Sequence[str] = KINDS,
 ) -> list[Question]:
-    """About every scene a question of each of `KINDS` that can be asked, and of existence one to deny, too.
+    """About every scene a question of each of `kinds` that can be asked, and of existence one to deny, too.
 
     As in POPE, what is to be denied is one of all absent concepts (random), of the most frequent ones (popular), or the
     absent one that is most often in scenes with what is there (adversarial), in turns.
@@ -110,6 +60,8 @@ def ask(
         negative = NEGATIVES[number % len(NEGATIVES)]
         absent = _absent(scene, concepts, negative, frequency, together, generator)
         for kind, values, answer, asked, is_absent in _questions(scene, absent, generator):
+            if kind not in kinds:
+                continue
             text = _one(wordings[kind], generator).format(**values)
             found.append(Question(kind, text, answer, number, asked, negative if is_absent else None))
     return found

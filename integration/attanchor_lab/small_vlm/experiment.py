@@ -27,7 +27,7 @@ from attanchor_lab.paper.arms import trained_result
 from attanchor_lab.paper.degrade import write_degraded
 from attanchor_lab.photographs.config import FOLDER, PhotographConfig
 from attanchor_lab.photographs.dataset import write_photographs
-from attanchor_lab.photographs.questions import KINDS
+from attanchor_lab.photographs.wordings import KINDS
 from attanchor_lab.runner import Job, Rows
 from attanchor_lab.small_vlm import build
 from attanchor_lab.small_vlm import parts as sources

@@ -17,8 +17,9 @@ from attanchor_lab.photographs import stamps
 from attanchor_lab.photographs.config import PhotographConfig
 from attanchor_lab.photographs.dataset import SPLITS, read_photographs, write_photographs
 from attanchor_lab.photographs.grounding import grounding
-from attanchor_lab.photographs.questions import KINDS, NEGATIVES
+from attanchor_lab.photographs.questions import NEGATIVES
 from attanchor_lab.photographs.scenes import PLACES
+from attanchor_lab.photographs.wordings import KINDS
 from attanchor_lab.scenes import dataset
 from attanchor_lab.small_llava.model import SHIPPED
 from attanchor_vlm.data.rows import read_rows
@@ -65,6 +66,14 @@ def test_the_seed_makes_the_rows_and_the_pictures(written: Path, tmp_path: Path)
     write_photographs(config(tmp_path), lambda line: None)
     again = {path.relative_to(tmp_path / "out"): path.read_bytes() for path in (tmp_path / "out").rglob("*.*")}
     assert again == {path.relative_to(written): path.read_bytes() for path in written.rglob("*.*")}
+
+
+def test_only_the_kinds_that_are_wanted_are_asked(tmp_path: Path) -> None:
+    write_stamps(tmp_path / "stamps")
+    paths = write_photographs(config(tmp_path, kinds=("place", "what"), scenes=6, test_scenes=6), lambda line: None)
+    tests = {f"test-{kind}-{split}.json" for kind in ("place", "what") for split in SPLITS}
+    assert {path.name for path in paths} == {"train-questions.json"} | tests
+    assert {row["kind"] for row in rows(tmp_path / "out")} == {"place", "what"}
 
 
 def test_held_out_concepts_and_wordings_are_in_no_training_row(written: Path) -> None:
@@ -180,6 +189,8 @@ def test_mistakes_are_told_before_anything_is_written(tmp_path: Path) -> None:
         write_photographs(config(tmp_path, held_out=0.1))
     with pytest.raises(ValueError, match=r"least is 4; it should be at most most, 3"):
         write_photographs(config(tmp_path, least=4, most=3))
+    with pytest.raises(ValueError, match=r"kinds is size; it should be some of existence, colour"):
+        write_photographs(config(tmp_path, kinds=("size",)))
     assert not (tmp_path / "out").exists()
     (tmp_path / "out").mkdir()
     with pytest.raises(ValueError, match=r"exists; take another folder"):
