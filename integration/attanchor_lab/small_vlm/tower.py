@@ -1,4 +1,4 @@
-"""EfficientNet-Lite as a vision tower: 7 x 7 tokens from 224 pixels, 14 x 14 from 448.
+"""EfficientNet-Lite as a vision tower: 7 x 7 tokens from 224 pixels, or from 448 where 2 x 2 are pooled.
 
 Without its classifier a token is 1,280 features. With it, it is what the classifier makes of them, said in words that a
 language model knows: the mean of the classes' names, as its embeddings, weighted by their probabilities.
@@ -32,8 +32,8 @@ _EPS = 1e-3  # of its batch norms
 
 
 class EfficientNetLiteConfig(PretrainedConfig):
-    """Sides of images in pixels, channels of the first and the last layer, and the stages between; with `classes` the
-    tokens are words of `hidden_size`, otherwise they are the `channels`."""
+    """Sides of images in pixels, channels of the first and the last layer, and the stages between; `pool` x `pool`
+    places become a token, their mean. With `classes` tokens are words of `hidden_size`, otherwise the `channels`."""
 
     model_type = "efficientnet-lite"
 
@@ -45,12 +45,13 @@ class EfficientNetLiteConfig(PretrainedConfig):
         channels: int = 1280,
         classes: int = 0,
         hidden_size: int | None = None,
+        pool: int = 1,
         **more: Any,
     ) -> None:
         self.image_size, self.stem, self.channels, self.classes = image_size, stem, channels, classes
         self.hidden_size = channels if hidden_size is None else hidden_size
-        self.stages = [list(stage) for stage in stages]
-        self.patch_size = 2  # as ViTs call the side of what becomes a token
+        self.stages, self.pool = [list(stage) for stage in stages], pool
+        self.patch_size = 2 * pool  # as ViTs call the side of what becomes a token
         for _, stride, *_ in self.stages:
             self.patch_size *= stride
         super().__init__(**more)
@@ -114,7 +115,7 @@ class EfficientNetLite(PreTrainedModel):
         hidden = F.relu6(self.stem(pixel_values.to(self.stem.weight.dtype)))
         for block in self.blocks:
             hidden = block(hidden)
-        hidden = F.relu6(self.head(hidden)).flatten(2).mT
+        hidden = F.avg_pool2d(F.relu6(self.head(hidden)), self.config.pool).flatten(2).mT
         if self.classifier is not None and self.words is not None:
             hidden = self.words(self.classifier(hidden).softmax(-1))
         return BaseModelOutput(last_hidden_state=hidden, hidden_states=(hidden,))

@@ -65,7 +65,7 @@ def test_every_arm_and_measurement_gets_its_row_once(work, tmp_path):
     said: list[str] = []
     rows = experiment.run(PLAN, tmp_path / "out", work, said.append)
     assert [(row["arm"], row["seed"], row["test"]) for row in rows] == [
-        ("stage 1", 0, "names"),
+        ("stage 1", 0, "as built"),
         *((arm, seed, "as trained") for seed in (0, 1) for arm in ("plain", "t2i")),
         ("t2i", 0, "keep"),
         ("t2i", 0, "tau"),

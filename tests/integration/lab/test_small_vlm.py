@@ -26,6 +26,7 @@ from attanchor_lab.photographs.dataset import write_photographs
 from attanchor_lab.photographs.scenes import Drawer, Scene
 from attanchor_lab.small_vlm import build
 from attanchor_lab.small_vlm import parts as sources
+from attanchor_lab.small_vlm import readings as readings_module
 from attanchor_lab.small_vlm.config import BuildConfig
 from attanchor_lab.small_vlm.parts import Parts
 from attanchor_lab.small_vlm.readings import write_readings
@@ -84,12 +85,14 @@ def test_the_tower_is_known_to_transformers_and_keeps_its_weights(tmp_path):
     assert torch.equal(hidden, tower.train()(pixels).last_hidden_state)  # nothing in it changes in training
 
 
-def test_lite0_gives_49_tokens_of_1280_and_196_of_larger_images():
+def test_lite0_gives_49_tokens_of_1280_and_as_many_of_larger_images_where_four_are_pooled():
     tower = EfficientNetLite(EfficientNetLiteConfig()).to(torch.bfloat16)
     assert tower.config.stages == [list(stage) for stage in LITE0]
     assert tower.config.patch_size == 32
     assert tower(torch.zeros(1, 3, 224, 224)).last_hidden_state.shape == (1, 49, 1280)
-    assert tower(torch.zeros(1, 3, 448, 448)).last_hidden_state.shape == (1, 196, 1280)
+    pooled = EfficientNetLite(EfficientNetLiteConfig(pool=2)).to(torch.bfloat16)
+    assert pooled.config.patch_size == 64
+    assert pooled(torch.zeros(1, 3, 448, 448)).last_hidden_state.shape == (1, 49, 1280)
 
 
 def test_batch_norms_fold_into_the_convolutions():
@@ -235,12 +238,24 @@ def test_readings_tell_the_class_of_every_thing_but_those_held_out(world, tmp_pa
     rows = json.loads(data.read_text())
     assert len(rows) == len(shown) == 12
     assert "tiger" not in {thing.name for scene in drawn for thing in scene.things}
-    wordings = told["wordings"]["seen"]["what"]
+    kinds = set()
     for row, scene in zip(rows, shown, strict=True):
-        turns = [turn["value"] for turn in row["conversations"]]
+        text, answer = (turn["value"].removeprefix("<image>\n") for turn in row["conversations"])  # of one lion
         (lion,) = (thing for thing in scene.things if thing.name == "lion")
-        assert turns[1::2] == ["an owl"]
-        assert turns[0].removeprefix("<image>\n") in {text.format(place=lion.place) for text in wordings}
+        kind = {"an owl": "what", "yes": "existence"}.get(answer, "place")
+        assert answer == {"place": lion.place}.get(kind, answer)
+        filled = {"place": lion.place, "a": "an owl", "name": "owl"}
+        assert text in {wording.format(**filled) for wording in told["wordings"]["seen"][kind]}
+        kinds.add(kind)
+    assert kinds == {"what", "place", "existence"}
+
+
+def test_what_was_read_elsewhere_is_denied_and_repeated_readings_have_no_place():
+    generator = np.random.default_rng(0)
+    readings = [("top left", "owl"), ("top right", "cup"), ("bottom left", "owl")]
+    asked = readings_module._asked("existence", readings, ["owl", "jug"], generator)
+    assert {values["a"]: answer for values, answer in asked} == {"an owl": "yes", "a cup": "yes", "a jug": "no"}
+    assert readings_module._asked("place", readings, [], generator) == [({"name": "cup"}, "top right")]
 
 
 @pytest.mark.parametrize(
@@ -254,8 +269,8 @@ def test_a_llava_s_width_tells_its_preset(width, preset, tmp_path):
 @pytest.mark.skipif(not INSTALLED, reason="the packages of the parts are not installed")
 def test_the_real_tower_knows_a_cat_and_a_cup_of_coffee():
     skimage = pytest.importorskip("skimage")
-    tower, (weight, bias) = sources.read_tower(224)
+    tower, (weight, bias) = sources.read_tower(448)
     for name, expected in (("chelsea", 285), ("coffee", 967)):
-        image = Image.fromarray(getattr(skimage.data, name)()).resize((224, 224))
+        image = Image.fromarray(getattr(skimage.data, name)()).resize((448, 448))
         pixels = (torch.from_numpy(np.array(image, dtype=np.float32)).permute(2, 0, 1)[None] - 127) / 128
         assert F.linear(tower(pixels).last_hidden_state.mean(1), weight, bias).argmax() == expected
