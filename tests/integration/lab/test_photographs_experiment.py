@@ -141,5 +141,5 @@ def test_a_plan_with_an_unknown_key_is_refused(tmp_path):
 
 def test_the_plan_in_the_documentation_can_be_read():
     plan = experiment.read_plan(experiment.Path(__file__).parents[3] / "docs" / "lab" / "photographs-plan.json")
-    assert set(plan.arms) == {"plain", "t2i", "random", "front"}
+    assert set(plan.arms) | set(plan.more) == {"plain", "t2i", "random", "front"}
     assert plan.contrasts[0] == ("t2i", "plain")
