@@ -50,11 +50,7 @@ def share_files(folder: Path) -> None:
 
 
 def check_parent(path: Path) -> None:
-    """Refuse, before any work, a name that nothing could be written under.
-
-    Raises:
-        ValueError: a part of the path in front of the last is a file, or may not be written into.
-    """
+    """Refuse, before any work, a name that nothing could be written under."""
     folder = Path(path).absolute().parent
     while not folder.exists() and not folder.is_symlink():
         folder = folder.parent
@@ -72,9 +68,6 @@ def alone_in(folder: Path, name: str = "") -> Iterator[None]:
     Args:
         folder: The output; made if it is not there.
         name: A file in `folder` that is the output, in place of the whole folder.
-
-    Raises:
-        SetupError: `folder` is a file or cannot be written into, or another process holds the output.
     """
     output, lock, is_new = folder / name, folder / f".{name or 'run'}.lock", not folder.exists()
     if not is_new and not folder.is_dir():
@@ -151,11 +144,7 @@ def markdown_table(heads: Sequence[str], lines: Sequence[Sequence[str]], words: 
 
 
 def append_row(path: Path, row: Row) -> None:
-    """Add a row; when this returns, it is on disk. A line that a kill cut short is taken out first.
-
-    Raises:
-        ValueError: the row holds a number that JSON has no form for (NaN or infinite).
-    """
+    """Add a row; when this returns, it is on disk. A line that a kill cut short is taken out first."""
     line = json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+b") as file:
@@ -166,11 +155,7 @@ def append_row(path: Path, row: Row) -> None:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The rows of a file, without a last line that a kill cut short; none if there is no such file.
-
-    Raises:
-        ValueError: a line is no JSON object, naming file and line.
-    """
+    """The rows of a file, without a last line that a kill cut short; none if there is no such file."""
     if not path.exists():
         return []
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")

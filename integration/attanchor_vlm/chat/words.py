@@ -65,12 +65,7 @@ def content_spans(text: str, function_words: Collection[str] = FUNCTION_WORDS) -
 
 
 def words_to_leave_out(content_words: bool | Collection[str]) -> frozenset[str] | None:
-    """The function words that a setting `content_words` means: None for False, the English ones for True.
-
-    Raises:
-        TypeError: it is neither a bool nor a collection of words.
-        ValueError: one of its words is none, or has punctuation or spaces in it.
-    """
+    """The function words that a setting `content_words` means: None for False, the English ones for True."""
     if isinstance(content_words, bool):
         return FUNCTION_WORDS if content_words else None
     if isinstance(content_words, (str, bytes)) or not isinstance(content_words, Collection):

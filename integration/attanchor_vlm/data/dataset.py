@@ -59,11 +59,7 @@ class TrainData:
 
 
 def read(config: DataConfig, progress: bool) -> Read:
-    """Everything about the data that can be wrong without a model. The first process reads and checks for all.
-
-    Raises:
-        DataError: the data has bad rows (unless `skip_bad`), or no good ones.
-    """
+    """Everything about the data that can be wrong without a model. The first process reads and checks for all."""
     return distributed.on_main(lambda: _read(config, progress))
 
 
@@ -102,9 +98,6 @@ def make(
         batch_size: Of the loader, by which a stream counts what was taken of it.
         needs_images: Whether every row needs an image.
         growth: How many tokens anchors add to a row; None for none.
-
-    Raises:
-        DataError: there are such rows (unless `skip_bad`), or nothing is left.
     """
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     row_lengths = RowLengths(processor, config.turns)

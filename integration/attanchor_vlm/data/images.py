@@ -55,11 +55,7 @@ def open_no_others() -> None:
 
 
 def size_of(source: ImageSource) -> tuple[int, int]:
-    """(height, width) of an image as `decoded` gives it, by the head of its file alone.
-
-    Raises:
-        ValueError: it cannot be read.
-    """
+    """(height, width) of an image as `decoded` gives it, by the head of its file alone."""
     if isinstance(source, Image.Image):
         return source.height, source.width
     try:

@@ -11,11 +11,7 @@ from attanchor_vlm.errors import DataError
 
 
 def read_text(file: Path) -> str:
-    """The text of a UTF-8 file, without the mark that some editors put in front.
-
-    Raises:
-        DataError: it cannot be read, or is no such text.
-    """
+    """The text of a UTF-8 file, without the mark that some editors put in front."""
     try:
         return file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -24,11 +20,7 @@ def read_text(file: Path) -> str:
 
 
 def lines_of(file: Path, text: str) -> Iterator[tuple[int, str]]:
-    """Number and text of every line of a .jsonl that is not empty.
-
-    Raises:
-        DataError: it is a JSON list.
-    """
+    """Number and text of every line of a .jsonl that is not empty."""
     if text.lstrip().startswith("[") and text.rstrip().endswith("]"):
         raise DataError(f"{file} holds a JSON list; a file of that name should hold a row a line, a .json holds a list")
     lines = enumerate(text.split("\n"), start=1)  # splitlines also cuts inside of texts, at U+2028
@@ -36,11 +28,7 @@ def lines_of(file: Path, text: str) -> Iterator[tuple[int, str]]:
 
 
 def parse_list(file: Path, text: str) -> list[Any]:
-    """The rows of a .json file.
-
-    Raises:
-        DataError: it holds no JSON list.
-    """
+    """The rows of a .json file."""
     whole = parse(file, text, 1)
     if not isinstance(whole, list):
         raise DataError(f"{file} holds a JSON {type(whole).__name__}; it should hold a list of rows")
@@ -48,11 +36,7 @@ def parse_list(file: Path, text: str) -> list[Any]:
 
 
 def parse(file: Path, text: str, first_line: int) -> Any:
-    """The JSON that a text is, a line of `file` or all of it.
-
-    Raises:
-        DataError: it is none, naming line and column.
-    """
+    """The JSON that a text is, a line of `file` or all of it."""
     try:
         return from_json(text)
     except json.JSONDecodeError as error:
@@ -80,11 +64,7 @@ def from_json(text: str | bytes) -> Any:
 
 
 def check_characters(name: str, text: str) -> None:
-    """Refuse text with half a character in it, as is left where a text was cut: no tokenizer takes it.
-
-    Raises:
-        ValueError: it has one.
-    """
+    """Refuse text with half a character in it, as is left where a text was cut: no tokenizer takes it."""
     try:
         text.encode()
     except UnicodeEncodeError as error:

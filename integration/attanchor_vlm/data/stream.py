@@ -24,12 +24,7 @@ _PARQUET_ROWS = 64  # read at a time; an image may be inside each
 
 
 def shards_of(data: Path) -> list[Path]:
-    """The files of a data set that can be streamed: a .jsonl or .parquet file, or all of them in a folder, sorted.
-
-    Raises:
-        SetupError: `datasets` (or for parquet, pyarrow) is not installed.
-        DataError: there is no such file, or it is of another kind.
-    """
+    """The files of a data set that can be streamed: a .jsonl or .parquet file, or all of them in a folder, sorted."""
     try:
         import datasets  # noqa: F401  the import is the test
     except ImportError as error:
@@ -50,11 +45,7 @@ def shards_of(data: Path) -> list[Path]:
 
 
 def check_first_rows(files: Sequence[Path], images: Path | None, skip_bad: bool) -> None:
-    """Look at the first row of every shard, so that a wrong format or folder shows before a model is loaded.
-
-    Raises:
-        DataError: a shard cannot be read, has no row, or (unless `skip_bad`) its first row is bad.
-    """
+    """Look at the first row of every shard, so that a wrong format or folder shows before a model is loaded."""
     for file in files:
         first = next(_read([str(file)]), None)
         if first is None:

@@ -133,11 +133,7 @@ def _check_batch(prompts: Sequence[str], images: Sequence[Any], options: dict[st
 
 
 def with_placeholders(text: str, images: int, videos: int = 0) -> str:
-    """A question with a place for each of its images and videos: in front, unless it says where.
-
-    Raises:
-        ValueError: it says so for another number of them, or is no whole text.
-    """
+    """A question with a place for each of its images and videos: in front, unless it says where."""
     check_characters("the prompt", text)
     return _with_places(_with_places(text, VIDEO_PLACEHOLDER, videos, "video"), PLACEHOLDER, images, "image")
 

@@ -66,9 +66,6 @@ def read_questions(
 
     Returns:
         The good rows, and the bad ones if `skip_bad`.
-
-    Raises:
-        DataError: the file cannot be read, a row is bad (unless `skip_bad`), or no good row is left.
     """
     folder = file.parent if images is None else images
     check_folder(folder, file)
@@ -125,11 +122,6 @@ def answer_all(
         resume: Go on with an `output` that is there; see `open_answers`.
         skip_bad: Leave out a question that cannot be answered, such as one that does not fit into the model's context
             with its anchors, and go on behind it.
-
-    Raises:
-        SetupError: another run writes to `output`.
-        DataError: see `open_answers`; `output` cannot be written; a batch does not fit into the GPU's memory; or
-            (unless `skip_bad`) a question cannot be answered.
     """
     with alone_in(output.parent, output.name):
         done = open_answers(output, [one.id for one in questions], settings, resume)

@@ -135,12 +135,7 @@ def check_servable(model: Any) -> None:
 
 
 def check_family(model: str) -> None:
-    """`check_servable` of a saved model or a Hub id by its config alone: before its weights are loaded or downloaded.
-
-    Raises:
-        SetupError: there is no such model.
-        ServingError: see `check_servable`.
-    """
+    """`check_servable` of a saved model or a Hub id by its config alone: before its weights are loaded or downloaded."""
     from transformers import AutoConfig
 
     source = loading.source_of(model)
@@ -315,11 +310,7 @@ def _write_whole(output: Path, write: Callable[[Path], None]) -> Path:
 
 
 def check_output(output: Path) -> None:
-    """Refuse a folder that holds something, or that cannot be made.
-
-    Raises:
-        ValueError: it does, is a file, or is in no folder that can be written into.
-    """
+    """Refuse a folder that holds something, or that cannot be made."""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"output {output} exists and is not an empty folder; take another")
     check_parent(output)

@@ -119,11 +119,7 @@ def is_attached(model: nn.Module) -> bool:
 
 
 def base_of(model: nn.Module) -> PreTrainedModel:
-    """The transformers model inside a PeftModel, or `model` itself.
-
-    Raises:
-        TypeError: it is neither.
-    """
+    """The transformers model inside a PeftModel, or `model` itself."""
     target: Any = model
     if not isinstance(target, PreTrainedModel) and hasattr(target, "get_base_model"):
         target = target.get_base_model()

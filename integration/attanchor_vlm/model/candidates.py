@@ -33,9 +33,6 @@ def mask_from_ids(
     Coarser than the masks of `encode_chat`, which know the user's text: markers that are ordinary text, such as
     "ASSISTANT:" in the middle of a conversation, stay in. With `content_words`, so do function words of several tokens
     or in capitals, and the beginning of a longer word is left out if it is the token of a function word.
-
-    Raises:
-        ValueError: `content_words` is set, but not the tokens that it leaves out.
     """
     if settings.content_words and not settings.function_token_ids:
         raise ValueError(

@@ -33,11 +33,7 @@ MOST_ANCHORS = 64
 def check_once(
     model: Any, adapter: FamilyAdapter, settings: AttAnchorConfig, arguments: Mapping[str, Any], mask: Tensor | None
 ) -> None:
-    """`findings`, at a model's first call, and no more once it has passed; see `attach` for when.
-
-    Raises:
-        FamilyError: a rule is broken.
-    """
+    """`findings`, at a model's first call, and no more once it has passed; see `attach` for when."""
     calls = model._attanchor_calls
     tested = calls.check == "auto" and is_tested(model.config.model_type)
     if tested or calls.check == "never" or torch.compiler.is_compiling():
@@ -66,9 +62,6 @@ def findings(
     Args:
         arguments: The call's, those of `generate` included.
         mask: Its `anchor_mask`; without one, or if none of the sample's is set, all text is copied.
-
-    Raises:
-        ValueError: as `rewrite`; the call itself is wrong.
     """
     forward = type(model).attanchor_original.forward
     names = {*parameters(forward), *adapter.image_arguments, *adapter.video_arguments, *adapter.token_types}

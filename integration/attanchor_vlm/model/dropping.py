@@ -94,9 +94,6 @@ def survivors(
         rows: (T, D), its features.
         silent: (T,) bool, those that are no image content, or None.
         text_embeds, roles, turn: What the operator is given, on one device.
-
-    Raises:
-        ValueError: the score needs what the call does not hold.
     """
     if config.keep is None:
         return rows, {}

@@ -122,9 +122,6 @@ def source_of(name: str) -> str:
 
     Architectures of other packages, which register themselves with transformers on import, are known afterwards: the
     entry points of the group `attanchor.models`.
-
-    Raises:
-        SetupError: it is neither, or an adapter.
     """
     for entry in entry_points(group="attanchor.models"):
         entry.load()
@@ -143,9 +140,6 @@ def source_of(name: str) -> str:
 def refuse_adapter(model: str) -> None:
     """Refuse an adapter's folder in the place of its model's. transformers would load both, unmerged: an export of that
     is no whole model, and training would begin anew.
-
-    Raises:
-        SetupError: naming the model that it was trained on.
     """
     folder = Path(model).expanduser()
     if not (folder / "adapter_config.json").is_file() or (folder / "config.json").is_file():
@@ -320,11 +314,7 @@ def load(
 
 
 def with_adapter(loaded: Any, model: str, adapter: str | PathLike[str]) -> Any:
-    """`load_adapter` into a model that was `loaded` from `model`.
-
-    Raises:
-        SetupError: the adapter is damaged, or that of another model.
-    """
+    """`load_adapter` into a model that was `loaded` from `model`."""
     try:
         return load_adapter(loaded, adapter)
     except (json.JSONDecodeError, RecursionError, SafetensorError) as error:

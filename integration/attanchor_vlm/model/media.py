@@ -25,11 +25,7 @@ class Media(NamedTuple):
     is_video: Tensor | None
 
     def frames(self, model: Any, adapter: FamilyAdapter, arguments: Mapping[str, Any], silent: Tensor | None) -> Tensor:
-        """(T,) int64: the image, or the frame of a video, that each row is of, counted; -1 at rows of no content.
-
-        Raises:
-            ValueError: it is not known.
-        """
+        """(T,) int64: the image, or the frame of a video, that each row is of, counted; -1 at rows of no content."""
         content = torch.ones(len(self.rows), dtype=torch.bool) if silent is None else ~silent.cpu()
         of_video = (
             torch.full_like(content, "image" not in self.encoded) if self.is_video is None else self.is_video.cpu()
@@ -69,11 +65,7 @@ class Media(NamedTuple):
 
 
 def encode(model: Any, adapter: FamilyAdapter, arguments: Mapping[str, Any]) -> Media:
-    """Encode the images and videos of a call, with gradient.
-
-    Raises:
-        ValueError: with both kinds, those of one fill other placeholders than the prompts have.
-    """
+    """Encode the images and videos of a call, with gradient."""
     encoders = {"image": adapter.encode_images, "video": adapter.encode_videos}
     encoded = {kind: encoders[kind](model, arguments) for kind in adapter.kinds(arguments)}
     parts = {kind: adapter.feature_rows(one) for kind, one in encoded.items()}

@@ -49,11 +49,7 @@ class Pauses(NamedTuple):
 
 
 def with_pauses(config: AttAnchorConfig, processor: Any, count: int, token: str | None) -> AttAnchorConfig:
-    """`config` with `count` pause tokens, which the vocabulary names `token`; unchanged for 0.
-
-    Raises:
-        ValueError: the vocabulary has no such token, or it begins or ends texts or stands for an image.
-    """
+    """`config` with `count` pause tokens, which the vocabulary names `token`; unchanged for 0."""
     if not count:
         return config
     tokenizer = getattr(processor, "tokenizer", processor)

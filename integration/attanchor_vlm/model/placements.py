@@ -75,9 +75,6 @@ def place(
         copy: False leaves `embeds` None, as `plan_sequence` does.
         frames: (B, S) int64, the frame of each image token, counted over the batch, or None without a cap for each.
         text_embeds, …: As for `merge_sequence`.
-
-    Raises:
-        ValueError: as `merge_sequence`.
     """
     options: dict[str, Any] = {"positions": positions, "position_ids": position_ids, "padding_side": padding_side}
     found = plan_sequence(

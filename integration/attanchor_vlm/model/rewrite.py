@@ -84,12 +84,7 @@ def needs_rewriting(adapter: FamilyAdapter, settings: AttAnchorConfig, arguments
 def check_call(
     adapter: FamilyAdapter, settings: AttAnchorConfig, arguments: Mapping[str, Any], anchor_mask: Tensor | None
 ) -> None:
-    """Refuse calls that cannot mean what the caller wants, whatever tau is.
-
-    Raises:
-        ValueError: `anchor_mask` without an image or with `inputs_embeds`; and, if anchors are to be inserted, images
-            with `inputs_embeds` or with a filled KV cache, and videos in a family without them, or with `keep`.
-    """
+    """Refuse calls that cannot mean what the caller wants, whatever tau is."""
     images, embeds = adapter.has_images(arguments), arguments.get("inputs_embeds") is not None
     if anchor_mask is not None:
         if embeds:
@@ -138,10 +133,6 @@ def rewrite(
         arguments: The call's arguments by name; unknown ones are handed on.
         anchor_mask: (B, S) bool or None, which falls back on everything after the first image.
         padding_side: "right", "left", or None for the side that the attention mask pads.
-
-    Raises:
-        ValueError, TypeError: an input has a wrong shape or type, features and placeholders differ in number, or the
-            new prompt is longer than the model's context.
     """
     ids = arguments["input_ids"]
     check_shapes(ids, arguments, anchor_mask)

@@ -87,9 +87,6 @@ def changed_settings(config: TrainConfig, free: Container[str]) -> str:
 
     Args:
         free: Settings that may differ.
-
-    Raises:
-        OSError, ValueError, LookupError, TypeError: there is no such run.
     """
     before = json.loads((config.output / RUN_FILE).read_text(encoding="utf-8"))["settings"]
     before = {_RENAMED.get(name, name): value for name, value in before.items()}
@@ -116,12 +113,7 @@ def _check_same_run(config: TrainConfig) -> None:
 
 
 def check_steps_left(checkpoint: Path, planned: int, patience: int) -> bool:
-    """Whether a run goes on behind a checkpoint; if not, it ended before its adapter was written.
-
-    Raises:
-        SetupError: saying how to go on.
-        CheckpointError: Trainer's own state in it cannot be read.
-    """
+    """Whether a run goes on behind a checkpoint; if not, it ended before its adapter was written."""
     with reading(checkpoint):
         state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
         before = json.loads((checkpoint.parent / RUN_FILE).read_text(encoding="utf-8"))
@@ -199,11 +191,7 @@ def delete_old(output: Path, keep: int, best: str | None) -> None:
 
 @contextmanager
 def writing(checkpoint: Path) -> Iterator[None]:
-    """Remove what the block wrote of a checkpoint if it cannot write all; the error names the last good one.
-
-    Raises:
-        CheckpointError: the disk is full, say.
-    """
+    """Remove what the block wrote of a checkpoint if it cannot write all; the error names the last good one."""
     try:
         yield
     except Exception as error:
@@ -216,11 +204,7 @@ def writing(checkpoint: Path) -> Iterator[None]:
 
 @contextmanager
 def reading(checkpoint: Path) -> Iterator[None]:
-    """Say of a checkpoint that the block cannot read what to go on from instead.
-
-    Raises:
-        CheckpointError: a file of it is damaged or cannot be read.
-    """
+    """Say of a checkpoint that the block cannot read what to go on from instead."""
     try:
         yield
     except Exception as error:
@@ -286,13 +270,7 @@ def _reason(error: BaseException) -> str:
 
 @contextmanager
 def explain_failures(config: TrainConfig) -> Iterator[None]:
-    """Turn what ends a training from outside into an error of one line: what happened, what is left, what to do.
-
-    Raises:
-        DataError: a row or an image can no longer be used.
-        SetupError: the GPU's memory is too small.
-        CheckpointError: a file cannot be written, or a process that loads data was killed.
-    """
+    """Turn what ends a training from outside into an error of one line: what happened, what is left, what to do."""
     try:
         yield
     except DataError as error:  # raised anew, as from a loader's worker it comes out of torch

@@ -77,11 +77,7 @@ SCHEDULERS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Method(AnchorOptions):
-    """What is inserted, the adapters and the optimiser: what a preset sets. Every field says what it means.
-
-    Raises:
-        TypeError, ValueError: naming the setting, what it is and what it should be.
-    """
+    """What is inserted, the adapters and the optimiser: what a preset sets. Every field says what it means."""
 
     tau: float = redefined(AnchorOptions, "tau", 0.12)
     fraction: float | None = setting(
@@ -133,11 +129,7 @@ class Method(AnchorOptions):
 
     @classmethod
     def from_preset(cls, preset: str, /, **settings: Any) -> Self:
-        """A preset with every one of `settings` that is not None in the place of its own.
-
-        Raises:
-            ValueError: there is no such preset, or a setting has no meaning.
-        """
+        """A preset with every one of `settings` that is not None in the place of its own."""
         if preset not in PRESETS:
             raise ValueError(f"preset is {preset!r}; it should be one of {', '.join(PRESETS)}")
         return cls(**PRESETS[preset] | {name: value for name, value in settings.items() if value is not None})

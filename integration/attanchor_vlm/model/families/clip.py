@@ -17,9 +17,6 @@ def clip_attention(model: Any, arguments: Mapping[str, Any], encoded: Any) -> Te
     It is one query row, computed anew from the layer's input: the encoder's own attention code returns no weights
     where it is fused. None if the encoder is no CLIP, or if its features are those of the last layer or hold the class
     token itself.
-
-    Raises:
-        ValueError: `encoded` does not hold the layer's input.
     """
     tower: Any = getattr(model.base_model, "vision_tower", None)
     strategy = arguments.get("vision_feature_select_strategy") or model.config.vision_feature_select_strategy

@@ -73,11 +73,7 @@ def split(region: Region, rows: int, columns: int) -> list[Region]:
 
 
 def kept(image_processor: Any, size: tuple[int, int]) -> Region:
-    """What an image processor like CLIP's keeps of an image of (height, width): padded to a square, resized, cropped.
-
-    Raises:
-        ValueError: it resizes in another way before it crops.
-    """
+    """What an image processor like CLIP's keeps of an image of (height, width): padded to a square, resized, cropped."""
     region = whole(size)
     if getattr(image_processor, "do_pad", False) and hasattr(image_processor, "pad_to_square"):
         region = squared(size)
