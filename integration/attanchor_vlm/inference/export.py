@@ -135,7 +135,7 @@ def check_servable(model: Any) -> None:
 
 
 def check_family(model: str) -> None:
-    """`check_servable` of a saved model or a Hub id by its config alone: before its weights are loaded or downloaded."""
+    """`check_servable` of a saved model or a Hub id by its config alone, before its weights are loaded."""
     from transformers import AutoConfig
 
     source = loading.source_of(model)

@@ -18,9 +18,7 @@ from torch import Tensor
 from attanchor_kernels import Role
 from attanchor_vlm.model import config as settings
 from attanchor_vlm.model.families import FamilyAdapter
-
-Shape = tuple[int, int]
-"""(rows, columns) of a grid of image tokens."""
+from attanchor_vlm.model.families.grid import Shape
 
 
 class Images(NamedTuple):

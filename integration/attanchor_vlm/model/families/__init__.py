@@ -13,15 +13,16 @@ from attanchor_vlm.model.families.encoded import (
     Llama4Adapter,
     Phi4MultimodalAdapter,
 )
-from attanchor_vlm.model.families.gemma3 import Gemma3Adapter
-from attanchor_vlm.model.families.idefics3 import Idefics3Adapter
-from attanchor_vlm.model.families.internvl import InternVLAdapter
-from attanchor_vlm.model.families.llava import LlavaAdapter
-from attanchor_vlm.model.families.llava_next import LlavaNextAdapter
-from attanchor_vlm.model.families.llava_onevision import LlavaOnevisionAdapter
+from attanchor_vlm.model.families.llava_next import LlavaNextAdapter, LlavaOnevisionAdapter
 from attanchor_vlm.model.families.qwen_vl import QwenVLAdapter
 from attanchor_vlm.model.families.refusals import reason_against
-from attanchor_vlm.model.families.tiles import TileAdapter
+from attanchor_vlm.model.families.tiles import (
+    Gemma3Adapter,
+    Idefics3Adapter,
+    InternVLAdapter,
+    LlavaAdapter,
+    TileAdapter,
+)
 
 _ANY = FamilyAdapter()
 _REGISTRY: dict[str, FamilyAdapter] = {}

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from attanchor_vlm.model.plan import Call
+
 
 @torch.no_grad()
-def clip_attention(model: Any, arguments: Mapping[str, Any], encoded: Any) -> Tensor | None:
+def clip_attention(model: Any, arguments: Call, encoded: Any) -> Tensor | None:
     """(N, P) float32: the class token's attention to each patch of N images, mean over the heads, in the layer behind
     the one that the features come from (in LLaVA, the last).
 
