@@ -18,7 +18,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from attanchor_vlm.errors import SetupError
+from attanchor_vlm.errors import DataError, SetupError
 
 Row = dict[str, Any]
 PART = ".attanchor-part-"  # begins the names of what is not whole yet
@@ -39,6 +39,17 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_folder(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a temporary folder beside `path`, then rename it to `path`, which is empty or not there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as temporary:
+        made = Path(temporary) / "made"  # its own permissions are those that a user's mkdir gives
+        made.mkdir()
+        write(made)
+        share_files(made)
+        made.replace(path)
 
 
 def share_files(folder: Path) -> None:
@@ -130,6 +141,15 @@ def _close_locks() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_close_locks)
+
+
+def read_text(file: Path, what: str = "") -> str:
+    """The text of a UTF-8 file, without the mark that some editors put in front; `what` it is begins what is wrong."""
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else f"not UTF-8 text ({error.reason})"
+        raise DataError(f"{what}{file} cannot be read: {reason}") from error
 
 
 def write_json(path: Path, value: object) -> None:

@@ -97,7 +97,7 @@ def measure_scores(
         share_out = len(mine) >= world
         if share_out:  # as many for each: a sharded model's processes must call it equally often
             mine = mine[: len(mine) // world * world][distributed.rank() :: world]
-    target: Any = base_of(model)
+    target = base_of(model)
     settings, calls = target.config.attanchor, target.attanchor_calls
     of_sample: list[Tensor] = []
     num_candidates = 0

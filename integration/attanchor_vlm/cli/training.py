@@ -26,12 +26,7 @@ def train(given: dict[str, Any]) -> None:
     """
     if "tau" in given and "fraction" in given:
         raise typer.BadParameter("give one of --tau and --fraction", param_hint="--fraction")
-    if _train(_stored(given) | given):
-        raise typer.Exit(130)
-
-
-def _train(given: dict[str, Any]) -> bool:
-    """Whether the run was interrupted."""
+    given = _stored(given) | given
     quiet()
     preset = given.pop("preset", None)
     config = TrainConfig.from_preset(preset, **given)
@@ -43,7 +38,8 @@ def _train(given: dict[str, Any]) -> bool:
             "" if {"tau", "fraction"} & set(given) else "; its tau may not be this model's: --fraction measures one"
         )
         typer.echo(f"preset {config.preset}, by the model's family{foreign}")
-    return training.run(config, typer.echo).interrupted
+    if training.run(config, typer.echo).interrupted:
+        raise typer.Exit(130)
 
 
 def _stored(given: dict[str, Any]) -> dict[str, Any]:
@@ -98,7 +94,7 @@ def calibrate(
     from attanchor_vlm.analysis import calibrate as calibration
     from attanchor_vlm.data.batches import Collator
     from attanchor_vlm.data.dataset import some_samples
-    from attanchor_vlm.model.attach import base_of
+    from attanchor_vlm.model.attach import config_of
     from attanchor_vlm.model.load import load
     from attanchor_vlm.records import check_parent
     from attanchor_vlm.settings import check_fraction
@@ -110,8 +106,7 @@ def calibrate(
         check_parent(save / "attanchor.json")
     chosen = some_samples(source["data"], source.get("images"), samples, seed, source.get("skip_bad", False))
     loaded, processor = load(source["model"], adapter, tau=calibration.HIGHEST_TAU, **changes)
-    target: Any = base_of(loaded)
-    config = target.attanchor_config
+    config = config_of(loaded)
     check_fraction(fraction, config.direction)
     if save is not None:
         calibration.check_storable(save, config)

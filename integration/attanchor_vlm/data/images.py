@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 from collections.abc import Collection
@@ -33,7 +34,10 @@ def decoded(source: ImageSource) -> Image.Image:
         return _rgb(source)
     with open_file(source) as image:
         image.load()
-        return _rgb(_upright(image))
+        upright = image
+        with contextlib.suppress(Exception):  # damaged notes are no damaged image
+            upright = ImageOps.exif_transpose(image)
+        return _rgb(upright)
 
 
 def open_file(source: Path | bytes) -> Image.Image:
@@ -95,13 +99,6 @@ def why_not(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"cannot be read: {error.strerror}"
     return f"cannot be read: {error}"
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    try:
-        return ImageOps.exif_transpose(image)
-    except Exception:  # damaged notes are no damaged image
-        return image
 
 
 def _rgb(image: Image.Image) -> Image.Image:

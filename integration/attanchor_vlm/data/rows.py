@@ -13,9 +13,10 @@ from PIL import Image
 
 from attanchor_vlm.chat.videos import FPS
 from attanchor_vlm.data.images import ImageSource, decoded, unreadable, why_not
-from attanchor_vlm.data.reading import check_characters, lines_of, parse, parse_list, read_text
+from attanchor_vlm.data.reading import check_characters, lines_of, parse, parse_list
 from attanchor_vlm.data.videos import VideoFiles
 from attanchor_vlm.errors import BadRow, DataError
+from attanchor_vlm.records import read_text
 
 PLACEHOLDER, VIDEO_PLACEHOLDER = "<image>", "<video>"
 _PLACES = re.compile(f"({PLACEHOLDER}|{VIDEO_PLACEHOLDER})")
@@ -93,7 +94,8 @@ def sorted_out(file: Path, good: list[RowT], bad: list[BadRow], skip_bad: bool) 
     """Good rows and bad ones, these by number."""
     bad = sorted(bad, key=lambda one: one.number)
     if bad and not skip_bad:
-        raise DataError(_report(bad, len(good) + len(bad)), bad)
+        said = f"{len(bad)} of {len(good) + len(bad)} rows are bad: mend them, or leave them out with --skip-bad"
+        raise DataError("\n".join([*first_of(bad), said]), bad)
     if not good:
         raise DataError(f"{file} has no usable row" + (f"; {bad[0]}" if bad else ""), bad)
     return good, bad
@@ -105,12 +107,9 @@ def check_folder(images: Path | None, file: Path) -> None:
         raise DataError(f"{images} is not a folder; --images should name the folder with the images of {file.name}")
 
 
-def _report(bad: list[BadRow], total: int) -> str:
-    lines = [str(one) for one in bad[:_SHOWN]]
-    if len(bad) > _SHOWN:
-        lines.append(f"… and {len(bad) - _SHOWN} more")
-    lines.append(f"{len(bad)} of {total} rows are bad: mend them, or leave them out with --skip-bad")
-    return "\n".join(lines)
+def first_of(bad: list[BadRow]) -> list[str]:
+    """Bad rows as lines: the first ones, and how many more there are."""
+    return [*map(str, bad[:_SHOWN]), *([f"… and {len(bad) - _SHOWN} more"] if len(bad) > _SHOWN else [])]
 
 
 def _load(file: Path, skip_bad: bool) -> list[object]:

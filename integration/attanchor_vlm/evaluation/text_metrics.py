@@ -158,12 +158,7 @@ def compute(
     references: Sequence[Sequence[str]],
     bertscore: BertScoreModel | None = None,
 ) -> dict[str, float]:
-    """Values by name.
-
-    Args:
-        predictions: One text each.
-        references: For each prediction one or several texts.
-    """
+    """Values by name; `references` has one or several texts for each prediction."""
     if not predictions or len(predictions) != len(references):
         raise ValueError(
             f"{len(predictions)} predictions for {len(references)} references; there should be as many, at least one"

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from attanchor_vlm.constants import context_of
 from attanchor_vlm.data.lengths import Growth, RowLengths, check_texts
-from attanchor_vlm.data.reading import check_characters, from_json, lines_of, parse_list, read_text
+from attanchor_vlm.data.reading import check_characters, from_json, lines_of, parse_list
 from attanchor_vlm.data.rows import (
     PLACEHOLDER,
     VIDEO_PLACEHOLDER,
@@ -29,7 +30,7 @@ from attanchor_vlm.data.rows import (
 from attanchor_vlm.data.videos import load_video
 from attanchor_vlm.errors import BadRow, DataError
 from attanchor_vlm.inference.ask import Answer, answers, with_placeholders
-from attanchor_vlm.records import alone_in, check_parent
+from attanchor_vlm.records import alone_in, check_parent, read_text
 
 
 @dataclass(frozen=True)
@@ -90,10 +91,9 @@ def check_for_model(
 ) -> tuple[list[Question], list[BadRow]]:
     """The questions that a model can be given: within its context, if no anchor is inserted and what `keep` says is
     dropped, and without its own image token in the text."""
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     anchors = getattr(model, "attanchor_config", None)
     growth = None if anchors is None else Growth.of(dataclasses.replace(anchors, max_anchors=0), anchors.pause_tokens)
-    good, bad = check_texts(file, questions, RowLengths(processor), context, growth)
+    good, bad = check_texts(file, questions, RowLengths(processor), context_of(model.config), growth)
     return sorted_out(file, good, bad, skip_bad)
 
 
@@ -252,8 +252,6 @@ def _rows(file: Path) -> Iterator[tuple[int, Any]]:
     for number, line in lines_of(file, text):
         try:
             yield number, from_json(line)
-        except json.JSONDecodeError as error:
-            yield number, ValueError(f"not valid JSON ({error.msg}, column {error.colno})")
         except ValueError as error:
             yield number, error
 

@@ -101,9 +101,8 @@ def _generation_prompt(processor: Any, tokenizer: Any) -> tuple[int, ...]:
     # Tokenized where it stands: on its own, a tokenizer may put a space before it.
     whole = tokenizer(prompted, add_special_tokens=False).input_ids
     before = tokenizer(plain, add_special_tokens=False).input_ids
-    same = 0
-    while same < min(len(before), len(whole)) and before[same] == whole[same]:
-        same += 1
+    both = zip(before, whole, strict=False)
+    same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], both))
     return tuple(whole[same:])
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from attanchor_vlm.constants import IGNORE_INDEX
 from attanchor_vlm.model.config import AttAnchorConfig
-from attanchor_vlm.model.plan import AnchorPlan
+from attanchor_vlm.model.plan import AnchorPlan, Call
 
 _RESERVED = re.compile(r"reserved|unused|extra_id|<\|?(?:pad|unk)", re.IGNORECASE)
 
@@ -68,7 +68,7 @@ def with_pauses(config: AttAnchorConfig, processor: Any, count: int, token: str 
 
 def add_pauses(
     settings: AttAnchorConfig,
-    arguments: Mapping[str, Any],
+    arguments: Call,
     anchor_mask: Tensor,
     has_image: Tensor,
     per_token: Iterable[str],

@@ -10,7 +10,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -83,11 +83,7 @@ def as_json(config: TrainConfig) -> dict[str, object]:
 
 
 def changed_settings(config: TrainConfig, free: Container[str]) -> str:
-    """Compare the settings of the run in `config.output` with `config`, as `settings.differences` does.
-
-    Args:
-        free: Settings that may differ.
-    """
+    """Compare the settings of the run in `config.output` with `config`, as `differences` does, but for those `free`."""
     before = json.loads((config.output / RUN_FILE).read_text(encoding="utf-8"))["settings"]
     before = {_RENAMED.get(name, name): value for name, value in before.items()}
     before["patience"] = before.get("patience") or 0  # where None was for never
@@ -190,42 +186,54 @@ def delete_old(output: Path, keep: int, best: str | None) -> None:
 
 
 @contextmanager
-def writing(checkpoint: Path) -> Iterator[None]:
+def _with_files(what: str, then: Callable[[], str]) -> Iterator[None]:
+    """A block whose errors of files say `what` is wrong, the reason, and what comes `then`."""
+    try:
+        yield
+    except Exception as error:
+        if not _is_of_files(error):
+            raise
+        raise CheckpointError(f"{what}: {_reason(error)}{then()}") from error
+
+
+def writing(checkpoint: Path) -> AbstractContextManager[None]:
     """Remove what the block wrote of a checkpoint if it cannot write all; the error names the last good one."""
-    try:
-        yield
-    except Exception as error:
-        if not _is_of_files(error):
-            raise
+
+    def then() -> str:
         shutil.rmtree(checkpoint, ignore_errors=True)
-        after = _left(checkpoint.parent, "make room") or "; there is no other"
-        raise CheckpointError(f"checkpoint {checkpoint} cannot be written: {_reason(error)}{after}") from error
+        return _left(checkpoint.parent, "make room") or "; there is no other"
+
+    return _with_files(f"checkpoint {checkpoint} cannot be written", then)
 
 
-@contextmanager
-def reading(checkpoint: Path) -> Iterator[None]:
+def reading(checkpoint: Path) -> AbstractContextManager[None]:
     """Say of a checkpoint that the block cannot read what to go on from instead."""
-    try:
-        yield
-    except Exception as error:
-        if not _is_of_files(error):
-            raise
+
+    def then() -> str:
         others = [path.name for path in complete_checkpoints(checkpoint.parent) if path != checkpoint]
-        after = f"delete that folder, and --resume goes on from {others[-1]}" if others else "there is no other"
-        raise CheckpointError(f"checkpoint {checkpoint} cannot be read: {_reason(error)}; {after}") from error
+        return f"; delete that folder, and --resume goes on from {others[-1]}" if others else "; there is no other"
+
+    return _with_files(f"checkpoint {checkpoint} cannot be read", then)
 
 
 def replace_files(output: Path, write: Callable[[Path], object], is_writer: bool = True) -> None:
     """Let `write` fill a temporary folder inside `output`, then move its files into `output`, or leave all as it was.
 
-    Args:
-        is_writer: False for the processes that only take part in gathering what is written.
+    Processes that are no writers only take part in gathering what is written.
     """
     if not is_writer:
         write(output)
         return
-    temporary = Path(tempfile.mkdtemp(prefix=PART, dir=output))
-    try:
+
+    def then() -> str:
+        left = complete_checkpoints(output)
+        return f"; {left[-1].name} in it is an adapter too" if left else ""
+
+    with (
+        _with_files(f"the adapter cannot be written to {output}", then),
+        tempfile.TemporaryDirectory(prefix=PART, dir=output, ignore_cleanup_errors=True) as folder,
+    ):
+        temporary = Path(folder)
         write(temporary)
         share_files(temporary)
         # adapter_config.json last: without it the folder is no adapter.
@@ -233,14 +241,6 @@ def replace_files(output: Path, write: Callable[[Path], object], is_writer: bool
             if path.is_dir():  # some processors have one
                 shutil.rmtree(output / path.name, ignore_errors=True)
             os.replace(path, output / path.name)
-    except Exception as error:
-        if not _is_of_files(error):
-            raise
-        left = complete_checkpoints(output)
-        after = f"; {left[-1].name} in it is an adapter too" if left else ""
-        raise CheckpointError(f"the adapter cannot be written to {output}: {_reason(error)}{after}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _is_of_files(error: Exception) -> bool:

@@ -211,10 +211,7 @@ class FamilyAdapter:
         Raises:
             ValueError: it is not known of this family.
         """
-        raise ValueError(
-            f"where image tokens lie in the image is not known for {model.config.model_type}: boxes are not available. "
-            "Anchors are inserted all the same"
-        )
+        raise _no_boxes("image tokens lie in the image", model)
 
     def frame_grids(self, model: Any, processor: Any, batch: Call, index: int, size: Size, frames: int) -> list[Grid]:
         """Where the tokens of one video lie in its frames: a grid for each step of time, of as many frames each.
@@ -227,14 +224,18 @@ class FamilyAdapter:
         Raises:
             ValueError: it is not known of this family.
         """
-        raise ValueError(
-            f"where video tokens lie in the frames is not known for {model.config.model_type}: boxes are not "
-            "available. Anchors are inserted all the same"
-        )
+        raise _no_boxes("video tokens lie in the frames", model)
 
     def vision_tower(self, model: PreTrainedModel) -> nn.Module | None:
         """The encoders of the model without projectors, which training usually freezes."""
         return nn.ModuleList(tower for _, tower in towers(model))
+
+
+def _no_boxes(what: str, model: Any) -> ValueError:
+    return ValueError(
+        f"where {what} is not known for {model.config.model_type}: boxes are not available. Anchors are inserted all "
+        "the same"
+    )
 
 
 def _pixels(names: tuple[str, ...]) -> list[str]:
