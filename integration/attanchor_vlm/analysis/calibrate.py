@@ -87,7 +87,6 @@ def measure_scores(
 
     Args:
         model: Attached, on its device; left in evaluation mode, its settings and counters as they were.
-        collate: Makes the model's arguments.
         own_part: `samples` are this process's part already, and all have images.
     """
     mine, share_out = samples, own_part

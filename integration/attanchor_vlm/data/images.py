@@ -25,11 +25,8 @@ FORMATS = tuple(
 
 
 def decoded(source: ImageSource) -> Image.Image:
-    """An RGB image: a photograph in a file turned as its camera was held, 16 bits a pixel scaled to 8.
-
-    Raises:
-        Exception: of nearly any kind, if it is damaged.
-    """
+    """An RGB image: a photograph in a file turned as its camera was held, 16 bits a pixel scaled to 8. One that is
+    damaged raises nearly any kind of error."""
     if isinstance(source, Image.Image):
         return _rgb(source)
     with open_file(source) as image:
@@ -41,11 +38,8 @@ def decoded(source: ImageSource) -> Image.Image:
 
 
 def open_file(source: Path | bytes) -> Image.Image:
-    """The image in a file or in the bytes of one, not decoded yet.
-
-    Raises:
-        OSError: it is no regular file (a pipe would be waited for without end), or none of `FORMATS`.
-    """
+    """The image in a file or in the bytes of one, not decoded yet. What is no regular file is refused, as a pipe would
+    be waited for without end."""
     if isinstance(source, bytes):
         return Image.open(io.BytesIO(source), formats=FORMATS)
     if source.exists() and not source.is_file():

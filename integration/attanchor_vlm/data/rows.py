@@ -134,13 +134,8 @@ def _load(file: Path, skip_bad: bool) -> list[object]:
 
 
 def check_row(number: int, raw: object, folder: Path | None) -> Row:
-    """A row of a file as `read_rows` has it, except that its images are not decoded.
-
-    Args:
-        number: The row's, counted from 1.
-        raw: What the file holds; images may be names of files, or ``{"bytes": …}`` as parquet has them.
-        folder: Where names of files are looked up; None if no row names any.
-    """
+    """A row of a file as `read_rows` has it, except that its images are not decoded; they may be ``{"bytes": …}``, as
+    parquet has them, and names of files are looked up in `folder`."""
     if not isinstance(raw, dict):
         raise ValueError(f"the row is a {type(raw).__name__}; it should be an object")
     turns = raw.get("conversations")

@@ -224,11 +224,6 @@ def settings_for(
     """The settings that `load` will attach with, as far as files tell without loading the model: those of the adapter,
     or of the model's folder (attanchor.json, or config.json if it was saved attached), with every one of
     `changes` that is not None in the place of theirs. None if there are none, and no tau.
-
-    Raises:
-        SetupError: `adapter` is no folder of an adapter, or was trained without anchors and there is no tau; or `model`
-            is an adapter.
-        ValueError: the settings are damaged, or one of `changes` has no meaning.
     """
     refuse_adapter(model)
     found = None

@@ -79,10 +79,7 @@ def add_pauses(
     rewritten either.
 
     Args:
-        settings: With `pause_tokens`, K, and `pause_token_id`.
-        arguments: The call's arguments, with `input_ids` (B, S).
-        anchor_mask: (B, S) bool.
-        has_image: (B,) bool.
+        anchor_mask, has_image: (B, S) and (B,) bool.
         per_token: Names of further (B, S) inputs; pauses get 0, text.
 
     Returns:

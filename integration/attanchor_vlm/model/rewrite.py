@@ -127,8 +127,7 @@ def rewrite(
 
     Args:
         model: The attached model; its embedding and image encoder are called.
-        adapter, settings: The family's and the user's answers.
-        arguments: The call's arguments by name; unknown ones are handed on.
+        arguments: Unknown ones are handed on.
         anchor_mask: (B, S) bool or None, which falls back on everything after the first image.
         padding_side: "right", "left", or None for the side that the attention mask pads.
     """
