@@ -26,7 +26,12 @@ def train(given: dict[str, Any]) -> None:
     """
     if "tau" in given and "fraction" in given:
         raise typer.BadParameter("give one of --tau and --fraction", param_hint="--fraction")
-    given = _stored(given) | given
+    if _train(_stored(given) | given):
+        raise typer.Exit(130)
+
+
+def _train(given: dict[str, Any]) -> bool:
+    """Whether the run was interrupted."""
     quiet()
     preset = given.pop("preset", None)
     config = TrainConfig.from_preset(preset, **given)
@@ -38,8 +43,7 @@ def train(given: dict[str, Any]) -> None:
             "" if {"tau", "fraction"} & set(given) else "; its tau may not be this model's: --fraction measures one"
         )
         typer.echo(f"preset {config.preset}, by the model's family{foreign}")
-    if training.run(config, typer.echo).interrupted:
-        raise typer.Exit(130)
+    return training.run(config, typer.echo).interrupted
 
 
 def _stored(given: dict[str, Any]) -> dict[str, Any]:
