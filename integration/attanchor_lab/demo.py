@@ -17,12 +17,12 @@ from PIL import Image
 
 from attanchor_lab.accuracy import Accuracy, accuracy
 from attanchor_lab.demo_table import EXPLAINED, HEAD, IMAGE_INTO_TEXT, PLAIN, TEXT_INTO_IMAGE, lines_of, verdict
+from attanchor_lab.figures import loss_plot
 from attanchor_lab.scenes import dataset as scenes
 from attanchor_lab.small_llava import model as small_llava
 from attanchor_vlm.analysis.calibrate import threshold_for_share
 from attanchor_vlm.data.rows import Row, load_image, read_rows, samples
 from attanchor_vlm.errors import SetupError
-from attanchor_vlm.figures import loss_plot
 from attanchor_vlm.inference.explain import Anchored, explain
 from attanchor_vlm.inference.picture import anchor_picture
 from attanchor_vlm.model.attach import attach

@@ -1,4 +1,4 @@
-"""The laboratory's pictures: differences with their intervals, curves, a scene; and metrics of experiments."""
+"""The laboratory's pictures: differences with their intervals, curves, losses, a scene; and metrics of experiments."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import base64
 import io
 import itertools
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -225,3 +225,64 @@ def dots(path: Path, table: pd.DataFrame, metrics: Mapping[str, Metric], title: 
         place.set_title(metrics[name].title, fontsize=10)
         _plain(place, "y")
     save(figure, path)
+
+
+def loss_plot(path: Path, logs: Mapping[str, Sequence[Mapping[str, float]]], title: str) -> None:
+    """Training and validation loss, and what was inserted, of several runs over their steps.
+
+    Args:
+        logs: For each run its log lines, as Trainer keeps them: `loss`, `inserted_share`, `anchor_score` or
+            `eval_loss`, each with its `step`.
+    """
+    figure, (losses, share, score) = plt.subplots(
+        1, 3, figsize=(14, 4.4), layout="constrained", width_ratios=(1.7, 1, 1)
+    )
+    figure.suptitle(title, fontsize=13, fontweight="bold")
+    colours = itertools.cycle(PALETTE[1:] + PALETTE[:1])
+    for number, ((name, lines), colour) in enumerate(zip(logs.items(), colours, strict=False)):
+        steps, values = _series(lines, "loss")
+        losses.plot(steps, values, color=colour, alpha=0.13, linewidth=0.8)
+        losses.plot(steps, _smooth(values), color=colour, linewidth=1.6, label=f"{name}, training (mean of 20 steps)")
+        length = max(steps, default=0)
+        steps, values = _series(lines, "eval_loss")
+        # Runs are validated at the same steps: a little beside each other, their marks can be told apart.
+        beside = steps + 0.012 * length * (number - (len(logs) - 1) / 2)
+        mark = {"marker": "osD^v"[number % 5], "markersize": 6.5, "markeredgecolor": "white"}
+        losses.plot(beside, values, color=colour, linestyle="none", **mark, label=f"{name}, validation")
+        for axes, key in ((share, "inserted_share"), (score, "anchor_score")):
+            steps, values = _series(lines, key)
+            if len(values) and np.any(values):
+                axes.plot(steps, values, color=colour, alpha=0.13, linewidth=0.8)
+                axes.plot(steps, _smooth(values), color=colour, linewidth=1.6, label=name)
+    top = max((max(_series(lines, "eval_loss")[1], default=0.0) for lines in logs.values()), default=0.0)
+    smooth_top = max(
+        (float(np.max(_smooth(_series(lines, "loss")[1]), initial=0.0)) for lines in logs.values()), default=1.0
+    )
+    losses.set_ylim(0, 1.15 * max(top, smooth_top) or 1.0)
+    losses.set_ylabel("loss of the answer")
+    share.set_title("inserted anchors / text tokens taking part", fontsize=10)
+    score.set_title("mean cosine of the inserted", fontsize=10)
+    losses.legend(fontsize=8.5)
+    for axes in (losses, share, score):
+        axes.set_xlabel("optimiser step")
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    share.set_ylim(bottom=0)
+    low, high = score.get_ylim()
+    score.set_ylim(low - 0.5 * (high - low), high)  # room for the legend
+    for axes in (share, score):
+        if axes.has_data():
+            axes.legend(fontsize=8.5, loc="lower left")
+        else:
+            axes.text(0.5, 0.5, "nothing inserted", ha="center", va="center", transform=axes.transAxes, color="#555555")
+    save(figure, path)
+
+
+def _series(lines: Sequence[Mapping[str, float]], key: str) -> tuple[np.ndarray, np.ndarray]:
+    points = [(line["step"], line[key]) for line in lines if key in line]
+    return np.array([step for step, _ in points]), np.array([value for _, value in points], dtype=float)
+
+
+def _smooth(values: np.ndarray) -> np.ndarray:
+    """The mean of the last 20 values, of fewer at the beginning."""
+    return pd.Series(values).rolling(20, min_periods=1).mean().to_numpy()

@@ -18,7 +18,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from attanchor_vlm.errors import SetupError
+from attanchor_vlm.errors import DataError, SetupError
 
 Row = dict[str, Any]
 PART = ".attanchor-part-"  # begins the names of what is not whole yet
@@ -41,6 +41,17 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def write_folder(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a temporary folder beside `path`, then rename it to `path`, which is empty or not there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as temporary:
+        made = Path(temporary) / "made"  # its own permissions are those that a user's mkdir gives
+        made.mkdir()
+        write(made)
+        share_files(made)
+        made.replace(path)
+
+
 def share_files(folder: Path) -> None:
     """Let others read what is in `folder` as far as the umask does: safetensors writes files that are private."""
     allowed = _mode_of_new_files(folder)
@@ -50,11 +61,7 @@ def share_files(folder: Path) -> None:
 
 
 def check_parent(path: Path) -> None:
-    """Refuse, before any work, a name that nothing could be written under.
-
-    Raises:
-        ValueError: a part of the path in front of the last is a file, or may not be written into.
-    """
+    """Refuse, before any work, a name that nothing could be written under."""
     folder = Path(path).absolute().parent
     while not folder.exists() and not folder.is_symlink():
         folder = folder.parent
@@ -72,9 +79,6 @@ def alone_in(folder: Path, name: str = "") -> Iterator[None]:
     Args:
         folder: The output; made if it is not there.
         name: A file in `folder` that is the output, in place of the whole folder.
-
-    Raises:
-        SetupError: `folder` is a file or cannot be written into, or another process holds the output.
     """
     output, lock, is_new = folder / name, folder / f".{name or 'run'}.lock", not folder.exists()
     if not is_new and not folder.is_dir():
@@ -139,6 +143,15 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_close_locks)
 
 
+def read_text(file: Path, what: str = "") -> str:
+    """The text of a UTF-8 file, without the mark that some editors put in front; `what` it is begins what is wrong."""
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else f"not UTF-8 text ({error.reason})"
+        raise DataError(f"{what}{file} cannot be read: {reason}") from error
+
+
 def write_json(path: Path, value: object) -> None:
     text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
@@ -151,11 +164,7 @@ def markdown_table(heads: Sequence[str], lines: Sequence[Sequence[str]], words: 
 
 
 def append_row(path: Path, row: Row) -> None:
-    """Add a row; when this returns, it is on disk. A line that a kill cut short is taken out first.
-
-    Raises:
-        ValueError: the row holds a number that JSON has no form for (NaN or infinite).
-    """
+    """Add a row; when this returns, it is on disk. A line that a kill cut short is taken out first."""
     line = json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+b") as file:
@@ -166,11 +175,7 @@ def append_row(path: Path, row: Row) -> None:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The rows of a file, without a last line that a kill cut short; none if there is no such file.
-
-    Raises:
-        ValueError: a line is no JSON object, naming file and line.
-    """
+    """The rows of a file, without a last line that a kill cut short; none if there is no such file."""
     if not path.exists():
         return []
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,11 @@ def differences(before: Mapping[str, object], now: Mapping[str, object]) -> str:
     return "; ".join(
         f"{name} was {before.get(name)!r} and is {value!r}" for name, value in now.items() if before.get(name) != value
     )
+
+
+def check_one_of(name: str, value: object, allowed: Iterable[object]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} is {value!r}; it should be one of {', '.join(map(repr, allowed))}")
 
 
 def setting(
@@ -86,11 +91,7 @@ def _is_given(value: object) -> bool:
 
 
 def check_fraction(fraction: float, direction: str | None, name: str = "fraction") -> None:
-    """Refuse a fraction that no threshold can give: text has no more anchors than tokens.
-
-    Args:
-        direction: None where it is not known yet.
-    """
+    """Refuse a fraction that no threshold can give: text has no more anchors than tokens. `direction` may be None."""
     if not fraction > 0:
         raise ValueError(f"{name} is {fraction}; it should be greater than 0")
     if fraction > 1 and direction == "text_into_image":

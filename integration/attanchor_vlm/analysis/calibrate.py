@@ -87,7 +87,6 @@ def measure_scores(
 
     Args:
         model: Attached, on its device; left in evaluation mode, its settings and counters as they were.
-        collate: Makes the model's arguments.
         own_part: `samples` are this process's part already, and all have images.
     """
     mine, share_out = samples, own_part
@@ -97,7 +96,7 @@ def measure_scores(
         share_out = len(mine) >= world
         if share_out:  # as many for each: a sharded model's processes must call it equally often
             mine = mine[: len(mine) // world * world][distributed.rank() :: world]
-    target: Any = base_of(model)
+    target = base_of(model)
     settings, calls = target.config.attanchor, target.attanchor_calls
     of_sample: list[Tensor] = []
     num_candidates = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -140,7 +141,7 @@ class Probe:
 
     def to_dict(self) -> dict[str, object]:
         """As JSON has it: NaN becomes None."""
-        return _plain(dataclasses.asdict(self))  # type: ignore[return-value]
+        return json.loads(json.dumps(dataclasses.asdict(self)), parse_constant=lambda _: None)
 
 
 def measure(prompts: Sequence[PromptScores], taus: Sequence[float] = TAUS, seed: int = 0) -> Probe:
@@ -252,45 +253,39 @@ def _reasons(probe: Probe) -> tuple[Reason, ...]:
         if follows
         else f"no more than chance explains (features that match nothing reach {shuffled.control[1]:.4f})"
     )
-    above = content.mean > probe.control_best[1]
-    enough = probe.images >= LEAST_IMAGES
-    return (
-        Reason(
-            "enough images",
+    above, enough = content.mean > probe.control_best[1], probe.images >= LEAST_IMAGES
+    high = probe.tau >= LOWEST_TAU
+    checks = {
+        "enough images": (
             enough,
             f"{probe.images} different images" + ("" if enough else f"; at least {LEAST_IMAGES} are wanted"),
         ),
-        Reason("follows the image", follows, drop),
-        Reason(
-            "effect",
+        "follows the image": (follows, drop),
+        "effect": (
             shuffled.effect >= LEAST_EFFECT,
             f"that is {shuffled.effect:.2f} of the spread from image to image (at least {LEAST_EFFECT} is wanted)",
         ),
-        Reason(
-            "above chance",
+        "above chance": (
             above,
             f"best cosines of content words are {content.mean:.3f} in the mean, "
-            + ("above" if above else "no higher than")
-            + f" the {probe.control_best[1]:.3f} of features that match nothing",
+            f"{'above' if above else 'no higher than'} the {probe.control_best[1]:.3f} of features that match nothing",
         ),
-        Reason(
-            "high enough",
-            probe.tau >= LOWEST_TAU,
+        "high enough": (
+            high,
             f"a tenth of the tokens has a best cosine of {probe.tau:.3f} or more"
-            + ("" if probe.tau >= LOWEST_TAU else f"; uniformly low, as the paper's lowest tau is {LOWEST_TAU}"),
+            + ("" if high else f"; uniformly low, as the paper's lowest tau is {LOWEST_TAU}"),
         ),
-        Reason(
-            "content first",
+        "content first": (
             probe.content_at_tau >= probe.content,
             f"{probe.content_at_tau:.0%} of that tenth are content words, which are {probe.content:.0%} of all tokens",
         ),
-        Reason(
-            "no hub",
+        "no hub": (
             probe.hosts.top_share < HUB_SHARE,
             f"the most popular image token is the best match of {probe.hosts.top_share:.0%} of {probe.hosts.words} "
-            f"content tokens",
+            "content tokens",
         ),
-    )
+    }
+    return tuple(Reason(name, *check) for name, check in checks.items())
 
 
 def _verdict(probe: Probe, reasons: Sequence[Reason]) -> str:
@@ -301,14 +296,6 @@ def _verdict(probe: Probe, reasons: Sequence[Reason]) -> str:
         return FOLLOWS if all(passed.values()) else WEAK
     # A large difference on few images may be chance or not; a small one would not matter if it were real.
     return UNDECIDED if passed["effect"] else DOES_NOT_FOLLOW
-
-
-def _plain(value: object) -> object:
-    if isinstance(value, dict):
-        return {key: _plain(one) for key, one in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(one) for one in value]
-    return None if isinstance(value, float) and np.isnan(value) else value
 
 
 def lines(probe: Probe) -> list[str]:

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import re
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from attanchor_vlm.model.attach import base_of
-from attanchor_vlm.records import share_files
 
 # The last layer of the projector, whose output features are compared with the text embeddings.
 _LAST = re.compile(
@@ -23,9 +20,6 @@ _LAST = re.compile(
 def permute_projector(model: Any, seed: int = 0) -> Any:
     """Permute the projector's output features, in place: norms, and every cosine between two image tokens, stay what
     they were, while cosines with text lose their meaning. The language model no longer understands its images.
-
-    Returns:
-        `model`.
     """
     target = base_of(model)
     generator = torch.Generator().manual_seed(seed)
@@ -42,17 +36,3 @@ def permute_projector(model: Any, seed: int = 0) -> Any:
             parameter.copy_(parameter[:, order].clone())
             return model
     raise ValueError(f"the last layer of {type(target).__name__}'s projector is not known, so it cannot be permuted")
-
-
-def save(model: Any, processor: Any, folder: Path) -> None:
-    """Write model and processor to a new folder, whole or not at all."""
-    if folder.exists():
-        raise FileExistsError(f"{folder} exists; take another folder")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
-        made = Path(temporary) / "model"
-        made.mkdir()
-        model.save_pretrained(made)
-        processor.save_pretrained(made)
-        share_files(made)
-        made.replace(folder)

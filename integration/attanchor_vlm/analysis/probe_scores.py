@@ -6,6 +6,7 @@ and host are those that the operators find (`plan.score`, `plan.host` with tau =
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections import Counter, deque
 from collections.abc import Collection, Iterator, Sequence
@@ -23,8 +24,7 @@ from attanchor_vlm.data.batches import Collator, to_model
 from attanchor_vlm.data.rows import PLACEHOLDER, Sample
 from attanchor_vlm.model.attach import base_of
 from attanchor_vlm.model.families import adapter_for
-from attanchor_vlm.model.image_rows import rows_by_sample
-from attanchor_vlm.model.media import encode
+from attanchor_vlm.model.media import encode, rows_by_sample
 
 CONTENT, FUNCTION, PUNCTUATION = KINDS = ("content", "function", "punctuation")
 
@@ -185,7 +185,7 @@ def _prompts(
     """What of a batch takes part in matching: the user's words, and the image tokens that are image content."""
     batch = to_model(Collator(processor, "each")(samples), model)
     arguments = {name: value for name, value in batch.items() if name not in ("anchor_mask", "labels")}
-    text: Any = base_of(model).get_input_embeddings()
+    text = base_of(model).get_input_embeddings()
     for row, (patches, sample) in enumerate(zip(image_rows(model, arguments), samples, strict=True)):
         chosen = batch["anchor_mask"][row]
         ids = batch["input_ids"][row]
@@ -199,7 +199,7 @@ def _prompts(
 
 def image_rows(model: Any, arguments: dict[str, Any]) -> list[Tensor]:
     """The projected features of every sample of a batch that can host, (M, D)."""
-    target: Any = base_of(model)
+    target = base_of(model)
     adapter = adapter_for(target)
     return rows_by_sample(target, adapter, encode(target, adapter, arguments).rows, arguments)
 
@@ -226,23 +226,13 @@ def token_kinds(
     """The kind of every chosen token, None for the others.
 
     A token of several words (a metaspace tokenizer may have them) counts as content if one of them is; a token without
-    a letter or digit is punctuation. Works on decoded text, so that pieces of a word are known for what they are.
-
-    Args:
-        tokenizer: Any of transformers.
-        ids: Of one sequence.
-        chosen: As long as `ids`; runs of True are read as text.
-        function_words: In lower case.
+    a letter or digit is punctuation. Works on decoded text, of every run of chosen tokens, so that pieces of a word are
+    known for what they are.
     """
-    kinds: list[str | None] = [None] * len(ids)
-    start = 0
-    while start < len(ids):
-        end = start
-        while end < len(ids) and chosen[end]:
-            end += 1
-        if end > start:
-            kinds[start:end] = _kinds_of_run(tokenizer, list(ids[start:end]), function_words)
-        start = max(end, start + 1)
+    kinds: list[str | None] = []
+    for is_text, run in itertools.groupby(zip(ids, chosen, strict=True), key=lambda pair: bool(pair[1])):
+        own = [token for token, _ in run]
+        kinds += _kinds_of_run(tokenizer, own, function_words) if is_text else [None] * len(own)
     return kinds
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
+import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ from attanchor_vlm.chat.conversation import Message, batched, checked, media_of,
 from attanchor_vlm.chat.videos import processor_arguments
 from attanchor_vlm.chat.words import content_spans, special_token_ids, words_to_leave_out
 from attanchor_vlm.constants import IGNORE_INDEX
+from attanchor_vlm.settings import check_one_of
 
 _PRIVATE_USE = range(0xE000, 0xF900)
 
@@ -86,7 +88,9 @@ def encode_chat(
         TypeError, ValueError: naming the conversation and the message; also a template that changes texts or is
             missing, and a tokenizer without offsets.
     """
-    _check_options(supervise, anchors, padding_side)
+    check_one_of("supervise", supervise, ("all", "last"))
+    check_one_of("anchors", anchors, ("all", "last"))
+    check_one_of("padding_side", padding_side, (None, "left", "right"))
     left_out = words_to_leave_out(content_words)
     check_processor(processor)
     tokenizer = getattr(processor, "tokenizer", processor)
@@ -95,11 +99,11 @@ def encode_chat(
     images, videos = (media_of(kind, batch, own) for kind, own in zip(("image", "video"), media, strict=True))
 
     side = padding_side or ("left" if add_generation_prompt else "right")
+
+    def spans_of(text: str) -> list[tuple[int, int]]:
+        return [(0, len(text))] if left_out is None else content_spans(text, left_out)
+
     if paligemma.is_paligemma(processor):
-
-        def spans_of(text: str) -> list[tuple[int, int]]:
-            return [(0, len(text))] if left_out is None else content_spans(text, left_out)
-
         return paligemma.encode(processor, batch, images, spans_of, add_generation_prompt, side)
 
     options = {**(template_options or {}), "add_generation_prompt": add_generation_prompt}
@@ -122,7 +126,8 @@ def encode_chat(
         last_answer = max((span.message for span in answers), default=None)
         for span in users:
             if anchors == "all" or span.message == last_user:
-                for part in [span] if left_out is None else _content_of(span, texts[row], left_out):
+                for start, end in spans_of(texts[row][span.start : span.end]):
+                    part = span._replace(start=span.start + start, end=span.start + end)
                     anchor_mask[row] |= _tokens_in(part, offsets[row], replacements[row])
         # An answer that is not learned is still no user's text: a token that reaches into it is no anchor.
         whole_offsets = _with_spaces(offsets[row])
@@ -159,22 +164,6 @@ def check_processor(processor: Any) -> None:
         )
 
 
-def _content_of(span: _Span, text: str, left_out: Collection[str]) -> list[_Span]:
-    """The content words of a span of `text`."""
-    words = content_spans(text[span.start : span.end], left_out)
-    return [span._replace(start=span.start + start, end=span.start + end) for start, end in words]
-
-
-def _check_options(supervise: str, anchors: str, padding_side: str | None) -> None:
-    for name, value, allowed in (
-        ("supervise", supervise, ("all", "last")),
-        ("anchors", anchors, ("all", "last")),
-        ("padding_side", padding_side, (None, "left", "right")),
-    ):
-        if value not in allowed:
-            raise ValueError(f"{name} is {value!r}; it should be one of {', '.join(map(repr, allowed))}")
-
-
 # --- The template. ---------------------------------------------------------------------------------------------------
 
 
@@ -204,24 +193,18 @@ def _locate(
         return f"{opening}{text}{closing}"
 
     marked = _render(processor, with_texts(messages, mark), options)
-    refusal = (
-        f"conversation {index}: the chat template changes the texts of messages, so they cannot be found again in its "
-        "output; strip spaces around texts, or use another template"
-    )
-    if marked.replace(opening, "").replace(closing, "") != plain or marked.count(opening) != len(order):
-        raise ValueError(refusal)
-    spans: list[_Span] = []
-    position = 0
-    for number, role in order:
-        start = marked.index(opening, position)
-        position = marked.find(closing, start)
-        if position < 0 or marked.find(opening, start + 1, position) >= 0:
-            raise ValueError(refusal)
-        before = 2 * len(spans)  # sentinels in front of this one
-        spans.append(_Span(number, role, start - before, position - before - 1))
+    found = list(re.finditer(f"{opening}[^{opening}{closing}]*{closing}", marked))
+    spans = [  # less the sentinels in front, and its own
+        _Span(number, role, match.start() - 2 * before, match.end() - 2 * before - 2)
+        for before, ((number, role), match) in enumerate(zip(order, found, strict=False))
+    ]
     texts = [text for m in messages if m["role"] in ("user", "assistant") for text in texts_of(m["content"])]
-    if [plain[span.start : span.end] for span in spans] != texts:
-        raise ValueError(refusal)
+    unchanged = marked.replace(opening, "").replace(closing, "") == plain and marked.count(opening) == len(order)
+    if not unchanged or [plain[span.start : span.end] for span in spans] != texts:
+        raise ValueError(
+            f"conversation {index}: the chat template changes the texts of messages, so they cannot be found again in "
+            "its output; strip spaces around texts, or use another template"
+        )
     return plain, spans
 
 
@@ -238,10 +221,8 @@ def _end_of_turn(
 ) -> str:
     """What the template itself puts behind the text of message `number`, as far as the whole rendering has it too."""
     until, spans = _locate(processor, messages[: number + 1], {**options, "add_generation_prompt": False}, 0)
-    tail, same = until[spans[-1].end :], 0
-    while same < min(len(tail), len(following)) and tail[same] == following[same]:
-        same += 1
-    return tail[:same]
+    both = zip(until[spans[-1].end :], following, strict=False)
+    return "".join(own for own, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], both))
 
 
 def _with_end_of_turn(

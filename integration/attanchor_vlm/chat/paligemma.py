@@ -28,11 +28,8 @@ def encode(
     add_generation_prompt: bool,
     padding_side: str,
 ) -> dict[str, Tensor]:
-    """What `encode_chat` returns, for conversations of one question and, in training, its answer.
-
-    Args:
-        spans_of: Where in a text its tokens may be copied.
-    """
+    """What `encode_chat` returns, for conversations of one question and, in training, its answer. `spans_of` says where
+    in a text its tokens may be copied."""
     prefixes, suffixes = [], []
     for index, messages in enumerate(batch):
         roles = [message["role"] for message in messages]

@@ -12,6 +12,8 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from attanchor_vlm.records import read_text
+
 _CLASSES = {
     "articles and determiners": """a an the this that these those each every either neither both all any some no none
         another other others such same own enough much many more most less least few several half""",
@@ -45,10 +47,7 @@ def content_spans(text: str, function_words: Collection[str] = FUNCTION_WORDS) -
     """Where the content words of a text are, as (start, end) of characters.
 
     Words are runs of letters and digits; punctuation, symbols and spaces are in no span. In scripts that put no space
-    between words, a run is kept as a whole.
-
-    Args:
-        function_words: The words to leave out, in lower case; upper and lower case are not told apart in `text`.
+    between words, a run is kept as a whole. `function_words`, in lower case, are left out however `text` writes them.
     """
     clitics = [match.span() for match in _CLITIC.finditer(text)]
     spans = []
@@ -65,12 +64,7 @@ def content_spans(text: str, function_words: Collection[str] = FUNCTION_WORDS) -
 
 
 def words_to_leave_out(content_words: bool | Collection[str]) -> frozenset[str] | None:
-    """The function words that a setting `content_words` means: None for False, the English ones for True.
-
-    Raises:
-        TypeError: it is neither a bool nor a collection of words.
-        ValueError: one of its words is none, or has punctuation or spaces in it.
-    """
+    """The function words that a setting `content_words` means: None for False, the English ones for True."""
     if isinstance(content_words, bool):
         return FUNCTION_WORDS if content_words else None
     if isinstance(content_words, (str, bytes)) or not isinstance(content_words, Collection):
@@ -99,11 +93,7 @@ def read_words(path: Path) -> tuple[str, ...]:
 
 def read_lines(path: Path, what: str) -> list[str]:
     """The lines of a text file without their comments, which ``#`` begins, and without empty ones."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else f"not UTF-8 text ({error.reason})"
-        raise ValueError(f"{what} {path} cannot be read: {reason}") from error
+    lines = read_text(path, f"{what} ").splitlines()
     return [line for whole in lines if (line := whole.partition("#")[0].strip())]
 
 
@@ -119,10 +109,6 @@ def function_token_ids(tokenizer: Any, function_words: Collection[str]) -> tuple
 
     Only what is one token can be told by its id: words of several tokens are missed, and a token that is a function
     word here and the beginning of a longer word elsewhere counts as the word.
-
-    Args:
-        tokenizer: A fast tokenizer.
-        function_words: In lower case.
     """
     words = sorted(function_words)
     signs = [chr(code) for code in range(0x21, 0x7F) if not chr(code).isalnum()] + list("’‘“”–—…¿¡。，、？！：；")

@@ -6,7 +6,7 @@ from attanchor_vlm.errors import missing
 
 try:
     # Each of these registers its commands, in the order in which `attanchor --help` lists them.
-    from attanchor_vlm.cli import checking, analysis, training, evaluation, looking, serving  # noqa: F401, I001
+    from attanchor_vlm.cli import analysis, training, evaluation, looking, serving  # noqa: F401, I001
     from attanchor_vlm.cli.entry import app, main
 
     for entry in entry_points(group="attanchor.commands"):  # other packages' commands, such as the laboratory's

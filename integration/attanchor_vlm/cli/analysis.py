@@ -1,4 +1,4 @@
-"""`attanchor probe`: will anchors work for a model? From its cosines alone, before any training."""
+"""`attanchor check`: are anchors right in a model? And `probe`: will they work, by its cosines, before any training?"""
 
 from __future__ import annotations
 
@@ -9,7 +9,57 @@ from typing import Annotated
 import typer
 
 from attanchor_vlm.cli.entry import app
-from attanchor_vlm.cli.options import DATA, IMAGES, MODEL, SKIP_BAD, check_picture, quiet
+from attanchor_vlm.cli.options import ADAPTER, DATA, DTYPE, IMAGES, MODEL, SKIP_BAD, check_picture, note, quiet
+
+
+@app.command()
+def check(
+    model: MODEL,
+    adapter: ADAPTER = None,
+    image: Annotated[
+        list[Path] | None, typer.Option(metavar="<path>", help="A picture to check with; by default one of colours.")
+    ] = None,
+    question: Annotated[str, typer.Option(help="The question about it.")] = "What is there to see in this picture?",
+    dtype: DTYPE = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print what was found as a JSON object.")] = False,
+) -> None:
+    """Show that anchors are right in a model, rule by rule, or what is wrong.
+
+    By four runs of its vision tower and three of its language model. Exit code 1 if a rule is broken.
+    """
+    quiet()
+    from PIL import Image
+
+    from attanchor_vlm.data.batches import message
+    from attanchor_vlm.inference import ask
+    from attanchor_vlm.model import load as loading
+    from attanchor_vlm.model.attach import base_of
+    from attanchor_vlm.model.check import findings
+    from attanchor_vlm.model.families import adapter_for
+    from attanchor_vlm.model.rules import RULES
+
+    down, round_ = Image.linear_gradient("L"), Image.radial_gradient("L")
+    colours = Image.merge("RGB", (down, down.rotate(90), round_)).resize((448, 336))
+    pictures = [ask.open_image(path) for path in image or []] or [colours]
+    text = ask.with_placeholders(question, len(pictures))
+    chosen = None if dtype is None else loading.choose_dtype(dtype.value, note)
+    loaded, processor = loading.load(model, adapter, dtype=chosen, default_tau=0)
+    target = base_of(loaded)
+    batch = ask.encode_questions(loaded, processor, [[message("user", text)]], [pictures])
+    mask = batch.pop("anchor_mask")
+    found = findings(target, adapter_for(target), target.attanchor_config, batch, mask)
+    if not found:
+        raise typer.BadParameter("has no token that could be copied", param_hint="--question")
+    if as_json:
+        rules = {one.rule: {"found": one.found, "note": one.note} for one in found}
+        typer.echo(json.dumps({"model": model, "ok": not any(one.found for one in found), "rules": rules}))
+    else:
+        for one in found:
+            typer.echo(f"{'BROKEN' if one.found else 'ok':6}  {one.rule:9}  {RULES[one.rule]}")
+            for said in filter(None, (one.found, one.note)):
+                typer.echo(f"{'':19}{said}")
+    if any(one.found for one in found):
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -63,7 +113,8 @@ def probe(
             f"{data} has rows about fewer than two images; the probe compares a question's image with others"
         )
     loaded, processor = loading.load(model, adapter, tau=1.0)
-    from attanchor_vlm.analysis import probe, probe_control
+    from attanchor_vlm.analysis import probe
+    from attanchor_vlm.analysis.probe_control import permute_projector
     from attanchor_vlm.analysis.probe_scores import choose, prompt_scores
 
     chosen = choose(every, samples, seed)
@@ -74,7 +125,7 @@ def probe(
 
         probe_plot(plot, result, prompts, Path(model).name)
     if save_control is not None:
-        probe_control.save(probe_control.permute_projector(detach(loaded).cpu(), seed), processor, save_control)
+        loading.save_pretrained(permute_projector(detach(loaded).cpu(), seed), processor, save_control)
     if as_json:
         said = {"model": model, "adapter": None if adapter is None else str(adapter), **result.to_dict()}
         typer.echo(json.dumps({**said, "bad_rows": len(bad)}, ensure_ascii=False, allow_nan=False))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from typing import Annotated
 
 import typer
@@ -117,8 +118,6 @@ def _message(error: BaseException) -> str | None:
 
 def _is_ours(error: BaseException) -> bool:
     """Whether the error was raised by this project, whose messages are written for the user."""
-    frame = error.__traceback__
-    while frame is not None and frame.tb_next is not None:
-        frame = frame.tb_next
-    name = frame.tb_frame.f_globals.get("__name__", "") if frame is not None else ""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    name = frame.f_globals.get("__name__", "")
     return name.partition(".")[0] in ("attanchor_vlm", "attanchor_lab", "attanchor_kernels")

@@ -138,13 +138,13 @@ def _answer(
 ) -> dict[str, Any]:
     from attanchor_vlm.inference import ask
     from attanchor_vlm.inference import explain as explaining
-    from attanchor_vlm.model.attach import base_of
+    from attanchor_vlm.model.attach import config_of
 
     ask.with_placeholders(prompt, len(images), len(videos))
     opened = [ask.open_image(image) for image in images]
     films = [ask.open_video(video) for video in videos]
     model, processor = load()
-    settings: Any = base_of(model).attanchor_config
+    settings = config_of(model)
     said: dict[str, Any] = {"prompt": prompt, "tau": settings.tau, "direction": settings.direction}
     if explain is None:
         text, inserted, candidates = ask.answer(
@@ -175,7 +175,7 @@ def _answer_file(
     ask_file.check_output(output, resume)
     rows, bad = ask_file.read_questions(input, images, skip_bad, progress=True)
     model, processor = load()
-    target: Any = base_of(model)
+    target = base_of(model)
     rows, further = ask_file.check_for_model(input, rows, target, processor, skip_bad)
     bad += further
     for one in bad:

@@ -98,7 +98,7 @@ def calibrate(
     from attanchor_vlm.analysis import calibrate as calibration
     from attanchor_vlm.data.batches import Collator
     from attanchor_vlm.data.dataset import some_samples
-    from attanchor_vlm.model.attach import base_of
+    from attanchor_vlm.model.attach import config_of
     from attanchor_vlm.model.load import load
     from attanchor_vlm.records import check_parent
     from attanchor_vlm.settings import check_fraction
@@ -110,8 +110,7 @@ def calibrate(
         check_parent(save / "attanchor.json")
     chosen = some_samples(source["data"], source.get("images"), samples, seed, source.get("skip_bad", False))
     loaded, processor = load(source["model"], adapter, tau=calibration.HIGHEST_TAU, **changes)
-    target: Any = base_of(loaded)
-    config = target.attanchor_config
+    config = config_of(loaded)
     check_fraction(fraction, config.direction)
     if save is not None:
         calibration.check_storable(save, config)

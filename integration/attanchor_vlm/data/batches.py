@@ -2,30 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from attanchor_vlm.chat.encode import check_processor, encode_chat
 from attanchor_vlm.data.rows import PLACEHOLDER, Sample, load_image, parts
 from attanchor_vlm.data.videos import load_video
 from attanchor_vlm.errors import DataError
-
-
-class SampleDataset(Dataset):
-    """Samples by index; images are loaded where batches are made, in the loader's workers."""
-
-    def __init__(self, samples: Iterable[Sample]):
-        self.samples = list(samples)
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index: int) -> Sample:
-        return self.samples[index]
 
 
 class Collator:

@@ -10,11 +10,7 @@ from attanchor_vlm.settings import REQUIRED, check_values, setting
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """The data of a run. Every field says what it means.
-
-    Raises:
-        ValueError: naming the setting, what it is and what it should be.
-    """
+    """The data of a run. Every field says what it means."""
 
     data: Path = setting(
         REQUIRED, "LLaVA-Instruct rows: a .json list or .jsonl; as a stream .jsonl, .parquet or a folder of such."

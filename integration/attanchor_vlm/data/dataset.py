@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from attanchor_vlm import distributed
-from attanchor_vlm.data.batches import SampleDataset
+from attanchor_vlm.constants import context_of
 from attanchor_vlm.data.config import DataConfig
 from attanchor_vlm.data.lengths import Growth, RowLengths, check_texts, sample_lengths
-from attanchor_vlm.data.rows import Row, Sample, check_folder, load_image, read_rows, samples, split_rows
+from attanchor_vlm.data.rows import Row, Sample, check_folder, first_of, load_image, read_rows, samples, split_rows
 from attanchor_vlm.data.stream import SampleStream, check_first_rows, read_listed, shards_of
 from attanchor_vlm.errors import BadRow, DataError
 from attanchor_vlm.records import write_json
@@ -37,33 +37,29 @@ class Read:
 class TrainData:
     """What a run is trained and validated on; `lengths` are those of the training samples, where they are asked for."""
 
-    train: SampleDataset | SampleStream
-    val: SampleDataset
+    train: list[Sample] | SampleStream
+    val: list[Sample]
     bad: list[BadRow]
     lengths: list[int] | None = None
 
     @property
     def count(self) -> int:
         """Training samples; 0 of a stream, which has no length."""
-        return len(self.train) if isinstance(self.train, SampleDataset) else 0
+        return 0 if isinstance(self.train, SampleStream) else len(self.train)
 
     @property
     def may_have_images(self) -> bool:
         """Whether any sample has one, as far as is known."""
-        return isinstance(self.train, SampleStream) or any(sample.media for sample in self.train.samples)
+        return isinstance(self.train, SampleStream) or any(sample.media for sample in self.train)
 
     @property
     def may_lack_images(self) -> bool:
         """Whether a batch may have no image, so that a process has nothing for the projector."""
-        return isinstance(self.train, SampleStream) or not all(sample.media for sample in self.train.samples)
+        return isinstance(self.train, SampleStream) or not all(sample.media for sample in self.train)
 
 
 def read(config: DataConfig, progress: bool) -> Read:
-    """Everything about the data that can be wrong without a model. The first process reads and checks for all.
-
-    Raises:
-        DataError: the data has bad rows (unless `skip_bad`), or no good ones.
-    """
+    """Everything about the data that can be wrong without a model. The first process reads and checks for all."""
     return distributed.on_main(lambda: _read(config, progress))
 
 
@@ -102,18 +98,14 @@ def make(
         batch_size: Of the loader, by which a stream counts what was taken of it.
         needs_images: Whether every row needs an image.
         growth: How many tokens anchors add to a row; None for none.
-
-    Raises:
-        DataError: there are such rows (unless `skip_bad`), or nothing is left.
     """
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     row_lengths = RowLengths(processor, config.turns)
-    refuse = RowFilter(row_lengths, context, needs_images, growth)
+    refuse = RowFilter(row_lengths, context_of(model.config), needs_images, growth)
     train, train_bad = refuse.split(config.data, found.train)
     val, val_bad = refuse.split(config.val_data or config.data, found.val)
     bad = found.bad + train_bad + val_bad
     distributed.on_main(lambda: _refuse_or_list(bad, train, config, say))
-    val_set = SampleDataset(samples(val, config.turns))
+    val_set = list(samples(val, config.turns))
     if config.stream:
         stream = SampleStream(
             found.files,
@@ -127,10 +119,10 @@ def make(
             batch_size,
         )
         return TrainData(stream, val_set, bad)
-    train_set = SampleDataset(samples(train, config.turns))
+    train_set = list(samples(train, config.turns))
     lengths = None
     if config.group_by_length:
-        lengths = distributed.on_main(lambda: sample_lengths(train_set.samples, row_lengths))
+        lengths = distributed.on_main(lambda: sample_lengths(train_set, row_lengths))
     return TrainData(train_set, val_set, bad, lengths)
 
 
@@ -160,18 +152,15 @@ def _refuse_or_list(bad: list[BadRow], rows: list[Row], config: DataConfig, say:
     if not bad:
         return
     if not config.skip_bad:
-        raise DataError(
-            "\n".join([*map(str, bad[:10]), f"{len(bad)} bad rows: mend them, or leave them out with --skip-bad"]), bad
-        )
+        said = f"{len(bad)} bad rows: mend them, or leave them out with --skip-bad"
+        raise DataError("\n".join([*first_of(bad), said]), bad)
     if not rows and not config.stream:
         raise DataError(f"{config.data} has no usable row; {bad[0]}", bad)
     path = config.output / SKIPPED_FILE
     write_json(path, [{"file": str(one.file), "row": one.number, "reason": one.reason} for one in bad])
     say(f"{len(bad)} bad rows left out, listed in {path}:")
-    for one in bad[:10]:
-        say(f"  {one}")
-    if len(bad) > 10:
-        say(f"  … and {len(bad) - 10} more")
+    for line in first_of(bad):
+        say(f"  {line}")
 
 
 def skipped(data: TrainData, config: DataConfig) -> int:
@@ -183,8 +172,8 @@ def skipped(data: TrainData, config: DataConfig) -> int:
 def calibration_samples(data: TrainData, count: int, seed: int) -> tuple[Iterable[Sample], bool]:
     """Training samples with images to measure tau on, the same ones every time; and whether they are this process's
     own part."""
-    if isinstance(data.train, SampleDataset):
-        with_image = [sample for sample in data.train.samples if sample.images]
+    if not isinstance(data.train, SampleStream):
+        with_image = [sample for sample in data.train if sample.images]
         return random.Random(seed).sample(with_image, min(count, len(with_image))), False
     count = -(-count // distributed.world_size())
     stream = data.train.from_start()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 from collections.abc import Collection
@@ -24,24 +25,21 @@ FORMATS = tuple(
 
 
 def decoded(source: ImageSource) -> Image.Image:
-    """An RGB image: a photograph in a file turned as its camera was held, 16 bits a pixel scaled to 8.
-
-    Raises:
-        Exception: of nearly any kind, if it is damaged.
-    """
+    """An RGB image: a photograph in a file turned as its camera was held, 16 bits a pixel scaled to 8. One that is
+    damaged raises nearly any kind of error."""
     if isinstance(source, Image.Image):
         return _rgb(source)
     with open_file(source) as image:
         image.load()
-        return _rgb(_upright(image))
+        upright = image
+        with contextlib.suppress(Exception):  # damaged notes are no damaged image
+            upright = ImageOps.exif_transpose(image)
+        return _rgb(upright)
 
 
 def open_file(source: Path | bytes) -> Image.Image:
-    """The image in a file or in the bytes of one, not decoded yet.
-
-    Raises:
-        OSError: it is no regular file (a pipe would be waited for without end), or none of `FORMATS`.
-    """
+    """The image in a file or in the bytes of one, not decoded yet. What is no regular file is refused, as a pipe would
+    be waited for without end."""
     if isinstance(source, bytes):
         return Image.open(io.BytesIO(source), formats=FORMATS)
     if source.exists() and not source.is_file():
@@ -55,11 +53,7 @@ def open_no_others() -> None:
 
 
 def size_of(source: ImageSource) -> tuple[int, int]:
-    """(height, width) of an image as `decoded` gives it, by the head of its file alone.
-
-    Raises:
-        ValueError: it cannot be read.
-    """
+    """(height, width) of an image as `decoded` gives it, by the head of its file alone."""
     if isinstance(source, Image.Image):
         return source.height, source.width
     try:
@@ -99,13 +93,6 @@ def why_not(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"cannot be read: {error.strerror}"
     return f"cannot be read: {error}"
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    try:
-        return ImageOps.exif_transpose(image)
-    except Exception:  # damaged notes are no damaged image
-        return image
 
 
 def _rgb(image: Image.Image) -> Image.Image:

@@ -119,11 +119,7 @@ class RowLengths:
                 yield error
 
     def exact(self, row: Row) -> Tokens:
-        """The tokens of a row to the last, but for `media`, which are not told apart.
-
-        Raises:
-            ValueError: the template does not take its texts, or the processor its images.
-        """
+        """The tokens of a row to the last, but for `media`, which are not told apart."""
         blank = [Image.new("RGB", size_of(image)[::-1]) for image in row.images]
         batch = self._encoded(row.messages, blank, [load_video(video, blank=True) for video in row.videos])
         return Tokens(batch["input_ids"].shape[1], int(batch["anchor_mask"].sum()), [])
@@ -209,11 +205,7 @@ def _check_length(row: Row, near: Tokens, lengths: RowLengths, context: int, gro
 
 
 def sample_lengths(samples: Sequence[Sample], lengths: RowLengths) -> list[int]:
-    """Tokens of each sample: near enough to group samples by.
-
-    Raises:
-        ValueError: the processor does not take an image.
-    """
+    """Tokens of each sample: near enough to group samples by."""
     found = []
     for start in range(0, len(samples), 1000):
         for tokens in lengths.near(samples[start : start + 1000]):

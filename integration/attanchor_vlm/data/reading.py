@@ -10,25 +10,8 @@ from typing import Any
 from attanchor_vlm.errors import DataError
 
 
-def read_text(file: Path) -> str:
-    """The text of a UTF-8 file, without the mark that some editors put in front.
-
-    Raises:
-        DataError: it cannot be read, or is no such text.
-    """
-    try:
-        return file.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else f"not UTF-8 text ({error.reason})"
-        raise DataError(f"{file} cannot be read: {reason}") from error
-
-
 def lines_of(file: Path, text: str) -> Iterator[tuple[int, str]]:
-    """Number and text of every line of a .jsonl that is not empty.
-
-    Raises:
-        DataError: it is a JSON list.
-    """
+    """Number and text of every line of a .jsonl that is not empty."""
     if text.lstrip().startswith("[") and text.rstrip().endswith("]"):
         raise DataError(f"{file} holds a JSON list; a file of that name should hold a row a line, a .json holds a list")
     lines = enumerate(text.split("\n"), start=1)  # splitlines also cuts inside of texts, at U+2028
@@ -36,11 +19,7 @@ def lines_of(file: Path, text: str) -> Iterator[tuple[int, str]]:
 
 
 def parse_list(file: Path, text: str) -> list[Any]:
-    """The rows of a .json file.
-
-    Raises:
-        DataError: it holds no JSON list.
-    """
+    """The rows of a .json file."""
     whole = parse(file, text, 1)
     if not isinstance(whole, list):
         raise DataError(f"{file} holds a JSON {type(whole).__name__}; it should hold a list of rows")
@@ -48,43 +27,32 @@ def parse_list(file: Path, text: str) -> list[Any]:
 
 
 def parse(file: Path, text: str, first_line: int) -> Any:
-    """The JSON that a text is, a line of `file` or all of it.
-
-    Raises:
-        DataError: it is none, naming line and column.
-    """
+    """The JSON that a text is, a line of `file` or all of it."""
     try:
         return from_json(text)
-    except json.JSONDecodeError as error:
-        line = first_line + error.lineno - 1
-        several = error.msg == "Extra data" and file.suffix != ".jsonl"
-        hint = "; a file with a row a line should be named .jsonl" if several else ""
-        raise DataError(f"{file}, line {line}, column {error.colno}: not valid JSON ({error.msg}){hint}") from error
     except ValueError as error:
-        raise DataError(f"{file}, from line {first_line}: {error}") from error
+        if not isinstance(found := error.__cause__, json.JSONDecodeError):
+            raise DataError(f"{file}, from line {first_line}: {error}") from error
+        line = first_line + found.lineno - 1
+        several = found.msg == "Extra data" and file.suffix != ".jsonl"
+        hint = "; a file with a row a line should be named .jsonl" if several else ""
+        raise DataError(f"{file}, line {line}, column {found.colno}: not valid JSON ({found.msg}){hint}") from error
 
 
 def from_json(text: str | bytes) -> Any:
-    """What JSON says.
-
-    Raises:
-        json.JSONDecodeError, UnicodeDecodeError: it is none.
-        ValueError: it is nested too deep, or holds a number of thousands of digits.
-    """
+    """What JSON says, or a ValueError that says what is wrong with it."""
     try:
         return json.loads(text)
-    except (json.JSONDecodeError, UnicodeDecodeError):
-        raise
-    except (RecursionError, ValueError) as error:
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not valid JSON ({error.msg}, column {error.colno})") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 text ({error.reason})") from error
+    except (RecursionError, ValueError) as error:  # nested too deep, or a number of thousands of digits
         raise ValueError(f"no JSON that can be read ({error})") from None
 
 
 def check_characters(name: str, text: str) -> None:
-    """Refuse text with half a character in it, as is left where a text was cut: no tokenizer takes it.
-
-    Raises:
-        ValueError: it has one.
-    """
+    """Refuse text with half a character in it, as is left where a text was cut: no tokenizer takes it."""
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -13,9 +13,10 @@ from PIL import Image
 
 from attanchor_vlm.chat.videos import FPS
 from attanchor_vlm.data.images import ImageSource, decoded, unreadable, why_not
-from attanchor_vlm.data.reading import check_characters, lines_of, parse, parse_list, read_text
+from attanchor_vlm.data.reading import check_characters, lines_of, parse, parse_list
 from attanchor_vlm.data.videos import VideoFiles
 from attanchor_vlm.errors import BadRow, DataError
+from attanchor_vlm.records import read_text
 
 PLACEHOLDER, VIDEO_PLACEHOLDER = "<image>", "<video>"
 _PLACES = re.compile(f"({PLACEHOLDER}|{VIDEO_PLACEHOLDER})")
@@ -90,35 +91,25 @@ RowT = TypeVar("RowT", bound=Row)
 
 
 def sorted_out(file: Path, good: list[RowT], bad: list[BadRow], skip_bad: bool) -> tuple[list[RowT], list[BadRow]]:
-    """Good rows and bad ones, these by number.
-
-    Raises:
-        DataError: there are bad ones (unless `skip_bad`), or no others.
-    """
+    """Good rows and bad ones, these by number."""
     bad = sorted(bad, key=lambda one: one.number)
     if bad and not skip_bad:
-        raise DataError(_report(bad, len(good) + len(bad)), bad)
+        said = f"{len(bad)} of {len(good) + len(bad)} rows are bad: mend them, or leave them out with --skip-bad"
+        raise DataError("\n".join([*first_of(bad), said]), bad)
     if not good:
         raise DataError(f"{file} has no usable row" + (f"; {bad[0]}" if bad else ""), bad)
     return good, bad
 
 
 def check_folder(images: Path | None, file: Path) -> None:
-    """Refuse a folder of images that is none.
-
-    Raises:
-        DataError: naming it, and the data that needs it.
-    """
+    """Refuse a folder of images that is none."""
     if images is not None and not images.is_dir():
         raise DataError(f"{images} is not a folder; --images should name the folder with the images of {file.name}")
 
 
-def _report(bad: list[BadRow], total: int) -> str:
-    lines = [str(one) for one in bad[:_SHOWN]]
-    if len(bad) > _SHOWN:
-        lines.append(f"… and {len(bad) - _SHOWN} more")
-    lines.append(f"{len(bad)} of {total} rows are bad: mend them, or leave them out with --skip-bad")
-    return "\n".join(lines)
+def first_of(bad: list[BadRow]) -> list[str]:
+    """Bad rows as lines: the first ones, and how many more there are."""
+    return [*map(str, bad[:_SHOWN]), *([f"… and {len(bad) - _SHOWN} more"] if len(bad) > _SHOWN else [])]
 
 
 def _load(file: Path, skip_bad: bool) -> list[object]:
@@ -143,16 +134,8 @@ def _load(file: Path, skip_bad: bool) -> list[object]:
 
 
 def check_row(number: int, raw: object, folder: Path | None) -> Row:
-    """A row of a file as `read_rows` has it, except that its images are not decoded.
-
-    Args:
-        number: The row's, counted from 1.
-        raw: What the file holds; images may be names of files, or ``{"bytes": …}`` as parquet has them.
-        folder: Where names of files are looked up; None if no row names any.
-
-    Raises:
-        ValueError: saying what is wrong with it.
-    """
+    """A row of a file as `read_rows` has it, except that its images are not decoded; they may be ``{"bytes": …}``, as
+    parquet has them, and names of files are looked up in `folder`."""
     if not isinstance(raw, dict):
         raise ValueError(f"the row is a {type(raw).__name__}; it should be an object")
     turns = raw.get("conversations")
@@ -216,11 +199,7 @@ def _message(index: int, turn: object) -> tuple[str, str]:
 
 
 def images_of(raw: dict[str, Any], folder: Path | None) -> tuple[ImageSource, ...]:
-    """The images that a row names under `image` or `images`, one or a list.
-
-    Raises:
-        ValueError: one is no name, or there is no such file in `folder`.
-    """
+    """The images that a row names under `image` or `images`, one or a list."""
     named = raw["image"] if raw.get("image") is not None else raw.get("images")
     if named is None:
         return ()
@@ -229,11 +208,7 @@ def images_of(raw: dict[str, Any], folder: Path | None) -> tuple[ImageSource, ..
 
 
 def videos_of(raw: dict[str, Any], folder: Path | None) -> tuple[VideoFiles, ...]:
-    """The videos that a row names: `video`, a file or the list of its frames' image files, or `videos`, several.
-
-    Raises:
-        ValueError: one is no name, or there is no such file in `folder`.
-    """
+    """The videos that a row names: `video`, a file or the list of its frames' image files, or `videos`, several."""
     several = raw.get("videos") if raw.get("video") is None else [raw["video"]]
     if several is None:
         return ()
@@ -292,11 +267,7 @@ def split_readable(file: Path, rows: list[RowT], progress: bool) -> tuple[list[R
 
 
 def split_rows(rows: list[Row], fraction: float, seed: int) -> tuple[list[Row], list[Row]]:
-    """Training and validation rows. An image is on one side only, so that validation sees no image of the training.
-
-    Raises:
-        DataError: `fraction` is above 0 but leaves one side empty.
-    """
+    """Training and validation rows. An image is on one side only, so that validation sees no image of the training."""
     if fraction == 0:
         return rows, []
     groups = _rows_by_images(rows)
@@ -374,11 +345,7 @@ def without_places(text: str) -> str:
 
 
 def load_image(source: ImageSource) -> Image.Image:
-    """An RGB image.
-
-    Raises:
-        DataError: it cannot be read, or no longer.
-    """
+    """An RGB image."""
     try:
         return decoded(source)
     except Exception as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import itertools
 import json
@@ -24,12 +23,7 @@ _PARQUET_ROWS = 64  # read at a time; an image may be inside each
 
 
 def shards_of(data: Path) -> list[Path]:
-    """The files of a data set that can be streamed: a .jsonl or .parquet file, or all of them in a folder, sorted.
-
-    Raises:
-        SetupError: `datasets` (or for parquet, pyarrow) is not installed.
-        DataError: there is no such file, or it is of another kind.
-    """
+    """The files of a data set that can be streamed: a .jsonl or .parquet file, or all of them in a folder, sorted."""
     try:
         import datasets  # noqa: F401  the import is the test
     except ImportError as error:
@@ -50,13 +44,9 @@ def shards_of(data: Path) -> list[Path]:
 
 
 def check_first_rows(files: Sequence[Path], images: Path | None, skip_bad: bool) -> None:
-    """Look at the first row of every shard, so that a wrong format or folder shows before a model is loaded.
-
-    Raises:
-        DataError: a shard cannot be read, has no row, or (unless `skip_bad`) its first row is bad.
-    """
+    """Look at the first row of every shard, so that a wrong format or folder shows before a model is loaded."""
     for file in files:
-        first = next(_read([str(file)]), None)
+        _, first = next(_read([str(file)]), (None, None))
         if first is None:
             raise DataError(f"{file} has no row")
         try:
@@ -67,6 +57,7 @@ def check_first_rows(files: Sequence[Path], images: Path | None, skip_bad: bool)
                 raise DataError(f"{bad}\nmend the row, or leave bad rows out with --skip-bad", [bad]) from error
 
 
+@dataclasses.dataclass(eq=False)
 class SampleStream(IterableDataset):
     """Samples of this process's part of the rows, without end: pass after pass, each in another order.
 
@@ -77,7 +68,7 @@ class SampleStream(IterableDataset):
     The order is a function of the seed. `taken`, batches that this process has had, makes a resumed run go on behind
     them: the rows up to there are read again, but not tokenized and without their images.
 
-    Args:
+    Attributes:
         files: From `shards_of`.
         images: Folder of the images, or None if they are inside the rows.
         turns: "each" or "all", as in `samples`.
@@ -86,32 +77,24 @@ class SampleStream(IterableDataset):
         listed: The .jsonl file that they are listed in.
         seed, buffer_size: Of the shuffling: rows are drawn from a buffer of so many.
         batch_size: Of the loader.
+        passes: After so many it ends.
     """
 
-    def __init__(
-        self,
-        files: Sequence[Path],
-        images: Path | None,
-        turns: str,
-        refuse: Callable[[Path, Row], str | None],
-        skip_bad: bool,
-        listed: Path,
-        seed: int,
-        buffer_size: int,
-        batch_size: int,
-    ):
-        super().__init__()
-        self.files, self.images, self.turns, self.refuse = list(files), images, turns, refuse
-        self.skip_bad, self.listed = skip_bad, listed
-        self.seed, self.buffer_size, self.batch_size = seed, buffer_size, batch_size
-        self.taken = 0
-        self.passes: int | None = None
+    files: Sequence[Path]
+    images: Path | None
+    turns: str
+    refuse: Callable[[Path, Row], str | None]
+    skip_bad: bool
+    listed: Path
+    seed: int
+    buffer_size: int
+    batch_size: int
+    taken: int = 0
+    passes: int | None = None
 
     def from_start(self, passes: int | None = None) -> SampleStream:
         """The same stream from its first row, for another reader; ending after some passes, if that is said."""
-        other = copy.copy(self)
-        other.taken, other.passes = 0, passes
-        return other
+        return dataclasses.replace(self, taken=0, passes=passes)
 
     @property
     def shards_here(self) -> int:
@@ -159,7 +142,7 @@ class SampleStream(IterableDataset):
 
         # What `from_generator` makes, but that locks a file in the user's cache first, for which processes and workers
         # were seen to wait for seconds, and which not every machine lets them write.
-        rows = Rows(ExamplesIterable(_keyed, {"files": [str(file) for file in self.files]}))
+        rows = Rows(ExamplesIterable(_read, {"files": [str(file) for file in self.files]}))
         rows = rows.shuffle(seed=self.seed, buffer_size=self.buffer_size)
         return split_dataset_by_node(rows, rank=distributed.rank(), world_size=distributed.world_size())
 
@@ -206,34 +189,21 @@ def read_listed(path: Path) -> list[dict[str, Any]]:
 
 
 def _parsed(entry: dict[str, Any]) -> Any:
-    if entry["line"] is None:
-        return entry["value"]
-    try:
-        return from_json(entry["line"])
-    except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8 text ({error.reason})") from error
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not valid JSON, column {error.colno} ({error.msg})") from error
+    return entry["value"] if entry["line"] is None else from_json(entry["line"])
 
 
-def _read(files: list[str]) -> Iterator[dict[str, Any]]:
-    """The rows of shards, not parsed yet where they are lines: a buffer of lines is smaller than one of objects."""
+def _read(files: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The rows of shards, each with a key; not parsed yet where they are lines, whose buffer is smaller."""
     for file in files:
         rows = _read_parquet(file) if file.endswith(".parquet") else _read_lines(file)
         try:
             for number, (line, value) in enumerate(rows, start=1):
-                yield {"file": file, "row": number, "line": line, "value": value}
+                yield f"{file}:{number}", {"file": file, "row": number, "line": line, "value": value}
         except (OSError, ValueError) as error:  # pyarrow's errors are of these kinds
             if isinstance(error, DataError):
                 raise
             reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
             raise DataError(f"{file} cannot be read: {reason}") from error
-
-
-def _keyed(files: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """As `_read`, each row with a key."""
-    for entry in _read(files):
-        yield f"{entry['file']}:{entry['row']}", entry
 
 
 def _read_lines(file: str) -> Iterator[tuple[bytes, None]]:

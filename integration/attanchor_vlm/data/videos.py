@@ -65,9 +65,6 @@ def load_video(source: VideoFiles | Video, blank: bool = False) -> Video:
 
     Args:
         blank: As many frames of that size, but empty ones: only the heads of files are read.
-
-    Raises:
-        DataError: it cannot be read.
     """
     if isinstance(source, Video):
         return source

@@ -26,12 +26,7 @@ Doc = Mapping[str, Any]
 
 
 def task_config(folder: Path, rows: Path) -> dict[str, Any]:
-    """The task, as a configuration that lmms-eval loads.
-
-    Args:
-        folder: AMBER's, as above.
-        rows: Where to write the joined questions, a .jsonl.
-    """
+    """The task, as a configuration that lmms-eval loads; the joined questions are written to `rows`, a .jsonl."""
     rows.parent.mkdir(parents=True, exist_ok=True)
     joined = questions(folder)
     rows.write_text("".join(json.dumps(one) + "\n" for one in joined), encoding="utf-8")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from attanchor_vlm.data.rows import Sample, load_image
 from attanchor_vlm.data.videos import load_video
 from attanchor_vlm.errors import DataError
 from attanchor_vlm.inference.ask import encode_questions, generated
-from attanchor_vlm.model.attach import anchor_counts, base_of
+from attanchor_vlm.model.attach import anchor_counts, base_of, config_of
 from attanchor_vlm.model.families import adapter_for
 
 
@@ -62,21 +62,20 @@ def score_answers(
         model: Attached, or a PeftModel around an attached model; left in evaluation mode.
         samples: As `data.samples` makes them; the last answer of each counts.
     """
-    started = time.perf_counter()
     model.eval()
-    target: Any = base_of(model)
-    collate = Collator(processor, "each", target.attanchor_config.content_words)
-    total, texts, tally = 0.0, [], _Tally()
-    for part in _batches(samples, batch_size, "scoring", progress):
+    collate = Collator(processor, "each", config_of(model).content_words)
+
+    def score(part: Sequence[Sample]) -> _Step:
         batch = to_model(collate(part), model)
         output = model(**batch)
-        total += float(output.loss) * len(part)
-        tally.add(model, batch)
+        texts: list[str] = []
         if predict:
-            labels = batch["labels"] if target.attanchor_plan is None else target.attanchor_plan.labels
-            said = processor.tokenizer.batch_decode(_forced(output.logits, labels), skip_special_tokens=True)
-            texts += [text.strip() for text in said]
-    return tally.answers(texts, _references(samples), total / len(samples), time.perf_counter() - started)
+            plan = base_of(model).attanchor_plan
+            labels = batch["labels"] if plan is None else plan.labels
+            texts = processor.tokenizer.batch_decode(_forced(output.logits, labels), skip_special_tokens=True)
+        return batch, texts, float(output.loss)
+
+    return _pass(model, samples, batch_size, "scoring", progress, score)
 
 
 def generate_answers(
@@ -87,15 +86,9 @@ def generate_answers(
     max_new_tokens: int = 256,
     progress: bool = True,
 ) -> Answers:
-    """Greedy answers to the last question of every sample, with the turns before it as they are given.
+    """Greedy answers to the last question of every sample, with the turns before it as they are given."""
 
-    Args:
-        model: Attached, or a PeftModel around an attached model; left in evaluation mode.
-    """
-    started = time.perf_counter()
-    texts: list[str] = []
-    tally = _Tally()
-    for part in _batches(samples, batch_size, "answering", progress):
+    def answer(part: Sequence[Sample]) -> _Step:
         images = [[load_image(path) for path in sample.images] for sample in part]
         videos = [[load_video(video) for video in sample.videos] for sample in part]
         chats = [[message(role, text) for role, text in sample.messages[:-1]] for sample in part]
@@ -103,36 +96,44 @@ def generate_answers(
             batch = encode_questions(model, processor, chats, images, videos)
         except ValueError as error:
             raise DataError(f"a prompt cannot be made of rows {[sample.number for sample in part]}: {error}") from error
-        said = generated(model, processor, batch, max_new_tokens=max_new_tokens)
-        texts += [text.strip() for text in said]
-        tally.add(model, batch)
-    return tally.answers(texts, _references(samples), None, time.perf_counter() - started)
+        return batch, generated(model, processor, batch, max_new_tokens=max_new_tokens), None
+
+    return _pass(model, samples, batch_size, "answering", progress, answer)
 
 
-class _Tally:
-    """What was inserted so far."""
+_Step = tuple[dict[str, Tensor], list[str], float | None]  # of some samples: their batch, texts and loss
 
-    def __init__(self) -> None:
-        self.counts, self.image_tokens, self.prompts = torch.zeros(3, dtype=torch.float64), 0, 0
 
-    def add(self, model: Any, batch: dict[str, Tensor]) -> None:
+def _pass(
+    model: Any,
+    samples: Sequence[Sample],
+    batch_size: int,
+    what: str,
+    progress: bool,
+    step: Callable[[Sequence[Sample]], _Step],
+) -> Answers:
+    started = time.perf_counter()
+    target = base_of(model)
+    counts, losses, image_tokens = torch.zeros(3, dtype=torch.float64), [], 0
+    predictions: list[str] = []
+    for start in tqdm(range(0, len(samples), batch_size), what, unit="batch", disable=not progress, leave=False):
+        part = samples[start : start + batch_size]
+        batch, texts, loss = step(part)
+        predictions += [text.strip() for text in texts]
+        losses += [] if loss is None else [loss * len(part)]
         if "anchor_mask" in batch:
-            self.counts += anchor_counts(model, batch).cpu().double()
-            target: Any = base_of(model)
-            self.image_tokens += int(adapter_for(target).placeholders(target, batch["input_ids"]).sum())
-        self.prompts += len(batch["input_ids"])
-
-    def answers(self, texts: Sequence[str], references: tuple[str, ...], loss: float | None, seconds: float) -> Answers:
-        inserted, candidates, score = self.counts.tolist()
-        return Answers(
-            predictions=tuple(texts),
-            references=references,
-            loss=loss,
-            inserted_share=inserted / candidates if candidates else 0.0,
-            anchor_score=score / inserted if inserted else None,
-            image_tokens=self.image_tokens / self.prompts,
-            seconds=seconds,
-        )
+            counts += anchor_counts(model, batch).cpu().double()
+            image_tokens += int(adapter_for(target).placeholders(target, batch["input_ids"]).sum())
+    inserted, candidates, score = counts.tolist()
+    return Answers(
+        predictions=tuple(predictions),
+        references=tuple(sample.messages[-1][1].strip() for sample in samples),
+        loss=sum(losses) / len(samples) if losses else None,
+        inserted_share=inserted / candidates if candidates else 0.0,
+        anchor_score=score / inserted if inserted else None,
+        image_tokens=image_tokens / len(samples),
+        seconds=time.perf_counter() - started,
+    )
 
 
 def _forced(logits: Tensor, labels: Tensor) -> list[list[int]]:
@@ -140,13 +141,3 @@ def _forced(logits: Tensor, labels: Tensor) -> list[list[int]]:
     chosen = logits[:, :-1].argmax(-1)
     places = labels[:, 1:].to(chosen.device) != IGNORE_INDEX
     return [row[place].tolist() for row, place in zip(chosen, places, strict=True)]
-
-
-def _references(samples: Sequence[Sample]) -> tuple[str, ...]:
-    return tuple(sample.messages[-1][1].strip() for sample in samples)
-
-
-def _batches(samples: Sequence[Sample], size: int, what: str, progress: bool) -> Iterator[Sequence[Sample]]:
-    starts = range(0, len(samples), size)
-    for start in tqdm(starts, what, unit="batch", disable=not progress, leave=False):
-        yield samples[start : start + size]

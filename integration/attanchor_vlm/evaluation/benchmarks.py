@@ -22,14 +22,12 @@ class Benchmark:
         task: Of lmms-eval 0.7.
         values: What is reported from the task's scores; the first has the benchmark's own name and is the paper's row.
             In percent, but for MME.
-        split: What the figure is of; the paper does not name its splits.
         overrides: Of the task's configuration; called when lmms-eval can be imported.
     """
 
     title: str
     task: str
     values: Mapping[str, Callable[[Scores], float]]
-    split: str
     overrides: Callable[[], dict[str, Any]] = field(default=dict)
 
 
@@ -45,12 +43,9 @@ def _hallusion_by_rule() -> dict[str, Any]:
     """Answers read as yes or no, by lmms-eval's rule; its default asks GPT-4, and without it counts answers wrong."""
     from lmms_eval.tasks.hallusion_bench import evaluate_hb
 
-    rules = {
-        "aAcc": evaluate_hb.hb_aggregation_result_aAcc_intern,
-        "qAcc": evaluate_hb.hb_aggregation_result_qAcc_intern,
-        "fAcc": evaluate_hb.hb_aggregation_result_fAcc_intern,
-    }
-    return {"metric_list": [_metric(name, rule) for name, rule in rules.items()]}
+    names = ("aAcc", "qAcc", "fAcc")
+    rules = [getattr(evaluate_hb, f"hb_aggregation_result_{name}_intern") for name in names]
+    return {"metric_list": [_metric(*one) for one in zip(names, rules, strict=True)]}
 
 
 def _mmbench_without_submission() -> dict[str, Any]:
@@ -64,45 +59,33 @@ def _metric(name: str, aggregation: Callable[..., float]) -> dict[str, Any]:
     return {"metric": name, "aggregation": aggregation, "higher_is_better": True}
 
 
+# Behind each, what its figure is of; the paper does not name its splits.
 BENCHMARKS: dict[str, Benchmark] = {
-    "vqav2": Benchmark("VQAv2", "vqav2_val", {"vqav2": _percent("exact_match")}, "validation"),
-    "scienceqa": Benchmark("ScienceQA", "scienceqa_img", {"scienceqa": _percent("exact_match")}, "test, with images"),
-    "gqa": Benchmark("GQA", "gqa", {"gqa": _percent("exact_match")}, "testdev, balanced"),
-    "vizwiz": Benchmark("VizWiz", "vizwiz_vqa_val", {"vizwiz": _percent("exact_match")}, "validation"),
-    "mmbench": Benchmark(
-        "MMBench",
-        "mmbench_en_dev_static",
-        {"mmbench": _as_is("gpt_eval_score")},
-        "dev, English, options matched without GPT",
-        _mmbench_without_submission,
+    "vqav2": Benchmark("VQAv2", "vqav2_val", {"vqav2": _percent("exact_match")}),  # validation
+    "scienceqa": Benchmark("ScienceQA", "scienceqa_img", {"scienceqa": _percent("exact_match")}),  # test, with images
+    "gqa": Benchmark("GQA", "gqa", {"gqa": _percent("exact_match")}),  # testdev, balanced
+    "vizwiz": Benchmark("VizWiz", "vizwiz_vqa_val", {"vizwiz": _percent("exact_match")}),  # validation
+    "mmbench": Benchmark(  # dev, English, options matched without GPT
+        "MMBench", "mmbench_en_dev_static", {"mmbench": _as_is("gpt_eval_score")}, _mmbench_without_submission
     ),
-    "mme": Benchmark(
+    "mme": Benchmark(  # perception and cognition together, of 2800
         "MME",
         "mme",
         {
             "mme": lambda scores: scores["mme_perception_score"] + scores["mme_cognition_score"],
             "mme_perception": _as_is("mme_perception_score"),
         },
-        "perception and cognition together, of 2800",
     ),
-    "pope": Benchmark(
-        "POPE",
-        "pope",
-        {"pope": _percent("pope_accuracy"), "pope_f1": _percent("pope_f1_score")},
-        "accuracy over random, popular and adversarial",
+    "pope": Benchmark(  # accuracy over random, popular and adversarial
+        "POPE", "pope", {"pope": _percent("pope_accuracy"), "pope_f1": _percent("pope_f1_score")}
     ),
-    "amber": Benchmark(
+    "amber": Benchmark(  # F1 of the yes-or-no questions
         "AMBER",
         amber.TASK,
-        {
-            "amber": _as_is("amber_f1"),
-            "amber_accuracy": _as_is("amber_accuracy"),
-            "amber_precision": _as_is("amber_precision"),
-            "amber_recall": _as_is("amber_recall"),
-        },
-        "F1 of the yes-or-no questions",
+        {"amber": _as_is("amber_f1")}
+        | {f"amber_{name}": _as_is(f"amber_{name}") for name in ("accuracy", "precision", "recall")},
     ),
-    "hallusionbench": Benchmark(
+    "hallusionbench": Benchmark(  # questions with images, accuracy over all, answers read as yes or no by rule
         "HallusionBench",
         "hallusion_bench_image",
         {
@@ -110,7 +93,6 @@ BENCHMARKS: dict[str, Benchmark] = {
             "hallusionbench_question_pairs": _percent("qAcc"),
             "hallusionbench_figures": _percent("fAcc"),
         },
-        "questions with images, accuracy over all, answers read as yes or no by rule",
         _hallusion_by_rule,
     ),
 }

@@ -16,11 +16,7 @@ class MissingExtraError(ValueError):
 
 
 def require(module: str, package: str, for_what: str) -> ModuleType:
-    """Import `module`.
-
-    Raises:
-        MissingExtraError: `package`, which has it, is not installed.
-    """
+    """Import `module`."""
     try:
         return importlib.import_module(module)
     except ImportError as error:

@@ -80,9 +80,6 @@ def run_tasks(
         include: A folder with task files (.yaml) of your own.
         limit: So many documents of each task, for trials. Figures that these are not enough for are left out.
         output: A folder for what tasks write themselves, such as submissions; None for nowhere.
-
-    Raises:
-        ValueError: a task gave no figure that the benchmark's row needs.
     """
     require("lmms_eval.evaluator", "lmms-eval", _WHAT)
     from lmms_eval import evaluator

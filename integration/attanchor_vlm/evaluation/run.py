@@ -12,13 +12,14 @@ from typing import Any
 
 from tqdm import tqdm
 
+from attanchor_vlm.constants import context_of
 from attanchor_vlm.data.lengths import Growth, RowLengths, check_texts
 from attanchor_vlm.data.rows import Sample, read_rows, samples, sorted_out
 from attanchor_vlm.errors import SetupError
 from attanchor_vlm.evaluation import answers, harness, text_metrics
 from attanchor_vlm.evaluation.config import LOSS, EvalConfig
 from attanchor_vlm.model import load as loading
-from attanchor_vlm.model.attach import base_of, is_attached
+from attanchor_vlm.model.attach import base_of, config_of, is_attached
 from attanchor_vlm.records import check_parent, write_atomically, write_json
 
 # What a report says beside the metrics, for those who want to compare runs.
@@ -56,12 +57,9 @@ def processor_and_context(model: str) -> tuple[Any, int | None]:
 
     from attanchor_vlm.model.processors import load_processor
 
-    source = loading.source_of(model)
-    try:
-        processor, config = load_processor(source), AutoConfig.from_pretrained(source, trust_remote_code=False)
-    except Exception as error:  # of damaged files, nearly any kind
-        raise loading.cannot_be_loaded(model, error) from error
-    return processor, getattr(config.get_text_config(), "max_position_embeddings", None)
+    with loading.source(model) as source:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        return load_processor(source), context_of(config)
 
 
 def finite(values: Mapping[str, float]) -> dict[str, float]:
@@ -95,11 +93,9 @@ def evaluate(
     count = 0
     pairs: tuple[tuple[str, str], ...] = ()
     if config.metrics:
-        target: Any = base_of(model)
-        context = getattr(target.config.get_text_config(), "max_position_embeddings", None)
-        anchors = target.attanchor_config if is_attached(target) else None
-        growth = None if anchors is None else Growth.of(anchors, anchors.pause_tokens)
-        chosen = read(config, processor, context, progress, growth)
+        settings = config_of(model) if is_attached(model) else None
+        growth = None if settings is None else Growth.of(settings, settings.pause_tokens)
+        chosen = read(config, processor, context_of(base_of(model).config), progress, growth)
         count = len(chosen)
         text = [name for name in config.metrics if name != LOSS]
         forced = bool(text) and config.predictions == "teacher-forced"
@@ -136,10 +132,8 @@ def write(report: Report, folder: Path, about: Mapping[str, Any]) -> list[Path]:
     write_json(results, as_dict(report, about))
     if not report.predictions:
         return [results]
-    lines = "".join(
-        json.dumps({"prediction": said, "reference": given}, ensure_ascii=False) + "\n"
-        for said, given in report.predictions
-    )
+    rows = [{"prediction": said, "reference": given} for said, given in report.predictions]
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     path = folder / "predictions.jsonl"
     write_atomically(path, lambda temporary: temporary.write_text(lines, encoding="utf-8"))
     return [results, path]
@@ -160,8 +154,7 @@ def check_output(folder: Path) -> None:
 
 def anchors(model: Any) -> dict[str, Any]:
     """The settings of an attached model that a result depends on."""
-    target: Any = base_of(model)
-    settings = target.attanchor_config.to_dict()
+    settings = config_of(model).to_dict()
     return {name: settings[name] for name in ("tau", "direction", "positions", "max_anchors")}
 
 

@@ -138,12 +138,7 @@ def _package(name: str) -> ModuleType:
 
 
 def check(names: Sequence[str], bertscore: BertScoreModel | None = None) -> None:
-    """Refuse metrics that do not exist or cannot be computed here, before a model is loaded.
-
-    Raises:
-        ValueError: an unknown name, or a BERTScore model that is neither here nor a Hub id.
-        MissingExtraError: a package or java is missing.
-    """
+    """Refuse metrics that do not exist or cannot be computed here, before a model is loaded."""
     for name in names:
         if name not in TEXT_METRICS:
             raise ValueError(f"metric is {name!r}; it should be one of loss, {', '.join(TEXT_METRICS)}")
@@ -163,12 +158,7 @@ def compute(
     references: Sequence[Sequence[str]],
     bertscore: BertScoreModel | None = None,
 ) -> dict[str, float]:
-    """Values by name.
-
-    Args:
-        predictions: One text each.
-        references: For each prediction one or several texts.
-    """
+    """Values by name; `references` has one or several texts for each prediction."""
     if not predictions or len(predictions) != len(references):
         raise ValueError(
             f"{len(predictions)} predictions for {len(references)} references; there should be as many, at least one"

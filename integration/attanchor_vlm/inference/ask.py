@@ -22,7 +22,7 @@ from attanchor_vlm.data.reading import check_characters
 from attanchor_vlm.data.rows import PLACEHOLDER, VIDEO_PLACEHOLDER, load_image
 from attanchor_vlm.data.videos import VideoFiles, load_video
 from attanchor_vlm.errors import DataError
-from attanchor_vlm.model.attach import base_of, is_attached
+from attanchor_vlm.model.attach import base_of, config_of, is_attached
 
 Picture = Image.Image | str | PathLike[str]
 
@@ -102,8 +102,7 @@ def encode_questions(
 
     With `anchor_mask` if one of them has an image or a video: of content words alone where the model's settings say so.
     """
-    target: Any = base_of(model)
-    words = target.attanchor_config.content_words if is_attached(model) else False
+    words = config_of(model).content_words if is_attached(model) else False
     films = list(videos) or None
     batch = encode_chat(processor, chats, images, videos=films, add_generation_prompt=True, content_words=words)
     if not any(images) and not any(videos):
@@ -133,11 +132,7 @@ def _check_batch(prompts: Sequence[str], images: Sequence[Any], options: dict[st
 
 
 def with_placeholders(text: str, images: int, videos: int = 0) -> str:
-    """A question with a place for each of its images and videos: in front, unless it says where.
-
-    Raises:
-        ValueError: it says so for another number of them, or is no whole text.
-    """
+    """A question with a place for each of its images and videos: in front, unless it says where."""
     check_characters("the prompt", text)
     return _with_places(_with_places(text, VIDEO_PLACEHOLDER, videos, "video"), PLACEHOLDER, images, "image")
 

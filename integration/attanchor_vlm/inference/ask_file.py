@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from attanchor_vlm.constants import context_of
 from attanchor_vlm.data.lengths import Growth, RowLengths, check_texts
-from attanchor_vlm.data.reading import check_characters, from_json, lines_of, parse_list, read_text
+from attanchor_vlm.data.reading import check_characters, from_json, lines_of, parse_list
 from attanchor_vlm.data.rows import (
     PLACEHOLDER,
     VIDEO_PLACEHOLDER,
@@ -29,7 +30,7 @@ from attanchor_vlm.data.rows import (
 from attanchor_vlm.data.videos import load_video
 from attanchor_vlm.errors import BadRow, DataError
 from attanchor_vlm.inference.ask import Answer, answers, with_placeholders
-from attanchor_vlm.records import alone_in, check_parent
+from attanchor_vlm.records import alone_in, check_parent, read_text
 
 
 @dataclass(frozen=True)
@@ -66,9 +67,6 @@ def read_questions(
 
     Returns:
         The good rows, and the bad ones if `skip_bad`.
-
-    Raises:
-        DataError: the file cannot be read, a row is bad (unless `skip_bad`), or no good row is left.
     """
     folder = file.parent if images is None else images
     check_folder(folder, file)
@@ -93,10 +91,9 @@ def check_for_model(
 ) -> tuple[list[Question], list[BadRow]]:
     """The questions that a model can be given: within its context, if no anchor is inserted and what `keep` says is
     dropped, and without its own image token in the text."""
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     anchors = getattr(model, "attanchor_config", None)
     growth = None if anchors is None else Growth.of(dataclasses.replace(anchors, max_anchors=0), anchors.pause_tokens)
-    good, bad = check_texts(file, questions, RowLengths(processor), context, growth)
+    good, bad = check_texts(file, questions, RowLengths(processor), context_of(model.config), growth)
     return sorted_out(file, good, bad, skip_bad)
 
 
@@ -125,11 +122,6 @@ def answer_all(
         resume: Go on with an `output` that is there; see `open_answers`.
         skip_bad: Leave out a question that cannot be answered, such as one that does not fit into the model's context
             with its anchors, and go on behind it.
-
-    Raises:
-        SetupError: another run writes to `output`.
-        DataError: see `open_answers`; `output` cannot be written; a batch does not fit into the GPU's memory; or
-            (unless `skip_bad`) a question cannot be answered.
     """
     with alone_in(output.parent, output.name):
         done = open_answers(output, [one.id for one in questions], settings, resume)
@@ -260,8 +252,6 @@ def _rows(file: Path) -> Iterator[tuple[int, Any]]:
     for number, line in lines_of(file, text):
         try:
             yield number, from_json(line)
-        except json.JSONDecodeError as error:
-            yield number, ValueError(f"not valid JSON ({error.msg}, column {error.colno})")
         except ValueError as error:
             yield number, error
 

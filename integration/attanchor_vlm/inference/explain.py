@@ -13,7 +13,7 @@ from attanchor_vlm.chat.videos import Video
 from attanchor_vlm.data.batches import message
 from attanchor_vlm.data.rows import PLACEHOLDER, VIDEO_PLACEHOLDER, parts
 from attanchor_vlm.inference.ask import Picture, encode_questions, generated, open_images, with_placeholders
-from attanchor_vlm.model.attach import base_of, is_attached
+from attanchor_vlm.model.attach import base_of, config_of, is_attached
 from attanchor_vlm.model.geometry import Box, image_slots, patch_boxes
 
 
@@ -124,8 +124,7 @@ def explain(
     """
     if not is_attached(model):
         raise ValueError("the model is not attached, so it has no anchors to explain; it should be one given to attach")
-    target: Any = base_of(model)
-    config = target.attanchor_config
+    config = config_of(model)
     if config.changes_nothing or config.direction != "text_into_image":
         raise ValueError(
             f"the model has tau {config.tau} and direction {config.direction}; only text in images can be drawn"
@@ -140,7 +139,7 @@ def explain(
     media = [next(own[part["type"]]) for part in parts(asked) if part["type"] in own]
     boxes = patch_boxes(model, processor, batch, 0, [media])
     (answer,) = generated(model, processor, batch, max_new_tokens=max_new_tokens)
-    plan = target.attanchor_plan
+    plan = base_of(model).attanchor_plan
     ids = batch["input_ids"][0]
     patch_of = {slot: patch for patch, slot in enumerate(image_slots(model, batch, 0))}
     stayed = set(plan.source[0][~plan.is_anchor[0]].tolist())

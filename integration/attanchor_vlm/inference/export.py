@@ -10,8 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import os
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +26,7 @@ from attanchor_vlm.model.attach import base_of, is_attached
 from attanchor_vlm.model.families import adapter_for
 from attanchor_vlm.model.plan import AnchorPlan
 from attanchor_vlm.model.rewrite import rewrite
-from attanchor_vlm.records import check_parent, share_files
+from attanchor_vlm.records import check_parent, write_folder
 
 
 class ServingError(ValueError):
@@ -72,7 +71,7 @@ def prompt_embeds(
         ServingError: the family or its settings cannot be served this way, see `check_servable`.
         ValueError: the model is not attached; and whatever `encode_chat` refuses.
     """
-    target: Any = base_of(model)
+    target = base_of(model)
     if not is_attached(target):
         raise ValueError(
             f"{type(target).__name__} is not attached; it should be a model given to attach or load_adapter"
@@ -118,7 +117,7 @@ def check_servable(model: Any) -> None:
         ServingError: M-RoPE, image features added in later layers, image tokens that see later ones, or positions that
             are inherited.
     """
-    target: Any = base_of(model)
+    target = base_of(model)
     per_token = adapter_for(target).positions_per_token
     reasons = [refusal(target)]
     if per_token > 1 and _inherits(target):
@@ -135,12 +134,7 @@ def check_servable(model: Any) -> None:
 
 
 def check_family(model: str) -> None:
-    """`check_servable` of a saved model or a Hub id by its config alone: before its weights are loaded or downloaded.
-
-    Raises:
-        SetupError: there is no such model.
-        ServingError: see `check_servable`.
-    """
+    """`check_servable` of a saved model or a Hub id by its config alone, before its weights are loaded."""
     from transformers import AutoConfig
 
     source = loading.source_of(model)
@@ -191,7 +185,7 @@ def language_model(model: Any) -> Any:
     """
     from transformers import AutoModelForCausalLM
 
-    target: Any = base_of(model)
+    target = base_of(model)
     check_servable(target)
     if any(hasattr(module, "base_layer") for module in target.modules()):
         raise ServingError("an adapter stands in the model's layers; merge it first (PeftModel.merge_and_unload)")
@@ -251,9 +245,6 @@ def export_language_model(model: Any, processor: Any, output: str | os.PathLike[
         processor: Its processor.
         output: A folder that does not exist or is empty; written whole or not at all.
 
-    Returns:
-        The folder.
-
     Raises:
         ServingError: see `language_model`.
         ValueError: `output` holds something.
@@ -270,7 +261,8 @@ def export_language_model(model: Any, processor: Any, output: str | os.PathLike[
         if is_attached(merged):
             save_settings(merged, folder)
 
-    return _write_whole(output, write)
+    write_folder(output, write)
+    return output
 
 
 def export_model(model: Any, processor: Any, output: str | os.PathLike[str], head_dim: int | None = None) -> Path:
@@ -291,35 +283,16 @@ def export_model(model: Any, processor: Any, output: str | os.PathLike[str], hea
     merged = _merged(model)
     if head_dim is not None:
         widen_heads(merged, head_dim)
-
-    def write(folder: Path) -> None:
-        merged.save_pretrained(folder)
-        processor.save_pretrained(folder)
-
-    return _write_whole(output, write)
+    loading.save_pretrained(merged, processor, output)
+    return output
 
 
 def _merged(model: Any) -> Any:
     return model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
 
 
-def _write_whole(output: Path, write: Callable[[Path], None]) -> Path:
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as temporary:
-        made = Path(temporary) / "model"  # its own permissions are those that a user's mkdir gives
-        made.mkdir()
-        write(made)
-        share_files(made)
-        made.replace(output)
-    return output
-
-
 def check_output(output: Path) -> None:
-    """Refuse a folder that holds something, or that cannot be made.
-
-    Raises:
-        ValueError: it does, is a file, or is in no folder that can be written into.
-    """
+    """Refuse a folder that holds something, or that cannot be made."""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"output {output} exists and is not an empty folder; take another")
     check_parent(output)
@@ -328,7 +301,7 @@ def check_output(output: Path) -> None:
 def release_language_layers(model: nn.Module) -> None:
     """Free what `prompt_embeds` does not need: the layers of the language model and its output head. `forward` and
     `generate` of `model` no longer work."""
-    target: Any = base_of(model)
+    target = base_of(model)
     target.get_decoder().layers = nn.ModuleList()
     if target.get_output_embeddings().weight is not target.get_input_embeddings().weight:
         target.set_output_embeddings(nn.Identity())

@@ -18,9 +18,6 @@ def widen_heads(model: Any, head_dim: int) -> None:
     Args:
         model: A transformers model.
         head_dim: A multiple of the width that the heads have.
-
-    Raises:
-        ValueError: it is none, or the language model is of another kind.
     """
     text = model.config.get_text_config()
     old = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads

@@ -11,7 +11,7 @@ from typing import Any
 from safetensors import safe_open
 from torch import nn
 
-from attanchor_vlm.model.attach import attach, base_of, is_attached
+from attanchor_vlm.model.attach import attach, base_of, config_of, is_attached
 from attanchor_vlm.model.config import AttAnchorConfig
 from attanchor_vlm.records import write_json
 
@@ -25,16 +25,13 @@ def save_settings(settings: AttAnchorConfig | nn.Module, directory: str | PathLi
     Args:
         settings: The settings, or an attached model (or a PeftModel around one) that has them.
 
-    Returns:
-        The path of the file.
-
     Raises:
         ValueError: a model that is not attached.
     """
     if isinstance(settings, nn.Module):
         if not is_attached(settings):
             raise ValueError("the model is not attached, so it has no AttAnchor settings to save")
-        settings = _settings_of(settings)
+        settings = config_of(settings)
     path = Path(directory) / FILE_NAME
     write_json(path, settings.to_dict())
     return path
@@ -88,11 +85,6 @@ def _check_tensors(loaded: Any, directory: Path) -> None:
         raise ValueError(f"it has tensors that are NaN or infinite, such as {broken[0]}")
 
 
-def _settings_of(model: nn.Module) -> AttAnchorConfig:
-    attached: Any = base_of(model)
-    return attached.attanchor_config
-
-
 def load_adapter(
     model: nn.Module, directory: str | PathLike[str], *, attach_model: bool = True, **options: Any
 ) -> nn.Module:
@@ -126,10 +118,10 @@ def load_adapter(
             "the model it is loaded into is not attached: it will run without anchors",
             stacklevel=2,
         )
-    elif _settings_of(loaded) != settings:
+    elif config_of(loaded) != settings:
         warnings.warn(
             f"the adapter in {directory} was trained with {settings}, but the model it is loaded into is attached with "
-            f"{_settings_of(loaded)}",
+            f"{config_of(loaded)}",
             stacklevel=2,
         )
     return loaded

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,23 +22,10 @@ from attanchor_vlm.model.calls import Calls
 from attanchor_vlm.model.config import AttAnchorConfig
 from attanchor_vlm.model.families import FamilyAdapter, adapter_for
 from attanchor_vlm.model.plan import AnchorPlan, AnchorStats, taking_part
-from attanchor_vlm.model.rewrite import (
-    by_name,
-    check_call,
-    given_cache,
-    is_prepared,
-    needs_rewriting,
-    rewrite,
-)
+from attanchor_vlm.model.rewrite import by_name, check_call, given_cache, is_prepared, needs_rewriting, rewrite
+from attanchor_vlm.settings import check_one_of
 
-if TYPE_CHECKING:
-    from transformers import GenerationMixin
-
-    class _Model(PreTrainedModel, GenerationMixin):
-        """What the mixin is mixed into."""
-
-else:
-    _Model = object
+_Model: Any = object  # what the mixin is mixed into, a model of transformers, has no type here
 
 
 def attach(model: nn.Module, config: AttAnchorConfig | None = None, *, check: str = "auto") -> nn.Module:
@@ -68,7 +55,7 @@ def attach(model: nn.Module, config: AttAnchorConfig | None = None, *, check: st
         ValueError: a family without an adapter, settings that the family does not allow, or another `check`.
         RuntimeError: inside a call of the model.
     """
-    target: Any = base_of(model)
+    target = base_of(model)
     if config is None:
         stored = getattr(target.config, "attanchor", None)
         if stored is None:
@@ -76,8 +63,7 @@ def attach(model: nn.Module, config: AttAnchorConfig | None = None, *, check: st
         config = AttAnchorConfig.from_dict(stored)
     if not isinstance(config, AttAnchorConfig):
         raise TypeError(f"config is {type(config).__name__}; it should be an AttAnchorConfig")
-    if check not in checking.WHEN:
-        raise ValueError(f"check is {check!r}; it should be one of {', '.join(map(repr, checking.WHEN))}")
+    check_one_of("check", check, checking.WHEN)
     adapter = adapter_for(target)
     if not target.can_generate():
         raise TypeError(
@@ -104,7 +90,7 @@ def detach(model: nn.Module) -> nn.Module:
     Raises:
         RuntimeError: inside a call of the model.
     """
-    target: Any = base_of(model)
+    target = base_of(model)
     if is_attached(target):
         with target._attanchor_calls.none_running(close=True):
             guard.remove(target)
@@ -118,12 +104,8 @@ def is_attached(model: nn.Module) -> bool:
     return isinstance(base_of(model), AttAnchorMixin)
 
 
-def base_of(model: nn.Module) -> PreTrainedModel:
-    """The transformers model inside a PeftModel, or `model` itself.
-
-    Raises:
-        TypeError: it is neither.
-    """
+def base_of(model: nn.Module) -> Any:
+    """The transformers model inside a PeftModel, or `model` itself; Any, as what `attach` adds to it has no type."""
     target: Any = model
     if not isinstance(target, PreTrainedModel) and hasattr(target, "get_base_model"):
         target = target.get_base_model()
@@ -133,6 +115,11 @@ def base_of(model: nn.Module) -> PreTrainedModel:
             "it is wrapped by DDP, torch.compile and the like)"
         )
     return target
+
+
+def config_of(model: nn.Module) -> AttAnchorConfig:
+    """The settings of an attached model, or of one inside a PeftModel."""
+    return base_of(model).attanchor_config
 
 
 def prepare_inputs(model: nn.Module, *, padding_side: str | None = None, **arguments: Any) -> dict[str, Any]:
@@ -152,7 +139,7 @@ def prepare_inputs(model: nn.Module, *, padding_side: str | None = None, **argum
     Raises:
         ValueError: the model is not attached; and as `model` itself.
     """
-    target: Any = base_of(model)
+    target = base_of(model)
     if not is_attached(target):
         raise ValueError(f"{type(model).__name__} is not attached; it should be a model given to attach")
     settings, adapter = target.attanchor_config, adapter_for(target)
@@ -169,7 +156,7 @@ def prepare_inputs(model: nn.Module, *, padding_side: str | None = None, **argum
 class AttAnchorMixin(_Model):
     """What an attached model has besides its own class. `forward` is made per class, with the original's signature."""
 
-    attanchor_original: type[_Model]
+    attanchor_original: type[Any]
     _attanchor_calls: Calls
 
     @property
@@ -254,21 +241,6 @@ class AttAnchorMixin(_Model):
         return _new_attached, (self.attanchor_original,), *reduced[2:]
 
 
-def _run_forward(model: Any, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The body of every attached forward."""
-    calls = vars(model).get("_attanchor_calls")
-    if calls is not None and guard.inside(model):  # generate has rewritten the prompt, or had nothing to rewrite
-        kwargs.pop("anchor_mask", None)
-        return original(model, *args, **kwargs)
-    # Detached since the forward was looked up; or a wrapper on the instance kept it (accelerate's for autocast).
-    if calls is None or not calls.begin():
-        return original(model, *args, **kwargs)
-    try:
-        return _forward_anchored(model, original, args, kwargs)
-    finally:
-        calls.end()
-
-
 def _forward_anchored(model: Any, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     anchor_mask = kwargs.pop("anchor_mask", None)
     settings, adapter = model.attanchor_config, adapter_for(model)
@@ -309,7 +281,17 @@ def _attached_class(original: Any) -> type[PreTrainedModel]:
 def _attached_forward(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def forward(self, *args: Any, **kwargs: Any):
-        return _run_forward(self, original, args, kwargs)
+        calls = vars(self).get("_attanchor_calls")
+        if calls is not None and guard.inside(self):  # generate has rewritten the prompt, or had nothing to rewrite
+            kwargs.pop("anchor_mask", None)
+            return original(self, *args, **kwargs)
+        # Detached since the forward was looked up; or a wrapper on the instance kept it (accelerate's for autocast).
+        if calls is None or not calls.begin():
+            return original(self, *args, **kwargs)
+        try:
+            return _forward_anchored(self, original, args, kwargs)
+        finally:
+            calls.end()
 
     # Trainer drops every column of a data set that the signature does not name.
     signature = inspect.signature(original)
@@ -365,9 +347,7 @@ def _check_pause_token(model: PreTrainedModel, token: int | None) -> None:
 def anchor_counts(model: torch.nn.Module, inputs: dict) -> torch.Tensor:
     """(3,) of the last call, on the device and without a sync: inserted, text tokens taking part, sum of the inserted
     ones' scores."""
-    mask = inputs.get("anchor_mask")
-    attached: Any = base_of(model)
-    plan = attached.attanchor_plan
+    mask, plan = inputs.get("anchor_mask"), base_of(model).attanchor_plan
     if plan is None or mask is None:  # handed through: nothing could be inserted
         counts = torch.zeros(3, device=inputs["input_ids"].device)
         counts[1] = 0 if mask is None else mask.sum()
@@ -380,14 +360,12 @@ def anchor_counts(model: torch.nn.Module, inputs: dict) -> torch.Tensor:
 
 def set_tau(model: nn.Module, tau: float) -> None:
     """Change the threshold of an attached model (or of a PeftModel around one), and nothing else."""
-    target: Any = base_of(model)
-    target.config.attanchor = dataclasses.replace(target.attanchor_config, tau=tau).to_dict()
+    base_of(model).config.attanchor = dataclasses.replace(config_of(model), tau=tau).to_dict()
 
 
-def tau_of(model: nn.Module) -> float:
+def tau_of(model: Any) -> float:
     """The threshold of an attached model."""
-    target: Any = base_of(model)
-    return target.attanchor_config.tau
+    return config_of(model).tau
 
 
 def release_frozen_tower(model: PreTrainedModel, tower: nn.Module | None) -> None:

@@ -63,9 +63,6 @@ class Calls:
         """Wait for the calls under way in other threads, and let none begin in this block; with `close`, ever after.
 
         The calls so far are forgotten.
-
-        Raises:
-            RuntimeError: this thread is itself inside a call, so that it would wait for ever.
         """
         if getattr(self._own, "depth", 0):
             raise RuntimeError("attach or detach inside a call of the model; it should be when the call has returned")

@@ -33,9 +33,6 @@ def mask_from_ids(
     Coarser than the masks of `encode_chat`, which know the user's text: markers that are ordinary text, such as
     "ASSISTANT:" in the middle of a conversation, stay in. With `content_words`, so do function words of several tokens
     or in capitals, and the beginning of a longer word is left out if it is the token of a function word.
-
-    Raises:
-        ValueError: `content_words` is set, but not the tokens that it leaves out.
     """
     if settings.content_words and not settings.function_token_ids:
         raise ValueError(
@@ -104,9 +101,8 @@ def _generation_prompt(processor: Any, tokenizer: Any) -> tuple[int, ...]:
     # Tokenized where it stands: on its own, a tokenizer may put a space before it.
     whole = tokenizer(prompted, add_special_tokens=False).input_ids
     before = tokenizer(plain, add_special_tokens=False).input_ids
-    same = 0
-    while same < min(len(before), len(whole)) and before[same] == whole[same]:
-        same += 1
+    both = zip(before, whole, strict=False)
+    same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], both))
     return tuple(whole[same:])
 
 

@@ -9,19 +9,21 @@ from __future__ import annotations
 
 import inspect
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from attanchor_vlm.constants import context_of
 from attanchor_vlm.errors import FamilyError
 from attanchor_vlm.model import guard, rules
 from attanchor_vlm.model.candidates import mask_from_ids
 from attanchor_vlm.model.config import AttAnchorConfig
 from attanchor_vlm.model.families import FamilyAdapter, is_tested
 from attanchor_vlm.model.media import encode
+from attanchor_vlm.model.plan import Call
 from attanchor_vlm.model.recording import record
 from attanchor_vlm.model.rewrite import Prepared, check_shapes, parameters, rewrite
 from attanchor_vlm.model.rules import RULES, Finding, Prompts
@@ -31,13 +33,9 @@ MOST_ANCHORS = 64
 
 
 def check_once(
-    model: Any, adapter: FamilyAdapter, settings: AttAnchorConfig, arguments: Mapping[str, Any], mask: Tensor | None
+    model: Any, adapter: FamilyAdapter, settings: AttAnchorConfig, arguments: Call, mask: Tensor | None
 ) -> None:
-    """`findings`, at a model's first call, and no more once it has passed; see `attach` for when.
-
-    Raises:
-        FamilyError: a rule is broken.
-    """
+    """`findings`, at a model's first call, and no more once it has passed; see `attach` for when."""
     calls = model._attanchor_calls
     tested = calls.check == "auto" and is_tested(model.config.model_type)
     if tested or calls.check == "never" or torch.compiler.is_compiling():
@@ -59,16 +57,13 @@ def check_once(
 
 
 def findings(
-    model: Any, adapter: FamilyAdapter, settings: AttAnchorConfig, arguments: Mapping[str, Any], mask: Tensor | None
+    model: Any, adapter: FamilyAdapter, settings: AttAnchorConfig, arguments: Call, mask: Tensor | None
 ) -> list[Finding]:
     """What each rule finds at one call of an attached model; an empty list if there was no text to copy.
 
     Args:
         arguments: The call's, those of `generate` included.
         mask: Its `anchor_mask`; without one, or if none of the sample's is set, all text is copied.
-
-    Raises:
-        ValueError: as `rewrite`; the call itself is wrong.
     """
     forward = type(model).attanchor_original.forward
     names = {*parameters(forward), *adapter.image_arguments, *adapter.video_arguments, *adapter.token_types}
@@ -77,7 +72,7 @@ def findings(
     call = {name: value for name, value in arguments.items() if name in names and value is not None}
     check_shapes(call["input_ids"], call, mask)
     call.setdefault("attention_mask", torch.ones_like(call["input_ids"]))
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    context = context_of(model.config)
     room = MOST_ANCHORS if context is None else min(MOST_ANCHORS, context - call["input_ids"].shape[1])
     if room < 1:
         return []

@@ -8,7 +8,7 @@ import numbers
 from collections.abc import Iterable, Mapping
 
 from attanchor_vlm.chat.words import words_to_leave_out
-from attanchor_vlm.settings import REQUIRED, setting
+from attanchor_vlm.settings import REQUIRED, check_one_of, setting
 
 DIRECTIONS = ("text_into_image", "image_into_text")
 POSITIONS = ("sequential", "inherit")
@@ -101,19 +101,19 @@ class AnchorOptions:
         if not math.isfinite(self.tau):
             # JSON has no infinity, and every cosine threshold lies in [-1, 1].
             raise ValueError(f"tau is {self.tau}; it should be finite (-1 inserts every candidate, 1 none)")
-        _one_of("direction", self.direction, DIRECTIONS)
-        _one_of("positions", self.positions, (None, *POSITIONS))
-        _one_of("route", self.route, (None, *ROUTES))
-        _one_of("backend", self.backend, BACKENDS)
+        check_one_of("direction", self.direction, DIRECTIONS)
+        check_one_of("positions", self.positions, (None, *POSITIONS))
+        check_one_of("route", self.route, (None, *ROUTES))
+        check_one_of("backend", self.backend, BACKENDS)
+        check_one_of("keep_by", self.keep_by, KEEP_BY)
+        check_one_of("placement", self.placement, PLACEMENTS)
         for name in ("max_anchors", "max_anchors_per_frame"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, _natural(name, getattr(self, name)))
         if self.keep is not None:
             object.__setattr__(self, "keep", _share(self.keep))
-        _one_of("keep_by", self.keep_by, KEEP_BY)
         if self.keep is not None and self.keep_by == "pooling" and not self.tau > 0:
             raise ValueError(f"keep_by is 'pooling' with tau {self.tau:g}; it needs a tau above 0")
-        _one_of("placement", self.placement, PLACEMENTS)
         object.__setattr__(self, "placement_seed", _natural("placement_seed", self.placement_seed))
         if self.placement != "matched" and self.direction != "text_into_image":
             raise ValueError(
@@ -206,11 +206,6 @@ class AttAnchorConfig(AnchorOptions):
         if "tau" not in settings:
             raise ValueError("the AttAnchor settings lack tau")
         return cls(**settings)  # type: ignore[arg-type]
-
-
-def _one_of(name: str, value: object, allowed: Iterable[object]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} is {value!r}; it should be one of {', '.join(map(repr, allowed))}")
 
 
 def _natural(name: str, value: object) -> int:

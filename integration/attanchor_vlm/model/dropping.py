@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -18,9 +18,9 @@ from torch import Tensor
 from attanchor_kernels import Role
 from attanchor_vlm.model import config as settings
 from attanchor_vlm.model.families import FamilyAdapter
-
-Shape = tuple[int, int]
-"""(rows, columns) of a grid of image tokens."""
+from attanchor_vlm.model.families.grid import Shape
+from attanchor_vlm.model.placements import rank_within
+from attanchor_vlm.model.plan import Call
 
 
 class Images(NamedTuple):
@@ -77,7 +77,7 @@ def survivors(
     config: settings.AttAnchorConfig,
     adapter: FamilyAdapter,
     model: Any,
-    arguments: Mapping[str, Any],
+    arguments: Call,
     encoded: Any,
     rows: Tensor,
     silent: Tensor | None,
@@ -94,9 +94,6 @@ def survivors(
         rows: (T, D), its features.
         silent: (T,) bool, those that are no image content, or None.
         text_embeds, roles, turn: What the operator is given, on one device.
-
-    Raises:
-        ValueError: the score needs what the call does not hold.
     """
     if config.keep is None:
         return rows, {}
@@ -177,11 +174,9 @@ def _tokens(grids: list[Shape]) -> int:
 
 def _budgets(keep: float, grids: list[Shape]) -> list[int]:
     """How many tokens of each grid of an image stay: the image's budget, divided by their sizes."""
-    size = _tokens(grids)
+    ends = [0, *itertools.accumulate(rows * columns for rows, columns in grids)]
+    size = ends[-1]
     most = keep if isinstance(keep, int) else max(1, int(keep * size + 0.5))
-    ends = [0]
-    for rows, columns in grids:
-        ends.append(ends[-1] + rows * columns)
     shares = [min(most, size) * end // max(size, 1) for end in ends]
     return [stop - start for start, stop in itertools.pairwise(shares)]
 
@@ -211,9 +206,5 @@ def cells_of(shape: Shape, count: int) -> Tensor:
 
 def _within_images(score: Tensor, image: Tensor, budget: Tensor) -> Tensor:
     """(T,) float32 that ranks a sample's tokens so that its best are the best `budget` of each image, by `score`."""
-    order = score.nan_to_num(-torch.inf, torch.inf, -torch.inf).argsort(descending=True, stable=True)
-    order = order[image[order].argsort(stable=True)]
-    place = torch.arange(len(order), device=order.device)
-    start = torch.searchsorted(image[order].contiguous(), image[order].contiguous())  # of each image in this order
-    rank = torch.empty_like(order).scatter_(0, order, place - start)
+    rank = rank_within(score.nan_to_num(-torch.inf, torch.inf, -torch.inf), image)
     return -(rank / budget.clamp(min=1)).float()

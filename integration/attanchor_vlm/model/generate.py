@@ -39,11 +39,7 @@ def lengthen_limits(model: PreTrainedModel, arguments: dict[str, Any], growth: i
 
 
 def route_for(model: PreTrainedModel, adapter: FamilyAdapter, route: str, arguments: dict[str, Any]) -> str:
-    """The route that a generate call can take, preferably `route`.
-
-    Raises:
-        ValueError: neither can carry the call.
-    """
+    """The route that a generate call can take, preferably `route`."""
     for name in ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp"):
         if _option(model, arguments, name):
             # The first step already holds proposed tokens, which have no place beside inputs_embeds or image features:

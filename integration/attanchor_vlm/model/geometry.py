@@ -11,6 +11,7 @@ which they stand in ``batch["input_ids"]``. A family's own part is in its adapte
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -59,13 +60,12 @@ def patch_boxes(
     Raises:
         ValueError: the images are not those that the batch was made of, or were processed in an unknown way.
     """
-    target: Any = base_of(model)
+    target = base_of(model)
     adapter = adapter_for(target)
     count = int(adapter.placeholders(target, batch["input_ids"][row : row + 1]).sum())
-    earlier = [isinstance(one, Video) for own in images[:row] for one in own]  # rows lie one behind the other
-    before = {False: len(earlier) - sum(earlier), True: sum(earlier)}
+    before = Counter(isinstance(one, Video) for own in images[:row] for one in own)  # rows lie one behind the other
     boxes: list[Box] = []
-    pictures, seen = 0, {False: 0, True: 0}
+    pictures, seen = 0, Counter[bool]()
     for image in images[row]:
         if is_video := isinstance(image, Video):
             (width, height), frames = image.frames[0].size, len(image.frames)
@@ -94,7 +94,7 @@ def patch_boxes(
 
 def image_slots(model: Any, batch: Mapping[str, Tensor], row: int) -> list[int]:
     """The slots of ``batch["input_ids"][row]`` that hold image tokens, in order: `patch_boxes` has one box for each."""
-    target: Any = base_of(model)
+    target = base_of(model)
     return adapter_for(target).placeholders(target, batch["input_ids"][row : row + 1])[0].nonzero()[:, 0].tolist()
 
 

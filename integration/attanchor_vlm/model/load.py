@@ -7,7 +7,8 @@ import json
 import os
 import socket
 import warnings
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import entry_points
 from os import PathLike
 from pathlib import Path
@@ -22,6 +23,7 @@ from attanchor_vlm.model.adapter_files import FILE_NAME, load_adapter, load_sett
 from attanchor_vlm.model.attach import attach
 from attanchor_vlm.model.candidates import with_tokens_of
 from attanchor_vlm.model.config import AttAnchorConfig
+from attanchor_vlm.records import write_folder
 
 
 def load_pretrained(name: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
@@ -35,20 +37,27 @@ def load_pretrained(name: str, dtype: torch.dtype = torch.float32) -> tuple[Any,
 
     from attanchor_vlm.model.processors import load_processor
 
-    source = source_of(name)
-    try:
+    with source(name) as folder:
         # Processor first: it is small, so that a wrong name costs no download.
-        processor = load_processor(source)
+        processor = load_processor(folder)
         loaded: Any = AutoModelForImageTextToText.from_pretrained(
-            source, dtype=dtype, output_loading_info=True, trust_remote_code=False
+            folder, dtype=dtype, output_loading_info=True, trust_remote_code=False
         )
-    except Exception as error:  # of damaged files, nearly any kind
-        raise cannot_be_loaded(name, error) from error
     model, found = loaded
     _check_weights(name, model, found)
     if getattr(processor, "image_processor", None) is None or getattr(processor, "tokenizer", None) is None:
         raise SetupError(f"model {name} has no processor for images and text; AttAnchor trains image-text models")
     return model, processor
+
+
+def save_pretrained(model: Any, processor: Any, folder: Path) -> None:
+    """Write model and processor to a folder that is empty or not there, whole or not at all."""
+
+    def write(temporary: Path) -> None:
+        model.save_pretrained(temporary)
+        processor.save_pretrained(temporary)
+
+    write_folder(folder, write)
 
 
 def empty_model(config: Any) -> Any:
@@ -66,22 +75,19 @@ def load_front(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
 
     from attanchor_vlm.model.processors import load_processor
 
-    source, loud = source_of(name), logging.get_verbosity()
-    logging.set_verbosity_error()  # it would list the layers
-    try:
-        processor = load_processor(source)
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    loud = logging.get_verbosity()
+    with source(name) as folder, ExitStack() as afterwards:
+        afterwards.callback(logging.set_verbosity, loud)
+        logging.set_verbosity_error()  # it would list the layers
+        processor = load_processor(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         text = config.get_text_config()
         text.num_hidden_layers = 0
         if getattr(text, "layer_types", None):
             text.layer_types = []
         loaded: Any = AutoModelForImageTextToText.from_pretrained(
-            source, config=config, dtype=dtype, output_loading_info=True, trust_remote_code=False
+            folder, config=config, dtype=dtype, output_loading_info=True, trust_remote_code=False
         )
-    except Exception as error:
-        raise cannot_be_loaded(name, error) from error
-    finally:
-        logging.set_verbosity(loud)
     model, found = loaded
     _check_weights(name, model, {**found, "unexpected_keys": ()})
     return model, processor
@@ -104,17 +110,22 @@ def _check_weights(name: str, model: torch.nn.Module, found: Mapping[str, Collec
         raise SetupError(f"model {name} has weights that are NaN or infinite, such as {broken[0]}; it is damaged")
 
 
-def cannot_be_loaded(name: str, error: Exception) -> SetupError:
-    """What is said of a model that transformers could not load, or its processor."""
-    hint = (
-        "the folder should hold config.json, weights and processor files, as save_pretrained writes them"
-        if Path(name).expanduser().is_dir()
-        else "it is no folder here, so it was looked for on the Hugging Face Hub; check name, network and login "
-        "(`hf auth login`), or download it elsewhere and give its folder"
-    )
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    reason = " ".join(line.strip() for line in lines[: 2 if lines[0].endswith(":") else 1])
-    return SetupError(f"model {name} cannot be loaded: {reason} ({hint})")
+@contextmanager
+def source(name: str) -> Iterator[str]:
+    """What `source_of` gives, for a block that loads from it: whatever fails there becomes a `SetupError`."""
+    found = source_of(name)
+    try:
+        yield found
+    except Exception as error:  # of damaged files, nearly any kind
+        hint = (
+            "the folder should hold config.json, weights and processor files, as save_pretrained writes them"
+            if Path(name).expanduser().is_dir()
+            else "it is no folder here, so it was looked for on the Hugging Face Hub; check name, network and login "
+            "(`hf auth login`), or download it elsewhere and give its folder"
+        )
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        reason = " ".join(line.strip() for line in lines[: 2 if lines[0].endswith(":") else 1])
+        raise SetupError(f"model {name} cannot be loaded: {reason} ({hint})") from error
 
 
 def source_of(name: str) -> str:
@@ -122,9 +133,6 @@ def source_of(name: str) -> str:
 
     Architectures of other packages, which register themselves with transformers on import, are known afterwards: the
     entry points of the group `attanchor.models`.
-
-    Raises:
-        SetupError: it is neither, or an adapter.
     """
     for entry in entry_points(group="attanchor.models"):
         entry.load()
@@ -143,9 +151,6 @@ def source_of(name: str) -> str:
 def refuse_adapter(model: str) -> None:
     """Refuse an adapter's folder in the place of its model's. transformers would load both, unmerged: an export of that
     is no whole model, and training would begin anew.
-
-    Raises:
-        SetupError: naming the model that it was trained on.
     """
     folder = Path(model).expanduser()
     if not (folder / "adapter_config.json").is_file() or (folder / "config.json").is_file():
@@ -219,11 +224,6 @@ def settings_for(
     """The settings that `load` will attach with, as far as files tell without loading the model: those of the adapter,
     or of the model's folder (attanchor.json, or config.json if it was saved attached), with every one of
     `changes` that is not None in the place of theirs. None if there are none, and no tau.
-
-    Raises:
-        SetupError: `adapter` is no folder of an adapter, or was trained without anchors and there is no tau; or `model`
-            is an adapter.
-        ValueError: the settings are damaged, or one of `changes` has no meaning.
     """
     refuse_adapter(model)
     found = None
@@ -320,11 +320,7 @@ def load(
 
 
 def with_adapter(loaded: Any, model: str, adapter: str | PathLike[str]) -> Any:
-    """`load_adapter` into a model that was `loaded` from `model`.
-
-    Raises:
-        SetupError: the adapter is damaged, or that of another model.
-    """
+    """`load_adapter` into a model that was `loaded` from `model`."""
     try:
         return load_adapter(loaded, adapter)
     except (json.JSONDecodeError, RecursionError, SafetensorError) as error:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from attanchor_vlm.model.families import FamilyAdapter
+from attanchor_vlm.model.plan import Call
 
 
 class Media(NamedTuple):
@@ -24,12 +24,8 @@ class Media(NamedTuple):
     rows: Tensor
     is_video: Tensor | None
 
-    def frames(self, model: Any, adapter: FamilyAdapter, arguments: Mapping[str, Any], silent: Tensor | None) -> Tensor:
-        """(T,) int64: the image, or the frame of a video, that each row is of, counted; -1 at rows of no content.
-
-        Raises:
-            ValueError: it is not known.
-        """
+    def frames(self, model: Any, adapter: FamilyAdapter, arguments: Call, silent: Tensor | None) -> Tensor:
+        """(T,) int64: the image, or the frame of a video, that each row is of, counted; -1 at rows of no content."""
         content = torch.ones(len(self.rows), dtype=torch.bool) if silent is None else ~silent.cpu()
         of_video = (
             torch.full_like(content, "image" not in self.encoded) if self.is_video is None else self.is_video.cpu()
@@ -50,13 +46,7 @@ class Media(NamedTuple):
         return found
 
     def regrouped(self, adapter: FamilyAdapter, rows: Tensor, order: Tensor, per_sample: list[int]) -> dict[str, Any]:
-        """`mm_encoder_outputs` of a new prompt.
-
-        Args:
-            rows: (T, D), these in the dtype of the prompt.
-            order: (T',) int64, the row of each placeholder of the new prompt, in row-major order.
-            per_sample: How many of them each sample has.
-        """
+        """`mm_encoder_outputs` of a new prompt; `rows` are these in its dtype, the others as for `regroup`."""
         if self.is_video is None:
             return {kind: adapter.regroup(one, rows, order, per_sample) for kind, one in self.encoded.items()}
         made = {}
@@ -68,12 +58,8 @@ class Media(NamedTuple):
         return made
 
 
-def encode(model: Any, adapter: FamilyAdapter, arguments: Mapping[str, Any]) -> Media:
-    """Encode the images and videos of a call, with gradient.
-
-    Raises:
-        ValueError: with both kinds, those of one fill other placeholders than the prompts have.
-    """
+def encode(model: Any, adapter: FamilyAdapter, arguments: Call) -> Media:
+    """Encode the images and videos of a call, with gradient."""
     encoders = {"image": adapter.encode_images, "video": adapter.encode_videos}
     encoded = {kind: encoders[kind](model, arguments) for kind in adapter.kinds(arguments)}
     parts = {kind: adapter.feature_rows(one) for kind, one in encoded.items()}
@@ -91,3 +77,17 @@ def encode(model: Any, adapter: FamilyAdapter, arguments: Mapping[str, Any]) -> 
             )
     place = torch.where(is_video, len(parts["image"]) + is_video.cumsum(0) - 1, (~is_video).cumsum(0) - 1)
     return Media(encoded, torch.cat([parts["image"], parts["video"]])[place], is_video)
+
+
+def rows_by_sample(model: Any, adapter: FamilyAdapter, rows: Tensor, arguments: Call) -> list[Tensor]:
+    """B tensors (M_b, D): the image tokens of every sample that are image content, which newline rows are not.
+
+    `rows` are (T, D), of the whole batch, as `FamilyAdapter.feature_rows` returns them.
+    """
+    held = adapter.placeholders(model, arguments["input_ids"]) & arguments["attention_mask"].bool()
+    counts = held.sum(-1).tolist()
+    parts = rows.split(counts)
+    silent = adapter.silent_features(model, rows)
+    if silent is None:
+        return list(parts)
+    return [part[~hidden] for part, hidden in zip(parts, silent.split(counts), strict=True)]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from attanchor_vlm.constants import IGNORE_INDEX
 from attanchor_vlm.model.config import AttAnchorConfig
-from attanchor_vlm.model.plan import AnchorPlan
+from attanchor_vlm.model.plan import AnchorPlan, Call
 
 _RESERVED = re.compile(r"reserved|unused|extra_id|<\|?(?:pad|unk)", re.IGNORECASE)
 
@@ -49,11 +49,7 @@ class Pauses(NamedTuple):
 
 
 def with_pauses(config: AttAnchorConfig, processor: Any, count: int, token: str | None) -> AttAnchorConfig:
-    """`config` with `count` pause tokens, which the vocabulary names `token`; unchanged for 0.
-
-    Raises:
-        ValueError: the vocabulary has no such token, or it begins or ends texts or stands for an image.
-    """
+    """`config` with `count` pause tokens, which the vocabulary names `token`; unchanged for 0."""
     if not count:
         return config
     tokenizer = getattr(processor, "tokenizer", processor)
@@ -72,7 +68,7 @@ def with_pauses(config: AttAnchorConfig, processor: Any, count: int, token: str 
 
 def add_pauses(
     settings: AttAnchorConfig,
-    arguments: Mapping[str, Any],
+    arguments: Call,
     anchor_mask: Tensor,
     has_image: Tensor,
     per_token: Iterable[str],
@@ -83,10 +79,7 @@ def add_pauses(
     rewritten either.
 
     Args:
-        settings: With `pause_tokens`, K, and `pause_token_id`.
-        arguments: The call's arguments, with `input_ids` (B, S).
-        anchor_mask: (B, S) bool.
-        has_image: (B,) bool.
+        anchor_mask, has_image: (B, S) and (B,) bool.
         per_token: Names of further (B, S) inputs; pauses get 0, text.
 
     Returns:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from attanchor_kernels import AnchoredSequence, Role, place_sequence, plan_sequence
+from attanchor_kernels import AnchoredSequence, Role, merge_sequence, place_sequence, plan_sequence
 from attanchor_vlm.model import config as settings
 
 _LARGE_ODD = (-7046029254386353131, -4417276706812531889, -8796714831421723037)  # splitmix64's constants, signed
@@ -61,40 +61,29 @@ def place(
     *,
     turn: Tensor | None,
     kept: dict[str, Any],
-    positions: str,
-    position_ids: Tensor | None,
-    padding_side: str,
     copy: bool,
     frames: Tensor | None = None,
+    **options: Any,
 ) -> AnchoredSequence:
     """What `attanchor_kernels.merge_sequence` returns, with the copies where ``config.placement`` puts them.
 
     Args:
-        config: With tau < 1.
         kept: `keep` and its companions of `merge_sequence`; who stays is decided as with matched copies.
         copy: False leaves `embeds` None, as `plan_sequence` does.
         frames: (B, S) int64, the frame of each image token, counted over the batch, or None without a cap for each.
-        text_embeds, …: As for `merge_sequence`.
-
-    Raises:
-        ValueError: as `merge_sequence`.
+        text_embeds, …: As for `merge_sequence`; `options` are its positions and the side of padding.
     """
-    options: dict[str, Any] = {"positions": positions, "position_ids": position_ids, "padding_side": padding_side}
-    found = plan_sequence(
-        text_embeds.detach(),
-        image_embeds.detach(),
-        roles,
-        config.tau,
-        turn=turn,
-        max_anchors=config.max_anchors if frames is None else None,
-        direction=config.direction,
-        backend=config.backend,
-        **kept,
-    )
+    matching = {"turn": turn, "direction": config.direction, "backend": config.backend, **kept}
+    if config.inserts_nothing or (config.placement == "matched" and frames is None):
+        merge, most = merge_sequence if copy else plan_sequence, config.max_anchors
+        return merge(text_embeds, image_embeds, roles, config.tau, max_anchors=most, **matching, **options)
+    most = config.max_anchors if frames is None else None
+    plain = text_embeds.detach(), image_embeds.detach()
+    found = plan_sequence(*plain, roles, config.tau, max_anchors=most, **matching)
     if frames is not None:
         found = found._replace(host=_capped(config, found.host, found.score, frames))
     if kept:
-        if positions == "inherit" and position_ids is None:
+        if options["positions"] == "inherit" and options["position_ids"] is None:
             options["position_ids"] = roles.ne(Role.PADDING).long().cumsum(1) - 1
         roles, image_embeds = _without_dropped(roles, image_embeds, found)
     placement = _PLACEMENTS[config.placement]
@@ -120,12 +109,12 @@ def _capped(config: settings.AttAnchorConfig, host: Tensor, score: Tensor, frame
     sample = torch.arange(len(host), device=host.device)[:, None].expand_as(host)
     for group, most in ((frame, config.max_anchors_per_frame), (sample, config.max_anchors)):
         if most is not None:
-            host = host.masked_fill(_rank(score, torch.where(host >= 0, group, -1)) >= most, -1)
+            host = host.masked_fill(rank_within(score, torch.where(host >= 0, group, -1)) >= most, -1)
     return host
 
 
-def _rank(score: Tensor, group: Tensor) -> Tensor:
-    """(B, S) int64, how many of its group score better than each, earlier slots first among equals."""
+def rank_within(score: Tensor, group: Tensor) -> Tensor:
+    """As `group`, int64: how many of its group score better than each, earlier ones first among equals."""
     flat = group.flatten()
     order = score.flatten().argsort(descending=True, stable=True)
     order = order[flat[order].argsort(stable=True)]

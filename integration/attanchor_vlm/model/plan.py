@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+Call = Mapping[str, Any]
+"""The arguments of a model's call, by name."""
 
 
 class AnchorPlan(NamedTuple):

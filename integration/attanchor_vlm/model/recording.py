@@ -83,11 +83,7 @@ def _tensors(values: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
 
 
 def visible(mask: Any, batch: int, length: int) -> Tensor | None:
-    """(B, S, S) bool, which keys (last) each query sees, of a layer's mask; None for a merely causal one.
-
-    Raises:
-        ValueError: a mask of an unknown kind.
-    """
+    """(B, S, S) bool, which keys (last) each query sees, of a layer's mask; None for a merely causal one."""
     if mask is None or (isinstance(mask, Tensor) and mask.dim() < 4):  # padding alone, told to fused attention
         return None
     if hasattr(mask, "mask_mod"):  # flex attention's, whose own dense form is by blocks

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from attanchor_kernels import AnchoredSequence, Role, merge_sequence, plan_sequence
-from attanchor_vlm.constants import IGNORE_INDEX
+from attanchor_kernels import AnchoredSequence, Role
+from attanchor_vlm.constants import IGNORE_INDEX, context_of
 from attanchor_vlm.model.candidates import frame_labels, mask_from_ids
 from attanchor_vlm.model.config import AttAnchorConfig
 from attanchor_vlm.model.dropping import survivors
@@ -21,7 +21,7 @@ from attanchor_vlm.model.families import FamilyAdapter
 from attanchor_vlm.model.media import Media, encode
 from attanchor_vlm.model.pauses import add_pauses
 from attanchor_vlm.model.placements import place
-from attanchor_vlm.model.plan import AnchorPlan
+from attanchor_vlm.model.plan import AnchorPlan, Call
 
 
 class PreparedImages(dict):
@@ -63,33 +63,26 @@ def parameters(function: Callable[..., Any]) -> tuple[str, ...]:
     return tuple(inspect.signature(function).parameters)[1:]
 
 
-def given_cache(arguments: Mapping[str, Any]) -> Any:
+def given_cache(arguments: Call) -> Any:
     """A call's KV cache, which transformers names `past_key_values` up to 5.23 and `cache` from 5.24 on; or None."""
     given = (arguments.get(name) for name in ("cache", "past_key_values"))
     return next((cache for cache in given if cache is not None), None)
 
 
-def is_prepared(arguments: Mapping[str, Any]) -> bool:
+def is_prepared(arguments: Call) -> bool:
     """Whether a call's arguments may be those of `prepare_inputs`."""
     encoded = arguments.get("mm_encoder_outputs")
     return arguments.get("inputs_embeds") is not None or isinstance(encoded, PreparedImages)
 
 
-def needs_rewriting(adapter: FamilyAdapter, settings: AttAnchorConfig, arguments: Mapping[str, Any]) -> bool:
+def needs_rewriting(adapter: FamilyAdapter, settings: AttAnchorConfig, arguments: Call) -> bool:
     """Whether anchors are to be inserted in a call."""
     prepared = isinstance(arguments.get("mm_encoder_outputs"), PreparedImages)
     return not settings.changes_nothing and adapter.has_images(arguments) and not prepared
 
 
-def check_call(
-    adapter: FamilyAdapter, settings: AttAnchorConfig, arguments: Mapping[str, Any], anchor_mask: Tensor | None
-) -> None:
-    """Refuse calls that cannot mean what the caller wants, whatever tau is.
-
-    Raises:
-        ValueError: `anchor_mask` without an image or with `inputs_embeds`; and, if anchors are to be inserted, images
-            with `inputs_embeds` or with a filled KV cache, and videos in a family without them, or with `keep`.
-    """
+def check_call(adapter: FamilyAdapter, settings: AttAnchorConfig, arguments: Call, anchor_mask: Tensor | None) -> None:
+    """Refuse calls that cannot mean what the caller wants, whatever tau is."""
     images, embeds = adapter.has_images(arguments), arguments.get("inputs_embeds") is not None
     if anchor_mask is not None:
         if embeds:
@@ -126,7 +119,7 @@ def rewrite(
     model: PreTrainedModel,
     adapter: FamilyAdapter,
     settings: AttAnchorConfig,
-    arguments: Mapping[str, Any],
+    arguments: Call,
     anchor_mask: Tensor | None,
     padding_side: str | None,
 ) -> Prepared:
@@ -134,14 +127,9 @@ def rewrite(
 
     Args:
         model: The attached model; its embedding and image encoder are called.
-        adapter, settings: The family's and the user's answers.
-        arguments: The call's arguments by name; unknown ones are handed on.
+        arguments: Unknown ones are handed on.
         anchor_mask: (B, S) bool or None, which falls back on everything after the first image.
         padding_side: "right", "left", or None for the side that the attention mask pads.
-
-    Raises:
-        ValueError, TypeError: an input has a wrong shape or type, features and placeholders differ in number, or the
-            new prompt is longer than the model's context.
     """
     ids = arguments["input_ids"]
     check_shapes(ids, arguments, anchor_mask)
@@ -184,12 +172,6 @@ def rewrite(
 
     device = text_embeds.device
     roles, turn = roles.to(device), _to(turn, device)
-    placed: dict[str, Any] = {
-        "turn": turn,
-        "positions": "inherit" if inherit else "sequential",
-        "position_ids": _to(positions, device),
-        "padding_side": padding_side,
-    }
     try:
         encoded = media.encoded.get("image")
         rows, kept = survivors(settings, adapter, model, arguments, encoded, rows, silent, text_embeds, roles, turn)
@@ -200,21 +182,19 @@ def rewrite(
             frames = torch.full_like(roles, -1, dtype=torch.long)
             if len(frame) == int(holds.sum()):  # else the operator tells, as of `_roles`
                 frames = frames.masked_scatter(holds, frame)
-        if (settings.placement != "matched" or frames is not None) and not settings.inserts_nothing:
-            placed |= {"frames": frames, "copy": route == "embeds"}
-            built = place(settings, text_embeds, rows, roles, kept=kept, **placed)
-        else:
-            built = (merge_sequence if route == "embeds" else plan_sequence)(
-                text_embeds,
-                rows,
-                roles,
-                settings.tau,
-                max_anchors=settings.max_anchors,
-                direction=settings.direction,
-                backend=settings.backend,
-                **kept,
-                **placed,
-            )
+        built = place(
+            settings,
+            text_embeds,
+            rows,
+            roles,
+            turn=turn,
+            kept=kept,
+            copy=route == "embeds",
+            frames=frames,
+            positions="inherit" if inherit else "sequential",
+            position_ids=_to(positions, device),
+            padding_side=padding_side,
+        )
     except ValueError as error:
         placeholders = int((is_image & is_real).sum())
         if placeholders != len(rows):
@@ -312,7 +292,7 @@ def _roles(is_real: Tensor, is_image: Tensor, anchor_mask: Tensor, takes_part: T
     return roles.masked_fill_(holds_image & ~takes_part, Role.SILENT_IMAGE)
 
 
-def _plain_positions(model: PreTrainedModel, adapter: FamilyAdapter, arguments: Mapping[str, Any]) -> Tensor | None:
+def _plain_positions(model: PreTrainedModel, adapter: FamilyAdapter, arguments: Call) -> Tensor | None:
     given = arguments.get("position_ids")
     if given is not None:
         # Qwen's four rows begin with text positions, which flash-attention reads for borders of packed sequences.
@@ -338,7 +318,7 @@ def _to(value: Tensor | None, device: torch.device) -> Tensor | None:
     return None if value is None else value.to(device)
 
 
-def check_shapes(ids: Tensor, arguments: Mapping[str, Any], anchor_mask: Tensor | None) -> None:
+def check_shapes(ids: Tensor, arguments: Call, anchor_mask: Tensor | None) -> None:
     if ids.dim() != 2:
         raise ValueError(f"input_ids has shape {tuple(ids.shape)}; it should be (B, S)")
     for name, value in (
@@ -359,7 +339,7 @@ def check_shapes(ids: Tensor, arguments: Mapping[str, Any], anchor_mask: Tensor 
 
 
 def _check_length(model: PreTrainedModel, length: int) -> None:
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    context = context_of(model.config)
     if context is not None and length > context:
         raise ValueError(
             f"the prompt with its anchors has {length} tokens and the model's context {context}; nothing is cut off "

@@ -75,12 +75,7 @@ class StopOnPlateau(TrainerCallback):
 
 
 class SaveOften(TrainerCallback):
-    """Saves every so many steps besides, so that a kill loses no more; validates and saves behind the last step too.
-
-    Args:
-        steps: None for the last one alone.
-        validate: Whether there is anything to validate on.
-    """
+    """Saves every so many steps besides, so that a kill loses no more; validates and saves behind the last step too."""
 
     def __init__(self, steps: int | None, validate: bool):
         self.steps, self.validate = steps, validate

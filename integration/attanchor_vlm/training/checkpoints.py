@@ -10,7 +10,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -83,14 +83,7 @@ def as_json(config: TrainConfig) -> dict[str, object]:
 
 
 def changed_settings(config: TrainConfig, free: Container[str]) -> str:
-    """Compare the settings of the run in `config.output` with `config`, as `settings.differences` does.
-
-    Args:
-        free: Settings that may differ.
-
-    Raises:
-        OSError, ValueError, LookupError, TypeError: there is no such run.
-    """
+    """Compare the settings of the run in `config.output` with `config`, as `differences` does, but for those `free`."""
     before = json.loads((config.output / RUN_FILE).read_text(encoding="utf-8"))["settings"]
     before = {_RENAMED.get(name, name): value for name, value in before.items()}
     before["patience"] = before.get("patience") or 0  # where None was for never
@@ -116,12 +109,7 @@ def _check_same_run(config: TrainConfig) -> None:
 
 
 def check_steps_left(checkpoint: Path, planned: int, patience: int) -> bool:
-    """Whether a run goes on behind a checkpoint; if not, it ended before its adapter was written.
-
-    Raises:
-        SetupError: saying how to go on.
-        CheckpointError: Trainer's own state in it cannot be read.
-    """
+    """Whether a run goes on behind a checkpoint; if not, it ended before its adapter was written."""
     with reading(checkpoint):
         state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
         before = json.loads((checkpoint.parent / RUN_FILE).read_text(encoding="utf-8"))
@@ -198,50 +186,54 @@ def delete_old(output: Path, keep: int, best: str | None) -> None:
 
 
 @contextmanager
-def writing(checkpoint: Path) -> Iterator[None]:
-    """Remove what the block wrote of a checkpoint if it cannot write all; the error names the last good one.
-
-    Raises:
-        CheckpointError: the disk is full, say.
-    """
+def _with_files(what: str, then: Callable[[], str]) -> Iterator[None]:
+    """A block whose errors of files say `what` is wrong, the reason, and what comes `then`."""
     try:
         yield
     except Exception as error:
         if not _is_of_files(error):
             raise
+        raise CheckpointError(f"{what}: {_reason(error)}{then()}") from error
+
+
+def writing(checkpoint: Path) -> AbstractContextManager[None]:
+    """Remove what the block wrote of a checkpoint if it cannot write all; the error names the last good one."""
+
+    def then() -> str:
         shutil.rmtree(checkpoint, ignore_errors=True)
-        after = _left(checkpoint.parent, "make room") or "; there is no other"
-        raise CheckpointError(f"checkpoint {checkpoint} cannot be written: {_reason(error)}{after}") from error
+        return _left(checkpoint.parent, "make room") or "; there is no other"
+
+    return _with_files(f"checkpoint {checkpoint} cannot be written", then)
 
 
-@contextmanager
-def reading(checkpoint: Path) -> Iterator[None]:
-    """Say of a checkpoint that the block cannot read what to go on from instead.
+def reading(checkpoint: Path) -> AbstractContextManager[None]:
+    """Say of a checkpoint that the block cannot read what to go on from instead."""
 
-    Raises:
-        CheckpointError: a file of it is damaged or cannot be read.
-    """
-    try:
-        yield
-    except Exception as error:
-        if not _is_of_files(error):
-            raise
+    def then() -> str:
         others = [path.name for path in complete_checkpoints(checkpoint.parent) if path != checkpoint]
-        after = f"delete that folder, and --resume goes on from {others[-1]}" if others else "there is no other"
-        raise CheckpointError(f"checkpoint {checkpoint} cannot be read: {_reason(error)}; {after}") from error
+        return f"; delete that folder, and --resume goes on from {others[-1]}" if others else "; there is no other"
+
+    return _with_files(f"checkpoint {checkpoint} cannot be read", then)
 
 
 def replace_files(output: Path, write: Callable[[Path], object], is_writer: bool = True) -> None:
     """Let `write` fill a temporary folder inside `output`, then move its files into `output`, or leave all as it was.
 
-    Args:
-        is_writer: False for the processes that only take part in gathering what is written.
+    Processes that are no writers only take part in gathering what is written.
     """
     if not is_writer:
         write(output)
         return
-    temporary = Path(tempfile.mkdtemp(prefix=PART, dir=output))
-    try:
+
+    def then() -> str:
+        left = complete_checkpoints(output)
+        return f"; {left[-1].name} in it is an adapter too" if left else ""
+
+    with (
+        _with_files(f"the adapter cannot be written to {output}", then),
+        tempfile.TemporaryDirectory(prefix=PART, dir=output, ignore_cleanup_errors=True) as folder,
+    ):
+        temporary = Path(folder)
         write(temporary)
         share_files(temporary)
         # adapter_config.json last: without it the folder is no adapter.
@@ -249,14 +241,6 @@ def replace_files(output: Path, write: Callable[[Path], object], is_writer: bool
             if path.is_dir():  # some processors have one
                 shutil.rmtree(output / path.name, ignore_errors=True)
             os.replace(path, output / path.name)
-    except Exception as error:
-        if not _is_of_files(error):
-            raise
-        left = complete_checkpoints(output)
-        after = f"; {left[-1].name} in it is an adapter too" if left else ""
-        raise CheckpointError(f"the adapter cannot be written to {output}: {_reason(error)}{after}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _is_of_files(error: Exception) -> bool:
@@ -286,13 +270,7 @@ def _reason(error: BaseException) -> str:
 
 @contextmanager
 def explain_failures(config: TrainConfig) -> Iterator[None]:
-    """Turn what ends a training from outside into an error of one line: what happened, what is left, what to do.
-
-    Raises:
-        DataError: a row or an image can no longer be used.
-        SetupError: the GPU's memory is too small.
-        CheckpointError: a file cannot be written, or a process that loads data was killed.
-    """
+    """Turn what ends a training from outside into an error of one line: what happened, what is left, what to do."""
     try:
         yield
     except DataError as error:  # raised anew, as from a loader's worker it comes out of torch

@@ -12,6 +12,14 @@ from attanchor_vlm.data.config import DataConfig
 from attanchor_vlm.model.config import AnchorOptions, AttAnchorConfig
 from attanchor_vlm.settings import REQUIRED, check_fraction, check_values, redefined, setting
 
+_SMALL: dict[str, Any] = {
+    "lora_rank": 16,
+    "lora_alpha": 32,
+    "lora_dropout": 0.0,
+    "accumulation": 1,
+    "weight_decay": 0.0,
+    "patience": 0,
+}
 # The paper's settings (arXiv 2509.23109, its table of training configurations), and those of the laboratory's two
 # models: what differs from the defaults of `Method`, which are those of tinyllava-1b.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -36,30 +44,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "epochs": 2.0,
         "patience": 4_500,
     },
-    "small-llava": {
-        "dtype": "float32",
-        "lora_rank": 16,
-        "lora_alpha": 32,
-        "lora_dropout": 0.0,
-        "batch_size": 32,
-        "accumulation": 1,
-        "lr": 2e-3,
-        "weight_decay": 0.0,
-        "epochs": 2.0,
-        "patience": 0,
-    },
-    "small-vlm": {
-        "dtype": "bfloat16",
-        "lora_rank": 16,
-        "lora_alpha": 32,
-        "lora_dropout": 0.0,
-        "batch_size": 8,
-        "accumulation": 1,
-        "lr": 1e-3,
-        "weight_decay": 0.0,
-        "epochs": 1.0,
-        "patience": 0,
-    },
+    "small-llava": _SMALL | {"dtype": "float32", "batch_size": 32, "lr": 2e-3, "epochs": 2.0},
+    "small-vlm": _SMALL | {"dtype": "bfloat16", "batch_size": 8, "lr": 1e-3, "epochs": 1.0},
 }
 
 # Those of transformers that need no further numbers.
@@ -77,11 +63,7 @@ SCHEDULERS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Method(AnchorOptions):
-    """What is inserted, the adapters and the optimiser: what a preset sets. Every field says what it means.
-
-    Raises:
-        TypeError, ValueError: naming the setting, what it is and what it should be.
-    """
+    """What is inserted, the adapters and the optimiser: what a preset sets. Every field says what it means."""
 
     tau: float = redefined(AnchorOptions, "tau", 0.12)
     fraction: float | None = setting(
@@ -133,11 +115,7 @@ class Method(AnchorOptions):
 
     @classmethod
     def from_preset(cls, preset: str, /, **settings: Any) -> Self:
-        """A preset with every one of `settings` that is not None in the place of its own.
-
-        Raises:
-            ValueError: there is no such preset, or a setting has no meaning.
-        """
+        """A preset with every one of `settings` that is not None in the place of its own."""
         if preset not in PRESETS:
             raise ValueError(f"preset is {preset!r}; it should be one of {', '.join(PRESETS)}")
         return cls(**PRESETS[preset] | {name: value for name, value in settings.items() if value is not None})
@@ -220,12 +198,9 @@ def preset_for(model: str) -> str:
 
     from attanchor_vlm.model import load as loading
 
-    source = loading.source_of(model)
-    try:
+    with loading.source(model) as source:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         width = config.get_text_config().hidden_size
-    except Exception as error:  # of damaged files, nearly any kind
-        raise loading.cannot_be_loaded(model, error) from error
     if config.model_type not in ("llava", "llava_next"):
         return "qwen2.5-vl-3b"
     widths = {"small-llava": 512, "small-vlm": 1024, "tinyllava-1b": 4096}

@@ -20,9 +20,6 @@ def lora_targets(model: nn.Module) -> list[str]:
     """The `target_modules` of peft's LoraConfig: all linear layers of the language model and of the projectors, found
     by the model's structure and named in full. "all-linear" and plain names hit the vision tower as well. In a mixture
     of experts the feed-forward layers are left out.
-
-    Args:
-        model: A transformers model, attached or not.
     """
     target = base_of(model)
     decoder = language_model(target)
@@ -56,8 +53,10 @@ def choose_optimizer(wanted: str, say: Callable[[str], None], sharded: bool = Fa
     names = [member.value for member in OptimizerNames]
     if wanted not in names:
         raise SetupError(f"optimizer is {wanted!r}; it should be one of {', '.join(names)}")
-    if not _is_of_bitsandbytes(wanted):
+    if not wanted.endswith(("8bit", "32bit")) and wanted not in ("ademamix", "rmsprop_bnb"):
         return wanted
+    if wanted.startswith("adamw_torch"):
+        return wanted  # torchao brings its adamw_torch_8bit
     if sharded:
         say(f"{wanted} cannot step sharded parameters (fsdp): training with adamw_torch")
         return "adamw_torch"
@@ -74,18 +73,9 @@ def choose_optimizer(wanted: str, say: Callable[[str], None], sharded: bool = Fa
     return "adamw_torch"
 
 
-def _is_of_bitsandbytes(optimizer: str) -> bool:
-    if optimizer.startswith("adamw_torch"):
-        return False  # torchao brings its adamw_torch_8bit
-    return optimizer.endswith(("8bit", "32bit")) or optimizer in ("ademamix", "rmsprop_bnb")
-
-
 def add_lora(model: Any, rank: int, alpha: int, dropout: float) -> nn.Module:
     """A PeftModel with fresh adapters on language model and projector; everything else is frozen. Projectors without
     linear layers, which are small, are trained whole.
-
-    Args:
-        rank, alpha, dropout: Of LoRA.
 
     Raises:
         SetupError: there is no projector to be found in the model, so that it would stay as it is.

@@ -175,7 +175,8 @@ def _train(
     planned = planned_steps(config, data.count)
     steps_left = checkpoint is None or checkpoints.check_steps_left(checkpoint, planned, config.patience)
     collate = Collator(processor, config.turns, config.content_words)
-    aligner = aligner_for(config, model, processor, getattr(data.train, "samples", ()), progress)
+    known = [] if isinstance(data.train, SampleStream) else data.train
+    aligner = aligner_for(config, model, processor, known, progress)
     interrupt, plateau = calls.KeepOnInterrupt(), None
     listeners = [calls.LogFile(config.output), calls.SameOrderOnResume(), interrupt]
     if len(data.val) and config.patience:

@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 
 from attanchor_vlm import distributed
 from attanchor_vlm.analysis.calibrate import HIGHEST_TAU, Scores
-from attanchor_vlm.model.attach import base_of, set_tau
+from attanchor_vlm.model.attach import config_of, set_tau
 from attanchor_vlm.model.plan import AnchorPlan, taking_part
 
 _BINS = 4000  # over the cosines -1 to 1
@@ -131,8 +131,7 @@ class TauKeeper(TrainerCallback):
         self._tau, self.epoch = scores.threshold(self.fraction), epoch
         set_tau(model, self._tau)
         when = f"epoch {epoch + 1}: " if self.hold == "epoch" else ""
-        attached: Any = base_of(model)
-        inserted = scores.fraction(self._tau, attached.attanchor_config.max_anchors)
+        inserted = scores.fraction(self._tau, config_of(model).max_anchors)
         self.say(
             f"{when}tau {self._tau:.4f} inserts {inserted:.1%} of the text tokens, measured on "
             f"{len(scores.of_sample)} samples"

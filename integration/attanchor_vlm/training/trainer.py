@@ -62,18 +62,16 @@ class AnchorTrainer(Trainer):
         # Inserted, taking part, sum of scores, then the extra losses: on the device, read when logged.
         self._counts: Tensor | None = None
         self._batches = 0
-        inner: Any = self.model
-        self._tau = tau_of(inner)
+        self._tau = tau_of(self.model)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         own = {name: value for name, value in inputs.items() if name not in EXTRA_INPUTS}
         loss, outputs = super().compute_loss(model, own, return_outputs=True, num_items_in_batch=num_items_in_batch)
         if model.training:
             inner = self.accelerator.unwrap_model(model)
-            counts = anchor_counts(inner, inputs)
-            attached: Any = base_of(inner)
-            if self.keeper is not None and attached.attanchor_plan is not None and "anchor_mask" in inputs:
-                self.keeper.observe(attached.attanchor_plan, inputs["anchor_mask"])
+            counts, plan = anchor_counts(inner, inputs), base_of(inner).attanchor_plan
+            if self.keeper is not None and plan is not None and "anchor_mask" in inputs:
+                self.keeper.observe(plan, inputs["anchor_mask"])
             # Further losses come in here. The answers' loss is a mean over the tokens of a whole optimiser step, on
             # all devices; these are means over a batch, so they are divided by the step's batches (and DDP averages).
             for extra in self.extra_losses.values():
@@ -183,11 +181,7 @@ class LengthGroupedSampler(torch.utils.data.Sampler[int]):
     """Indices in an order that puts samples of like lengths into a batch, shuffled anew in every epoch.
 
     transformers' sampler of that name draws from the global generator, which differs among processes and in a resumed
-    run; this one's order is a function of seed and epoch.
-
-    Args:
-        lengths: Of every sample.
-        batch: Samples of one optimiser step, on all devices.
+    run; this one's order is a function of seed and epoch. `batch` samples make an optimiser step, on all devices.
     """
 
     def __init__(self, lengths: Sequence[int], batch: int, seed: int):

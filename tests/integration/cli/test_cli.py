@@ -24,7 +24,7 @@ from attanchor_vlm import cli, load_settings
 from attanchor_vlm.cli.options import Options, takes
 from attanchor_vlm.errors import SetupError, missing
 from attanchor_vlm.model import load as loading
-from attanchor_vlm.model.families.llava import LlavaAdapter
+from attanchor_vlm.model.families.tiles import LlavaAdapter
 from attanchor_vlm.model.rules import RULES
 from attanchor_vlm.settings import setting
 from attanchor_vlm.training.config import PRESETS, TrainConfig

@@ -226,7 +226,7 @@ def test_the_loss_is_trainers(world, test_samples, tau, tmp_path):
     """`eval_loss` of transformers' Trainer, over a last batch that is not full."""
     from transformers import TrainingArguments
 
-    from attanchor_vlm.data.batches import Collator, SampleDataset
+    from attanchor_vlm.data.batches import Collator
     from attanchor_vlm.training.trainer import AnchorTrainer
 
     model, processor = load_pretrained(str(world / "model"))
@@ -236,7 +236,7 @@ def test_the_loss_is_trainers(world, test_samples, tau, tmp_path):
         str(tmp_path), per_device_eval_batch_size=4, report_to="none", prediction_loss_only=True, disable_tqdm=True,
         remove_unused_columns=False, label_names=["labels"], use_cpu=True,
     )  # fmt: skip
-    trainer = AnchorTrainer(model, arguments, Collator(processor, "each"), eval_dataset=SampleDataset(test_samples))
+    trainer = AnchorTrainer(model, arguments, Collator(processor, "each"), eval_dataset=test_samples)
     assert len(test_samples) % 4
     assert ours.loss == pytest.approx(trainer.evaluate()["eval_loss"], rel=1e-6)
     assert (ours.inserted_share > 0) == (tau < 1)

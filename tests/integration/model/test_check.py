@@ -16,9 +16,8 @@ from attanchor_vlm.errors import FamilyError
 from attanchor_vlm.model import check
 from attanchor_vlm.model.check import findings
 from attanchor_vlm.model.families import TESTED, FamilyAdapter, adapter_for
-from attanchor_vlm.model.families.gemma3 import Gemma3Adapter
-from attanchor_vlm.model.families.llava import LlavaAdapter
 from attanchor_vlm.model.families.qwen_vl import QwenVLAdapter
+from attanchor_vlm.model.families.tiles import Gemma3Adapter, LlavaAdapter
 from attanchor_vlm.model.rules import RULES
 
 

@@ -17,7 +17,7 @@ from attanchor_lab.scenes import dataset as scenes
 from attanchor_lab.small_llava import model as small_llava
 from attanchor_vlm import AttAnchorConfig, attach, cli
 from attanchor_vlm.analysis.probe import DOES_NOT_FOLLOW, FOLLOWS
-from attanchor_vlm.analysis.probe_control import permute_projector, save
+from attanchor_vlm.analysis.probe_control import permute_projector
 from attanchor_vlm.data.batches import Collator
 from attanchor_vlm.data.rows import read_rows, samples
 from attanchor_vlm.errors import DataError, SetupError
@@ -56,7 +56,7 @@ def world(tmp_path_factory):
     write_captions(folder, "train", 60, seed=0)
     scenes.write_dataset(folder, "val", 2, seed=2)
     model, processor = loading.load_pretrained(str(small_llava.SHIPPED))
-    save(permute_projector(model), processor, folder / "unaligned")
+    loading.save_pretrained(permute_projector(model), processor, folder / "unaligned")
     return folder
 
 

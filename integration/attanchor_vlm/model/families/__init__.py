@@ -6,22 +6,10 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from attanchor_vlm.model.families import encoded, llava_next, tiles
 from attanchor_vlm.model.families.base import FamilyAdapter, axes
-from attanchor_vlm.model.families.encoded import (
-    Granite4VisionAdapter,
-    HunYuanVLAdapter,
-    Llama4Adapter,
-    Phi4MultimodalAdapter,
-)
-from attanchor_vlm.model.families.gemma3 import Gemma3Adapter
-from attanchor_vlm.model.families.idefics3 import Idefics3Adapter
-from attanchor_vlm.model.families.internvl import InternVLAdapter
-from attanchor_vlm.model.families.llava import LlavaAdapter
-from attanchor_vlm.model.families.llava_next import LlavaNextAdapter
-from attanchor_vlm.model.families.llava_onevision import LlavaOnevisionAdapter
 from attanchor_vlm.model.families.qwen_vl import QwenVLAdapter
 from attanchor_vlm.model.families.refusals import reason_against
-from attanchor_vlm.model.families.tiles import TileAdapter
 
 _ANY = FamilyAdapter()
 _REGISTRY: dict[str, FamilyAdapter] = {}
@@ -72,17 +60,17 @@ def adapter_for(model: PreTrainedModel) -> FamilyAdapter:
 
 EMBEDS_FIRST, BOTH = ("embeds", "ids"), ("ids", "embeds")
 for known in (
-    LlavaAdapter(),
-    LlavaNextAdapter(),
-    LlavaOnevisionAdapter(),
+    tiles.LlavaAdapter(),
+    llava_next.LlavaNextAdapter(),
+    llava_next.LlavaOnevisionAdapter(),
     QwenVLAdapter(model_types=("qwen2_vl", "qwen2_5_vl"), routes=EMBEDS_FIRST),
     QwenVLAdapter(model_types=("qwen3_vl", "qwen3_vl_moe")),  # deepstack features have no place in inputs_embeds
     QwenVLAdapter(model_types=("qwen3_5", "qwen3_5_moe"), routes=BOTH),
     QwenVLAdapter(model_types=("glm4v", "glm46v", "glm4v_moe", "glm_ocr", "glmga", "paddleocr_vl"), routes=BOTH),
-    InternVLAdapter(),
-    Idefics3Adapter(),
-    TileAdapter(model_types=("paligemma",), routes=("ids",), token_types={"token_type_ids": 0}),  # of the prefix
-    Gemma3Adapter(),
+    tiles.InternVLAdapter(),
+    tiles.Idefics3Adapter(),
+    tiles.TileAdapter(model_types=("paligemma",), routes=("ids",), token_types={"token_type_ids": 0}),  # of the prefix
+    tiles.Gemma3Adapter(),
     # Of another type than its image, an anchor would cut the image's block of mutual attention in two.
     FamilyAdapter(model_types=("gemma4", "gemma4_unified", "molmo2"), token_types={"mm_token_type_ids": 1}),
     FamilyAdapter(
@@ -95,10 +83,10 @@ for known in (
         ),
         routes=BOTH,
     ),
-    Llama4Adapter(),
-    Granite4VisionAdapter(),
-    HunYuanVLAdapter(),
-    Phi4MultimodalAdapter(),
+    encoded.Llama4Adapter(),
+    encoded.Granite4VisionAdapter(),
+    encoded.HunYuanVLAdapter(),
+    encoded.Phi4MultimodalAdapter(),
     # All that the contract says is right of these, and `inputs_embeds` hold all that their decoders are given.
     FamilyAdapter(
         model_types=(

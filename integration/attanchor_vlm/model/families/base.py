@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from attanchor_vlm.model.families.grid import Grid
+from attanchor_vlm.model.families.grid import Grid, Shape, Size
 from attanchor_vlm.model.families.structure import towers
-from attanchor_vlm.model.plan import AnchorPlan
+from attanchor_vlm.model.plan import AnchorPlan, Call
 
 _HANDED_ON = ("image_sizes", "image_merge_sizes")
 _TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
@@ -73,7 +73,7 @@ class FamilyAdapter:
         bound.positions = self.positions or ("inherit" if bound.positions_per_token > 1 else "sequential")
         return bound
 
-    def kinds(self, arguments: Mapping[str, Any]) -> list[str]:
+    def kinds(self, arguments: Call) -> list[str]:
         """What a call brings, as pixels or already encoded: "image", "video", both or neither."""
         encoded = arguments.get("mm_encoder_outputs") or {}
         given = {name for name, value in arguments.items() if value is not None}
@@ -81,15 +81,15 @@ class FamilyAdapter:
         named = (("image", self.image_arguments), ("video", self.video_arguments))
         return [kind for kind, names in named if names and given & {kind, *_pixels(names)}]
 
-    def has_images(self, arguments: Mapping[str, Any]) -> bool:
+    def has_images(self, arguments: Call) -> bool:
         """Whether a call brings images or videos."""
         return bool(self.kinds(arguments))
 
-    def encode_images(self, model: Any, arguments: Mapping[str, Any]) -> Any:
+    def encode_images(self, model: Any, arguments: Call) -> Any:
         """The model's own encoding of the call's images, with gradient."""
         return _encoded("image", self.image_arguments, model, arguments)
 
-    def encode_videos(self, model: Any, arguments: Mapping[str, Any]) -> Any:
+    def encode_videos(self, model: Any, arguments: Call) -> Any:
         """The model's own encoding of the call's videos, with gradient."""
         return _encoded("video", self.video_arguments, model, arguments)
 
@@ -122,7 +122,7 @@ class FamilyAdapter:
         return torch.stack([(rows == vector.detach().to(rows)).all(-1) for vector in found]).any(0)
 
     def plain_positions(
-        self, model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None, arguments: Mapping[str, Any]
+        self, model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None, arguments: Call
     ) -> Tensor | None:
         """(P, B, S) position ids of the prompt without anchors, for "inherit"; None to count over its real tokens.
 
@@ -171,7 +171,7 @@ class FamilyAdapter:
             regrouped["deepstack_features"] = [by_sample(flat(layer)[order], per_sample) for layer in layers]
         return type(encoded)(**{**encoded, **regrouped})  # with whatever else the model reads from it
 
-    def token_shapes(self, model: Any, arguments: Mapping[str, Any], count: int) -> list[list[tuple[int, int]]]:
+    def token_shapes(self, model: Any, arguments: Call, count: int) -> list[list[Shape]]:
         """(rows, columns) of the grids of tokens of each image of a call, in the order of the features; empty if they
         are not known, and each image is one line of tokens.
 
@@ -183,11 +183,11 @@ class FamilyAdapter:
         """
         return []
 
-    def video_shapes(self, model: Any, arguments: Mapping[str, Any], count: int) -> list[list[tuple[int, int]]]:
+    def video_shapes(self, model: Any, arguments: Call, count: int) -> list[list[Shape]]:
         """As `token_shapes`, of the steps of time of each video."""
         return []
 
-    def class_token_attention(self, model: Any, arguments: Mapping[str, Any], encoded: Any) -> Tensor | None:
+    def class_token_attention(self, model: Any, arguments: Call, encoded: Any) -> Tensor | None:
         """(T,) float32, how much the class token of the image encoder attends to each feature; None if it has none.
 
         Args:
@@ -199,9 +199,7 @@ class FamilyAdapter:
         """
         return None
 
-    def grids(
-        self, model: Any, processor: Any, batch: Mapping[str, Tensor], index: int, size: tuple[int, int]
-    ) -> list[Grid]:
+    def grids(self, model: Any, processor: Any, batch: Call, index: int, size: Size) -> list[Grid]:
         """Where the tokens of one image lie in it, as grids in the order of the tokens.
 
         Args:
@@ -213,14 +211,9 @@ class FamilyAdapter:
         Raises:
             ValueError: it is not known of this family.
         """
-        raise ValueError(
-            f"where image tokens lie in the image is not known for {model.config.model_type}: boxes are not available. "
-            "Anchors are inserted all the same"
-        )
+        raise _no_boxes("image tokens lie in the image", model)
 
-    def frame_grids(
-        self, model: Any, processor: Any, batch: Mapping[str, Tensor], index: int, size: tuple[int, int], frames: int
-    ) -> list[Grid]:
+    def frame_grids(self, model: Any, processor: Any, batch: Call, index: int, size: Size, frames: int) -> list[Grid]:
         """Where the tokens of one video lie in its frames: a grid for each step of time, of as many frames each.
 
         Args:
@@ -231,21 +224,25 @@ class FamilyAdapter:
         Raises:
             ValueError: it is not known of this family.
         """
-        raise ValueError(
-            f"where video tokens lie in the frames is not known for {model.config.model_type}: boxes are not "
-            "available. Anchors are inserted all the same"
-        )
+        raise _no_boxes("video tokens lie in the frames", model)
 
     def vision_tower(self, model: PreTrainedModel) -> nn.Module | None:
         """The encoders of the model without projectors, which training usually freezes."""
         return nn.ModuleList(tower for _, tower in towers(model))
 
 
+def _no_boxes(what: str, model: Any) -> ValueError:
+    return ValueError(
+        f"where {what} is not known for {model.config.model_type}: boxes are not available. Anchors are inserted all "
+        "the same"
+    )
+
+
 def _pixels(names: tuple[str, ...]) -> list[str]:
     return [name for name in names if "pixel_values" in name] or [*names[:1]]
 
 
-def _encoded(kind: str, names: tuple[str, ...], model: Any, arguments: Mapping[str, Any]) -> Any:
+def _encoded(kind: str, names: tuple[str, ...], model: Any, arguments: Call) -> Any:
     encoded = (arguments.get("mm_encoder_outputs") or {}).get(kind)
     if encoded is not None:
         if pixels := [name for name in _pixels(names) if arguments.get(name) is not None]:

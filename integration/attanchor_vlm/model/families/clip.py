@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from attanchor_vlm.model.plan import Call
+
 
 @torch.no_grad()
-def clip_attention(model: Any, arguments: Mapping[str, Any], encoded: Any) -> Tensor | None:
+def clip_attention(model: Any, arguments: Call, encoded: Any) -> Tensor | None:
     """(N, P) float32: the class token's attention to each patch of N images, mean over the heads, in the layer behind
     the one that the features come from (in LLaVA, the last).
 
     It is one query row, computed anew from the layer's input: the encoder's own attention code returns no weights
     where it is fused. None if the encoder is no CLIP, or if its features are those of the last layer or hold the class
     token itself.
-
-    Raises:
-        ValueError: `encoded` does not hold the layer's input.
     """
     tower: Any = getattr(model.base_model, "vision_tower", None)
     strategy = arguments.get("vision_feature_select_strategy") or model.config.vision_feature_select_strategy

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from attanchor_vlm.model.families.base import FamilyAdapter, by_sample, flat
+from attanchor_vlm.model.families.grid import Shape
 
 
 class Llama4Adapter(FamilyAdapter):
@@ -79,7 +80,7 @@ class Phi4MultimodalAdapter(FamilyAdapter):
     def feature_rows(self, encoded: Tensor) -> Tensor:
         return encoded
 
-    def token_shapes(self, model: Any, arguments: Any, count: int) -> list[list[tuple[int, int]]]:
+    def token_shapes(self, model: Any, arguments: Any, count: int) -> list[list[Shape]]:
         """Of an image, its crops less their padding as one grid, then the view of the whole."""
         images, shapes = model.base_model.embed_tokens_extend.image_embed, []
         side = math.isqrt(images.num_img_tokens)

@@ -8,6 +8,10 @@ from typing import Any
 
 Region = tuple[float, float, float, float]
 """x0, y0, x1, y1 in pixels of the original image, not rounded; may reach past its edges where it was padded."""
+Shape = tuple[int, int]
+"""(rows, columns) of a grid of image tokens."""
+Size = tuple[int, int]
+"""(height, width) of an image in pixels."""
 
 
 @dataclass(frozen=True)
@@ -54,13 +58,13 @@ class Grid:
         return row * columns + column
 
 
-def whole(size: tuple[int, int]) -> Region:
-    """All of an image of (height, width)."""
+def whole(size: Size) -> Region:
+    """All of an image."""
     return 0.0, 0.0, float(size[1]), float(size[0])
 
 
-def squared(size: tuple[int, int]) -> Region:
-    """The square that an image of (height, width) is padded to, around it."""
+def squared(size: Size) -> Region:
+    """The square that an image is padded to, around it."""
     height, width = size
     side = max(height, width)
     left, top = -((side - width) // 2), -((side - height) // 2)
@@ -72,12 +76,8 @@ def split(region: Region, rows: int, columns: int) -> list[Region]:
     return [cell for _, _, _, cell in Grid(rows, columns, region).cells() if cell is not None]
 
 
-def kept(image_processor: Any, size: tuple[int, int]) -> Region:
-    """What an image processor like CLIP's keeps of an image of (height, width): padded to a square, resized, cropped.
-
-    Raises:
-        ValueError: it resizes in another way before it crops.
-    """
+def kept(image_processor: Any, size: Size) -> Region:
+    """What an image processor like CLIP's keeps of an image: padded to a square, resized, cropped."""
     region = whole(size)
     if getattr(image_processor, "do_pad", False) and hasattr(image_processor, "pad_to_square"):
         region = squared(size)

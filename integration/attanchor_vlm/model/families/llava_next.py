@@ -1,9 +1,9 @@
-"""LLaVA-NeXT: images in tiles, with a learned row after every line of patches."""
+"""LLaVA-NeXT and LLaVA-OneVision: images in tiles, with a learned row after every line of patches."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,7 +12,8 @@ from transformers.image_processing_utils import select_best_resolution
 
 from attanchor_vlm.model.families.base import FamilyAdapter
 from attanchor_vlm.model.families.clip import clip_attention
-from attanchor_vlm.model.families.grid import Grid, whole
+from attanchor_vlm.model.families.grid import Grid, Shape, Size, squared, whole
+from attanchor_vlm.model.plan import Call
 
 
 class LlavaNextAdapter(FamilyAdapter):
@@ -21,14 +22,14 @@ class LlavaNextAdapter(FamilyAdapter):
     model_types = ("llava_next",)
     routes = ("embeds", "ids")
 
-    def token_shapes(self, model: Any, arguments: Mapping[str, Any], count: int) -> list[list[tuple[int, int]]]:
+    def token_shapes(self, model: Any, arguments: Call, count: int) -> list[list[Shape]]:
         if arguments.get("image_sizes") is None:
             return []
         images = enumerate(arguments["image_sizes"].tolist())
         found = [self.grids(model, None, arguments, index, tuple(size)) for index, size in images]
         return [[(grid.rows, grid.columns) for grid in own if grid.rows and grid.columns] for own in found]
 
-    def class_token_attention(self, model: Any, arguments: Mapping[str, Any], encoded: Any) -> Tensor | None:
+    def class_token_attention(self, model: Any, arguments: Call, encoded: Any) -> Tensor | None:
         from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
         attention = clip_attention(model, arguments, encoded)
@@ -45,9 +46,7 @@ class LlavaNextAdapter(FamilyAdapter):
         )
         return torch.cat(packed).flatten()
 
-    def grids(
-        self, model: Any, processor: Any, batch: Mapping[str, Tensor], index: int, size: tuple[int, int]
-    ) -> list[Grid]:
+    def grids(self, model: Any, processor: Any, batch: Call, index: int, size: Size) -> list[Grid]:
         """The whole image, then the tiles as one grid, less what they have of padding, with line ends."""
         vision = model.config.vision_config
         side, cells = vision.image_size, vision.image_size // vision.patch_size
@@ -80,8 +79,41 @@ class LlavaNextAdapter(FamilyAdapter):
         tiles = (canvas_height // side, canvas_width // side, canvas)
         return [Grid(cells, cells, whole(size)), Grid(*shape, region, ends_lines=True, tiles=tiles)]
 
-    def shape_of_tiles(
-        self, model: Any, batch: Mapping[str, Tensor], rows: int, columns: int, cells: int
-    ) -> tuple[int, int]:
+    def shape_of_tiles(self, model: Any, batch: Call, rows: int, columns: int, cells: int) -> Shape:
         """(rows, columns) of the tokens that stand for a grid of features; `cells` along the side of a tile."""
         return rows, columns
+
+
+class LlavaOnevisionAdapter(LlavaNextAdapter):
+    """The number of images per sample is told, and tiles are bounded."""
+
+    model_types = ("llava_onevision",)
+
+    def grids(self, model: Any, processor: Any, batch: Call, index: int, size: Size) -> list[Grid]:
+        """As LLaVA-NeXT's; but several images in a sample have one padded tile each, with one newline behind it."""
+        counts = batch.get("batch_num_images")
+        if counts is None or int(counts.repeat_interleave(counts)[index]) == 1:
+            return super().grids(model, processor, batch, index, size)
+        vision = model.config.vision_config
+        cells = vision.image_size // vision.patch_size
+        return [Grid(cells, cells, squared(size), ends=True)]
+
+    def shape_of_tiles(self, model: Any, batch: Call, rows: int, columns: int, cells: int) -> Shape:
+        """The features are shrunk to what `vision_aspect_ratio` allows, such as nine tiles' worth."""
+        most = int(model.config.vision_aspect_ratio.removeprefix("anyres_max_"))
+        ratio = math.sqrt(rows * columns / (most * cells**2))
+        return (int(rows // ratio), int(columns // ratio)) if ratio > 1.1 else (rows, columns)
+
+    def frame_grids(self, model: Any, processor: Any, batch: Call, index: int, size: Size, frames: int) -> list[Grid]:
+        """Every frame pooled two by two, and one newline behind the last."""
+        grid = Grid(*_pooled(model), whole(size))
+        return [grid] * (frames - 1) + [dataclasses.replace(grid, ends=True)]
+
+    def video_shapes(self, model: Any, arguments: Call, count: int) -> list[list[Shape]]:
+        rows, columns = _pooled(model)
+        return [[(rows, columns)]] * (count // (rows * columns))
+
+
+def _pooled(model: Any) -> Shape:
+    vision = model.config.vision_config
+    return (math.ceil(vision.image_size // vision.patch_size / 2),) * 2

@@ -25,18 +25,14 @@ def language_model(model: Any) -> nn.Module:
     return model.get_decoder()
 
 
-def projectors(model: Any) -> Iterator[tuple[str, nn.Module]]:
+def projectors(model: Any) -> list[tuple[str, nn.Module]]:
     """Names and modules of what stands between the encoders and the language model of a transformers model."""
-    for name, module, projects in _parts(model):
-        if projects:
-            yield name, module
+    return [(name, module) for name, module, projects in _parts(model) if projects]
 
 
-def towers(model: Any) -> Iterator[tuple[str, nn.Module]]:
+def towers(model: Any) -> list[tuple[str, nn.Module]]:
     """Names and modules of the encoders of a transformers model, less the projectors that may stand inside them."""
-    for name, module, projects in _parts(model):
-        if not projects:
-            yield name, module
+    return [(name, module) for name, module, projects in _parts(model) if not projects]
 
 
 def _parts(model: Any) -> Iterator[tuple[str, nn.Module, bool]]:

@@ -14,7 +14,8 @@ from attanchor_vlm.data.rows import Sample
 from attanchor_vlm.errors import DataError, SetupError
 from attanchor_vlm.model.attach import base_of
 from attanchor_vlm.model.families import adapter_for
-from attanchor_vlm.model.image_rows import rows_by_sample
+from attanchor_vlm.model.load import empty_model
+from attanchor_vlm.model.media import rows_by_sample
 from attanchor_vlm.training.alignment.captions import CaptionLabels, read_captions
 from attanchor_vlm.training.alignment.clip import ClipLabels, clip_votes, read_word_list
 from attanchor_vlm.training.alignment.loss import TEMPERATURE, image_alignment, patch_alignment
@@ -60,7 +61,7 @@ class Aligner:
     @contextmanager
     def watching(self, model: nn.Module) -> Iterator[None]:
         """A block in which training calls of `model`, attached or a PeftModel, leave their image tokens here."""
-        inner: Any = base_of(model).base_model
+        inner = base_of(model).base_model
         original = inner.get_image_features
 
         def get_image_features(*args: Any, **kwargs: Any) -> Any:
@@ -81,7 +82,7 @@ class Aligner:
         with videos.
         """
         encoded, self._encoded = self._encoded, None
-        target: Any = base_of(model)
+        target = base_of(model)
         adapter = adapter_for(target)
         if adapter.kinds(inputs) != ["image"]:  # of videos nothing was labelled
             return torch.zeros((), device=inputs["input_ids"].device)
@@ -113,12 +114,8 @@ def _embedded(model: Any, words: Tensor) -> Tensor:
 def aligner_for(
     config: Any, model: Any, processor: Any, samples: Sequence[Sample], progress: bool = True
 ) -> Aligner | None:
-    """What a run's `TrainConfig` asks for; None without an `align_weight`.
-
-    Args:
-        model: As it will be trained, with its adapters on.
-        samples: Those of the training; empty if they are streamed.
-    """
+    """What a run's `TrainConfig` asks for, of a model with its adapters on; None without an `align_weight`. Streamed
+    `samples` are empty."""
     if not config.align_weight:
         return None
     _check_projector(model)
@@ -136,8 +133,6 @@ def aligner_for(
 
 
 def _clip_labels(config: Any, model: Any, processor: Any, samples: Sequence[Sample], progress: bool) -> ClipLabels:
-    from transformers import AutoModelForImageTextToText
-
     images = sorted({image for sample in samples for image in sample.images if isinstance(image, Path)})
     if not images:
         raise SetupError(
@@ -145,10 +140,7 @@ def _clip_labels(config: Any, model: Any, processor: Any, samples: Sequence[Samp
         )
     words = read_word_list(config.align_words)
     votes = clip_votes(config.align_clip, words, images, config.output, progress=progress)
-    made_of = base_of(model).config
-    with torch.device("meta"):  # goes to the loader's workers: a model without weights
-        place = AutoModelForImageTextToText.from_config(made_of)
-    return ClipLabels(processor, place, votes)
+    return ClipLabels(processor, empty_model(base_of(model).config), votes)  # goes to the loader's workers
 
 
 def _check_projector(model: Any) -> None:

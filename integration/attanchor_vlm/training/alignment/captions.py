@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from attanchor_vlm.chat.words import FUNCTION_WORDS, content_spans
-from attanchor_vlm.data.reading import lines_of, parse, read_text
+from attanchor_vlm.data.reading import lines_of, parse
 from attanchor_vlm.data.rows import PLACEHOLDER, Sample
 from attanchor_vlm.errors import DataError
+from attanchor_vlm.records import read_text
 
 _BEFORE = "a"  # in front of every text, so that its first word is tokenized as inside a sentence
 
@@ -23,10 +24,6 @@ def label_tokens(
     """The token ids of the content words of a text, and those of everything else in it.
 
     Tokens and not words, as AttAnchor matches tokens: every piece of a word is a label of its own.
-
-    Args:
-        tokenizer: A fast one.
-        function_words: In lower case.
     """
     if not text.strip():
         return set(), set()
@@ -93,10 +90,7 @@ class CaptionLabels:
 def read_captions(file: Path, images: Path) -> dict[Path, str]:
     """Texts about images: ``{"name.png": "a red ring", "other.png": ["dog", "grass"]}``; a list (or lines, in a .jsonl)
     of ``{"image": "name.png", "caption": "…"}``; or COCO's captions, ``{"images": …, "annotations": …}``. Several
-    captions of an image are joined.
-
-    Args:
-        images: Folder that the names are in.
+    captions of an image are joined; names are those of files in `images`.
     """
     text = read_text(file)
     raw: Any

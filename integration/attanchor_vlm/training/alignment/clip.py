@@ -147,9 +147,6 @@ def clip_votes(path: Path, words: Sequence[str], images: Sequence[Path], folder:
         words: To choose among, put into `TEMPLATE`.
         images: Files.
         folder: Where ``align-labels.npy`` and ``align-labels.json`` are kept.
-
-    Raises:
-        SetupError: there is no CLIP-class model at `path`.
     """
     index = {"clip": str(path), "words": list(words), "images": [str(image) for image in images], "template": TEMPLATE}
     key = hashlib.sha256(json.dumps(index, ensure_ascii=False).encode()).hexdigest()
