@@ -41,7 +41,7 @@ EXAMPLES = {
     "demo": "attanchor demo --output demo-out",
     "demo-photographs": "attanchor demo-photographs --output photographs-out",
     "demo-stage1": "attanchor demo-stage1 --output small-llava",
-    "photographs": "attanchor photographs --output photographs --scenes 320 --pixels 224",
+    "photographs": "attanchor photographs --output photographs --scenes 320 --kinds existence,place",
     "build-small-vlm": "attanchor build-small-vlm --output small-vlm",
     "lab-photographs": "attanchor lab-photographs --plan docs/lab/photographs-plan.json --output out --work work",
 }
