@@ -150,12 +150,15 @@ def _on_a_cpu(measured: Measured) -> Iterator[Verdict]:
 
 
 def _on_the_host(measured: Measured) -> Iterator[Verdict]:
-    """Of `build_sequence(trim=False)` by Triton, whatever the host."""
-    for grad, limit in ((False, 90.0), (True, 120.0)):
-        row = _last(measured.all, {"run": "host", "operation": "forward", "trim": False, "grad": grad})
+    """Of `build_sequence(trim=False)`, and of the part of it that is the CUDA backend's, whatever the host."""
+    called = [("forward", backend, *of) for backend in ("triton", "cuda") for of in ((False, 90.0), (True, 120.0))]
+    for operation, backend, grad, limit in (*called, ("construct", "cuda", False, 25.0)):
+        which = {"run": "host", "operation": operation, "trim": False, "grad": grad, "backend": backend}
+        row = _last(measured.all, which)
         note = f"{row['ratio']:.1f} x a plain autograd.Function" if row else ""
-        where = "Triton, with gradient" if grad else "Triton"
-        yield Verdict("host time of a call, its launch left out", where, limit, True, "us", row.get("us"), note)
+        where = f"{backend}, with gradient" if grad else backend
+        title = f"host time of {'a call' if operation == 'forward' else '`_construct`'}, its launch left out"
+        yield Verdict(title, where, limit, True, "us", row.get("us"), note)
 
 
 REFERENCE, MERGE = "against the eager reference, ", "merge_sequence "

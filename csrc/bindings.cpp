@@ -1,16 +1,21 @@
 // torch.ops.attanchor_cuda: from tensors to plain structures. PyTorch's stable ABI alone, so one binary serves PyTorch
 // 2.10 and later, and Python's limited API, so it serves Python 3.10 and later.
 //
-// Arguments have been checked and outputs allocated by attanchor_kernels/backends/cuda, the only caller.
+// Arguments have been checked by attanchor_kernels/backends/cuda, the only caller.
 #include <Python.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
+#include <array>
 #include <cstdint>
+#include <limits>
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "problem.h"
@@ -114,28 +119,100 @@ struct OnDevice {
   }
 };
 
-// How it was launched: the fields of Launched.
-std::vector<int64_t> construct(Tensor image, Tensor text, Optional roles, Optional turn, Optional image_mask,
-                               Optional text_mask, Optional anchor_mask, Optional position_ids, Optional keep_each,
-                               Optional salience, Optional cells, Optional tau_on_device, Optional embeds,
-                               Tensor new_position_ids, Tensor attention_mask, Tensor source, Tensor is_anchor,
-                               Tensor host, Tensor score, Optional relevance, Tensor places, Tensor state, double tau,
-                               int64_t budget, int64_t keep, bool image_into_text, bool inherit, bool pad_left,
-                               int64_t tile_images, int64_t cluster, int64_t tile_rows, int64_t lag, int64_t blocks,
-                               int64_t hold, int64_t bulk, int64_t stream) {
+// Contiguous and not yet written, on the device of `like`.
+template <size_t N>
+Tensor empty(const std::array<int64_t, N>& sizes, ScalarType scalar, const Tensor& like) {
+  std::array<int64_t, N> strides;
+  int64_t stride = 1;
+  for (size_t axis = N; axis-- > 0; stride *= std::max<int64_t>(sizes[axis], 1)) strides[axis] = stride;
+  int32_t device = 0;
+  AtenTensorHandle made = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(N, sizes.data(), strides.data(), static_cast<int32_t>(scalar),
+                                                         device, like.get_device_index(), &made));
+  return Tensor(made);
+}
+
+void make_contiguous(Optional& tensor) {
+  if (tensor.has_value() && !tensor->is_contiguous()) tensor = torch::stable::contiguous(*tensor);
+}
+
+// Where the parts of the state of a launch begin, in words of 64 bits; a cache line for the ticket and the counters of
+// each sample.
+struct StateLayout {
+  static constexpr int64_t LINE = attanchor::COUNTER_STRIDE / 2;
+  int64_t keys, cuts, priority, survivors, best, words;
+
+  // `slots` and `images` are 0 where nothing is dropped and where there are no cells.
+  StateLayout(int64_t batch, int64_t movers, int64_t slots, int64_t images) {
+    keys = LINE * (1 + batch);
+    cuts = keys + batch * movers;
+    priority = cuts + batch;
+    survivors = priority + batch * slots;
+    best = survivors + batch * (slots / 32 + 1);
+    words = best + batch * images;
+  }
+};
+
+int64_t state_words(int64_t batch, int64_t movers, int64_t slots, int64_t images) {
+  return StateLayout(batch, movers, slots, images).words;
+}
+
+// From its fields in their order.
+Tuning tuning_of(const std::vector<int64_t>& given) {
+  const auto field = [&](size_t at) { return static_cast<int>(given.at(at)); };
+  return {field(0), field(1), field(2), field(3), field(4), field(5), field(6)};
+}
+
+// The new rows unless the plan alone is wanted, the fields of Plan, and how it was launched: the fields of Launched, or
+// none where there is nothing to launch.
+using Constructed = std::tuple<Optional, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
+                               std::vector<int64_t>>;
+
+Constructed construct(Tensor image, Tensor text, Optional roles, Optional turn, Optional image_mask, Optional text_mask,
+                      Optional anchor_mask, Optional position_ids, Optional keep_each, Optional salience,
+                      Optional cells, Optional tau_on_device, Tensor state, double tau, int64_t budget,
+                      std::optional<int64_t> keep, int64_t capacity, bool copy, bool image_into_text, bool inherit,
+                      bool pad_left, std::vector<int64_t> tuning, int64_t stream) {
   const OnDevice on_device(text);
-  const int64_t batch = text.size(0), movers = host.size(1);
+  const bool merges = roles.has_value(), drops = keep.has_value() || keep_each.has_value();
+  const int64_t batch = text.size(0), texts = text.size(1), hidden = text.size(2);
+  const int64_t slots = merges ? texts : texts + image.size(1), images = merges ? slots : image.size(1);
+  const int64_t movers = merges ? slots : image_into_text ? images : texts;
+  const int64_t axes = position_ids.has_value() ? position_ids->size(0) : 1;
+
+  const Scalar scalar = scalar_of(text);
+  const Optional embeds =
+      copy ? Optional(empty<3>({batch, capacity, hidden}, text.scalar_type(), text)) : std::nullopt;
+  const Tensor new_position_ids = empty<3>({axes, batch, capacity}, ScalarType::Long, text);
+  const Tensor attention_mask = empty<2>({batch, capacity}, ScalarType::Long, text);
+  const Tensor source = empty<2>({batch, capacity}, ScalarType::Long, text);
+  const Tensor is_anchor = empty<2>({batch, capacity}, ScalarType::Bool, text);
+  const Tensor host = empty<2>({batch, movers}, ScalarType::Long, text);
+  const Tensor score = empty<2>({batch, movers}, ScalarType::Float, text);
+  const Tensor relevance = empty<2>({batch, drops ? images : 0}, ScalarType::Float, text);
+  const Tensor places = empty<3>({batch, 3, slots}, ScalarType::Int, text);
+  Constructed made(embeds, new_position_ids, attention_mask, source, is_anchor, host, score, relevance, places, {});
+  if (batch == 0 || (capacity == 0 && slots == 0)) return made;
+
+  for (Optional* each : {&roles, &turn, &image_mask, &text_mask, &anchor_mask, &position_ids, &keep_each, &salience,
+                         &cells}) {
+    make_contiguous(*each);
+  }
   Problem p = {};
-  p.rows = rows_of(image, text, places.size(2), text.size(2));
+  p.rows = rows_of(image, text, slots, hidden);
   Width width;
   width.with(image).with(text).with(p.rows.row_bytes);
   if (embeds.has_value()) width.with(embeds->mutable_data_ptr());
   p.rows.width = width.get();
 
+  const StateLayout layout(batch, movers, drops ? slots : 0, cells.has_value() ? images : 0);
+  if (state.numel() < layout.words) throw std::runtime_error("attanchor_cuda.construct: the state is too small");
   p.state.ticket = data<unsigned>(state);
   p.state.counters = p.state.ticket + attanchor::COUNTER_STRIDE;
-  p.state.keys = data<unsigned long long>(state) + (1 + batch) * (attanchor::COUNTER_STRIDE / 2);
-  p.state.cuts = p.state.keys + batch * movers;
+  auto* const words = data<unsigned long long>(state);
+  p.state.keys = words + layout.keys;
+  p.state.cuts = words + layout.cuts;
 
   p.roles = data<const uint8_t>(roles);
   p.turn = data<const int32_t>(turn);
@@ -153,38 +230,32 @@ std::vector<int64_t> construct(Tensor image, Tensor text, Optional roles, Option
   p.places = data<int32_t>(places);
 
   p.batch = static_cast<int>(batch);
-  p.texts = static_cast<int>(text.size(1));
+  p.texts = static_cast<int>(texts);
   p.movers = static_cast<int>(movers);
-  p.capacity = static_cast<int>(source.size(1));
-  p.axes = static_cast<int>(new_position_ids.size(0));
-  p.budget = static_cast<int>(budget < movers ? budget : movers);
+  p.capacity = static_cast<int>(capacity);
+  p.axes = static_cast<int>(axes);
+  p.budget = static_cast<int>(std::min(budget, movers));
   p.tau = static_cast<float>(tau);
   p.tau_on_device = data<const float>(tau_on_device);
   p.image_into_text = image_into_text;
   p.budgeted = budget < movers;
   p.inherit = inherit;
   p.pad_left = pad_left;
-  p.drop.drops = relevance.has_value();
+  p.drop.drops = drops;
   p.drop.relevance = data<float>(relevance);
   p.drop.salience = data<const float>(salience);
   p.drop.cells = data<const int32_t>(cells);
   p.drop.keep_each = data<const int32_t>(keep_each);
-  p.drop.keep = static_cast<int>(keep);
-  p.drop.priority = p.state.cuts + batch;
-  p.drop.survivors = p.drop.priority + batch * p.rows.slots;
+  p.drop.keep = static_cast<int>(std::min<int64_t>(keep.value_or(0), std::numeric_limits<int>::max()));
+  p.drop.priority = words + layout.priority;
+  p.drop.survivors = words + layout.survivors;
   p.drop.words = p.rows.slots / 32 + 1;
-  p.drop.best = p.drop.survivors + batch * p.drop.words;
-  Tuning tuning;
-  tuning.tile_images = static_cast<int>(tile_images);
-  tuning.cluster = static_cast<int>(cluster);
-  tuning.tile_rows = static_cast<int>(tile_rows);
-  tuning.lag = static_cast<int>(lag);
-  tuning.blocks = static_cast<int>(blocks);
-  tuning.hold = static_cast<int>(hold);
-  tuning.bulk = static_cast<int>(bulk);
+  p.drop.best = words + layout.best;
   Launched l = {};
-  check(launch_construct(p, scalar_of(text), tuning, l, reinterpret_cast<void*>(stream)), "construct");
-  return {l.tile_images, l.cluster, l.holds, l.bulk, l.tile_rows, l.lag, l.blocks, l.resident, l.shared_bytes};
+  check(launch_construct(p, scalar, tuning_of(tuning), l, reinterpret_cast<void*>(stream)), "construct");
+  std::get<std::vector<int64_t>>(made) = {l.tile_images, l.cluster, l.holds,    l.bulk,        l.tile_rows,
+                                          l.lag,         l.blocks,  l.resident, l.shared_bytes};
+  return made;
 }
 
 #ifdef ATTANCHOR_STAMPS
@@ -229,14 +300,14 @@ void assemble_backward(Tensor grad, Tensor places, Tensor image_grad, Tensor tex
 }  // namespace
 
 STABLE_TORCH_LIBRARY(attanchor_cuda, library) {
+  library.def("state_words(int batch, int movers, int slots, int images) -> int");
   library.def(
       "construct(Tensor image, Tensor text, Tensor? roles, Tensor? turn, Tensor? image_mask, Tensor? text_mask, "
       "Tensor? anchor_mask, Tensor? position_ids, Tensor? keep_each, Tensor? salience, Tensor? cells, "
-      "Tensor? tau_on_device, Tensor(a!)? embeds, Tensor(b!) new_position_ids, Tensor(c!) attention_mask, "
-      "Tensor(d!) source, Tensor(e!) is_anchor, Tensor(f!) host, Tensor(g!) score, Tensor(h!)? relevance, "
-      "Tensor(i!) places, Tensor(j!) state, float tau, int budget, int keep, bool image_into_text, bool inherit, "
-      "bool pad_left, int tile_images, int cluster, int tile_rows, int lag, int blocks, int hold, int bulk, int stream) "
-      "-> int[]");
+      "Tensor? tau_on_device, Tensor(a!) state, float tau, int budget, int? keep, int capacity, bool copy, "
+      "bool image_into_text, bool inherit, bool pad_left, int[] tuning, int stream) -> (Tensor? embeds, "
+      "Tensor position_ids, Tensor attention_mask, Tensor source, Tensor is_anchor, Tensor host, Tensor score, "
+      "Tensor relevance, Tensor places, int[] launched)");
   library.def(
       "assemble(Tensor image, Tensor text, Tensor source, Tensor places, Tensor(a!) embeds, int stream) -> ()");
   library.def(
@@ -247,6 +318,10 @@ STABLE_TORCH_LIBRARY(attanchor_cuda, library) {
 #ifdef ATTANCHOR_STAMPS
 STABLE_TORCH_LIBRARY_FRAGMENT(attanchor_cuda, library) { library.def("stamp(Tensor(a!) times) -> ()"); }
 #endif
+
+STABLE_TORCH_LIBRARY_IMPL(attanchor_cuda, CompositeExplicitAutograd, library) {
+  library.impl("state_words", TORCH_BOX(&state_words));
+}
 
 STABLE_TORCH_LIBRARY_IMPL(attanchor_cuda, ATTANCHOR_DISPATCH_KEY, library) {
   library.impl("construct", TORCH_BOX(&construct));

@@ -22,7 +22,7 @@ if torch.cuda.is_available():
 if emulated.missing():
     pytest.skip(f"the emulator was left out: {emulated.missing()}", allow_module_level=True)
 
-from checking import check, check_rims, emulator, launch, run, schedules
+from checking import check, emulator, launch, run, schedules
 
 
 @examples(60)
@@ -172,10 +172,6 @@ def test_room_for_fewer_rows_than_slots(poisoned_empty):
     assert problem.capacity == 0
     check(problem, (launch.Tuning(), 3, 8))
     check(problem._replace(image_into_text=True, max_anchors=0), (launch.Tuning(), 3, 8))
-
-
-def test_nothing_is_written_outside(poisoned_empty):
-    check_rims(rules(pictures(9, 7), "both"))
 
 
 def test_tiles_are_not_kept_on_chip():

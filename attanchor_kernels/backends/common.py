@@ -54,10 +54,6 @@ def rows_contiguous(value: Tensor) -> Tensor:
     return value if value.stride(-1) == 1 or value.shape[-1] <= 1 else value.contiguous()
 
 
-def contiguous(value: Tensor | None) -> Tensor | None:
-    return None if value is None else value.contiguous()
-
-
 def on_device(device: torch.device) -> AbstractContextManager:
     """Makes `device` the current one, where there is such a thing: launches and captures are the current device's."""
     if device.type != "cuda" or device.index == torch.cuda.current_device():

@@ -99,6 +99,7 @@ struct Device {
 };
 
 extern Device device;
+extern bool launches;  // or they are accepted and forgotten
 
 inline Fiber* self() { return static_cast<Fiber*>(current); }
 

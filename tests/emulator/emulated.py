@@ -27,6 +27,7 @@ FLAGS += [f"-I{HERE}", f"-I{CSRC}"]
 TORCH = Path(torch.__file__).parent
 BINDING_FLAGS = [
     "-DATTANCHOR_DISPATCH_KEY=CPU",
+    "-Daoti_torch_empty_strided=attanchor_emulated_empty",  # outputs.cpp
     "-DTORCH_TARGET_VERSION=0x020a000000000000",
     "-DPy_LIMITED_API=0x030a0000",
     "-DATTANCHOR_ARCHS=80_90+PTX",
@@ -103,6 +104,7 @@ class Emulator:
         self._library = ctypes.CDLL(path)
         self._library.attanchor_emulate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_uint64]
         self._library.attanchor_emulate_failure.argtypes = [ctypes.c_char_p]
+        self._library.attanchor_emulate_launches.argtypes = [ctypes.c_bool]
         sys.modules[name] = module
         try:
             self.backend = importlib.import_module("attanchor_kernels.backends.cuda")
@@ -121,3 +123,7 @@ class Emulator:
     def fail(self, reason: str) -> None:
         """From now on asking the device how much it runs is an error for this reason; empty: it answers."""
         self._library.attanchor_emulate_failure(reason.encode())
+
+    def launches(self, run: bool) -> None:
+        """Whether launches run from now on, or are accepted and forgotten, as where the time of the host is taken."""
+        self._library.attanchor_emulate_launches(run)

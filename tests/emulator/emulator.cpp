@@ -12,6 +12,7 @@ int grid_blocks = 0;
 int resident_limit = 4;
 int occupied = 0;
 std::string failure;
+bool launches = true;
 Device device;
 
 void leave(State state) {
@@ -216,6 +217,7 @@ void publish_maxima() {
 const char* run(int blocks, int threads, int shared, int cluster, const std::function<void()>& kernel) {
   static std::string outcome;
   if (threads % 32 || blocks % cluster || resident_limit < cluster) return "a launch that no device accepts";
+  if (!launches) return nullptr;
   device.error.clear();
   device.kernel = &kernel;
   device.pauses = 0;
@@ -276,3 +278,6 @@ extern "C" void attanchor_emulate(int resident, int others, uint64_t seed) {
 
 // For ctypes: what the device answers from now on when it is asked how much it runs; empty: the truth.
 extern "C" void attanchor_emulate_failure(const char* failure) { attanchor::arch::emulator::failure = failure; }
+
+// For ctypes: whether launches run from now on, or are accepted and forgotten.
+extern "C" void attanchor_emulate_launches(bool run) { attanchor::arch::emulator::launches = run; }

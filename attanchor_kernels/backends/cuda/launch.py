@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import functools
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from attanchor_kernels.backends.common import (
-    contiguous,
     empty_embeds,
     empty_gradients,
     on_device,
@@ -18,6 +18,7 @@ from attanchor_kernels.backends.common import (
 from attanchor_kernels.backends.workspace import zeroed
 from attanchor_kernels.problem import Plan, Problem
 
+_state_words = functools.lru_cache(4096)(torch.ops.attanchor_cuda.state_words.default)
 _construct = torch.ops.attanchor_cuda.construct.default
 _assemble = torch.ops.attanchor_cuda.assemble.default
 _assemble_backward = torch.ops.attanchor_cuda.assemble_backward.default
@@ -40,7 +41,6 @@ class Tuning(NamedTuple):
 
 
 BY_SHAPE = Tuning()
-MOST_INT = 2**31 - 1
 
 
 class Launched(NamedTuple):
@@ -100,54 +100,50 @@ def run(problem: Problem, *, copy: bool, tuning: Tuning | None = None) -> tuple[
 
 def launched(problem: Problem, *, copy: bool = True, tuning: Tuning | None = None) -> Launched | None:
     """How `run` launches with these arguments, found out by a launch; None where there is nothing to launch."""
-    return _run(problem, copy, tuning)[2]
+    way = _run(problem, copy, tuning)[2]
+    return Launched(*way) if way else None
 
 
-def _run(problem: Problem, copy: bool, tuning: Tuning | None) -> tuple[Tensor | None, Plan, Launched | None]:
-    batch, movers, device = problem.batch, problem.movers, problem.text.device
+def _run(problem: Problem, copy: bool, tuning: Tuning | None) -> tuple[Tensor | None, Plan, list[Any]]:
+    device, chosen = problem.text.device, selection(problem)
     image, text = rows_contiguous(problem.image), rows_contiguous(problem.text)
-    embeds = empty_embeds(problem) if copy else None
-    made = Plan.empty(problem)
-    slots, drops = problem.slots, problem.drops
-    if batch == 0 or problem.capacity == slots == 0:
-        return embeds, made, None
-
-    chosen = selection(problem)
-    stream = current_stream(device)
-    # A cache line for the ticket and for the counters of each sample, then keys (B, movers) and cuts (B,).
-    words = 16 * (1 + batch) + batch * (movers + 1)
-    if drops:  # Ranks (B, S), survivors (B, S // 32 + 1), the best of each cell (B, images).
-        words += batch * (slots + slots // 32 + 1 + (0 if problem.cells is None else problem.images))
+    ranked = problem.slots if problem.drops else 0
+    celled = 0 if problem.cells is None else problem.images
     with on_device(device):
-        state = zeroed(device, words)
-    way = _construct(
-        image,
-        text,
-        contiguous(problem.roles),
-        contiguous(problem.turn),
-        contiguous(problem.image_mask),
-        contiguous(problem.text_mask),
-        contiguous(problem.anchor_mask),
-        contiguous(problem.position_ids),
-        contiguous(problem.keep_each),
-        contiguous(problem.salience),
-        contiguous(problem.cells),
-        problem.tau_tensor if chosen.tau < 1 else None,
-        embeds,
-        *made[:-2],
-        made.relevance if drops else None,
-        made.places,
-        state,
-        chosen.tau,
-        chosen.budget,
-        0 if problem.keep is None else min(problem.keep, MOST_INT),
-        problem.image_into_text,
-        problem.inherit,
-        problem.pad_left,
-        *(BY_SHAPE if tuning is None else tuning),
-        stream,
-    )
-    return embeds, made, Launched(*way)
+        state = zeroed(device, _state_words(problem.batch, problem.movers, ranked, celled))
+    try:
+        embeds, *fields, way = _construct(
+            image,
+            text,
+            problem.roles,
+            problem.turn,
+            problem.image_mask,
+            problem.text_mask,
+            problem.anchor_mask,
+            problem.position_ids,
+            problem.keep_each,
+            problem.salience,
+            problem.cells,
+            problem.tau_tensor if chosen.tau < 1 else None,
+            state,
+            chosen.tau,
+            chosen.budget,
+            problem.keep,
+            problem.capacity,
+            copy,
+            problem.image_into_text,
+            problem.inherit,
+            problem.pad_left,
+            BY_SHAPE if tuning is None else tuning,
+            current_stream(device),
+        )
+    except RuntimeError:
+        # On its way here an error of the allocator lost its type, torch.OutOfMemoryError, and what it said.
+        if copy:
+            empty_embeds(problem)
+        Plan.empty(problem)
+        raise
+    return embeds, Plan(*fields), way
 
 
 def assemble(image: Tensor, text: Tensor, source: Tensor, places: Tensor) -> Tensor:
