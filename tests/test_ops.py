@@ -213,8 +213,8 @@ def test_inductor_runs_it():
 
     image, text = (row.detach() for row in pair(dtype=torch.float32))
     with fresh_cache():
-        run = torch.compile(lambda i, t: OPS.build_sequence(i, t, 0.0)[0].sin(), fullgraph=True)
-        torch.testing.assert_close(run(image, text), OPS.build_sequence(image, text, 0.0)[0].sin())
+        run = torch.compile(lambda i, t: OPS.build_sequence(i, t, 0.0)[0], fullgraph=True)
+        assert torch.equal(run(image, text), OPS.build_sequence(image, text, 0.0)[0])
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
