@@ -27,8 +27,8 @@ settings.load_profile("repository")
 HERE = Path(__file__).parent
 GPU_ALONE = (HERE / "gpu", HERE / "integration" / "model" / "families" / "test_flash_attention.py")
 # Files that take longest are begun first, or the last of them is left to one worker while the others are idle.
-LONGEST = ("test_cuda_emulated", "test_triton_compile", "test_cuda_build", "test_cuda_keep", "test_parity")
-LONGEST = (*LONGEST, "test_alignment_training", "test_processors", "test_experiments", "test_ops", "test_demo")
+LONGEST = ("test_cuda_emulated", "test_triton_compile", "test_cuda_build", "test_cuda_keep", "test_alignment_training")
+LONGEST = (*LONGEST, "test_processors", "test_parity", "test_experiments", "test_train", "test_resume", "test_ops")
 
 
 def pytest_configure(config):
