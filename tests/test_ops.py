@@ -69,17 +69,17 @@ def test_gradcheck_first_and_second_order(direction, trim, operator):
     """In float64, and again through the backward, which is a linear operator of its own."""
     options = {"direction": direction, "trim": trim}
     if operator == "build":
-        rows = pair(image=5, text=3, hidden=2)
+        rows = pair(image=4, text=2, hidden=2)
 
         def embeds(image, text):
             return build_sequence(image, text, 0.0, **options).embeds
     else:
-        *rows, roles = merge_pair(image=5, text=3, hidden=2)
+        *rows, roles = merge_pair(image=4, text=2, hidden=2)
 
         def embeds(text, image):
             return merge_sequence(text, image, roles, 0.0, **options).embeds
 
-    assert len(embeds(*rows)[0]) > 5 + 3
+    assert len(embeds(*rows)[0]) > 4 + 2
     assert gradcheck(embeds, rows)
     assert gradgradcheck(embeds, rows)
 
