@@ -25,6 +25,14 @@ settings.register_profile("repository", deadline=None, derandomize=True, print_b
 settings.load_profile("repository")
 
 HERE = Path(__file__).parent
+GPU_ALONE = (HERE / "gpu", HERE / "integration" / "model" / "families" / "test_flash_attention.py")
+# Files that take longest are begun first, or the last of them is left to one worker while the others are idle.
+LONGEST = ("test_cuda_emulated", "test_triton_compile", "test_cuda_build", "test_cuda_keep", "test_alignment_training")
+LONGEST = (*LONGEST, "test_processors", "test_parity", "test_experiments", "test_train", "test_resume", "test_ops")
+
+
+def pytest_configure(config):
+    config.option.loadscopereorder = False  # xdist would begin with the files of many tests
 
 
 def pytest_addoption(parser):
@@ -37,13 +45,13 @@ def pytest_runtest_setup():
 
 
 def pytest_report_header():
-    return None if HAS_GPU else "tests/gpu: not collected, since there is no GPU"
+    return None if HAS_GPU else "tests/gpu, test_flash_attention.py: not collected, since there is no GPU"
 
 
 def pytest_ignore_collect(collection_path, config):
-    """Without a GPU, tests/gpu is collected only where it is asked for, and then skipped."""
-    asked = any("gpu" in argument for argument in config.args)
-    return True if collection_path == HERE / "gpu" and not (HAS_GPU or asked) else None
+    """Without a GPU, tests that need one are collected only where they are asked for, and then skipped."""
+    asked = any("gpu" in argument or "flash" in argument for argument in config.args)
+    return True if collection_path in GPU_ALONE and not (HAS_GPU or asked) else None
 
 
 def upstream() -> dict[str, str]:
@@ -53,6 +61,7 @@ def upstream() -> dict[str, str]:
 
 
 def pytest_collection_modifyitems(config, items):
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
     broken = upstream() if config.getoption("--newest") else {}
     for item in items:
         if "tests/gpu/" in str(item.path) and not HAS_GPU:

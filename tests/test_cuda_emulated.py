@@ -149,8 +149,9 @@ def test_smoke_knows_every_way(operation):
         assert ended == {"status": "right"}, f"{way}: {ended}"
 
 
-def test_phases_follow_each_other():
+def test_phases_follow_each_other(monkeypatch):
     """The build with stamps, which the emulator is: every block of a cluster goes through all phases in their order."""
+    monkeypatch.setattr(phases, "WARM_UP", 1)
     emulator.configure(32, 5)
     case = cases.Case("forward", Shape("toy", 70, 9, 1024), 2, anchored=2)
     times = phases.stamped(case, torch.device("cpu"))

@@ -69,17 +69,17 @@ def test_gradcheck_first_and_second_order(direction, trim, operator):
     """In float64, and again through the backward, which is a linear operator of its own."""
     options = {"direction": direction, "trim": trim}
     if operator == "build":
-        rows = pair(image=5, text=3, hidden=2)
+        rows = pair(image=4, text=2, hidden=2)
 
         def embeds(image, text):
             return build_sequence(image, text, 0.0, **options).embeds
     else:
-        *rows, roles = merge_pair(image=5, text=3, hidden=2)
+        *rows, roles = merge_pair(image=4, text=2, hidden=2)
 
         def embeds(text, image):
             return merge_sequence(text, image, roles, 0.0, **options).embeds
 
-    assert len(embeds(*rows)[0]) > 5 + 3
+    assert len(embeds(*rows)[0]) > 4 + 2
     assert gradcheck(embeds, rows)
     assert gradgradcheck(embeds, rows)
 
@@ -213,8 +213,8 @@ def test_inductor_runs_it():
 
     image, text = (row.detach() for row in pair(dtype=torch.float32))
     with fresh_cache():
-        run = torch.compile(lambda i, t: OPS.build_sequence(i, t, 0.0)[0].sin(), fullgraph=True)
-        torch.testing.assert_close(run(image, text), OPS.build_sequence(image, text, 0.0)[0].sin())
+        run = torch.compile(lambda i, t: OPS.build_sequence(i, t, 0.0)[0], fullgraph=True)
+        assert torch.equal(run(image, text), OPS.build_sequence(image, text, 0.0)[0])
 
 
 @pytest.mark.parametrize("side", ["right", "left"])

@@ -45,8 +45,8 @@ constexpr int MESSAGE_BYTES = 64;
 
 struct Warp {
   Barrier barrier;
-  alignas(16) uint8_t message[2][32][MESSAGE_BYTES];
-  int kind[2][32];
+  alignas(16) uint8_t messages[2][32 * MESSAGE_BYTES];
+  uint8_t kind[2][32];
 };
 
 struct Block {
@@ -94,22 +94,17 @@ const char* run(int blocks, int threads, int shared, int cluster, const std::fun
 
 inline Warp& warp() { return current->block->warps[current->index / 32]; }
 
-// All lanes of a warp show each other a value; returns the messages, which stay until the next meeting but one.
+// All lanes of a warp show each other a value; returns the lanes' values, which stay until the next meeting but one.
 template <class T>
-const T* meet(const T& value, int kind) {
-  static_assert(sizeof(T) <= MESSAGE_BYTES && MESSAGE_BYTES % alignof(T) == 0);
+const T* meet(const T& value, uint8_t kind) {
+  static_assert(sizeof(T) <= MESSAGE_BYTES && alignof(T) <= 16);
   Warp& w = warp();
   const int lane = current->index % 32, turn = current->meetings++ % 2;
-  std::memcpy(w.message[turn][lane], &value, sizeof(T));
+  std::memcpy(w.messages[turn] + lane * sizeof(T), &value, sizeof(T));
   w.kind[turn][lane] = kind;
   wait(w.barrier);
   if (w.kind[turn][0] != kind) fail("lanes of a warp meet in different functions");
-  return reinterpret_cast<const T*>(w.message[turn][0]);
-}
-
-template <class T>
-const T& message(const T* first, int lane) {
-  return *reinterpret_cast<const T*>(reinterpret_cast<const uint8_t*>(first) + lane * MESSAGE_BYTES);
+  return reinterpret_cast<const T*>(w.messages[turn]);
 }
 
 }  // namespace emulator
@@ -189,16 +184,16 @@ inline void sync_block() { emulator::wait(emulator::current->block->barrier); }
 inline uint32_t ballot(bool vote) {
   const bool* votes = emulator::meet(vote, 1);
   uint32_t word = 0;
-  for (int lane = 0; lane < 32; lane++) word |= static_cast<uint32_t>(emulator::message(votes, lane)) << lane;
+  for (int lane = 0; lane < 32; lane++) word |= static_cast<uint32_t>(votes[lane]) << lane;
   return word;
 }
 template <class T>
 T shuffle(T value, int source) {
-  return emulator::message(emulator::meet(value, 2), source & 31);
+  return emulator::meet(value, 2)[source & 31];
 }
 template <class T>
 T shuffle_xor(T value, int mask) {
-  return emulator::message(emulator::meet(value, 3), lane() ^ mask);
+  return emulator::meet(value, 3)[lane() ^ mask];
 }
 inline int count_bits(uint32_t word) { return __builtin_popcount(word); }
 inline int highest_bit(uint32_t word) { return 31 - __builtin_clz(word); }
@@ -313,7 +308,7 @@ inline void load_matrices(uint32_t (&r)[4], const void* row) {
   if (reinterpret_cast<uintptr_t>(row) % 16) emulator::fail("a matrix row is not aligned");
   const void* const* rows = emulator::meet(row, 4);
   for (int matrix = 0; matrix < 4; matrix++) {
-    const void* from = emulator::message(rows, matrix * 8 + lane() / 4);
+    const void* from = rows[matrix * 8 + lane() / 4];
     std::memcpy(&r[matrix], static_cast<const uint8_t*>(from) + lane() % 4 * 4, 4);
   }
   // Before any lane goes on and overwrites what others have yet to read.
@@ -347,10 +342,10 @@ void multiply_matrices(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uin
   double sums[4] = {c[0], c[1], c[2], c[3]};
   for (int k = 0; k < 16; k++) {
     const int word = k % 8 / 2, half = k / 8;
-    const uint32_t(&a)[4] = emulator::message(all, row + word).a;
+    const uint32_t(&a)[4] = all[row + word].a;
     const double above = emulator::element<E>(a[half * 2], k % 2), below = emulator::element<E>(a[half * 2 + 1], k % 2);
-    const double left = emulator::element<E>(emulator::message(all, column + word).b[half], k % 2);
-    const double right = emulator::element<E>(emulator::message(all, column + 4 + word).b[half], k % 2);
+    const double left = emulator::element<E>(all[column + word].b[half], k % 2);
+    const double right = emulator::element<E>(all[column + 4 + word].b[half], k % 2);
     sums[0] += above * left;
     sums[1] += above * right;
     sums[2] += below * left;

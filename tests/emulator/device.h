@@ -43,13 +43,13 @@ struct CopyGroup {
 enum class State { ready, pausing, waiting, done };
 
 struct Fiber : Thread {
-  ucontext_t first;
+  State state = State::ready;
+  bool started = false;
   jmp_buf where;
   uint8_t* stack = nullptr;
-  bool started = false;
-  State state = State::ready;
   std::vector<Piece> open;
   std::deque<CopyGroup> groups;
+  ucontext_t first;  // large, and used but once: the rest lies close together
 };
 
 struct Maximum {

@@ -43,14 +43,6 @@ def test_every_family_keeps_every_rule(family, route, direction):
         assert not [one for one in found.values() if one.found]
 
 
-@pytest.mark.parametrize("family", TABLE, ids=str)
-def test_families_without_tests_of_their_own_are_checked_and_pass(family):
-    model = attach(family.model(), AttAnchorConfig(tau=0.5))
-    with torch.no_grad():
-        model(**family.prompts([1, 1])[0])
-    assert model._attanchor_calls.checked == {"image"}
-
-
 def test_no_family_is_left_out_that_is_not_tested():
     assert {family.name for family in FAMILIES} >= TESTED
 

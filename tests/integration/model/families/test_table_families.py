@@ -48,6 +48,10 @@ def test_the_decoder_is_given_the_gathered_plain_prompt(family: Family):
         with torch.no_grad():
             other = attach(model, AttAnchorConfig(tau=-1, route=route))(**batch).logits
         assert difference(anchored[real], other[real]) < 1e-4
+    model._attanchor_calls.checked.clear()  # by another route
+    with torch.no_grad():
+        attach(model, AttAnchorConfig(tau=0.5))(**family.prompts([1, 1])[0])
+    assert model._attanchor_calls.checked == {"image"}
 
 
 @pytest.mark.parametrize("route", ["ids", "embeds"])
