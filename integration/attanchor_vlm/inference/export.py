@@ -100,14 +100,14 @@ def prompt_embeds(
 def prompt_rows(model: Any, batch: dict[str, Any]) -> tuple[Tensor, AnchorPlan]:
     """(L, D) rows of a batch of one conversation with images, and its plan, which is recorded too.
 
-    Where image features are also added in further layers (deepstack), these stand behind, zeros at text and its copies.
+    Where image features are also added in further layers (deepstack), those stand behind, zeros at text and its copies.
 
     Args:
         model: An attached model of transformers; of its language model, the embedding table alone is used.
         batch: What `encode_chat` returns, on the model's device.
     """
     adapter = adapter_for(model)
-    route = "embeds" if "embeds" in adapter.routes else "ids"
+    route = "embeds" if "embeds" in adapter.routes else "ids"  # of deepstack
     settings = dataclasses.replace(model.attanchor_config, route=route)
     if settings.changes_nothing:  # generate hands such calls through, without pauses
         settings = dataclasses.replace(settings, pause_tokens=0)
@@ -118,10 +118,10 @@ def prompt_rows(model: Any, batch: dict[str, Any]) -> tuple[Tensor, AnchorPlan]:
         return prepared.prompt["inputs_embeds"][0], plan
     holds = adapter.placeholders(model, plan.input_ids)[0]
     encoded = prepared.prompt["mm_encoder_outputs"]["image"]
-    layers = [adapter.feature_rows(encoded), *map(flat, getattr(encoded, "deepstack_features", None) or ())]
+    features = torch.cat([adapter.feature_rows(encoded), *map(flat, encoded.deepstack_features)], -1)
     text = model.get_input_embeddings()(plan.input_ids[0].masked_fill(holds, 0))
-    rows = torch.cat([text, text.new_zeros(len(text), sum(layer.shape[-1] for layer in layers[1:]))], -1)
-    rows[holds] = torch.cat(layers, -1).to(rows)
+    rows = nn.functional.pad(text, (0, features.shape[-1] - text.shape[-1]))
+    rows[holds] = features.to(rows)
     return rows, plan
 
 
@@ -169,16 +169,17 @@ def refusal(model: Any, layers: bool = False) -> str | None:
     """Why a model's prompts are more than rows of embeddings at positions; None if they are not.
 
     Args:
-        layers: The engine takes features of further layers beside the rows, as `prompt_rows` makes them.
+        layers: The engine takes features for further layers beside the rows, as `prompt_rows` makes them.
     """
     adapter, reasons = adapter_for(model), []
-    if not layers and any("deepstack" in name for name, _ in model.base_model.named_modules()):
+    deeper = any("deepstack" in name for name, _ in model.base_model.named_modules())
+    if deeper and not layers:
         reasons.append("further image features are added in its first layers (deepstack), which embeddings do not hold")
     if any(value is not None for value in adapter.token_types.values()):
         reasons.append(
             "its image tokens see later ones (bidirectional attention), which a plain causal language model hides"
         )
-    if not layers and not reasons and "embeds" not in adapter.routes:
+    if not reasons and not deeper and "embeds" not in adapter.routes:
         reasons.append("its forward cannot be given inputs_embeds that hold the images")
     if adapter.positions_per_token == 1 and _inherits(model):
         reasons.append(

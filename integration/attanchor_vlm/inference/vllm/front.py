@@ -78,7 +78,9 @@ def settings_of(config: Any) -> AttAnchorConfig:
     try:
         settings, model = AttAnchorConfig.from_dict(stored), empty_model(config)
         attach(model, settings)
-        reason = refusal(model, layers=True) or _other_language_model(config.get_text_config())
+        text = config.get_text_config()
+        deepstack = LANGUAGE_MODELS.get(text.model_type) == "Qwen3LLMForCausalLM"
+        reason = refusal(model, layers=deepstack) or _other_language_model(text)
     except (TypeError, ValueError) as error:
         raise ServingError(f"this model cannot be served with anchors: {error}") from error
     if reason:
