@@ -57,19 +57,15 @@ def _equal(row: Row) -> Row:
 
 
 def table_of(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
-    """Head and lines, one for each family, of its latest row; a column for each setting."""
+    """Head and lines, one for each family, of its latest row: prompts of all settings, and the anchors of each."""
     newest = {row["family"]: {str(one["setting"]): one for one in row["settings"]} for row in rows}
     settings = {name: one["setting"] for row in newest.values() for name, one in row.items()}
-    lines = [
-        [
-            family,
-            *(
-                f"{one['equal']} and {one['equal_from_cache']} of {one['compared']}, {one['inserted']} anchors"
-                if (one := row.get(name))
-                else "–"
-                for name in settings
-            ),
-        ]
-        for family, row in sorted(newest.items())
-    ]
-    return ["family", *(", ".join(f"{key} {value}" for key, value in one.items()) for one in settings.values())], lines
+    lines = []
+    for family, row in sorted(newest.items()):
+        first, again, compared = (
+            sum(one[key] for one in row.values()) for key in ("equal", "equal_from_cache", "compared")
+        )
+        anchors = [str(row[name]["inserted"]) if name in row else "–" for name in settings]
+        lines.append([family, f"{first} and {again} of {compared}", *anchors])
+    names = [", ".join(f"{key} {value}" for key, value in one.items()) for one in settings.values()]
+    return ["family", "equal, first and again", *(f"anchors at {name}" for name in names)], lines

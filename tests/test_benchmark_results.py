@@ -266,9 +266,8 @@ def test_a_prompt_with_other_tokens_is_counted_out_in_its_turn():
     one = {"setting": {"tau": 0.1, "keep": 0.34}, "inserted": 7, "compared": 3, **counted}
     older, newer = {"family": "llava", "settings": []}, {"family": "llava", "settings": [one]}
     head, lines = same_tokens.table_of([older, {"family": "aria", "settings": [{**one, "setting": {"tau": 1}}]}, newer])
-    assert head == ["family", "tau 0.1, keep 0.34", "tau 1"]
-    said = "2 and 1 of 3, 7 anchors"
-    assert lines == [["aria", "–", said], ["llava", said, "–"]]
+    assert head == ["family", "equal, first and again", "anchors at tau 0.1, keep 0.34", "anchors at tau 1"]
+    assert lines == [["aria", "2 and 1 of 3", "–", "7"], ["llava", "2 and 1 of 3", "7", "–"]]
 
 
 def test_check_misses_a_plot_and_sees_an_old_one(tmp_path, capsys):
