@@ -37,19 +37,10 @@ import torch
 from attanchor_vlm import AttAnchorConfig, attach, encode_chat
 
 NEW = 8
-# Every language model of LANGUAGE_MODELS stands behind the first of its families here.
-FAMILIES = (
-    "llava",
-    "qwen2_5_vl",
-    "aya_vision",
-    "glm4v",
-    "internvl",
-    "lighton_ocr",
-    "mistral3",
-    "paddleocr_vl",
-    "qwen3_vl",
-)
-OTHERS = ("glm46v", "idefics2", "idefics3", "llava_next", "llava_onevision", "qwen2_vl", "smolvlm")
+# Every class of vLLM's in LANGUAGE_MODELS has one of its families here; those with other images stand below.
+FAMILIES = ("llava", "qwen2_5_vl", "aya_vision", "glm4v", "lighton_ocr", "mistral3", "paddleocr_vl", "qwen3_vl")
+OTHERS = ("cohere2_vision", "glm46v", "glm_ocr", "idefics2", "idefics3", "internvl", "llava_next", "llava_onevision")
+OTHERS += ("qwen2_5_omni_thinker", "qwen2_vl", "smolvlm")
 SETTINGS = {
     "low": {"tau": -1},
     "middle": {"tau": 0.1},

@@ -23,10 +23,12 @@ from attanchor_vlm.model.load import empty_model, load_front
 LANGUAGE_MODELS = {
     "cohere2": "Cohere2ForCausalLM",
     "glm4v_text": "Glm4ForCausalLM",
+    "glm_ocr_text": "Glm4ForCausalLM",
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
     "paddleocr_vl_text": "LlamaForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
+    "qwen2_5_omni_text": "Qwen2ForCausalLM",
     "qwen2_5_vl_text": "Qwen2ForCausalLM",
     "qwen2_vl_text": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",

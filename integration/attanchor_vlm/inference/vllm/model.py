@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -24,12 +25,13 @@ from vllm.multimodal.inputs import (
 from vllm.multimodal.processing import BaseDummyInputsBuilder, BaseMultiModalProcessor, BaseProcessingInfo
 from vllm.sequence import IntermediateTensors
 
-from attanchor_vlm.inference.vllm.front import LANGUAGE_MODELS, Prompt, settings_of
+from attanchor_vlm.inference.export import ServingError
+from attanchor_vlm.inference.vllm.front import LANGUAGE_MODELS, Prompt, overrides, settings_of
 
 # Where vLLM reads a language model's config otherwise than transformers: its windows hold one token more, and what the
 # others' code has fixed is asked of the config.
 _AS_TRANSFORMERS: dict[str, Callable[[Any], dict[str, Any]]] = {
-    "cohere2": lambda text: {"sliding_window": text.sliding_window - 1},
+    "cohere2": lambda text: {"sliding_window": text.sliding_window and text.sliding_window - 1},
     "glm4v_text": lambda text: {"attention_bias": True},
     "qwen3_vl_text": lambda text: {"rope_parameters": {**text.rope_parameters, "mrope_interleaved": True}},
 }
@@ -54,7 +56,14 @@ class AnchorInfo(BaseProcessingInfo):
 
     def __init__(self, ctx: Any) -> None:
         super().__init__(ctx)
-        settings_of(self.get_hf_config())
+        config, width = self.get_hf_config(), ctx.model_config.get_inputs_embeds_size()
+        settings_of(config)
+        changes = overrides(config).get("text_config", {"projection_dim": width})
+        if changes != {"projection_dim": width}:
+            raise ServingError(
+                "rows hold features for further layers, which vLLM was not told; start it with `attanchor serve`, or "
+                f"add to --hf-overrides {json.dumps({'text_config': changes})}"
+            )
 
     def get_supported_mm_limits(self) -> Mapping[str, int | None]:
         return {"image": None}
@@ -111,8 +120,8 @@ class AttAnchorForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsM
         config = vllm_config.model_config.hf_config
         text = copy.deepcopy(config.get_text_config())
         text.update(_AS_TRANSFORMERS.get(text.model_type, lambda text: {})(text))
-        self.width, whole = text.hidden_size, vllm_config.model_config.get_inputs_embeds_size()
-        self.deeper = whole - self.width
+        self.width = text.hidden_size
+        self.deeper = vllm_config.model_config.get_inputs_embeds_size() - self.width  # of features for further layers
         self.configure_mm_token_handling(text.vocab_size, [config.image_token_id])  # type: ignore[operator]
         with self._mark_language_model(vllm_config):  # type: ignore[operator]
             self.language_model = init_vllm_registered_model(
