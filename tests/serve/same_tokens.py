@@ -39,8 +39,9 @@ from attanchor_vlm import AttAnchorConfig, attach, encode_chat
 NEW = 8
 # Every class of vLLM's in LANGUAGE_MODELS has one of its families here; those with other images stand below.
 FAMILIES = ("llava", "qwen2_5_vl", "aya_vision", "glm4v", "lighton_ocr", "mistral3", "paddleocr_vl", "qwen3_vl")
-OTHERS = ("cohere2_vision", "glm46v", "glm_ocr", "idefics2", "idefics3", "internvl", "llava_next", "llava_onevision")
-OTHERS += ("qwen2_5_omni_thinker", "qwen2_vl", "smolvlm")
+OTHERS = ("cohere2_vision", "deepseek_vl", "glm46v", "glm_ocr", "got_ocr2", "idefics2", "idefics3", "internvl", "janus")
+OTHERS += ("llava_next", "llava_next_video", "llava_onevision", "qwen2_5_omni_thinker", "qwen2_vl", "smolvlm")
+OTHERS += ("video_llama_3", "video_llava")
 SETTINGS = {
     "low": {"tau": -1},
     "middle": {"tau": 0.1},
