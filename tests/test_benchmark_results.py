@@ -264,9 +264,10 @@ def test_a_prompt_with_other_tokens_is_counted_out_in_its_turn():
     counted = same_tokens._equal(printed)
     assert counted == {"equal": 2, "equal_from_cache": 1}
     one = {"setting": {"tau": 0.1, "keep": 0.34}, "inserted": 7, "compared": 3, **counted}
-    head, lines = same_tokens.table_of([{"family": name, "settings": [one]} for name in ("llava", "qwen2_vl")])
-    assert head == ["settings", "llava", "qwen2_vl"]
-    assert lines == [["tau 0.1, keep 0.34", *["2 and 1 of 3, 7 anchors"] * 2]]
+    older, newer = {"family": "llava", "settings": []}, {"family": "llava", "settings": [one]}
+    head, lines = same_tokens.table_of([older, {"family": "aria", "settings": [{**one, "setting": {"tau": 1}}]}, newer])
+    assert head == ["family", "equal, first and again", "anchors at tau 0.1, keep 0.34", "anchors at tau 1"]
+    assert lines == [["aria", "2 and 1 of 3", "–", "7"], ["llava", "2 and 1 of 3", "7", "–"]]
 
 
 def test_check_misses_a_plot_and_sees_an_old_one(tmp_path, capsys):

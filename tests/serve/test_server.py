@@ -28,6 +28,7 @@ from attanchor_vlm import answer, cli, load
 
 TAU = 0.6
 QUIET = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING", "no_proxy": "127.0.0.1"}
+QUIET |= {"VLLM_MEDIA_FETCH_MAX_RETRIES": "1"}
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 
 
@@ -184,6 +185,7 @@ MISTAKES = {
     "a hundred images": lambda: chat(*[encoded(SMALL)] * 100, WHERE),
     "a thousand images": lambda: chat(*[encoded(Image.new("RGB", (8, 8)))] * 1000, WHERE),
     "a file of the server's": lambda: chat({"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}, WHERE),
+    "nobody's address": lambda: chat({"type": "image_url", "image_url": {"url": "http://127.0.0.1:9/a.png"}}, WHERE),
     "a placeholder in the text": lambda: chat(encoded(SMALL), text("<image> hi")),
     "more text than context": lambda: chat(encoded(SMALL), text("word " * 5000)),
     "a video": lambda: chat({"type": "video_url", "video_url": {"url": "data:video/mp4;base64,AAAA"}}, WHERE),

@@ -118,7 +118,7 @@ def serve(
     settings = settings_for(model, adapter, **changes)
     if settings is None:
         raise SetupError(f"model {model} has no AttAnchor settings; give --tau, or an --adapter with its own")
-    launch.check_model(model, settings)
+    overrides = launch.check_model(model, settings)
     address, name, header = launch.announced(model, host, port, options or ())
     with tempfile.TemporaryDirectory(prefix="attanchor-") as folder:
         source = model
@@ -126,7 +126,7 @@ def serve(
             loaded, processor = load(model, adapter, dtype="auto", device="cpu", **changes)
             source = str(export_model(loaded, processor, Path(folder) / "model"))
             del loaded
-        command = launch.server_command(source, model, settings, host, port, options or ())
+        command = launch.server_command(source, model, overrides, host, port, options or ())
         said = f"{name} at {address}\n{launch.curl_line(address, name, header)}"
         code = launch.run_server(command, address, lambda: typer.echo(said))
     raise typer.Exit(code)

@@ -24,6 +24,7 @@ from attanchor_vlm.model import load as loading
 from attanchor_vlm.model.adapter_files import save_settings
 from attanchor_vlm.model.attach import base_of, is_attached
 from attanchor_vlm.model.families import adapter_for
+from attanchor_vlm.model.families.base import flat
 from attanchor_vlm.model.plan import AnchorPlan
 from attanchor_vlm.model.rewrite import rewrite
 from attanchor_vlm.records import check_parent, write_folder
@@ -98,16 +99,29 @@ def prompt_embeds(
 def prompt_rows(model: Any, batch: dict[str, Any]) -> tuple[Tensor, AnchorPlan]:
     """(L, D) rows of a batch of one conversation with images, and its plan, which is recorded too.
 
+    Where image features are also added in further layers (deepstack), those stand behind, zeros at text and its copies.
+
     Args:
         model: An attached model of transformers; of its language model, the embedding table alone is used.
         batch: What `encode_chat` returns, on the model's device.
     """
-    settings = dataclasses.replace(model.attanchor_config, route="embeds")
+    adapter = adapter_for(model)
+    route = "embeds" if "embeds" in adapter.routes else "ids"  # of deepstack
+    settings = dataclasses.replace(model.attanchor_config, route=route)
     if settings.changes_nothing:  # generate hands such calls through, without pauses
         settings = dataclasses.replace(settings, pause_tokens=0)
-    prepared = rewrite(model, adapter_for(model), settings, batch, batch.pop("anchor_mask"), "left")
-    model.record_plan(prepared.plan)
-    return prepared.prompt["inputs_embeds"][0], prepared.plan
+    prepared = rewrite(model, adapter, settings, batch, batch.pop("anchor_mask"), "left")
+    plan = prepared.plan
+    model.record_plan(plan)
+    if route == "embeds":
+        return prepared.prompt["inputs_embeds"][0], plan
+    holds = adapter.placeholders(model, plan.input_ids)[0]
+    encoded = prepared.prompt["mm_encoder_outputs"]["image"]
+    features = torch.cat([adapter.feature_rows(encoded), *map(flat, encoded.deepstack_features)], -1)
+    text = model.get_input_embeddings()(plan.input_ids[0].masked_fill(holds, 0))
+    rows = nn.functional.pad(text, (0, features.shape[-1] - text.shape[-1]))
+    rows[holds] = features.to(rows)
+    return rows, plan
 
 
 def check_servable(model: Any) -> None:
@@ -145,16 +159,21 @@ def check_family(model: str) -> None:
     check_servable(empty)
 
 
-def refusal(model: Any) -> str | None:
-    """Why a model's prompts are more than rows of embeddings at positions; None if they are not."""
+def refusal(model: Any, layers: bool = False) -> str | None:
+    """Why a model's prompts are more than rows of embeddings at positions; None if they are not.
+
+    Args:
+        layers: The engine takes features for further layers beside the rows, as `prompt_rows` makes them.
+    """
     adapter, reasons = adapter_for(model), []
-    if any("deepstack" in name for name, _ in model.base_model.named_modules()):
+    deeper = any("deepstack" in name for name, _ in model.base_model.named_modules())
+    if deeper and not layers:
         reasons.append("further image features are added in its first layers (deepstack), which embeddings do not hold")
     if any(value is not None for value in adapter.token_types.values()):
         reasons.append(
             "its image tokens see later ones (bidirectional attention), which a plain causal language model hides"
         )
-    if not reasons and "embeds" not in adapter.routes:
+    if not reasons and not deeper and "embeds" not in adapter.routes:
         reasons.append("its forward cannot be given inputs_embeds that hold the images")
     if adapter.positions_per_token == 1 and _inherits(model):
         reasons.append(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import checkpoints
 import pytest
+import table_families
 import torch
 from builders import BY_NAME
 from checkpoints import picture
@@ -11,10 +12,10 @@ from checkpoints import picture
 from attanchor_vlm import AttAnchorConfig, attach, encode_chat
 from attanchor_vlm.inference.export import ServingError
 from attanchor_vlm.inference.vllm import front
-from attanchor_vlm.inference.vllm.front import Front, settings_of
+from attanchor_vlm.inference.vllm.front import Front, overrides, settings_of
 
 SERVED = ["llava", "llava_next", "qwen2_5_vl", "idefics3"]
-REFUSED = {"qwen3_vl": "deepstack", "gemma3": "bidirectional attention", "paligemma": "bidirectional attention"}
+REFUSED = {"gemma3": "bidirectional attention", "paligemma": "bidirectional attention"}
 QUESTION = "What is to the left of the red dog?"
 
 
@@ -70,13 +71,43 @@ def test_models_that_cannot_be_served_are_refused_by_their_config(name):
         settings_of(config)
 
 
-def test_a_family_that_was_never_compared_is_refused(monkeypatch):
+def test_other_language_models_are_refused(monkeypatch):
     config = BY_NAME["llava"].model().config
     config.attanchor = {"tau": 0.5}
     settings_of(config)
-    monkeypatch.setattr(front, "FAMILIES", ("llava_next",))
-    with pytest.raises(ServingError, match=r"^llava cannot be served with anchors: it was never compared"):
+    monkeypatch.setattr(front, "LANGUAGE_MODELS", {"qwen2": "Qwen2ForCausalLM"})
+    with pytest.raises(ServingError, match=r"^llava cannot be served with anchors: its language model is a llama; .*"):
         settings_of(config)
+    config = next(family for family in table_families.TABLE if family.name == "qwen3_5").build().config
+    config.attanchor = {"tau": 0.5}
+    with pytest.raises(ServingError, match=r"^qwen3_5 .*: its language model has layers of linear_attention, whose"):
+        settings_of(config)
+
+
+def test_features_of_further_layers_stand_behind_the_rows(tmp_path, monkeypatch):
+    """As vLLM's language model of Qwen3-VL takes them, and as wide as vLLM is told."""
+    model, processor = checkpoints.write(tmp_path / "model", "qwen3_vl", monkeypatch)
+    attach(model, AttAnchorConfig(tau=-1, max_anchors=5))
+    made = Front(str(tmp_path / "model"), model.config, torch.float32, "cpu")
+    prompt = made.prompt(made.encode(chat(), [picture(0)], {}))
+    width = model.config.text_config.hidden_size
+    assert overrides(model.config)["text_config"] == {"projection_dim": prompt.rows.shape[-1]}
+    rows, *deeper = prompt.rows.split(width, -1)
+    assert len(deeper) == 2
+    embeds = model.get_input_embeddings()(torch.tensor([prompt.ids]))
+    embeds[0, prompt.start : prompt.start + len(rows)] = rows
+    holds = torch.tensor([prompt.ids]) == model.config.image_token_id
+    assert all(not layer[~holds[0, prompt.start : prompt.start + len(rows)]].any() for layer in deeper)  # at anchors
+    with torch.no_grad():
+        found = model.get_decoder()(
+            inputs_embeds=embeds,
+            position_ids=prompt.positions[:, None],
+            visual_pos_masks=holds,
+            deepstack_visual_embeds=[layer[holds[0, prompt.start : prompt.start + len(rows)]] for layer in deeper],
+        )
+        batch = encode_chat(processor, [chat()], [[picture(0)]], add_generation_prompt=True)
+        assert torch.allclose(model.lm_head(found.last_hidden_state), model(**batch).logits, atol=1e-5)
+    assert prompt.inserted == 5
 
 
 @pytest.mark.parametrize(

@@ -42,8 +42,10 @@ def test_without_vllm_the_command_that_installs_it_is_named(sample, monkeypatch,
 def test_what_cannot_be_served_is_refused_before_anything_is_loaded(sample, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(launch, "check_vllm", lambda: None)
     assert "has no AttAnchor settings; give --tau" in error_of(capsys, "--model", sample / "model")
-    BY_NAME["qwen3_vl"].model().config.save_pretrained(tmp_path)
-    assert "qwen3_vl cannot be served with anchors: further" in error_of(capsys, "--model", tmp_path, "--tau", "0.5")
+    BY_NAME["gemma3"].model().config.save_pretrained(tmp_path)
+    assert "gemma3 cannot be served with anchors: its image tokens" in error_of(
+        capsys, "--model", tmp_path, "--tau", "0.5"
+    )
 
 
 def test_options_behind_the_dashes_win(sample, monkeypatch, capsys):
@@ -65,6 +67,8 @@ def test_what_is_announced_is_what_the_options_behind_the_dashes_say(monkeypatch
     assert launch.announced("m", "127.0.0.1", 8000) == ("http://127.0.0.1:8000", "m", "")
     options = ["--port", "1", "--served-model-name", "wide", "w", "--max-model-len", "512", "--host=0.0.0.0"]
     assert launch.announced("m", "127.0.0.1", 8000, options) == ("http://0.0.0.0:1", "wide", "")
+    options = ["--served_model_name=w"]  # as vLLM takes them too
+    assert launch.announced("m", "127.0.0.1", 8000, options)[1] == "w"
     with pytest.raises(SetupError, match=r"^behind --, argument --port: expected one argument$"):
         launch.announced("m", "127.0.0.1", 8000, ["--port"])
 

@@ -19,5 +19,6 @@ def register() -> None:
     from vllm.tokenizers.registry import TokenizerRegistry
 
     ModelRegistry.register_model(ARCHITECTURE, f"{__name__}.model:{ARCHITECTURE}")
+    ModelRegistry.register_model("Qwen3LLMForCausalLM", "vllm.model_executor.models.qwen3_vl:Qwen3LLMForCausalLM")
     RENDERER_REGISTRY.renderers[MODE] = (f"{__name__}.renderer", "AnchorRenderer")
     TokenizerRegistry.tokenizers[MODE] = ("vllm.tokenizers.hf", "CachedHfTokenizer")

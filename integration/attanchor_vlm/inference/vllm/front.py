@@ -13,13 +13,27 @@ from attanchor_vlm.chat.encode import encode_chat
 from attanchor_vlm.data.batches import to_model
 from attanchor_vlm.data.rows import load_image
 from attanchor_vlm.inference.export import ServingError, prompt_rows, refusal
+from attanchor_vlm.inference.vllm import ARCHITECTURE
 from attanchor_vlm.model.attach import attach
 from attanchor_vlm.model.config import AttAnchorConfig
 from attanchor_vlm.model.families import adapter_for
 from attanchor_vlm.model.load import empty_model, load_front
 
-# Whose tokens in vLLM were compared with those of `generate`.
-FAMILIES = ("idefics3", "internvl", "llava", "llava_next", "llava_onevision", "qwen2_5_vl", "qwen2_vl")
+# vLLM's class for each language model, by the `model_type` of its config, whose tokens were compared with `generate`'s.
+LANGUAGE_MODELS = {
+    "cohere2": "Cohere2ForCausalLM",
+    "glm4v_text": "Glm4ForCausalLM",
+    "glm_ocr_text": "Glm4ForCausalLM",
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "paddleocr_vl_text": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen2_5_omni_text": "Qwen2ForCausalLM",
+    "qwen2_5_vl_text": "Qwen2ForCausalLM",
+    "qwen2_vl_text": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "qwen3_vl_text": "Qwen3LLMForCausalLM",
+}
 
 
 class Prompt(NamedTuple):
@@ -28,7 +42,7 @@ class Prompt(NamedTuple):
     Attributes:
         ids: L token ids; an anchor repeats the id that it copies.
         start: The place of the first row.
-        rows: (n, D), on the CPU.
+        rows: (n, D), or (n, D + …) with the features for further layers behind, on the CPU.
         positions: (3, L) int64 for M-RoPE, otherwise None: 0, 1, 2, …
         inserted: Number of anchors.
         kept: Number of image tokens.
@@ -66,14 +80,37 @@ def settings_of(config: Any) -> AttAnchorConfig:
     try:
         settings, model = AttAnchorConfig.from_dict(stored), empty_model(config)
         attach(model, settings)
-        reason = refusal(model)
-        if not reason and config.model_type not in FAMILIES:
-            reason = f"it was never compared with `generate`, as {', '.join(FAMILIES)} were"
+        text = config.get_text_config()
+        deepstack = LANGUAGE_MODELS.get(text.model_type) == "Qwen3LLMForCausalLM"
+        reason = refusal(model, layers=deepstack) or _other_language_model(text)
     except (TypeError, ValueError) as error:
         raise ServingError(f"this model cannot be served with anchors: {error}") from error
     if reason:
         raise ServingError(f"{config.model_type} cannot be served with anchors: {reason}")
     return settings
+
+
+def _other_language_model(text: Any) -> str | None:
+    if kinds := {*(getattr(text, "layer_types", None) or ())} - {"full_attention", "sliding_attention"}:
+        return (
+            f"its language model has layers of {' and '.join(sorted(kinds))}, whose state vLLM keeps beside the KV "
+            "cache, and the plugin's model provides for attention alone"
+        )
+    if text.model_type not in LANGUAGE_MODELS:
+        known = ", ".join(LANGUAGE_MODELS)
+        return f"its language model is a {text.model_type}; vLLM's say the same as those of transformers for {known}"
+    return None
+
+
+def overrides(config: Any) -> dict[str, Any]:
+    """What vLLM is to change in the config of a model with settings, its ``--hf-overrides``.
+
+    Features for further layers (deepstack) stand behind those of the first; vLLM reads the width off `projection_dim`.
+    """
+    changes: dict[str, Any] = {"architectures": [ARCHITECTURE], "attanchor": config.attanchor}
+    if deeper := len(getattr(config.vision_config, "deepstack_visual_indexes", None) or ()):
+        changes["text_config"] = {"projection_dim": (1 + deeper) * config.get_text_config().hidden_size}
+    return changes
 
 
 class Front:

@@ -23,8 +23,8 @@ import torch
 from PIL import Image
 
 from attanchor_vlm.errors import SetupError
-from attanchor_vlm.inference.vllm import ARCHITECTURE, MODE
-from attanchor_vlm.inference.vllm.front import settings_of
+from attanchor_vlm.inference.vllm import MODE
+from attanchor_vlm.inference.vllm.front import overrides, settings_of
 from attanchor_vlm.model.config import AttAnchorConfig
 from attanchor_vlm.model.load import source_of
 
@@ -45,8 +45,8 @@ def check_vllm() -> None:
         )
 
 
-def check_model(model: str, settings: AttAnchorConfig) -> None:
-    """Refuse, by its config alone, a model that cannot be served.
+def check_model(model: str, settings: AttAnchorConfig) -> dict[str, Any]:
+    """Refuse, by its config alone, a model that cannot be served; what vLLM is to change in that config.
 
     Raises:
         SetupError: there is no such model.
@@ -57,24 +57,25 @@ def check_model(model: str, settings: AttAnchorConfig) -> None:
     config = AutoConfig.from_pretrained(source_of(model), trust_remote_code=False)
     config.attanchor = settings.to_dict()
     settings_of(config)
+    return overrides(config)
 
 
 def server_command(
-    model: str, name: str, settings: AttAnchorConfig, host: str, port: int, options: Sequence[str] = ()
+    model: str, name: str, changes: dict[str, Any], host: str, port: int, options: Sequence[str] = ()
 ) -> list[str]:
     """The command that starts vLLM's server; of an option that is given twice, the last one counts.
 
     Args:
         model: The folder of a saved model, adapters merged, or a Hub id.
         name: By which requests ask for it.
+        changes: From `check_model`.
         options: vLLM's own.
     """
-    overrides = {"architectures": [ARCHITECTURE], "attanchor": settings.to_dict()}
     own: dict[str, Any] = {
         "--model": model,
         "--served-model-name": name,
         "--tokenizer-mode": MODE,
-        "--hf-overrides": json.dumps(overrides),
+        "--hf-overrides": json.dumps(changes),
         "--mm-processor-cache-gb": 0,  # rows go by the cache of images
         "--middleware": f"{__package__}.counts.CountHeaders",
         "--host": host,
@@ -96,8 +97,8 @@ def announced(name: str, host: str, port: int, options: Sequence[str] = ()) -> t
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--host", default=host)
     parser.add_argument("--port", default=port)
-    parser.add_argument("--served-model-name", nargs="+", default=[name])
-    parser.add_argument("--api-key", nargs="+")
+    parser.add_argument("--served-model-name", "--served_model_name", nargs="+", default=[name])
+    parser.add_argument("--api-key", "--api_key", nargs="+")
     try:
         given, _ = parser.parse_known_args(options)
     except argparse.ArgumentError as error:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import copy
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from vllm.config import VllmConfig
 from vllm.inputs.engine import MultiModalInput, mm_input
 from vllm.model_executor.models.interfaces import SupportsMRoPE, SupportsMultiModal, SupportsPP
@@ -20,11 +23,18 @@ from vllm.multimodal.inputs import (
     PlaceholderRange,
 )
 from vllm.multimodal.processing import BaseDummyInputsBuilder, BaseMultiModalProcessor, BaseProcessingInfo
+from vllm.sequence import IntermediateTensors
 
-from attanchor_vlm.inference.vllm.front import Prompt, settings_of
+from attanchor_vlm.inference.export import ServingError
+from attanchor_vlm.inference.vllm.front import LANGUAGE_MODELS, Prompt, overrides, settings_of
 
-# What vLLM's own registry does not know by the `model_type` of the text config.
-_LANGUAGE_MODELS = {"qwen2_vl_text": ["Qwen2ForCausalLM"], "qwen2_5_vl_text": ["Qwen2ForCausalLM"]}
+# Where vLLM reads a language model's config otherwise than transformers: its windows hold one token more, and what the
+# others' code has fixed is asked of the config.
+_AS_TRANSFORMERS: dict[str, Callable[[Any], dict[str, Any]]] = {
+    "cohere2": lambda text: {"sliding_window": text.sliding_window and text.sliding_window - 1},
+    "glm4v_text": lambda text: {"attention_bias": True},
+    "qwen3_vl_text": lambda text: {"rope_parameters": {**text.rope_parameters, "mrope_interleaved": True}},
+}
 
 
 def engine_input(prompt: Prompt) -> MultiModalInput:
@@ -46,7 +56,14 @@ class AnchorInfo(BaseProcessingInfo):
 
     def __init__(self, ctx: Any) -> None:
         super().__init__(ctx)
-        settings_of(self.get_hf_config())
+        config, width = self.get_hf_config(), ctx.model_config.get_inputs_embeds_size()
+        settings_of(config)
+        changes = overrides(config).get("text_config", {"projection_dim": width})
+        if changes != {"projection_dim": width}:
+            raise ServingError(
+                "rows hold features for further layers, which vLLM was not told; start it with `attanchor serve`, or "
+                f"add to --hf-overrides {json.dumps({'text_config': changes})}"
+            )
 
     def get_supported_mm_limits(self) -> Mapping[str, int | None]:
         return {"image": None}
@@ -101,19 +118,25 @@ class AttAnchorForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsM
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
         config = vllm_config.model_config.hf_config
-        text = config.get_text_config()
+        text = copy.deepcopy(config.get_text_config())
+        text.update(_AS_TRANSFORMERS.get(text.model_type, lambda text: {})(text))
+        self.width = text.hidden_size
+        self.deeper = vllm_config.model_config.get_inputs_embeds_size() - self.width  # of features for further layers
         self.configure_mm_token_handling(text.vocab_size, [config.image_token_id])  # type: ignore[operator]
         with self._mark_language_model(vllm_config):  # type: ignore[operator]
             self.language_model = init_vllm_registered_model(
                 vllm_config=vllm_config,
                 hf_config=text,
-                architectures=_LANGUAGE_MODELS.get(text.model_type),
+                architectures=[LANGUAGE_MODELS[text.model_type]],
                 prefix=maybe_prefix(prefix, "language_model"),
             )
         self.make_empty_intermediate_tensors = self.language_model.make_empty_intermediate_tensors
 
     def embed_multimodal(self, rows: Tensor | list[Tensor], **_: object) -> list[Tensor]:
         return list(rows)
+
+    def _embed_text_input_ids(self, *args: Any, **options: Any) -> Tensor:
+        return F.pad(super()._embed_text_input_ids(*args, **options), (0, self.deeper))
 
     def get_mrope_input_positions(self, input_tokens: list[int], mm_features: list[Any]) -> tuple[Tensor, int]:
         if mm_features:
@@ -130,9 +153,16 @@ class AttAnchorForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsM
         inputs_embeds: Tensor | None = None,
         **_: object,
     ) -> Any:
+        options = {}
         if intermediate_tensors is not None:
             inputs_embeds = None
-        return self.language_model.model(input_ids, positions, intermediate_tensors, inputs_embeds=inputs_embeds)
+        elif self.deeper and inputs_embeds is not None:
+            inputs_embeds, *deeper = inputs_embeds.split(self.width, -1)
+            features = {f"deepstack_input_embeds_{layer}": rows for layer, rows in enumerate(deeper)}
+            options["deepstack_input_embeds"] = IntermediateTensors(features)
+        return self.language_model.model(
+            input_ids, positions, intermediate_tensors, inputs_embeds=inputs_embeds, **options
+        )
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
         return self.language_model.compute_logits(hidden_states)

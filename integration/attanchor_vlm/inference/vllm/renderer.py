@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
+import aiohttp
 import torch
 from PIL import Image
 from vllm.inputs import TokensPrompt
@@ -27,11 +28,11 @@ _OWN = ("tokenize", "return_dict", "add_generation_prompt", "continue_final_mess
 
 @contextlib.contextmanager
 def _refusals() -> Iterator[None]:
-    """A forbidden file and an image of too many pixels are the client's mistakes, not the server's."""
+    """A forbidden file, an address without an image and too many pixels are the client's mistakes, not the server's."""
     try:
         yield
-    except (RuntimeError, Image.DecompressionBombError) as error:
-        raise ValueError(str(error)) from error
+    except (RuntimeError, OSError, aiohttp.ClientError, Image.DecompressionBombError) as error:
+        raise ValueError(str(error) or f"an image could not be fetched ({type(error).__name__})") from error
 
 
 class AnchorRenderer(HfRenderer):
