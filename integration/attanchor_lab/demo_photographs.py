@@ -91,7 +91,7 @@ def run(
     known = known_stamps(folder, output / "stamps")
     world = PhotographConfig(
         output=data, seed=seed, scenes=size.scenes, test_scenes=size.test_scenes, concepts=size.concepts,
-        held_out=size.held_out, pixels=448, stamps=known,
+        held_out=size.held_out, stamps=known,
     )  # fmt: skip
     write_photographs(world, lambda line: say(f"   {line}"))
     held_out = json.loads((data / "world.json").read_text(encoding="utf-8"))["concepts"]["held_out"]

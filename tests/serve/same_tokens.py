@@ -31,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "integration" / "support"))
 import checkpoints
 import pytest
 import table_families
+import table_sizes
 import tiny_families
 import torch
 
@@ -132,9 +133,9 @@ class Tensors:
 def main(names: list[str], count: int, settings: list[str]) -> None:
     torch.set_num_threads(1)
     tiny_families.TEXT |= WIDE
-    table_families.TEXT |= WIDE
+    table_sizes.TEXT |= WIDE
     tiny_families.MROPE["rope_parameters"]["mrope_section"] = [8, 4, 4]
-    table_families.config = widened(table_families.config)
+    table_sizes.config = widened(table_sizes.config)
     for name in names:
         if name == "qwen3_vl" and not importlib.util.find_spec("torchvision"):
             print(f"{name}: left out, since vLLM's module of it needs torchvision", file=sys.stderr)
@@ -146,7 +147,7 @@ def main(names: list[str], count: int, settings: list[str]) -> None:
 
 def compare(name: str, count: int, settings: list[str], folder: Path, patch: pytest.MonkeyPatch) -> Iterator[dict]:
     """What is said for each setting."""
-    for sizes in (table_families.TEXT, table_families.IDS):  # Cohere's head is the embedding table
+    for sizes in (table_sizes.TEXT, table_sizes.IDS):  # Cohere's head is the embedding table
         patch.setitem(sizes, "tie_word_embeddings", name in ("aya_vision", "cohere2_vision"))
     needs = checkpoints.NEEDS.get(name)
     written = name in checkpoints.WRITERS | checkpoints.FURTHER and (not needs or importlib.util.find_spec(needs))

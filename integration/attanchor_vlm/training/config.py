@@ -115,7 +115,11 @@ class Method(AnchorOptions):
 
     @classmethod
     def from_preset(cls, preset: str, /, **settings: Any) -> Self:
-        """A preset with every one of `settings` that is not None in the place of its own."""
+        """A preset with every one of `settings` that is not None in the place of its own.
+
+        Raises:
+            ValueError: there is no such preset, or a setting has no meaning.
+        """
         if preset not in PRESETS:
             raise ValueError(f"preset is {preset!r}; it should be one of {', '.join(PRESETS)}")
         return cls(**PRESETS[preset] | {name: value for name, value in settings.items() if value is not None})

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import table_families
+import table_sizes
 import tiny_families
 import transformers
 from builders import FAMILIES
@@ -273,7 +274,7 @@ def write(folder: Path, name: str, monkeypatch: Any) -> tuple[Any, Any]:
     size = len(tokens) + LOCATIONS * (name == "paligemma")
     monkeypatch.setitem(tiny_families.TEXT, "vocab_size", size)
     for field in ("vocab_size", "vocab_size_per_layer_input"):
-        monkeypatch.setitem(table_families.TEXT, field, size)
+        monkeypatch.setitem(table_sizes.TEXT, field, size)
     model = next(family for family in (*FAMILIES, *table_families.TABLE) if family.name == name).model()
     _set_token_ids(model.config, tokens)
     model.save_pretrained(folder)

@@ -1,114 +1,15 @@
-"""Small random models of the families that are served by facts alone: one line each, on sizes that stand here once."""
+"""Small random models of the families that are served by facts alone: one line each."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import table_images as images
+import table_sizes
 import tiny_families
-import torch
-from builders import TILES, Family, Image, grid, square, tiled
-from tiny_families import END, IMAGE, PATCH, PINPOINTS, QWEN_PATCH, SIDE, SOUND, START, VIDEO, VOCABULARY
+from builders import TILES, Family, grid, square, tiled
+from tiny_families import END, IMAGE, PATCH, PINPOINTS, SIDE, START, VOCABULARY
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoModelForMultimodalLM
-
-# By the name of a field, wherever it stands in a language model's configuration or a vision tower's.
-TEXT: dict[str, Any] = {
-    **tiny_families.TEXT,
-    "vocab_size_per_layer_input": VOCABULARY,
-    "hidden_size_per_layer_input": 8,
-    "n_routed_experts": 4,
-    "num_experts": 4,
-    "num_local_experts": 4,
-    "moe_num_experts": 4,
-    "num_experts_per_tok": 2,
-    "moe_k": 2,
-    "n_group": 1,
-    "topk_group": 1,
-    "first_k_dense_replace": 1,
-    "moe_intermediate_size": 16,
-    "shared_expert_intermediate_size": 16,
-    "q_lora_rank": 16,
-    "kv_lora_rank": 8,
-    "qk_rope_head_dim": 8,
-    "qk_nope_head_dim": 8,
-    "v_head_dim": 8,
-    "qk_head_dim": 16,
-    "sliding_window": 24,
-    "linear_key_head_dim": 8,
-    "linear_value_head_dim": 8,
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-}
-# … or in that of a vision tower, an audio encoder, or whatever else stands beside it.
-OTHER: dict[str, Any] = {
-    "hidden_size": 32,
-    "embed_dim": 32,
-    "d_model": 32,
-    "intermediate_size": 64,
-    "mlp_dim": 64,
-    "depth": 2,
-    "num_hidden_layers": 2,
-    "num_heads": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "image_size": SIDE,
-    "patch_size": PATCH,
-    "spatial_merge_size": 2,
-    "temporal_patch_size": 2,
-    "out_hidden_size": 32,
-    "text_hidden_size": 32,
-    "num_position_embeddings": 64,
-    "projection_dim": 32,
-    "projector_input_dim": 32,
-    "projector_output_dim": 32,
-    "fullatt_block_indexes": [1],
-    "window_size": 16,
-    "encoder_layers": 1,
-    "encoder_attention_heads": 2,
-    "encoder_ffn_dim": 32,
-    "output_dim": 32,
-    "downsample_hidden_size": 8,
-}
-IDS = {
-    "image_token_id": IMAGE,
-    "image_token_index": IMAGE,
-    "video_token_id": VIDEO,
-    "video_token_index": VIDEO,
-    "audio_token_id": SOUND,
-    "audio_token_index": SOUND,
-    "vision_start_token_id": START,
-    "vision_end_token_id": END,
-    "image_start_token_id": START,
-    "image_end_token_id": END,
-    "image_patch_id": IMAGE,
-    "boi_token_id": START,
-    "eoi_token_id": END,
-    "tie_word_embeddings": False,
-}
-
-
-def config(model_type: str, own: dict[str, Any]) -> Any:
-    """The family's configuration, as small as the tables say where they know a field, with what is given besides."""
-    full = AutoConfig.for_model(model_type)
-    known = {key: value for key, value in IDS.items() if key in vars(full)}
-    return AutoConfig.for_model(model_type, **_merge({**known, **_parts(full)}, own))
-
-
-def _parts(whole: Any) -> dict[str, Any]:
-    parts = {}
-    for name, part in vars(whole).items():
-        if hasattr(part, "model_type"):
-            sizes = TEXT if name in ("text_config", "encoder_config") else OTHER
-            known = {key: value for key, value in sizes.items() if key in vars(part)}
-            parts[name] = {"model_type": part.model_type, **known, **_parts(part)}
-    return parts
-
-
-def _merge(known: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-    both = {
-        key: _merge(known.get(key, {}), value) if key.endswith("_config") else value for key, value in given.items()
-    }
-    return {**known, **both}
 
 
 def _family(
@@ -118,7 +19,7 @@ def _family(
     parts = {name: part for name, part in (("text_config", text), ("vision_config", vision)) if part}
 
     def build() -> Any:
-        made = config(name, {**(own or {}), **parts})
+        made = table_sizes.config(name, {**(own or {}), **parts})
         if tower is not None:
             object.__setattr__(made, "vision_config", AutoConfig.for_model(**tower))
         return AutoModelForImageTextToText.from_config(made)
@@ -126,150 +27,8 @@ def _family(
     return Family(name, build, image, **{"routes": ("ids",), **facts})
 
 
-# --- Images. ---------------------------------------------------------------------------------------------------------
-
-
-def _sized(generator: torch.Generator, index: int) -> Image:
-    """Of its own shape, in a canvas as large as all."""
-    sizes = [(16, 24), (24, 16), (16, 16)][index % 3]
-    return {
-        "pixel_values": torch.randn(1, 3, 24, 24, generator=generator),
-        "image_sizes": torch.tensor([sizes]),
-    }
-
-
-def _still(generator: torch.Generator, index: int) -> Image:
-    """A grid of patches of one frame."""
-    shape = grid(generator, index)["image_grid_thw"]
-    return {
-        "pixel_values": torch.randn(int(shape.prod()), 3, QWEN_PATCH, QWEN_PATCH, generator=generator),
-        "image_grid_thw": shape,
-    }
-
-
-def _flat(generator: torch.Generator, index: int) -> Image:
-    image = _still(generator, index)
-    return {**image, "pixel_values": image["pixel_values"].flatten(1)}
-
-
-def _merged(generator: torch.Generator, index: int) -> Image:
-    return {**_flat(generator, index), "image_merge_sizes": torch.tensor([2])}
-
-
-def _one_tile(generator: torch.Generator, index: int) -> Image:
-    return {"pixel_values": square(generator, index)["pixel_values"][:, None]}
-
-
-def _twice(generator: torch.Generator, index: int) -> Image:
-    """DeepSeek's, of two resolutions."""
-    names = ("pixel_values", "high_res_pixel_values")
-    return {name: square(generator, index)["pixel_values"] for name in names}
-
-
-def _blocks(generator: torch.Generator, index: int) -> Image:
-    """Inkling 2's: blocks of two by two patches, and their grid."""
-    height, width = [(2, 3), (3, 2), (2, 2)][index % 3]
-    return {
-        "pixel_values": torch.randn(height * width, 2 * PATCH, 2 * PATCH, 3, generator=generator),
-        "image_grid_thw": torch.tensor([[1, height, width]]),
-    }
-
-
-def _video_llava(generator: torch.Generator, index: int) -> Image:
-    return {"pixel_values_images": torch.randn(1, 3, SIDE, SIDE, generator=generator)}
-
-
-def _positioned(generator: torch.Generator, index: int) -> Image:
-    """Gemma 4's: patches in a row, with their places; padding has -1."""
-    height, width = [(6, 6), (6, 12), (12, 6)][index % 3]
-    places = torch.full((1, 72, 2), -1)
-    places[0, : height * width] = torch.cartesian_prod(torch.arange(height), torch.arange(width)).flip(-1)
-    return {
-        "pixel_values": torch.rand(1, 72, 3 * PATCH**2, generator=generator),
-        "image_position_ids": places,
-    }
-
-
-def _shaped(generator: torch.Generator, index: int) -> Image:
-    """SigLIP 2's: patches in a row, padded to as many."""
-    height, width = [(4, 6), (6, 4), (4, 4)][index % 3]
-    return {
-        "pixel_values": torch.randn(1, 24, 3 * PATCH**2, generator=generator),
-        "spatial_shapes": torch.tensor([[height, width]]),
-        "pixel_attention_mask": (torch.arange(24) < height * width)[None].long(),
-    }
-
-
-def _targets(generator: torch.Generator, index: int) -> Image:
-    """MiniCPM's: patches of all images in one row."""
-    height, width = [(4, 8), (8, 4), (8, 8)][index % 3]
-    return {
-        "pixel_values": torch.randn(1, 3, PATCH, PATCH * height * width, generator=generator),
-        "target_sizes": torch.tensor([[height, width]]),
-    }
-
-
-def _in_a_row(samples: list[list[Image]]) -> Image:
-    pictures = [picture for sample in samples for picture in sample]
-    return {
-        "pixel_values": torch.cat([picture["pixel_values"] for picture in pictures], -1),
-        "target_sizes": torch.cat([picture["target_sizes"] for picture in pictures]),
-    }
-
-
-def _local(generator: torch.Generator, index: int) -> Image:
-    """A view of the whole, and up to two crops."""
-    crops = index % 3
-    local = torch.randn(crops, 3, SIDE, SIDE, generator=generator)
-    return {
-        "pixel_values": torch.randn(1, 3, SIDE, SIDE, generator=generator),
-        "pixel_values_local": local,
-        "num_local_patches": torch.tensor([crops]),
-    }
-
-
-def _locals(samples: list[list[Image]]) -> Image:
-    pictures = [picture for sample in samples for picture in sample]
-    stacked = {name: torch.cat([picture[name] for picture in pictures]) for name in pictures[0]}
-    if not len(stacked["pixel_values_local"]):
-        del stacked["pixel_values_local"], stacked["num_local_patches"]
-    return stacked
-
-
-def _unmasked(generator: torch.Generator, index: int) -> Image:
-    """Granite Docling's tiles, of which a mask says which are real."""
-    tiles = 1 + index % 2
-    return {
-        "pixel_values": torch.randn(1, tiles, 3, SIDE, SIDE, generator=generator),
-        "pixel_attention_mask": torch.ones(1, tiles, dtype=torch.bool),
-    }
-
-
-def _large_patches(generator: torch.Generator, index: int) -> Image:
-    """Gemma 4 Unified's: as Gemma 4's, with pixels of what is pooled elsewhere."""
-    image = _positioned(generator, index)
-    return {**image, "pixel_values": torch.rand(1, 72, 3 * (3 * PATCH) ** 2, generator=generator)}
-
-
-def _pooled(generator: torch.Generator, index: int) -> Image:
-    """Molmo 2's: which patches are pooled to each token."""
-    rows = torch.arange(16).view(2, 2, 2, 2).transpose(1, 2).reshape(4, 4)
-    return {
-        "pixel_values": torch.randn(1, 16, 3 * PATCH**2, generator=generator),
-        "image_token_pooling": rows,
-        "image_grids": torch.tensor([[2, 2, 0, 0]]),
-    }
-
-
-def _pooled_together(samples: list[list[Image]]) -> Image:
-    pictures = [picture for sample in samples for picture in sample]
-    stacked = {name: torch.cat([picture[name] for picture in pictures]) for name in pictures[0]}
-    stacked["image_token_pooling"] += torch.arange(len(pictures)).repeat_interleave(4)[:, None] * 16
-    return stacked
-
-
 MROPE = {"image": grid, "token_types": "mm_token_type_ids", "inherits": True}
-STILL = {**MROPE, "image": _still}
+STILL = {**MROPE, "image": images.still}
 BOTH = {"routes": ("ids", "embeds")}
 
 
@@ -313,21 +72,21 @@ OMNI = {"audio_config": {"n_window": 4, "num_mel_bins": 16, "max_source_position
 TABLE = [
     _family("qwen3_5", **MROPE, **BOTH, text=HYBRID),
     _family("qwen3_5_moe", **MROPE, **BOTH, text=HYBRID),
-    _family("gemma4", _positioned, token_types="mm_token_type_ids", text=BIDIRECTIONAL, vision=GEMMA4_TOWER),
+    _family("gemma4", images.positioned, token_types="mm_token_type_ids", text=BIDIRECTIONAL, vision=GEMMA4_TOWER),
     _family("qwen3_vl_moe", **MROPE, text=SECTIONS, vision={"deepstack_visual_indexes": [0, 1]}),
-    _family("mistral3", _sized, **BOTH),
+    _family("mistral3", images.sized, **BOTH),
     _family("glm4v", **MROPE, **BOTH, text=GLM),
     _family("glm46v", **MROPE, **BOTH, text=GLM),
     _family("glm4v_moe", **MROPE, **BOTH, text=GLM),
     _family("glm_ocr", **MROPE, **BOTH, text=GLM),
     _family("paddleocr_vl", **STILL, **BOTH, text=SECTIONS),
-    _family("kimi_k25", _still, **BOTH, text={"num_key_value_heads": 4}, own={"projection_hidden_size": 32}),
-    _family("lfm2_vl", _shaped, **BOTH, own={"projector_hidden_size": 32}),
-    _family("lighton_ocr", _sized, **BOTH),
+    _family("kimi_k25", images.still, **BOTH, text={"num_key_value_heads": 4}, own={"projection_hidden_size": 32}),
+    _family("lfm2_vl", images.shaped, **BOTH, own={"projector_hidden_size": 32}),
+    _family("lighton_ocr", images.sized, **BOTH),
     _family(
         "minicpmv4_6",
-        _targets,
-        stack=_in_a_row,
+        images.targets,
+        stack=images.in_a_row,
         **BOTH,
         text=HYBRID,
         vision={"insert_layer_id": 0},
@@ -349,13 +108,13 @@ TABLE = [
     _family("aria", square, **BOTH, own={"projector_patch_to_query_dict": {16: 4}}),
     _family("deepseek_vl", square, **BOTH),
     _family("llava_next_video", tiled, newlines=True, **BOTH, own={"image_grid_pinpoints": PINPOINTS}),
-    _family("video_llava", _video_llava, **BOTH),
+    _family("video_llava", images.video_llava, **BOTH),
     _family("vipllava", square, **BOTH, own={"vision_feature_layer": [-1, -2]}),
-    _family("video_llama_3", _merged, **BOTH),
+    _family("video_llama_3", images.merged, **BOTH),
     _family("exaone4_5", grid, text=WINDOWED),
     _family(
         "ernie4_5_vl_moe",
-        **{**MROPE, "image": _flat},
+        **{**MROPE, "image": images.flat},
         text={**_rope(1, 1, 2), **SPARSE, "moe_intermediate_size": [16, 16]},
     ),
     _family(
@@ -367,7 +126,7 @@ TABLE = [
     ),
     _family("muse_glimmer", grid, **BOTH, **MUSE, own=MUSE_PROJECTOR),
     _family("muse_spark", grid, **MUSE, own={**MUSE_PROJECTOR, "audio_config": MUSE_EARS}),
-    _family("mistral_large4", _sized, **BOTH, text={"num_key_value_heads": 4}),
+    _family("mistral_large4", images.sized, **BOTH, text={"num_key_value_heads": 4}),
     _family(
         "lfm3_vl",
         grid,
@@ -398,7 +157,7 @@ TABLE = [
     _family("qianfan_ocr", square, **BOTH),
     _family(
         "gemma4_unified",
-        _large_patches,
+        images.large_patches,
         token_types="mm_token_type_ids",
         text=WINDOWED,
         vision={
@@ -411,7 +170,7 @@ TABLE = [
     ),
     _family(
         "hunyuan_vl",
-        **{**MROPE, "image": _flat},
+        **{**MROPE, "image": images.flat},
         **BOTH,
         text=_rope(1, 1, 1, 1),
         vision={"max_image_size": 64, "temporal_patch_size": 1},
@@ -424,8 +183,8 @@ TABLE = [
     ),
     _family(
         "step3p7",
-        _local,
-        stack=_locals,
+        images.local,
+        stack=images.locals,
         **BOTH,
         text={
             "rope_parameters": {
@@ -441,8 +200,8 @@ TABLE = [
     ),
     _family(
         "molmo2",
-        _pooled,
-        stack=_pooled_together,
+        images.pooled,
+        stack=images.pooled_together,
         token_types="mm_token_type_ids",
         vision={"image_size": [SIDE, SIDE], "num_position_embeddings": 16},
         text={"additional_vocab_size": 2, "rope_scaling_layers": [0, 1]},
@@ -468,16 +227,16 @@ TABLE = [
     ),
     _family(
         "granite_docling",
-        _unmasked,
+        images.unmasked,
         stack=TILES["stack"],
         vision={"scale_factor": 2, "deepstack_visual_indexes": [0]},
         text={},
     ),
-    _family("minicpm_ocr", _targets, stack=_in_a_row, **BOTH, text=HYBRID, own={"image_size": SIDE}),
+    _family("minicpm_ocr", images.targets, stack=images.in_a_row, **BOTH, text=HYBRID, own={"image_size": SIDE}),
     _family(
         "minicpmv4_7",
-        _targets,
-        stack=_in_a_row,
+        images.targets,
+        stack=images.in_a_row,
         token_types="mm_token_type_ids",
         inherits=True,
         **BOTH,
@@ -496,11 +255,11 @@ TABLE = [
         },
         vision={"deepstack_visual_indexes": [0]},
     ),
-    _family("cosmos3_edge", **{**MROPE, "image": _flat}, text=SECTIONS),
+    _family("cosmos3_edge", **{**MROPE, "image": images.flat}, text=SECTIONS),
     _family(
         "deepseek_ocr2",
-        _local,
-        stack=_locals,
+        images.local,
+        stack=images.locals,
         **BOTH,
         text={"num_experts_per_tok": 2, **SPARSE},
         vision={"sam_config": {**SAM, "downsample_channels": [32, 32]}},
@@ -542,7 +301,7 @@ TABLE = [
     _family("fast_vlm", square, vision=RESNET),
     _family(
         "perception_lm",
-        _one_tile,
+        images.one_tile,
         vision={"model_type": "siglip_vision_model", "model_args": {"embed_dim": 32}, **tiny_families.TOWER},
         own={"vision_use_cls_token": False, "projector_pooling_ratio": 2},
     ),
@@ -564,7 +323,7 @@ TABLE = [
             },
         },
     ),
-    _family("deepseek_vl_hybrid", _twice, own={"high_res_vision_config": SAM}),
+    _family("deepseek_vl_hybrid", images.twice, own={"high_res_vision_config": SAM}),
     _family("pp_chart2table", square),
     _family(
         "glm5_next",
@@ -587,7 +346,7 @@ TABLE = [
     ),
     _family(
         "inkling2",
-        _blocks,
+        images.blocks,
         text={
             "swa_num_attention_heads": 4,
             "swa_num_key_value_heads": 2,
@@ -618,4 +377,4 @@ def phi4_multimodal() -> Any:
             "input_size": 16,
         },
     }
-    return AutoModelForMultimodalLM.from_config(config("phi4_multimodal", {**text, **parts}))
+    return AutoModelForMultimodalLM.from_config(table_sizes.config("phi4_multimodal", {**text, **parts}))
