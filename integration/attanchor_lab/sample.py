@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 from pathlib import Path
 
 from attanchor_lab.scenes import dataset as scenes
 from attanchor_lab.small_llava.model import SHIPPED
+from attanchor_vlm.records import write_folder
 
 TRAIN_SCENES, TEST_SCENES = 40, 10
 
@@ -22,13 +22,13 @@ def write_sample(output: Path, seed: int = 0) -> list[Path]:
     output = Path(output)
     if output.exists():
         raise FileExistsError(f"output {output} exists; take another folder")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as temporary:
-        made = Path(temporary) / "sample"  # its own permissions are those that a user's mkdir gives
-        (made / "model").mkdir(parents=True)
+
+    def write(made: Path) -> None:
+        (made / "model").mkdir()
         for file in SHIPPED.iterdir():  # contents alone: an installed package may be read-only
             shutil.copyfile(file, made / "model" / file.name)
         scenes.write_dataset(made, "train", TRAIN_SCENES, seed)
         scenes.write_dataset(made, "test", TEST_SCENES, seed + 1)
-        made.replace(output)
+
+    write_folder(output, write)
     return [output / name for name in ("model", "train.json", "test.json", "images")]

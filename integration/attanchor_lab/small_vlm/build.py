@@ -20,7 +20,8 @@ from attanchor_lab.small_vlm.config import BuildConfig
 from attanchor_lab.small_vlm.parts import CHAT_TEMPLATE, IMAGE, Parts
 from attanchor_lab.small_vlm.readings import write_readings
 from attanchor_lab.small_vlm.tower import class_words, with_words
-from attanchor_vlm.records import check_parent, share_files
+from attanchor_vlm.model.load import save_pretrained
+from attanchor_vlm.records import check_parent
 
 _MULTIPLE = 64  # rows of the vocabulary, which matrix products like round
 
@@ -49,7 +50,7 @@ def make(config: BuildConfig, say: Callable[[str], None] = print) -> Path:
     config.output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{config.output.name}-", dir=config.output.parent) as folder:
         made = Path(folder) / "model"
-        save(model, processor, made)
+        save_pretrained(model, processor, made)
         if config.world is not None:
             made = stage1(config, config.world, made, Path(folder), say)
         made.replace(config.output)
@@ -108,13 +109,6 @@ def assemble(parts: Parts) -> tuple[LlavaForConditionalGeneration, LlavaProcesso
     return model, processor
 
 
-def save(model: LlavaForConditionalGeneration, processor: LlavaProcessor, folder: Path) -> None:
-    """Write a checkpoint that others may read as far as the umask lets them."""
-    model.eval().save_pretrained(folder)
-    processor.save_pretrained(folder)
-    share_files(folder)
-
-
 def stage1(config: BuildConfig, world: Path, model: Path, folder: Path, say: Callable[[str], None]) -> Path:
     """`attanchor train` on the tower's readings, each once, without anchors, merged into the model it began with."""
     from attanchor_vlm import detach, load
@@ -140,5 +134,5 @@ def stage1(config: BuildConfig, world: Path, model: Path, folder: Path, say: Cal
     adapted, processor = load(str(model), told.output, dtype=torch.float32)
     whole = adapted.merge_and_unload()
     detach(whole)
-    save(whole, processor, folder / "trained")
+    save_pretrained(whole, processor, folder / "trained")
     return folder / "trained"

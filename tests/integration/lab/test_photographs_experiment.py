@@ -16,6 +16,7 @@ from attanchor_lab.small_vlm import build, experiment
 from attanchor_lab.small_vlm.experiment import Measurement, PhotographPlan
 from attanchor_lab.small_vlm.readings import known_stamps
 from attanchor_vlm.errors import SetupError
+from attanchor_vlm.model.load import save_pretrained
 
 PLAN = PhotographPlan(
     question="Do anchors help?",
@@ -56,7 +57,7 @@ def work(tmp_path, monkeypatch):
         (world / f"{name}.json").write_text(json.dumps(rows(kind)))
     (world / "world.json").write_text("{}")
     model, processor = build.assemble(small_vlm_toy.parts())
-    build.save(model, processor, world.parent / "model")
+    save_pretrained(model, processor, world.parent / "model")
     monkeypatch.setattr("attanchor_vlm.model.load.choose_dtype", lambda wanted, say: model.dtype)
     return world.parent
 
