@@ -50,14 +50,14 @@ class Spec(NamedTuple):
     """One model: its class in transformers, the sizes of its language model, its prompt."""
 
     name: str
-    kind: str  # model_type
+    kind: str  # model_type, or small_vlm
     language: Language
     shape: Shape
 
     @property
     def attachable(self) -> bool:
         """Whether `attach` is measured too, with the whole model around it."""
-        return self.kind == "llava"
+        return self.kind in ("llava", "small_vlm")
 
     def toy(self) -> Spec:
         """The same class with so little of everything that a CPU takes a moment."""
@@ -74,6 +74,8 @@ SPECS = {
         Spec("llava-7b", "llava", _LLAMA_7B, _SHAPE["llava-7b"]),
         Spec("qwen2.5-vl-3b", "qwen2_5_vl", Language(36, 2048, 11008, 16, 2, 151936), _SHAPE["qwen2.5-vl-3b"]),
         Spec("llava-next-7b", "llava_next", _LLAMA_7B, _SHAPE["llava-next-7b"]),
+        # The laboratory's, of SmolLM2-135M behind EfficientNet-Lite0.
+        Spec("small-vlm", "small_vlm", Language(30, 576, 1536, 9, 3, 49280), Shape("small-vlm", 49, 30, 576)),
     )
 }
 
@@ -108,6 +110,18 @@ def _config(spec: Spec, toy: bool) -> Any:
             text_config=_text_config(language, rope_parameters=rope),
             vision_config={**vision, "out_hidden_size": language.hidden},
             image_token_id=IMAGE_TOKEN,
+        )
+    if spec.kind == "small_vlm":
+        from attanchor_lab.small_vlm.tower import EfficientNetLiteConfig
+
+        side, pool, classes = (128, 1, 16) if toy else (448, 2, 1000)
+        return LlavaConfig(
+            vision_config=EfficientNetLiteConfig(side, pool=pool, classes=classes, hidden_size=language.hidden),
+            text_config=LlamaConfig(**_text_config(language)),
+            image_token_index=IMAGE_TOKEN,
+            image_seq_length=spec.shape.image,
+            vision_feature_layer=-1,
+            vision_feature_select_strategy="full",
         )
     hidden, inner, layers, heads, side, patch = (32, 64, 2, 2, 16, 4) if toy else (1024, 4096, 24, 16, 336, 14)
     clip = CLIPVisionConfig(

@@ -201,7 +201,7 @@ def whole_prompt(device: torch.device, dtype: torch.dtype, spec: Spec, model: An
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     options.common(parser, "overhead")
-    parser.add_argument("--models", type=options.names(models.SPECS), help="names, with commas; default: all four")
+    parser.add_argument("--models", type=options.names(models.SPECS), help="names, with commas; default: all")
     parser.add_argument("--batches", type=options.numbers, help="default: 1,8, on a CPU 1")
     parser.add_argument("--keep", type=options.shares, default=KEEP, help="shares of the image tokens (%(default)s)")
     parser.add_argument("--pairs", type=options.number, default=7, help="of each measurement (default: %(default)s)")

@@ -24,6 +24,7 @@ NAMED = "## The comparisons named before the runs"
 README_PLANS = ("photographs", "cpu", "shorter", "long")
 HELD_OUT, RENDERED = "photographs, concepts", "cpu, main"  # of whose first comparisons the headline tells
 PAGES = ("README.md", "docs/costs.md", "docs/demo.md", "docs/serve.md", "docs/threads.md")
+README_SIDES = ("plain", "anchors", "keep 1/3")
 Block = Callable[[list[Row], str], str]  # from rows, and the path from the page to the pictures
 BLOCK = re.compile(r"(<!-- generated: (?P<name>[\w-]+) -->\n)(?P<body>.*?)(<!-- /generated -->)", re.DOTALL)
 
@@ -93,6 +94,11 @@ def overhead_block(rows: list[Row], image: str) -> str:
     return table(head, lines) + OVERHEAD + _whole(rows) + plot
 
 
+def short_overhead_block(rows: list[Row], image: str) -> str:
+    """The sides that the README shows."""
+    return overhead_block([row for row in rows if row["side"] in README_SIDES and row.get("measure") is None], image)
+
+
 def _whole(rows: list[Row]) -> str:
     """Whole models through `attach`, where they were measured."""
     kinds = ("attached forward", "attached generate")
@@ -132,12 +138,12 @@ def training_block(rows: list[Row], image: str) -> str:
     """Time of a step and memory, plain against anchors."""
     lines = [
         [
-            f"{row['model']}, B={row['batch']}",
-            f"{row['plain_train_step_us'] / 1e3:.1f} ms",
+            f"{row['model']}, {row['dtype']}, B={row['batch']}",
+            _time(row["plain_train_step_us"]),
             ratio(row, "train_step"),
             f"{row['plain_peak_bytes'] / 2**30:.2f} and {row['peak_bytes'] / 2**30:.2f} GiB",
         ]
-        for row in latest(rows, "model", "batch").values()
+        for row in latest(rows, "model", "dtype", "batch").values()
     ]
     return table(["", "a step", "with anchors", "peak memory"], lines)
 
@@ -281,6 +287,11 @@ def _served(rows: list[Row]) -> list[Row]:
     return found if any("rounds" in row for row in found) else []
 
 
+def _trained(rows: list[Row]) -> list[Row]:
+    """On the newest GPU, or on a CPU where none trained."""
+    return _on_gpu("training", rows) or _of("training", rows)
+
+
 def _block(choose: Callable[[list[Row]], list[Row]], write: Block, command: str) -> Block:
     """What `write` makes of the rows that `choose` finds, and what measured them; nothing without any."""
 
@@ -295,12 +306,13 @@ BLOCKS: dict[str, Block] = {
     "headline": headline_block,
     "roofline": _block(plots.roofline_rows, roofline_block, "python -m benchmarks roofline"),
     "overhead": _block(plots.overhead_rows, overhead_block, "python -m benchmarks overhead --real-size"),
+    "short-overhead": _block(plots.overhead_rows, short_overhead_block, "python -m benchmarks overhead --real-size"),
     "sweep": _block(
         lambda rows: [row for row in _on_gpu("overhead", rows) if row.get("measure") == "sweep" and "inserted" in row],
         sweep_block,
         "python -m benchmarks overhead --sweep",
     ),
-    "training": _block(partial(_on_gpu, "training"), training_block, "python -m benchmarks training"),
+    "training": _block(_trained, training_block, "python -m benchmarks training --real-size"),
     "cpu-reference": _block(partial(_of, "cpu-reference"), cpu_reference_block, "python -m benchmarks cpu-reference"),
     "serve": _block(_served, serve_block, "python -m benchmarks serve"),
     "same-tokens": _block(partial(_of, "same-tokens"), same_tokens_block, "python -m benchmarks same-tokens"),

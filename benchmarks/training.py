@@ -1,4 +1,4 @@
-"""A short LoRA training run of TinyLLaVA at its real size, random weights: a step with anchors beside one without.
+"""Short LoRA training runs of models at their real size, random weights: a step with anchors beside one without.
 
 Both by turns on one model, one optimizer and one batch, so that a busy machine disturbs both alike.
 """
@@ -20,7 +20,7 @@ from benchmarks.models import Spec
 from benchmarks.overhead import attached, whole_prompt
 from benchmarks.rows import Row, Run, ratio
 
-MODEL = "tinyllava-1b"
+MODELS = ("tinyllava-1b",)
 WARM_UP = 3
 RANK, ALPHA, DROPOUT, LEARNING_RATE = 32, 64, 0.05, 1e-4  # the paper's settings for TinyLLaVA-1B
 
@@ -78,21 +78,26 @@ def train(on: Run, spec: Spec, toy: bool, count: int, batch: int) -> Row:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     options.common(parser, "training")
+    served = [name for name, spec in models.SPECS.items() if spec.attachable]
+    parser.add_argument("--models", type=options.names(served), default=MODELS, help=f"of {', '.join(served)}")
     parser.add_argument("--pairs", type=options.number, help="timed steps of each side (default: 10, on a CPU 2)")
     parser.add_argument("--batch", type=options.number, help="samples a step (default: 4, on a CPU 2)")
     parser.add_argument("--real-size", action="store_true", help="real sizes on a CPU too (slow)")
 
 
 def main(given: argparse.Namespace) -> int:
-    """Store one row and say the difference."""
+    """Store a row for each model and say the difference; what fails is reported, the rest goes on."""
     on = Run(given.output, given.device, "training", given.dtype)
     on_cpu = on.device.type == "cpu"
     toy = on_cpu and not given.real_size
-    spec = models.SPECS[MODEL].toy() if toy else models.SPECS[MODEL]
-    with on.guarded(spec.name):
-        row = on.add(train(on, spec, toy, given.pairs or (2 if on_cpu else 10), given.batch or (2 if on_cpu else 4)))
-        print(
-            f"{spec.name}: a step {row['plain_train_step_us'] / 1e3:.1f} ms, with anchors {ratio(row, 'train_step')}, "
-            f"loss {row['first_loss']} -> {row['last_loss']}"
-        )
+    for name in given.models:
+        spec = models.SPECS[name].toy() if toy else models.SPECS[name]
+        with on.guarded(spec.name):
+            row = on.add(
+                train(on, spec, toy, given.pairs or (2 if on_cpu else 10), given.batch or (2 if on_cpu else 4))
+            )
+            print(
+                f"{spec.name}: a step {row['plain_train_step_us'] / 1e3:.1f} ms, with anchors "
+                f"{ratio(row, 'train_step')}, loss {row['first_loss']} -> {row['last_loss']}"
+            )
     return on.status()
