@@ -118,7 +118,7 @@ def gpu_rows():
         anchors,
         third,
         *({**third, "measure": f"attached {part}", **_ratio(part, 0.5)} for part in ("forward", "generate")),
-        {"run": "training", "model": "tinyllava-1b", "batch": 4, **step, **GPU},
+        {"run": "training", "model": "tinyllava-1b", "batch": 4, "dtype": "bfloat16", **step, **GPU},
     ]
 
 
@@ -166,7 +166,7 @@ def test_figures_of_two_gpus_are_not_mixed(tmp_path):
     older = [{**row, "gpu": "Old GPU", "date": "2025-12-31", "us": 1e4} for row in gpu_rows() if "us" in row]
     both = [*gpu_rows(), *older]
     assert targets.judge(both) == targets.judge(gpu_rows())
-    for name in ("roofline", "overhead", "training"):
+    for name in ("roofline", "overhead", "short-overhead", "training"):
         assert report.BLOCKS[name](both, "images") == report.BLOCKS[name](gpu_rows(), "images")
     assert plots.wanted(both) == plots.wanted(gpu_rows())
 
