@@ -77,7 +77,7 @@ class PhotographPlan:
         margin: The least difference of accuracies that would matter.
         world, build: Settings of `PhotographConfig` and `BuildConfig` besides folders.
         stage2: Settings of `TrainConfig` that the arms share, from the preset small-vlm.
-        arms, more: What each adds to them; `more` with the first `more_seeds`.
+        arms, more: What each adds to them.
         questions: Of each kind and split of the test, at most.
         splits: Of the test: seen, concepts (held out), wordings (held out).
     """
@@ -92,7 +92,6 @@ class PhotographPlan:
     seeds: tuple[int, ...]
     tests: tuple[Measurement, ...] = ()
     more: dict[str, Settings] = field(default_factory=dict)
-    more_seeds: int = 3
     questions: int = 20
     splits: tuple[str, ...] = ("seen", "concepts")
 
@@ -136,7 +135,7 @@ def _jobs(plan: PhotographPlan, work: Path, output: Path, say: Say) -> list[Job]
     jobs = [job("stage 1", plan.seeds[0], Measurement("as built", ()))]
     jobs += [job(arm, seed, plain) for seed in plan.seeds for arm in plan.arms]
     jobs += [job(arm, seed, test) for test in plan.tests for seed in plan.seeds[: test.seeds] for arm in test.arms]
-    return jobs + [job(arm, seed, plain) for seed in plan.seeds[: plan.more_seeds] for arm in plan.more]
+    return jobs + [job(arm, seed, plain) for seed in plan.seeds for arm in plan.more]
 
 
 def _prepare(plan: PhotographPlan, work: Path, say: Say) -> None:
