@@ -170,11 +170,8 @@ def digest(path: Path) -> str:
 
 @functools.lru_cache(maxsize=16)
 def _digest(path: Path, changed: int, size: int) -> str:
-    found = hashlib.sha256()
     with path.open("rb") as file:
-        while part := file.read(1 << 20):
-            found.update(part)
-    return found.hexdigest()[:16]
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 # --- What can be wrong is said before the first arm, not after days of training. --------------------------------------
