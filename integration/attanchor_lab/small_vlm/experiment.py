@@ -22,7 +22,7 @@ import numpy as np
 import pydantic
 
 from attanchor_lab import runner, selection  # noqa: F401  plans name its rules of `keep_by`
-from attanchor_lab.accuracy import is_right
+from attanchor_lab.accuracy import accuracy
 from attanchor_lab.paper.arms import trained_result
 from attanchor_lab.paper.degrade import write_degraded
 from attanchor_lab.photographs.config import FOLDER, PhotographConfig
@@ -219,8 +219,7 @@ def _ask(
     plan: PhotographPlan, work: Path, model: Any, processor: Any, split: str, test: Measurement
 ) -> tuple[float, dict[str, float], str, dict[str, float]]:
     """The mean accuracy of the kinds, each of them, right and wrong as 1 and 0 in the order of `questions`, figures."""
-    from attanchor_vlm.data.rows import read_rows, samples
-    from attanchor_vlm.evaluation.answers import generate_answers
+    from attanchor_vlm.data.rows import read_rows
 
     asked = questions(plan, work / "world", split, test.kinds)
     data, images = work / f"test-{split}.json", work / "world" / "images"
@@ -229,15 +228,11 @@ def _ask(
         kind, level = test.degrade
         data, images = write_degraded(data, images, work / f"{split}-{kind}-{level:g}", kind, level, progress=False)
     rows, _ = read_rows(data, images, False, False)
-    found = generate_answers(model, processor, list(samples(rows, "each")), _BATCH, _WORDS, progress=False)
-    right = list(map(is_right, found.predictions, found.references))
-    by_kind = defaultdict(list)
-    for one, mark in zip(asked, right, strict=True):
-        by_kind[one["kind"]].append(mark)
-    accuracy = {kind: statistics.mean(values) for kind, values in by_kind.items()}
+    found = accuracy(model, processor, rows, [one["kind"] for one in asked], _BATCH, _WORDS)
+    by_kind = found.figures()
     figures = {name: getattr(found, name) for name in ("inserted_share", "anchor_score", "image_tokens", "seconds")}
     known = {name: round(value, 4) for name, value in figures.items() if value is not None}
-    return statistics.mean(accuracy.values()), accuracy, "".join("01"[mark] for mark in right), known
+    return by_kind.pop("mean"), by_kind, "".join("01"[mark] for mark in found.right), known
 
 
 def differences(rows: list[Row], plan: PhotographPlan, scenes: Mapping[str, list[str]]) -> list[dict[str, Any]]:

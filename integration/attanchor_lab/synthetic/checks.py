@@ -98,7 +98,7 @@ def same_as_attach(model: Any, batch: Batch) -> None:
         scores = asker(batch).built.score
         asker.tau = float(scores[torch.isfinite(scores)].median())  # about half of the words
         attached, plan = asker(batch), model.attanchor_plan
-        placed, _ = asker.placed(batch)
+        placed = asker.placed(batch)
         for field in ("source", "is_anchor", "attention_mask", "host", "position_ids"):
             same = torch.equal(getattr(placed, field), getattr(plan, field))
             _fail_unless(same, f"{name}: {field} differs from attach")
