@@ -14,8 +14,9 @@ from functools import partial
 from pathlib import Path
 
 from attanchor_lab import demo_table
+from attanchor_vlm.records import write_text
 from benchmarks import cpu_reference, plots, same_tokens, store_demo, targets
-from benchmarks.rows import IMAGES, RESULTS, ROOT, Row, latest, of_newest_gpu, ratio, read, table, write_text
+from benchmarks.rows import IMAGES, RESULTS, ROOT, Row, latest, of_newest_gpu, ratio, read, table
 
 COMMAND = "python -m benchmarks report"
 LABORATORY = "docs/lab/report.md"
@@ -38,10 +39,6 @@ def _hardware(rows: list[Row]) -> str:
     if rows[-1]["gpu"] != "none":
         parts = [said("gpu"), f"driver {said('driver')}", f"CUDA {said('cuda')}", f"Triton {said('triton')}"]
     return ", ".join([*parts, f"PyTorch {said('torch')}", f"commit {said('commit')}", said("date")])
-
-
-def _made_by(rows: list[Row], command: str) -> str:
-    return f"\n{_hardware(rows)}; measured by `{command}`, written by `{COMMAND}`.\n"
 
 
 def roofline_block(rows: list[Row], image: str) -> str:
@@ -286,7 +283,9 @@ def _block(choose: Callable[[list[Row]], list[Row]], write: Block, command: str)
 
     def made(rows: list[Row], image: str) -> str:
         chosen = choose(rows)
-        return f"{write(chosen, image)}{_made_by(chosen, command)}" if chosen else ""
+        if not chosen:
+            return ""
+        return f"{write(chosen, image)}\n{_hardware(chosen)}; measured by `{command}`, written by `{COMMAND}`.\n"
 
     return made
 

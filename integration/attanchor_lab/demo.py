@@ -18,6 +18,7 @@ from PIL import Image
 from attanchor_lab.accuracy import Accuracy, accuracy
 from attanchor_lab.demo_table import EXPLAINED, HEAD, IMAGE_INTO_TEXT, PLAIN, TEXT_INTO_IMAGE, lines_of, verdict
 from attanchor_lab.figures import loss_plot
+from attanchor_lab.photographs.stamps import shipped
 from attanchor_lab.scenes import dataset as scenes
 from attanchor_lab.small_llava import model as small_llava
 from attanchor_vlm.analysis.calibrate import threshold_for_share
@@ -225,16 +226,12 @@ def command_line(settings: TrainConfig) -> str:
 
 
 def photograph(name: str) -> Image.Image:
-    """One of the photographs inside scikit-image's package; nothing is downloaded.
+    """One of the photographs inside scikit-image's package.
 
     Raises:
         SetupError: scikit-image, or this photograph of it, is not installed.
     """
-    try:
-        import skimage
-    except ImportError as error:
-        raise SetupError("the demo's photographs come with scikit-image: `pip install scikit-image`") from error
-    found = list((Path(skimage.__file__).parent / "data").glob(f"{name}.*"))
+    found = shipped(name)
     if not found:
         raise SetupError(f"this scikit-image does not ship the photograph {name!r}; install another version")
     return load_image(found[0])

@@ -152,9 +152,13 @@ def read_text(file: Path, what: str = "") -> str:
         raise DataError(f"{what}{file} cannot be read: {reason}") from error
 
 
-def write_json(path: Path, value: object) -> None:
-    text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+def write_text(path: Path, text: str) -> None:
+    """The whole file or nothing."""
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def write_json(path: Path, value: object) -> None:
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def markdown_table(heads: Sequence[str], lines: Sequence[Sequence[str]], words: int = 1) -> list[str]:

@@ -27,7 +27,7 @@ from attanchor_lab.paper.values import (
 )
 from attanchor_lab.runner import ROWS
 from attanchor_vlm.errors import SetupError
-from attanchor_vlm.records import Row, write_atomically
+from attanchor_vlm.records import Row, write_text
 from attanchor_vlm.training.config import Method
 
 TABLE, PLOT, RADAR = "table.md", "plot.png", "radar.png"
@@ -269,8 +269,8 @@ def _run(
         if not rows:
             return
         lines, notes = (report(rows), []) if report else (_table(rows, paper, BASELINE), _better(rows, BASELINE))
-        text = "\n".join(_apart([[f"# {title}"], lines, notes + _cautions(rows), [_origin(rows)]])) + "\n"
-        write_atomically(study.output / TABLE, lambda path: path.write_text(text, encoding="utf-8"))
+        page = _apart([[f"# {title}"], lines, notes + _cautions(rows), [_origin(rows)]])
+        write_text(study.output / TABLE, "\n".join(page) + "\n")
 
     rows = run_arms(study, name, arms, write)
     if draw is not None:

@@ -27,7 +27,7 @@ from attanchor_lab.runner import ROWS, Row
 from attanchor_lab.synthetic.arms import ARMS
 from attanchor_lab.synthetic.laboratory import latest, read
 from attanchor_lab.table import OPEN, compare, interval, number, probability
-from attanchor_vlm.records import check_parent, markdown_table, read_rows, write_atomically
+from attanchor_vlm.records import check_parent, markdown_table, read_rows, write_text
 
 NAMED = "## The comparisons named before the runs"  # the README shows lines of this section
 NO_WORSE = "no worse"
@@ -204,7 +204,7 @@ def write(paths: Sequence[Path], output: Path) -> list[Path]:
     else:
         del pictures["scene"]
     lines = _page(laboratories, named, {name: path.name for name, path in pictures.items()})
-    write_atomically(output, lambda path: path.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8"))
+    write_text(output, "\n".join(lines).rstrip() + "\n")
     return [output, *pictures.values()]
 
 
