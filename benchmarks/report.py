@@ -139,11 +139,6 @@ def training_block(rows: list[Row], image: str) -> str:
     return table(["", "a step", "with anchors", "peak memory"], lines)
 
 
-def cpu_reference_block(rows: list[Row], image: str) -> str:
-    """The CPU implementation, its unavoidable work, masked_scatter and the literal loop."""
-    return table(cpu_reference.HEAD, cpu_reference.lines_of(rows))
-
-
 def serve_block(rows: list[Row], image: str) -> str:
     """Requests a second of three servers, and the memory that many of them leave behind."""
     measured = [row for row in rows if "rounds" in row]
@@ -169,11 +164,6 @@ def serve_block(rows: list[Row], image: str) -> str:
     )
     head = ["", "clients", "tokens of a prompt", "rounds", "requests a second", "over the plain model's"]
     return table(head, lines) + load + memory
-
-
-def same_tokens_block(rows: list[Row], image: str) -> str:
-    """The prompts that vLLM answers with the tokens of `generate`, when first asked and when asked again."""
-    return table(*same_tokens.table_of(rows))
 
 
 def demo_block(rows: list[Row], image: str) -> str:
@@ -300,9 +290,17 @@ BLOCKS: dict[str, Block] = {
         "python -m benchmarks overhead --sweep",
     ),
     "training": _block(partial(_on_gpu, "training"), training_block, "python -m benchmarks training"),
-    "cpu-reference": _block(partial(_of, "cpu-reference"), cpu_reference_block, "python -m benchmarks cpu-reference"),
+    "cpu-reference": _block(
+        partial(_of, "cpu-reference"),
+        lambda rows, image: table(cpu_reference.HEAD, cpu_reference.lines_of(rows)),
+        "python -m benchmarks cpu-reference",
+    ),
     "serve": _block(_served, serve_block, "python -m benchmarks serve"),
-    "same-tokens": _block(partial(_of, "same-tokens"), same_tokens_block, "python -m benchmarks same-tokens"),
+    "same-tokens": _block(
+        partial(_of, "same-tokens"),
+        lambda rows, image: table(*same_tokens.table_of(rows)),
+        "python -m benchmarks same-tokens",
+    ),
     "targets": targets_block,
     "audit": _block(lambda rows: list(latest(_of("audit", rows), "kind").values()), audit_block, "make audit"),
     "demo": _block(lambda rows: _of("demo", rows)[-1:], demo_block, f"make demo` and `{store_demo.MAKE}"),

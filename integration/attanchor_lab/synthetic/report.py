@@ -22,6 +22,7 @@ from typing import Any
 
 import pandas as pd
 
+from attanchor_lab import figures
 from attanchor_lab.photographs.rows import as_laboratory
 from attanchor_lab.runner import ROWS, Row
 from attanchor_lab.synthetic.arms import ARMS
@@ -178,8 +179,6 @@ def write(paths: Sequence[Path], output: Path) -> list[Path]:
     Raises:
         ValueError: `output` is no .md file or cannot be written, or a path holds no finished runs.
     """
-    from attanchor_lab import figures
-
     if output.suffix != ".md" or output.is_dir():
         raise ValueError(f"output is {output}; it should be a .md file")
     check_parent(output)
