@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import shlex
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,18 @@ class Size:
     share: float = 0.1  # the paper's: about 10 % of the text tokens
 
 
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """A model this small gains nothing from more, and loses much where cores are shared."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@_one_thread()
 def run(
     output: Path,
     model: str | None = None,
@@ -79,17 +92,6 @@ def run(
     Returns:
         What `results.json` holds.
     """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # a model this small gains nothing from more, and loses much where cores are shared
-    try:
-        return _run(output, model, size, seed, say, progress)
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _run(
-    output: Path, model: str | None, size: Size, seed: int, say: Callable[[str], None], progress: bool
-) -> dict[str, Any]:
     started = time.perf_counter()
     source = model or str(small_llava.SHIPPED)
     # What is missing is said before an earlier demo is removed.
