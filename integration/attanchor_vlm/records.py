@@ -191,7 +191,7 @@ def read_rows(path: Path) -> list[Row]:
         if row is not None:
             rows.append(row)
         elif number < len(lines) or not line.startswith("{"):
-            raise ValueError(f"{path}, line {number} is not a row (a JSON object)")
+            raise SetupError(f"{path}, line {number} is not a row (a JSON object)")
     return rows
 
 

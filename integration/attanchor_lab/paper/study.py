@@ -89,8 +89,7 @@ class Study:
         """
         if not self.seeds:
             raise ValueError("seeds is empty; it should hold at least one number")
-        if self.output.exists() and not self.output.is_dir():
-            raise SetupError(f"output {self.output} is a file; it should be a folder, or not exist")
+        evaluation.check_output(self.output)
         self.plan.check()
         train, val = (None, None) if self.train is None else (self.train.data, self.train.val_data)
         for what, path in (("test", self.plan.data), ("data", train), ("val_data", val)):

@@ -85,8 +85,10 @@ class Scenes:
         return len(self.where)
 
     def __getitem__(self, index: Tensor | slice) -> Scenes:
-        fields = (self.where, self.colour, self.shape, self.there, self.clutter)
-        return Scenes(*(field[index] for field in fields), self.patches)
+        where, colour, shape, there, clutter = (
+            field[index] for field in (self.where, self.colour, self.shape, self.there, self.clutter)
+        )
+        return Scenes(where, colour, shape, there, clutter, self.patches)
 
     def on_patches(self, kind: Tensor) -> Tensor:
         """(B, P) int64 from (B, K): what each patch holds, -1 for nothing."""
