@@ -41,6 +41,7 @@ class Arm:
         trained_as: Share the training of the arm of this name; by default its own.
         train_rows, test_rows: (data, images) instead of the study's.
         labels: Further entries of the row, such as the degradation.
+        paper: The paper's values, if it has such an arm.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Arm:
     train_rows: tuple[Path, Path] | None = None
     test_rows: tuple[Path, Path] | None = None
     labels: dict[str, Any] = field(default_factory=dict)
+    paper: dict[str, float] | None = None
 
 
 @dataclass(frozen=True)

@@ -111,7 +111,8 @@ def evaluate(
         last = passes[-1]
         if text:
             references = [[one] for one in last.references]
-            values |= text_metrics.compute(text, last.predictions, references, config.bertscore)
+            encoder = config.bertscore_model, config.bertscore_layer
+            values |= text_metrics.compute(text, last.predictions, references, encoder)
             pairs = tuple(zip(last.predictions, last.references, strict=True))
         figures = {name: getattr(last, name) for name in FIGURES if getattr(last, name) is not None}
         figures["seconds"] = sum(one.seconds for one in passes)
