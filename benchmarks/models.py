@@ -6,7 +6,10 @@ import inspect
 from typing import Any, NamedTuple
 
 import torch
+import transformers
 from torch import Tensor
+from transformers import DynamicCache, LlamaConfig, StaticCache
+from transformers.initialization import no_init_weights
 
 from attanchor_kernels.testing.inputs import SHAPES, Shape
 
@@ -97,8 +100,6 @@ def _text_config(language: Language, **more: Any) -> dict[str, Any]:
 
 
 def _config(spec: Spec, toy: bool) -> Any:
-    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaNextConfig, Qwen2_5_VLConfig
-
     language = spec.language
     if spec.kind == "qwen2_5_vl":
         head = language.head
@@ -106,7 +107,7 @@ def _config(spec: Spec, toy: bool) -> Any:
         rope = {"rope_type": "default", "mrope_section": sections, "rope_theta": 1e6}
         depth, hidden, inner, heads = (2, 64, 128, 4) if toy else (32, 1280, 3420, 16)
         vision = {"depth": depth, "hidden_size": hidden, "intermediate_size": inner, "num_heads": heads}
-        return Qwen2_5_VLConfig(
+        return transformers.Qwen2_5_VLConfig(
             text_config=_text_config(language, rope_parameters=rope),
             vision_config={**vision, "out_hidden_size": language.hidden},
             image_token_id=IMAGE_TOKEN,
@@ -124,7 +125,7 @@ def _config(spec: Spec, toy: bool) -> Any:
             vision_feature_select_strategy="full",
         )
     hidden, inner, layers, heads, side, patch = (32, 64, 2, 2, 16, 4) if toy else (1024, 4096, 24, 16, 336, 14)
-    clip = CLIPVisionConfig(
+    clip = transformers.CLIPVisionConfig(
         hidden_size=hidden,
         intermediate_size=inner,
         num_hidden_layers=layers,
@@ -137,8 +138,8 @@ def _config(spec: Spec, toy: bool) -> Any:
     common |= {"image_token_index": IMAGE_TOKEN, "vision_feature_layer": -2}
     common |= {"vision_feature_select_strategy": "default"}
     if spec.kind == "llava_next":
-        return LlavaNextConfig(**common)
-    return LlavaConfig(**common, image_seq_length=(side // patch) ** 2)
+        return transformers.LlavaNextConfig(**common)
+    return transformers.LlavaConfig(**common, image_seq_length=(side // patch) ** 2)
 
 
 def build(spec: Spec, device: torch.device, dtype: torch.dtype, toy: bool) -> Any:
@@ -146,11 +147,8 @@ def build(spec: Spec, device: torch.device, dtype: torch.dtype, toy: bool) -> An
 
     To draw the numbers of a 7B model takes a CPU minutes, and nothing here depends on them.
     """
-    from transformers import AutoModelForImageTextToText
-    from transformers.initialization import no_init_weights
-
     with no_init_weights(), torch.device(device):
-        model = AutoModelForImageTextToText.from_config(_config(spec, toy), dtype=dtype)
+        model = transformers.AutoModelForImageTextToText.from_config(_config(spec, toy), dtype=dtype)
     noise = (0.02 * torch.randn(NOISE, generator=torch.Generator().manual_seed(0))).to(device, dtype)
     for name, parameter in model.named_parameters():
         if parameter.dim() == 1:
@@ -175,8 +173,6 @@ class Decoder:
     @torch.no_grad()
     def prefill(self, embeds: Tensor, positions: Tensor | None = None, cache: Any = None) -> Tensor:
         """Logits (B, 1, V) of the last token."""
-        from transformers import DynamicCache
-
         if cache is None:
             cache = DynamicCache(config=self.config)
         past = {self.cache_name: cache}
@@ -186,8 +182,6 @@ class Decoder:
     @torch.no_grad()
     def filled_cache(self, embeds: Tensor, positions: Tensor | None, new_tokens: int) -> Any:
         """A static cache that holds the prompt and has room for `new_tokens`."""
-        from transformers import StaticCache
-
         cache = StaticCache(config=self.config, max_cache_len=embeds.shape[1] + new_tokens)
         self.prefill(embeds, positions, cache)
         return cache

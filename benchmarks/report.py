@@ -14,8 +14,9 @@ from functools import partial
 from pathlib import Path
 
 from attanchor_lab import demo_table
+from attanchor_vlm.records import write_text
 from benchmarks import cpu_reference, plots, same_tokens, store_demo, targets
-from benchmarks.rows import IMAGES, RESULTS, ROOT, Row, latest, of_newest_gpu, ratio, read, table, write_text
+from benchmarks.rows import IMAGES, RESULTS, ROOT, Row, latest, of_newest_gpu, ratio, read, table
 
 COMMAND = "python -m benchmarks report"
 LABORATORY = "docs/lab/report.md"
@@ -39,10 +40,6 @@ def _hardware(rows: list[Row]) -> str:
     if rows[-1]["gpu"] != "none":
         parts = [said("gpu"), f"driver {said('driver')}", f"CUDA {said('cuda')}", f"Triton {said('triton')}"]
     return ", ".join([*parts, f"PyTorch {said('torch')}", f"commit {said('commit')}", said("date")])
-
-
-def _made_by(rows: list[Row], command: str) -> str:
-    return f"\n{_hardware(rows)}; measured by `{command}`, written by `{COMMAND}`.\n"
 
 
 def roofline_block(rows: list[Row], image: str) -> str:
@@ -148,11 +145,6 @@ def training_block(rows: list[Row], image: str) -> str:
     return table(["", "a step", "with anchors", "peak memory"], lines)
 
 
-def cpu_reference_block(rows: list[Row], image: str) -> str:
-    """The CPU implementation, its unavoidable work, masked_scatter and the literal loop."""
-    return table(cpu_reference.HEAD, cpu_reference.lines_of(rows))
-
-
 def serve_block(rows: list[Row], image: str) -> str:
     """Requests a second of three servers, and the memory that many of them leave behind."""
     measured = [row for row in rows if "rounds" in row]
@@ -178,11 +170,6 @@ def serve_block(rows: list[Row], image: str) -> str:
     )
     head = ["", "clients", "tokens of a prompt", "rounds", "requests a second", "over the plain model's"]
     return table(head, lines) + load + memory
-
-
-def same_tokens_block(rows: list[Row], image: str) -> str:
-    """The prompts that vLLM answers with the tokens of `generate`, when first asked and when asked again."""
-    return table(*same_tokens.table_of(rows))
 
 
 def demo_block(rows: list[Row], image: str) -> str:
@@ -297,7 +284,9 @@ def _block(choose: Callable[[list[Row]], list[Row]], write: Block, command: str)
 
     def made(rows: list[Row], image: str) -> str:
         chosen = choose(rows)
-        return f"{write(chosen, image)}{_made_by(chosen, command)}" if chosen else ""
+        if not chosen:
+            return ""
+        return f"{write(chosen, image)}\n{_hardware(chosen)}; measured by `{command}`, written by `{COMMAND}`.\n"
 
     return made
 
@@ -313,9 +302,17 @@ BLOCKS: dict[str, Block] = {
         "python -m benchmarks overhead --sweep",
     ),
     "training": _block(_trained, training_block, "python -m benchmarks training --real-size"),
-    "cpu-reference": _block(partial(_of, "cpu-reference"), cpu_reference_block, "python -m benchmarks cpu-reference"),
+    "cpu-reference": _block(
+        partial(_of, "cpu-reference"),
+        lambda rows, image: table(cpu_reference.HEAD, cpu_reference.lines_of(rows)),
+        "python -m benchmarks cpu-reference",
+    ),
     "serve": _block(_served, serve_block, "python -m benchmarks serve"),
-    "same-tokens": _block(partial(_of, "same-tokens"), same_tokens_block, "python -m benchmarks same-tokens"),
+    "same-tokens": _block(
+        partial(_of, "same-tokens"),
+        lambda rows, image: table(*same_tokens.table_of(rows)),
+        "python -m benchmarks same-tokens",
+    ),
     "targets": targets_block,
     "audit": _block(lambda rows: list(latest(_of("audit", rows), "kind").values()), audit_block, "make audit"),
     "demo": _block(lambda rows: _of("demo", rows)[-1:], demo_block, f"make demo` and `{store_demo.MAKE}"),

@@ -45,10 +45,10 @@ class Roofline(Run):
     def __init__(self, given: argparse.Namespace) -> None:
         super().__init__(given.output, given.device, "roofline", given.dtype)
         self.names = given.backends or kernel_backends(self.device)
-        self.repeats, self.budget = given.repeats, given.budget
+        self.budget = given.budget
 
     def measure(self, calls: Sequence[Callable[[], Any]], eager: bool = False) -> Timing:
-        return timing.measure(calls, self.device, repeats=self.repeats, budget=self.budget, eager=eager)
+        return timing.measure(calls, self.device, budget=self.budget, eager=eager)
 
     def each(self, cases: Iterable[Case], measure: Callable[[Case], None]) -> None:
         """A case that fails costs no other its figures."""
@@ -145,9 +145,9 @@ class Roofline(Run):
         if self.device.type == "cuda" and case.batch in CALLED_BATCHES:
             self.baseline(f"{name}, eager", case, calls, eager=True)
 
-    def compiled(self, cases: Sequence[Case], matmuls: Sequence[str]) -> None:
+    def compiled(self, cases: Sequence[Case]) -> None:
         """The compiled baselines at one shape: one compilation for B = 1, one for all larger batches."""
-        for matmul in matmuls:
+        for matmul in MATMUL_DTYPES:
             compiled = Compiled(matmul)
             for case in cases:
                 with self.guarded(f"{compiled.name}, {case.label}"), torch.no_grad():
@@ -170,11 +170,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="default: cuda and triton as far as available, on a CPU reference",
     )
     parser.add_argument("--passes", type=options.names(PASSES), default=PASSES, help="default: %(default)s")
-    parser.add_argument(
-        "--matmuls", type=options.names(MATMUL_DTYPES), help="compiled baselines' matmul; '' for none, as on a CPU"
-    )
     parser.add_argument("--smoke", type=Path, help="rows of a smoke run: what failed there is not chosen")
-    parser.add_argument("--repeats", type=options.number, default=15, help="of each measurement (default: %(default)s)")
     parser.add_argument("--budget", type=float, default=0.4, help="seconds for each measurement (default: %(default)s)")
 
 
@@ -206,7 +202,6 @@ def _measure(on: Roofline, given: argparse.Namespace) -> None:
         on.each(cases, partial(on.kernels, empty=empty))
     if "baselines" in given.passes:
         on.each(cases, on.baselines)
-        matmuls = given.matmuls if given.matmuls is not None else (() if on_cpu else MATMUL_DTYPES)
         forward = [case for case in cases if case.operation == "forward" and case.batch in COMPILED_BATCHES]
-        for name in shapes:
-            on.compiled([case for case in forward if case.shape.name == name], matmuls)
+        for name in () if on_cpu else shapes:
+            on.compiled([case for case in forward if case.shape.name == name])

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from attanchor_vlm import provenance
-from attanchor_vlm.records import Row, markdown_table, read_rows, write_atomically
+from attanchor_vlm.records import Row, markdown_table, read_rows, write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -30,11 +30,6 @@ class BadRows(ValueError):
 def environment(device: str = "cpu") -> Row:
     """Commit, device, driver and versions: part of every row. Files that a run writes do not count as changes."""
     return provenance.environment(device, "benchmarks/results")
-
-
-def write_text(path: Path, text: str) -> None:
-    """The whole file or nothing."""
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def write(path: Path, rows: Iterable[Row]) -> None:

@@ -21,6 +21,8 @@ class Accuracy:
     right: tuple[bool, ...]
     inserted_share: float
     seconds: float
+    anchor_score: float | None = None  # mean cosine of the inserted
+    image_tokens: float = 0.0  # of a prompt, before anchors
 
     def _by_kind(self, values: ArrayLike) -> dict[str, np.ndarray]:
         kinds = np.array(self.kinds)
@@ -56,4 +58,5 @@ def accuracy(
     asked = list(samples(rows, "all"))
     found = generate_answers(model, processor, asked, batch_size, most_tokens, progress=False)
     right = tuple(map(is_right, found.predictions, found.references))
-    return Accuracy(tuple(kinds), right, found.inserted_share, found.seconds)
+    figures = found.inserted_share, found.seconds, found.anchor_score, found.image_tokens
+    return Accuracy(tuple(kinds), right, *figures)

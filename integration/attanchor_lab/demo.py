@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import shlex
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from PIL import Image
 from attanchor_lab.accuracy import Accuracy, accuracy
 from attanchor_lab.demo_table import EXPLAINED, HEAD, IMAGE_INTO_TEXT, PLAIN, TEXT_INTO_IMAGE, lines_of, verdict
 from attanchor_lab.figures import loss_plot
+from attanchor_lab.photographs.stamps import shipped
 from attanchor_lab.scenes import dataset as scenes
 from attanchor_lab.small_llava import model as small_llava
 from attanchor_vlm.analysis.calibrate import threshold_for_share
@@ -61,6 +63,18 @@ class Size:
     share: float = 0.1  # the paper's: about 10 % of the text tokens
 
 
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """A model this small gains nothing from more, and loses much where cores are shared."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@_one_thread()
 def run(
     output: Path,
     model: str | None = None,
@@ -78,17 +92,6 @@ def run(
     Returns:
         What `results.json` holds.
     """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # a model this small gains nothing from more, and loses much where cores are shared
-    try:
-        return _run(output, model, size, seed, say, progress)
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _run(
-    output: Path, model: str | None, size: Size, seed: int, say: Callable[[str], None], progress: bool
-) -> dict[str, Any]:
     started = time.perf_counter()
     source = model or str(small_llava.SHIPPED)
     # What is missing is said before an earlier demo is removed.
@@ -225,16 +228,12 @@ def command_line(settings: TrainConfig) -> str:
 
 
 def photograph(name: str) -> Image.Image:
-    """One of the photographs inside scikit-image's package; nothing is downloaded.
+    """One of the photographs inside scikit-image's package.
 
     Raises:
         SetupError: scikit-image, or this photograph of it, is not installed.
     """
-    try:
-        import skimage
-    except ImportError as error:
-        raise SetupError("the demo's photographs come with scikit-image: `pip install scikit-image`") from error
-    found = list((Path(skimage.__file__).parent / "data").glob(f"{name}.*"))
+    found = shipped(name)
     if not found:
         raise SetupError(f"this scikit-image does not ship the photograph {name!r}; install another version")
     return load_image(found[0])

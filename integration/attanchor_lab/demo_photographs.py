@@ -23,11 +23,12 @@ from attanchor_lab.photographs.wordings import KINDS
 from attanchor_lab.small_vlm import build, parts
 from attanchor_lab.small_vlm.config import BuildConfig
 from attanchor_lab.small_vlm.readings import known_stamps
-from attanchor_vlm.data.batches import question, to_model
+from attanchor_vlm.data.batches import message
 from attanchor_vlm.data.rows import Row, load_image, read_rows
+from attanchor_vlm.inference.ask import encode_questions
 from attanchor_vlm.inference.explain import explain
 from attanchor_vlm.inference.picture import anchor_picture
-from attanchor_vlm.model.attach import base_of, prepare_inputs, tau_of
+from attanchor_vlm.model.attach import prepare_inputs, tau_of
 from attanchor_vlm.model.load import choose_dtype, load
 from attanchor_vlm.provenance import environment
 from attanchor_vlm.records import markdown_table, write_json
@@ -195,8 +196,6 @@ def _questions(data: Path, count: int) -> tuple[list[Row], list[str]]:
 @torch.no_grad()
 def _length(model: Any, processor: Any, rows: Sequence[Row]) -> float:
     """Mean tokens of the prompts as the language model gets them."""
-    images = [load_image(row.images[0]) for row in rows]
-    attached: Any = base_of(model)
-    words = attached.attanchor_config.content_words
-    batch: dict[str, Any] = to_model(question(processor, [row.messages[0][1] for row in rows], images, words), model)
+    images = [[load_image(row.images[0])] for row in rows]
+    batch: dict[str, Any] = encode_questions(model, processor, [[message(*row.messages[0])] for row in rows], images)
     return float(prepare_inputs(model, **batch)["attention_mask"].sum(-1).float().mean())

@@ -238,13 +238,14 @@ def loss_plot(path: Path, logs: Mapping[str, Sequence[Mapping[str, float]]], tit
         1, 3, figsize=(14, 4.4), layout="constrained", width_ratios=(1.7, 1, 1)
     )
     figure.suptitle(title, fontsize=13, fontweight="bold")
-    colours = itertools.cycle(PALETTE[1:] + PALETTE[:1])
+    colours, top = itertools.cycle(PALETTE[1:] + PALETTE[:1]), 0.0
     for number, ((name, lines), colour) in enumerate(zip(logs.items(), colours, strict=False)):
         steps, values = _series(lines, "loss")
         losses.plot(steps, values, color=colour, alpha=0.13, linewidth=0.8)
         losses.plot(steps, _smooth(values), color=colour, linewidth=1.6, label=f"{name}, training (mean of 20 steps)")
-        length = max(steps, default=0)
+        length, top = max(steps, default=0), max(top, *_smooth(values))
         steps, values = _series(lines, "eval_loss")
+        top = max(top, *values)
         # Runs are validated at the same steps: a little beside each other, their marks can be told apart.
         beside = steps + 0.012 * length * (number - (len(logs) - 1) / 2)
         mark = {"marker": "osD^v"[number % 5], "markersize": 6.5, "markeredgecolor": "white"}
@@ -254,19 +255,14 @@ def loss_plot(path: Path, logs: Mapping[str, Sequence[Mapping[str, float]]], tit
             if len(values) and np.any(values):
                 axes.plot(steps, values, color=colour, alpha=0.13, linewidth=0.8)
                 axes.plot(steps, _smooth(values), color=colour, linewidth=1.6, label=name)
-    top = max((max(_series(lines, "eval_loss")[1], default=0.0) for lines in logs.values()), default=0.0)
-    smooth_top = max(
-        (float(np.max(_smooth(_series(lines, "loss")[1]), initial=0.0)) for lines in logs.values()), default=1.0
-    )
-    losses.set_ylim(0, 1.15 * max(top, smooth_top) or 1.0)
+    losses.set_ylim(0, 1.15 * top or 1.0)
     losses.set_ylabel("loss of the answer")
     share.set_title("inserted anchors / text tokens taking part", fontsize=10)
     score.set_title("mean cosine of the inserted", fontsize=10)
     losses.legend(fontsize=8.5)
     for axes in (losses, share, score):
         axes.set_xlabel("optimiser step")
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
+        _plain(axes)
     share.set_ylim(bottom=0)
     low, high = score.get_ylim()
     score.set_ylim(low - 0.5 * (high - low), high)  # room for the legend

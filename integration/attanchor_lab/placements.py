@@ -11,9 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from attanchor_kernels import plan_sequence
-
-_TEXT, _IMAGE, _ANCHOR_TEXT = 1, 2, 3  # roles of the operators
+from attanchor_kernels import Role, plan_sequence
 
 
 class Matched(NamedTuple):
@@ -40,8 +38,8 @@ def match(embedded: Tensor, features: Tensor, is_image: Tensor, takes_part: Tens
 
 def roles_of(is_image: Tensor, takes_part: Tensor) -> Tensor:
     """(B, S) uint8, as the operators take them; no padding."""
-    roles = torch.full_like(is_image, _TEXT, dtype=torch.uint8)
-    return roles.masked_fill(takes_part, _ANCHOR_TEXT).masked_fill(is_image, _IMAGE)
+    roles = torch.full_like(is_image, Role.TEXT, dtype=torch.uint8)
+    return roles.masked_fill(takes_part, Role.ANCHOR_TEXT).masked_fill(is_image, Role.IMAGE)
 
 
 def random_patches(inserted: Tensor, patches: int, generator: torch.Generator) -> Tensor:

@@ -153,10 +153,7 @@ class Rows:
 
     def __init__(self, folder: Path, needed: Iterable[str], name: str) -> None:
         self.path = Path(folder) / ROWS
-        try:
-            self.rows = read_rows(self.path)
-        except ValueError as error:
-            raise SetupError(str(error)) from error
+        self.rows = read_rows(self.path)
         for number, row in enumerate(self.rows, start=1):
             if not set(row) >= set(needed):
                 raise SetupError(f"{self.path}, row {number} is no row of {name}; take another folder")

@@ -42,7 +42,8 @@ def compare(differences: Mapping[Hashable, Sequence[float]]) -> pd.DataFrame:
         verdict. Fewer than `LEAST` seeds get no test, and do not count in the correction; nor do differences that are
         all the same.
     """
-    index = pd.MultiIndex.from_tuples(differences) if _are_tuples(differences) else pd.Index(list(differences))
+    in_parts = bool(differences) and all(isinstance(key, tuple) for key in differences)
+    index = pd.MultiIndex.from_tuples(differences) if in_parts else pd.Index(list(differences))
     table = pd.DataFrame(index=index)
     table["seeds"] = [len(values) for values in differences.values()]
     table["mean"] = [np.mean(values) if len(values) else np.nan for values in differences.values()]
@@ -71,10 +72,6 @@ def _error(values: Sequence[float]) -> float:
     if len(values) < LEAST or (np.ptp(values) < 1e-9 and np.any(values)):
         return np.nan
     return float(np.std(values, ddof=1) / len(values) ** 0.5)
-
-
-def _are_tuples(differences: Mapping[Hashable, Sequence[float]]) -> bool:
-    return bool(differences) and all(isinstance(key, tuple) for key in differences)
 
 
 def number(value: float, digits: int = 1, sign: bool = False) -> str:

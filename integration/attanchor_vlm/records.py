@@ -152,9 +152,13 @@ def read_text(file: Path, what: str = "") -> str:
         raise DataError(f"{what}{file} cannot be read: {reason}") from error
 
 
-def write_json(path: Path, value: object) -> None:
-    text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+def write_text(path: Path, text: str) -> None:
+    """The whole file or nothing."""
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def write_json(path: Path, value: object) -> None:
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def markdown_table(heads: Sequence[str], lines: Sequence[Sequence[str]], words: int = 1) -> list[str]:
@@ -187,7 +191,7 @@ def read_rows(path: Path) -> list[Row]:
         if row is not None:
             rows.append(row)
         elif number < len(lines) or not line.startswith("{"):
-            raise ValueError(f"{path}, line {number} is not a row (a JSON object)")
+            raise SetupError(f"{path}, line {number} is not a row (a JSON object)")
     return rows
 
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -12,17 +11,12 @@ from attanchor_vlm.cli.entry import app
 from attanchor_vlm.cli.options import quiet
 
 
-class Size(StrEnum):
-    smoke = "smoke"
-    cpu = "cpu"
-    gpu = "gpu"
-
-
 @app.command()
 def lab(
     output: Annotated[Path, typer.Option(help="Folder for plan and rows. One that was cut short is gone on with.")],
     size: Annotated[
-        Size | None, typer.Option(help="smoke: a minute; cpu: ten on two quiet cores; gpu: nine of one H200.")
+        Literal["smoke", "cpu", "gpu"] | None,
+        typer.Option(help="smoke: a minute; cpu: ten on two quiet cores; gpu: nine of one H200."),
     ] = None,
     own: Annotated[Path | None, typer.Option("--plan", help="A plan of your own, made from a plan.json.")] = None,
     workers: Annotated[
@@ -37,12 +31,12 @@ def lab(
 
     if (size is None) == (own is None):
         raise typer.BadParameter("give --size or --plan, and not both")
-    plan, device = plans.chosen(size.value if size else None, own, rehearse, workers, minutes)
+    plan, device = plans.chosen(size, own, rehearse, workers, minutes)
     quiet()
     from attanchor_lab.synthetic import checks, laboratory
 
     rows = laboratory.run(plan, output, device, typer.echo, progress)
-    if size is Size.smoke and not rehearse:
+    if size == "smoke" and not rehearse:
         checks.run(plan, rows, device, typer.echo)
     typer.echo(f"rows are in {output / laboratory.ROWS}; read them with: attanchor report {output} --output PAGE.md")
 

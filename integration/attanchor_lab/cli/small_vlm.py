@@ -34,10 +34,10 @@ def lab_photographs(
     """Train and test the arms of a plan on photographs: the small VLM, plain, with anchors and with controls."""
     quiet()
     from attanchor_lab.small_vlm import experiment
-    from attanchor_vlm.records import write_atomically
+    from attanchor_vlm.records import write_text
 
     chosen = experiment.read_plan(plan)
     rows = experiment.run(chosen, output, work, typer.echo)
     lines = "\n".join(experiment.as_markdown(rows, chosen, work)) + "\n"
-    write_atomically(output / "tables.md", lambda path: path.write_text(lines, encoding="utf-8"))
+    write_text(output / "tables.md", lines)
     typer.echo(lines)

@@ -27,12 +27,11 @@ from attanchor_lab.paper.values import (
 )
 from attanchor_lab.runner import ROWS
 from attanchor_vlm.errors import SetupError
-from attanchor_vlm.records import Row, write_atomically
+from attanchor_vlm.records import Row, write_text
 from attanchor_vlm.training.config import Method
 
 TABLE, PLOT, RADAR = "table.md", "plot.png", "radar.png"
 RANDOM, FRONT = "random places", "prompt in front"
-Paper = dict[str, dict[str, float] | None]
 
 
 @dataclass(frozen=True)
@@ -45,18 +44,13 @@ class Result:
 
 def sweep(study: Study, taus: Sequence[float]) -> Result:
     """Text into image at several thresholds, 1 being the baseline."""
-    arms = _tau_arms(taus)
-    paper: Paper = {arm.name: paper_values(study.preset_name, tau=arm.tau) for arm in arms}
-    return _run(study, "sweep", arms, "Threshold", paper)
+    return _run(study, "sweep", _tau_arms(study, taus), "Threshold")
 
 
 def directions(study: Study) -> Result:
     """Baseline, text into image and image into text, at the preset's tau."""
     tau = _tau_of(study.preset)
-    arms = [Arm(BASELINE, 1.0), Arm("text into image", tau), Arm("image into text", tau, IMAGE_INTO_TEXT)]
-    names = (BASELINE, TEXT_INTO_IMAGE, IMAGE_INTO_TEXT)
-    paper: Paper = {arm.name: paper_values(study.preset_name, name) for arm, name in zip(arms, names, strict=True)}
-    return _run(study, "directions", arms, "Direction", paper)
+    return _run(study, "directions", _both_ways(tau, study.preset_name), "Direction")
 
 
 def paper_table(study: Study, taus: Sequence[float], controls: bool = True) -> Result:
@@ -66,13 +60,10 @@ def paper_table(study: Study, taus: Sequence[float], controls: bool = True) -> R
     copies at that tau behind random image tokens; "prompt in front" copies the whole question in front of the image.
     """
     tau = _tau_of(study.preset)
-    arms = _tau_arms(taus)
-    paper: Paper = {arm.name: paper_values(study.preset_name, tau=arm.tau) for arm in arms}
-    arms.append(Arm("image into text", tau, IMAGE_INTO_TEXT))
-    paper["image into text"] = paper_values(study.preset_name, IMAGE_INTO_TEXT)
+    arms = [*_tau_arms(study, taus), _both_ways(tau, study.preset_name)[-1]]
     if controls:
         arms += [Arm(RANDOM, tau, placement="random"), Arm(FRONT, tau, placement="front")]
-    return _run(study, "paper", arms, f"The paper's table, measured on {study.model}", paper)
+    return _run(study, "paper", arms, f"The paper's table, measured on {study.model}")
 
 
 def scale(study: Study, models: Mapping[str, tuple[str, str, Method]]) -> Result:
@@ -81,30 +72,24 @@ def scale(study: Study, models: Mapping[str, tuple[str, str, Method]]) -> Result
     Args:
         models: By name: the model's folder or Hub id, the name of its preset, and the preset.
     """
-    arms, paper = [], {}
+    arms = []
     for name, (model, preset_name, preset) in models.items():
-        for arm, tau, direction in (
-            (BASELINE, 1.0, TEXT_INTO_IMAGE),
-            ("text into image", _tau_of(preset), TEXT_INTO_IMAGE),
-            ("image into text", _tau_of(preset), IMAGE_INTO_TEXT),
-        ):
-            labels = {"model": name, "arm": arm}
-            arms.append(Arm(f"{name}: {arm}", tau, direction, model=model, preset=preset, labels=labels))
-            key = BASELINE if arm == BASELINE else direction
-            paper[f"{name}: {arm}"] = paper_values(preset_name, key)
+        for arm in _both_ways(_tau_of(preset), preset_name):
+            own: dict[str, Any] = {"model": model, "preset": preset, "labels": {"model": name, "arm": arm.name}}
+            arms.append(dataclasses.replace(arm, name=f"{name}: {arm.name}", **own))
 
     def report(rows: list[Row]) -> list[str]:
         parts = []
         for name in models:
             own, baseline = [row for row in rows if row["labels"]["model"] == name], f"{name}: {BASELINE}"
             if own:
-                parts += [[f"## {name}"], _table(own, paper, baseline), _better(own, baseline)]
+                parts += [[f"## {name}"], _table(own, arms, baseline), _better(own, baseline)]
         return _apart(parts)
 
     def draw(rows: list[Row]) -> None:
         figures.along(study.output / PLOT, _gains(rows), "parameters", "Change against the baseline", True)
 
-    return _run(study, "scale", arms, "Model scale", paper, report, draw)
+    return _run(study, "scale", arms, "Model scale", report, draw)
 
 
 def _gains(rows: Sequence[Row]) -> pd.DataFrame:
@@ -155,7 +140,7 @@ def degrade(study: Study, kinds: Mapping[str, Sequence[float]], taus: Sequence[f
             points = _by_level(rows, first, list(kinds))
             figures.along(study.output / PLOT, points, "level (0: clean)", f"{how.title} under degradation")
 
-    return _run(study, "degrade", arms, "Image degradation", {}, report, draw)
+    return _run(study, "degrade", arms, "Image degradation", report, draw)
 
 
 def _degradation(row: Mapping[str, Any]) -> str:
@@ -202,14 +187,14 @@ def tokens(study: Study, views: Sequence[int]) -> Result:
         study = dataclasses.replace(study, train=dataclasses.replace(study.train, val_data=None))
 
     def report(rows: list[Row]) -> list[str]:
-        return _table(rows, {}, "")
+        return _table(rows, arms, "")
 
     def draw(rows: list[Row]) -> None:
         points = _points(rows, "image_tokens")
         points = points.assign(x=points["image_tokens"], series=points["label_tau"].map(_name_of))
         figures.along(study.output / PLOT, points, "image tokens in a prompt", "Longer image sequences")
 
-    return _run(study, "tokens", arms, "Image tokens", {}, report, draw)
+    return _run(study, "tokens", arms, "Image tokens", report, draw)
 
 
 # --- What they share. ------------------------------------------------------------------------------------------------
@@ -240,11 +225,21 @@ def _tau_of(preset: Method) -> float:
     return preset.tau
 
 
-def _tau_arms(taus: Sequence[float]) -> list[Arm]:
+def _tau_arms(study: Study, taus: Sequence[float]) -> list[Arm]:
     """Arms by threshold, the baseline first: changes are against it."""
     if not any(tau >= 1 for tau in taus):
         taus = (1.0, *taus)
-    return [Arm(_name_of(tau), tau) for tau in sorted(dict.fromkeys(taus), reverse=True)]
+    chosen = sorted(dict.fromkeys(taus), reverse=True)
+    return [Arm(_name_of(tau), tau, paper=paper_values(study.preset_name, tau=tau)) for tau in chosen]
+
+
+def _both_ways(tau: float, preset: str) -> list[Arm]:
+    """The baseline, text into image and image into text."""
+    return [
+        Arm(BASELINE, 1.0, paper=paper_values(preset)),
+        Arm("text into image", tau, paper=paper_values(preset, TEXT_INTO_IMAGE)),
+        Arm("image into text", tau, IMAGE_INTO_TEXT, paper=paper_values(preset, IMAGE_INTO_TEXT)),
+    ]
 
 
 def _test_rows(study: Study) -> tuple[Path, Path]:
@@ -258,7 +253,6 @@ def _run(
     name: str,
     arms: Sequence[Arm],
     title: str,
-    paper: Paper,
     report: Callable[[list[Row]], list[str]] | None = None,
     draw: Callable[[list[Row]], None] | None = None,
 ) -> Result:
@@ -268,9 +262,9 @@ def _run(
     def write(rows: list[Row]) -> None:
         if not rows:
             return
-        lines, notes = (report(rows), []) if report else (_table(rows, paper, BASELINE), _better(rows, BASELINE))
-        text = "\n".join(_apart([[f"# {title}"], lines, notes + _cautions(rows), [_origin(rows)]])) + "\n"
-        write_atomically(study.output / TABLE, lambda path: path.write_text(text, encoding="utf-8"))
+        lines, notes = (report(rows), []) if report else (_table(rows, arms, BASELINE), _better(rows, BASELINE))
+        page = _apart([[f"# {title}"], lines, notes + _cautions(rows), [_origin(rows)]])
+        write_text(study.output / TABLE, "\n".join(page) + "\n")
 
     rows = run_arms(study, name, arms, write)
     if draw is not None:
@@ -308,7 +302,8 @@ def _apart(parts: Sequence[Sequence[str]]) -> list[str]:
     return [line for part in found for line in part][1:]
 
 
-def _table(rows: list[Row], paper: Mapping[str, Mapping[str, float] | None], baseline: str) -> list[str]:
+def _table(rows: list[Row], arms: Sequence[Arm], baseline: str) -> list[str]:
+    paper = {arm.name: arm.paper for arm in arms}
     found = table.by_seed(rows, *FIGURES)
     lines = table.by_arm(found, metrics_of(rows) | FIGURES)
     if any(paper.get(row["arm"]) for row in rows):

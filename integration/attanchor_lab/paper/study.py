@@ -41,6 +41,7 @@ class Arm:
         trained_as: Share the training of the arm of this name; by default its own.
         train_rows, test_rows: (data, images) instead of the study's.
         labels: Further entries of the row, such as the degradation.
+        paper: The paper's values, if it has such an arm.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Arm:
     train_rows: tuple[Path, Path] | None = None
     test_rows: tuple[Path, Path] | None = None
     labels: dict[str, Any] = field(default_factory=dict)
+    paper: dict[str, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -89,8 +91,7 @@ class Study:
         """
         if not self.seeds:
             raise ValueError("seeds is empty; it should hold at least one number")
-        if self.output.exists() and not self.output.is_dir():
-            raise SetupError(f"output {self.output} is a file; it should be a folder, or not exist")
+        evaluation.check_output(self.output)
         self.plan.check()
         train, val = (None, None) if self.train is None else (self.train.data, self.train.val_data)
         for what, path in (("test", self.plan.data), ("data", train), ("val_data", val)):
@@ -170,11 +171,8 @@ def digest(path: Path) -> str:
 
 @functools.lru_cache(maxsize=16)
 def _digest(path: Path, changed: int, size: int) -> str:
-    found = hashlib.sha256()
     with path.open("rb") as file:
-        while part := file.read(1 << 20):
-            found.update(part)
-    return found.hexdigest()[:16]
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 # --- What can be wrong is said before the first arm, not after days of training. --------------------------------------

@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
-from attanchor_vlm.data.batches import question, to_model
-from attanchor_vlm.data.rows import PLACEHOLDER, load_image
+from attanchor_vlm.data.batches import message
+from attanchor_vlm.data.rows import load_image
+from attanchor_vlm.inference.ask import encode_questions
 from attanchor_vlm.model.attach import attach, base_of, prepare_inputs
 from attanchor_vlm.model.config import AttAnchorConfig
 from attanchor_vlm.model.geometry import image_slots, patch_boxes
@@ -54,8 +55,8 @@ def _of_row(model: Any, processor: Any, row: Mapping[str, Any], folder: Path) ->
     if not asked:
         return []
     image = load_image(folder / row["image"])
-    text = row["conversations"][0]["value"].replace(PLACEHOLDER, "").strip()
-    batch: dict[str, Any] = to_model(question(processor, [text], [image], False), model)
+    asks = message("user", row["conversations"][0]["value"])
+    batch: dict[str, Any] = encode_questions(model, processor, [[asks]], [[image]])
     prepare_inputs(model, **batch)
     target: Any = base_of(model)
     plan = target.attanchor_plan

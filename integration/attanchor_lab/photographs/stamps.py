@@ -102,6 +102,19 @@ def cut_out(path: Path) -> Image.Image:
     return image
 
 
+def shipped(name: str) -> list[Path]:
+    """The photographs of that name inside scikit-image's package; nothing is downloaded.
+
+    Raises:
+        SetupError: it is not installed.
+    """
+    try:
+        import skimage
+    except ImportError as error:
+        raise SetupError("the photographs come with scikit-image: `pip install scikit-image`") from error
+    return sorted((Path(skimage.__file__).parent / "data").glob(f"{name}.*"))
+
+
 @functools.cache
 def photographs() -> tuple[Image.Image, ...]:
     """Scikit-image's photographs that serve as backgrounds.
@@ -109,12 +122,7 @@ def photographs() -> tuple[Image.Image, ...]:
     Raises:
         SetupError: it is not installed, or ships none of them.
     """
-    try:
-        import skimage
-    except ImportError as error:
-        raise SetupError("the backgrounds come with scikit-image: `pip install scikit-image`") from error
-    folder = Path(skimage.__file__).parent / "data"
-    paths = [path for name in _BACKGROUNDS for path in sorted(folder.glob(f"{name}.*"))]
+    paths = [path for name in _BACKGROUNDS for path in shipped(name)]
     if not paths:
         raise SetupError("this scikit-image ships no photographs; install another version")
     return tuple(Image.open(path).convert("RGB") for path in paths)

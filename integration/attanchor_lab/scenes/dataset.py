@@ -17,10 +17,7 @@ from PIL import Image
 
 from attanchor_lab.scenes import questions, world
 from attanchor_lab.scenes.questions import ID, WORDS
-from attanchor_lab.scenes.world import COLOURS as COLOURS
-from attanchor_lab.scenes.world import EMPTY as EMPTY
-from attanchor_lab.scenes.world import KINDS, Scenes, World
-from attanchor_lab.scenes.world import SHAPES as SHAPES
+from attanchor_lab.scenes.world import COLOURS, EMPTY, KINDS, SHAPES, Scenes, World  # noqa: F401  of all scenes
 from attanchor_vlm.records import write_json
 
 GRID = 8  # cells per side

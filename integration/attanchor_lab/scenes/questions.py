@@ -80,10 +80,6 @@ class Questions:
     negative: Tensor
     target: Tensor
 
-    def __getitem__(self, index: Tensor | slice) -> Questions:
-        fields = (self.words, self.answer, self.kind, self.negative, self.target)
-        return Questions(*(field[index] for field in fields))
-
     def flat(self) -> Questions:
         """The same with B * Q scenes of one question: every field loses its second axis."""
         fields = (self.words, self.answer, self.kind, self.negative, self.target)

@@ -22,7 +22,7 @@ import numpy as np
 import pydantic
 
 from attanchor_lab import runner, selection  # noqa: F401  plans name its rules of `keep_by`
-from attanchor_lab.accuracy import is_right
+from attanchor_lab.accuracy import accuracy
 from attanchor_lab.paper.arms import trained_result
 from attanchor_lab.paper.degrade import write_degraded
 from attanchor_lab.photographs.config import FOLDER, PhotographConfig
@@ -33,9 +33,16 @@ from attanchor_lab.small_vlm import build
 from attanchor_lab.small_vlm import parts as sources
 from attanchor_lab.small_vlm.config import BuildConfig
 from attanchor_lab.small_vlm.readings import known_stamps
+from attanchor_lab.table import compare, interval, number, probability
+from attanchor_vlm.analysis.calibrate import threshold_for_share
+from attanchor_vlm.data.dataset import some_samples
+from attanchor_vlm.data.rows import read_rows
 from attanchor_vlm.errors import SetupError
+from attanchor_vlm.model import load as loading
+from attanchor_vlm.model.attach import config_of, tau_of
 from attanchor_vlm.provenance import environment
-from attanchor_vlm.records import Row, alone_in, write_json
+from attanchor_vlm.records import Row, alone_in, markdown_table, write_json
+from attanchor_vlm.training.config import TrainConfig
 
 PLAN = "plan.json"
 _NEEDED = ("arm", "seed", "test", "values", "right")
@@ -161,13 +168,11 @@ def questions(plan: PhotographPlan, world: Path, split: str, kinds: Sequence[str
 
 
 def _measure(plan: PhotographPlan, work: Path, output: Path, arm: str, seed: int, test: Measurement, say: Say) -> Row:
-    from attanchor_vlm.model.load import choose_dtype, load
-
     world, model = work / "world", work / "model"
     adapter, trained = (None, {}) if arm == "stage 1" else _train(plan, work, arm, seed, say)
     change = {name: value for name, value in test.change.items() if name != "fraction"}
-    dtype = choose_dtype("bfloat16", say)
-    loaded, processor = load(str(model), adapter, dtype=dtype, default_tau=1.0, **change)
+    dtype = loading.choose_dtype("bfloat16", say)
+    loaded, processor = loading.load(str(model), adapter, dtype=dtype, default_tau=1.0, **change)
     if "fraction" in test.change:
         _choose_tau(loaded, processor, world, test.change["fraction"])
     values: dict[str, float] = {}
@@ -176,8 +181,6 @@ def _measure(plan: PhotographPlan, work: Path, output: Path, arm: str, seed: int
     for split in test.splits or plan.splits:
         values[split], by_kind, right[split], figures = _ask(plan, work, loaded, processor, split, test)
         values |= {f"{split}/{kind}": value for kind, value in by_kind.items()}
-    from attanchor_vlm.model.attach import tau_of
-
     row = {
         "arm": arm, "seed": seed, "test": test.name, "values": values, "right": right,
         "figures": {**figures, "tau": tau_of(loaded), **trained}, "date": runner.now(), **environment("cpu", "docs"),
@@ -190,8 +193,6 @@ def _measure(plan: PhotographPlan, work: Path, output: Path, arm: str, seed: int
 
 def _train(plan: PhotographPlan, work: Path, arm: str, seed: int, say: Say) -> tuple[Path, dict[str, Any]]:
     """The adapter of an arm, trained now or found, and its losses."""
-    from attanchor_vlm.training.config import TrainConfig
-
     settings: Settings = {"tau": 1.0, "eval_steps": plan.stage2.get("max_steps"), **plan.stage2}
     settings |= (plan.arms | plan.more)[arm] | {"seed": seed, "placement_seed": seed}
     world, folder = work / "world", work / "runs" / f"{arm}-seed{seed}"
@@ -206,22 +207,14 @@ def _train(plan: PhotographPlan, work: Path, arm: str, seed: int, say: Say) -> t
 
 
 def _choose_tau(model: Any, processor: Any, world: Path, fraction: float) -> None:
-    from attanchor_vlm.analysis.calibrate import threshold_for_share
-    from attanchor_vlm.data.dataset import some_samples
-    from attanchor_vlm.model.attach import base_of
-
     samples = some_samples(world / "train-questions.json", world / "images", 100)
-    attached: Any = base_of(model)
-    threshold_for_share(model, processor, samples, fraction, attached.attanchor_config, _BATCH)
+    threshold_for_share(model, processor, samples, fraction, config_of(model), _BATCH)
 
 
 def _ask(
     plan: PhotographPlan, work: Path, model: Any, processor: Any, split: str, test: Measurement
 ) -> tuple[float, dict[str, float], str, dict[str, float]]:
     """The mean accuracy of the kinds, each of them, right and wrong as 1 and 0 in the order of `questions`, figures."""
-    from attanchor_vlm.data.rows import read_rows, samples
-    from attanchor_vlm.evaluation.answers import generate_answers
-
     asked = questions(plan, work / "world", split, test.kinds)
     data, images = work / f"test-{split}.json", work / "world" / "images"
     write_json(data, asked)
@@ -229,15 +222,11 @@ def _ask(
         kind, level = test.degrade
         data, images = write_degraded(data, images, work / f"{split}-{kind}-{level:g}", kind, level, progress=False)
     rows, _ = read_rows(data, images, False, False)
-    found = generate_answers(model, processor, list(samples(rows, "each")), _BATCH, _WORDS, progress=False)
-    right = list(map(is_right, found.predictions, found.references))
-    by_kind = defaultdict(list)
-    for one, mark in zip(asked, right, strict=True):
-        by_kind[one["kind"]].append(mark)
-    accuracy = {kind: statistics.mean(values) for kind, values in by_kind.items()}
+    found = accuracy(model, processor, rows, [one["kind"] for one in asked], _BATCH, _WORDS)
+    by_kind = found.figures()
     figures = {name: getattr(found, name) for name in ("inserted_share", "anchor_score", "image_tokens", "seconds")}
     known = {name: round(value, 4) for name, value in figures.items() if value is not None}
-    return statistics.mean(accuracy.values()), accuracy, "".join("01"[mark] for mark in right), known
+    return by_kind.pop("mean"), by_kind, "".join("01"[mark] for mark in found.right), known
 
 
 def differences(rows: list[Row], plan: PhotographPlan, scenes: Mapping[str, list[str]]) -> list[dict[str, Any]]:
@@ -249,8 +238,6 @@ def differences(rows: list[Row], plan: PhotographPlan, scenes: Mapping[str, list
         scenes: For each split the image of every question.
     """
     import statsmodels.api as sm
-
-    from attanchor_lab import table
 
     known = {(row["arm"], row["seed"]): row for row in rows if row["test"] == "as trained"}
     lines: list[dict[str, Any]] = []
@@ -269,7 +256,7 @@ def differences(rows: list[Row], plan: PhotographPlan, scenes: Mapping[str, list
             lines.append({"arm": arm, "against": against, "split": split, "seeds": len(seeds),
                           "difference": float(fit.params[0]), "low": float(low), "high": float(high)})  # fmt: skip
     if by_seed:
-        over_seeds = table.compare(by_seed)
+        over_seeds = compare(by_seed)
         for line, (_, seed_line) in zip(lines, over_seeds.iterrows(), strict=True):
             line |= {"low_seeds": seed_line["low_alone"], "high_seeds": seed_line["high_alone"], "p": seed_line["p"]}
     return lines
@@ -277,9 +264,6 @@ def differences(rows: list[Row], plan: PhotographPlan, scenes: Mapping[str, list
 
 def as_markdown(rows: list[Row], plan: PhotographPlan, work: Path) -> list[str]:
     """What was found, main contrast first: differences with their intervals, then every row's accuracies."""
-    from attanchor_lab.table import interval, number, probability
-    from attanchor_vlm.records import markdown_table
-
     scenes = {split: [one["image"] for one in questions(plan, work / "world", split)] for split in plan.splits}
     lines = [
         [line["arm"], line["against"], line["split"], str(line["seeds"]), number(100 * line["difference"], 1, True),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from attanchor_lab.scenes.world import Scenes
 from attanchor_lab.synthetic.model import prompts
 from attanchor_vlm.model.attach import attach
 from attanchor_vlm.model.config import AttAnchorConfig
+from attanchor_vlm.model.plan import AnchorPlan
 
 
 @dataclass(frozen=True)
@@ -117,25 +118,8 @@ def encode(model: Any, scenes: Scenes, questions: Questions, pixels: Tensor) -> 
     return Batch(scenes, questions, pixels, ids, ids == model.config.image_token_id, features, encoded)
 
 
-class Built(NamedTuple):
-    """What a call's prompt was made of.
-
-    `source`, `is_anchor`, `attention_mask`: (B, L), as in AnchorPlan. `score`: (B, S), best cosines of the candidates,
-    -inf for tokens that are none. `host`: (B, S), slots, -1 where a token was not copied.
-    """
-
-    source: Tensor
-    is_anchor: Tensor
-    attention_mask: Tensor
-    score: Tensor
-    host: Tensor
-
-    @classmethod
-    def plain(cls, ids: Tensor) -> Built:
-        """Of the prompt as it is."""
-        slots, nowhere = torch.arange(ids.shape[1], device=ids.device).expand_as(ids), torch.full_like(ids, -1)
-        no_score = torch.full(ids.shape, -torch.inf, device=ids.device)
-        return cls(slots, torch.zeros_like(ids, dtype=torch.bool), torch.ones_like(ids), no_score, nowhere)
+# What a call's prompt was made of: both say `source`, `is_anchor`, `attention_mask`, `score` and `host`.
+Built: TypeAlias = AnchorPlan | AnchoredSequence
 
 
 class Answered(NamedTuple):
@@ -197,7 +181,7 @@ class Asker:
         """
         if self.arm.by_attach or not copies:
             return self._through_attach(batch, copies, more)
-        placed, score = self.placed(batch)
+        placed = self.placed(batch)
         output = self.model(
             inputs_embeds=placed.embeds,
             attention_mask=placed.attention_mask,
@@ -205,7 +189,7 @@ class Asker:
             use_cache=False,
             **more,
         )
-        return _answered(output, Built(placed.source, placed.is_anchor, placed.attention_mask, score, placed.host))
+        return _answered(output, placed)
 
     def _through_attach(self, batch: Batch, copies: bool, more: dict[str, Any]) -> Answered:
         config = self.model.config.attanchor
@@ -224,18 +208,20 @@ class Asker:
         finally:
             self.model.config.attanchor = config
         plan = self.model.attanchor_plan
-        if plan is None:
-            return _answered(output, Built.plain(batch.ids))
-        return _answered(output, Built(plan.source, plan.is_anchor, plan.attention_mask, plan.score, plan.host))
+        if plan is None:  # the prompt as it is
+            roles, nowhere = placements.roles_of(batch.is_image, self.takes_part(batch)), torch.full_like(batch.ids, -1)
+            rows = self.model.get_input_embeddings()(batch.ids)
+            plan = place_sequence(rows, batch.features.flatten(0, 1).to(rows.dtype), roles, nowhere, copy=False)
+        return _answered(output, plan)
 
-    def placed(self, batch: Batch) -> tuple[AnchoredSequence, Tensor]:
-        """The prompt of an arm that `attach` does not offer, and of "matched" as the operator builds it; the scores."""
+    def placed(self, batch: Batch) -> AnchoredSequence:
+        """The prompt of an arm that `attach` does not offer, and of "matched" as the operator builds it."""
         embedded = self.model.get_input_embeddings()(batch.ids)
         matched = placements.match(embedded, batch.features, batch.is_image, self.takes_part(batch))
         roles = placements.roles_of(batch.is_image, self.takes_part(batch))
         features = batch.features.flatten(0, 1).to(embedded.dtype)
-        host = self._hosts(batch, matched)
-        return place_sequence(embedded, features, roles, host, positions=self.arm.positions), matched.score
+        made = place_sequence(embedded, features, roles, self._hosts(batch, matched), positions=self.arm.positions)
+        return made._replace(score=matched.score)
 
     @torch.no_grad()
     def _hosts(self, batch: Batch, matched: placements.Matched) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 
 from attanchor_lab.scenes import questions
 from attanchor_lab.scenes.questions import LENGTH
+from attanchor_lab.synthetic import model as models
 from attanchor_lab.synthetic import training
 from attanchor_lab.synthetic.arms import ARMS, Asker, Batch
 from attanchor_lab.synthetic.plan import Condition, LabPlan
@@ -67,10 +68,8 @@ def _matching(rows: list[Row]) -> str:
 
 
 def _untrained(condition: Condition, device: str) -> tuple[Any, Batch]:
-    from attanchor_lab.synthetic.model import build
-
     torch.manual_seed(0)
-    model: Any = build(condition.world, condition.shape)
+    model: Any = models.build(condition.world, condition.shape)
     model = model.to(device).eval()
     with torch.no_grad():
         return model, training.new_batch(condition, model, 8, 1, training.generator_for(device, 0, 99))
@@ -98,7 +97,7 @@ def same_as_attach(model: Any, batch: Batch) -> None:
         scores = asker(batch).built.score
         asker.tau = float(scores[torch.isfinite(scores)].median())  # about half of the words
         attached, plan = asker(batch), model.attanchor_plan
-        placed, _ = asker.placed(batch)
+        placed = asker.placed(batch)
         for field in ("source", "is_anchor", "attention_mask", "host", "position_ids"):
             same = torch.equal(getattr(placed, field), getattr(plan, field))
             _fail_unless(same, f"{name}: {field} differs from attach")

@@ -11,14 +11,18 @@ import os
 import shutil
 import time
 import traceback
-import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from attanchor_lab import runner
 from attanchor_lab.runner import ROWS, Job, Rows, now
+from attanchor_lab.synthetic import measure, training
+from attanchor_lab.synthetic.arms import ARMS
 from attanchor_lab.synthetic.plan import Condition, LabPlan
+from attanchor_vlm.cli.options import quiet
 from attanchor_vlm.errors import SetupError
 from attanchor_vlm.provenance import environment
 from attanchor_vlm.records import Row, alone_in, write_atomically, write_json
@@ -168,32 +172,18 @@ def _do(key: Key, condition: Condition, device: str, weights: Path) -> Row:
 
 def _set_up() -> None:
     """A model this small is fastest on one thread, with a process on every core."""
-    import torch
-    from transformers.utils import logging
-
     torch.set_num_threads(1)
     torch.backends.cuda.matmul.allow_tf32 = True
-    logging.set_verbosity_error()
-    # What one library of Hugging Face says to another about its names.
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|accelerate)\.")
+    quiet()
 
 
 def _start(condition: Condition, seed: int, device: str, weights: Path) -> Row:
-    import torch
-
-    from attanchor_lab.synthetic import training
-
     state, measured = training.stage1(condition, seed, device)
     write_atomically(weights, lambda path: torch.save(state, path))
     return measured
 
 
 def _arm(condition: Condition, arm: str, seed: int, device: str, weights: Path) -> Row:
-    import torch
-
-    from attanchor_lab.synthetic import measure, training
-    from attanchor_lab.synthetic.arms import ARMS
-
     state = torch.load(weights, map_location="cpu", weights_only=True)
     begun = time.perf_counter()
     asker, log = training.stage2(condition, ARMS[arm], seed, state, device)

@@ -7,6 +7,7 @@ import io
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -225,8 +226,6 @@ def _pictures(condition: Condition, asker: Asker, seed: int, device: str) -> lis
 
 
 def _png(pixels: Tensor) -> str:
-    from PIL import Image
-
     image = ((pixels.permute(1, 2, 0) / 2 + 0.5).clamp(0, 1) * 255).round().byte().cpu().numpy()
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, format="PNG")

@@ -190,10 +190,4 @@ class LabPlan:
                 raise ValueError(f"{contrast} compares what the plan does not run")
 
     def to_dict(self) -> dict[str, Any]:
-        return {
-            "size": self.size,
-            "minutes": self.minutes,
-            "workers": self.workers,
-            "settings": [condition.to_dict() for condition in self.settings],
-            "contrasts": [dataclasses.asdict(contrast) for contrast in self.contrasts],
-        }
+        return json.loads(json.dumps(dataclasses.asdict(self)))

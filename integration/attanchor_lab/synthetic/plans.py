@@ -9,6 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pydantic
+import torch
+
 from attanchor_lab.scenes.questions import Mixture
 from attanchor_lab.scenes.world import World
 from attanchor_lab.synthetic.model import Shape
@@ -192,7 +195,7 @@ def chosen(
         made, device, asked = plan(size), "cuda" if size == "gpu" else "cpu", "size is 'gpu'"
     if rehearse:
         made, device = rehearsal(made), "cpu"
-    if device == "cuda" and not _has_gpu():
+    if device == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"{asked}, but there is no GPU here; take 'cpu', or --rehearse for a dry run")
     if workers is None and own is None and device == "cpu":
         workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -227,8 +230,6 @@ def from_dict(values: Mapping[str, Any]) -> LabPlan:
     Raises:
         ValueError: a key is unknown or missing, or a value is wrong.
     """
-    import pydantic
-
     names = {field.name for field in dataclasses.fields(LabPlan)}
     text = json.dumps({name: value for name, value in values.items() if name in names})
     try:
@@ -239,9 +240,3 @@ def from_dict(values: Mapping[str, Any]) -> LabPlan:
         if first["type"] == "value_error":  # of our own, which names the value
             raise ValueError(f"plan, {where}: {first['ctx']['error']}") from None
         raise ValueError(f"plan: {where} is {first['input']!r}: {first['msg']}") from None
-
-
-def _has_gpu() -> bool:
-    import torch
-
-    return torch.cuda.is_available()

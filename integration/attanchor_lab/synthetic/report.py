@@ -22,12 +22,13 @@ from typing import Any
 
 import pandas as pd
 
+from attanchor_lab import figures
 from attanchor_lab.photographs.rows import as_laboratory
 from attanchor_lab.runner import ROWS, Row
 from attanchor_lab.synthetic.arms import ARMS
 from attanchor_lab.synthetic.laboratory import latest, read
 from attanchor_lab.table import OPEN, compare, interval, number, probability
-from attanchor_vlm.records import check_parent, markdown_table, read_rows, write_atomically
+from attanchor_vlm.records import check_parent, markdown_table, read_rows, write_text
 
 NAMED = "## The comparisons named before the runs"  # the README shows lines of this section
 NO_WORSE = "no worse"
@@ -178,8 +179,6 @@ def write(paths: Sequence[Path], output: Path) -> list[Path]:
     Raises:
         ValueError: `output` is no .md file or cannot be written, or a path holds no finished runs.
     """
-    from attanchor_lab import figures
-
     if output.suffix != ".md" or output.is_dir():
         raise ValueError(f"output is {output}; it should be a .md file")
     check_parent(output)
@@ -204,7 +203,7 @@ def write(paths: Sequence[Path], output: Path) -> list[Path]:
     else:
         del pictures["scene"]
     lines = _page(laboratories, named, {name: path.name for name, path in pictures.items()})
-    write_atomically(output, lambda path: path.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8"))
+    write_text(output, "\n".join(lines).rstrip() + "\n")
     return [output, *pictures.values()]
 
 

@@ -19,6 +19,8 @@ from attanchor_lab.scenes.world import EMPTY
 from attanchor_lab.synthetic import arms, model
 from attanchor_lab.synthetic.arms import Arm, Asker, Batch, Built
 from attanchor_lab.synthetic.plan import Condition
+from attanchor_vlm.training.config import Method
+from attanchor_vlm.training.lora import add_lora
 
 _EVERY = 10  # steps between two choices of tau
 _MEMORY = 8  # batches whose scores they rest on
@@ -122,7 +124,8 @@ def stage2(condition: Condition, arm: Arm, seed: int, state: State, device: str)
     made.load_state_dict(state)
     base = made
     if recipe.method == "lora":
-        _add_lora(made)
+        method = Method.from_preset("small-llava")
+        add_lora(made, method.lora_rank, method.lora_alpha, method.lora_dropout)  # puts the adapters into `made` itself
     trained = model.trained_of(made)
     asker = Asker(base, arm, 1.0, generator_for(device, seed, 2))
     data = generator_for(device, seed, 3)
@@ -234,15 +237,6 @@ def hosts_as_patches(host: Tensor, patches: int) -> Tensor:
     """(B, LENGTH) patches from (B, S) slots, -1 where a word was not put behind a patch."""
     host = host[:, -LENGTH:]
     return torch.where((host >= 1) & (host <= patches), host - 1, -1)
-
-
-def _add_lora(made: Any) -> None:
-    """Adapters of rank 16 in place, on language model and projector; everything else is frozen."""
-    from attanchor_vlm.training.config import Method
-    from attanchor_vlm.training.lora import add_lora
-
-    method = Method.from_preset("small-llava")
-    add_lora(made, method.lora_rank, method.lora_alpha, method.lora_dropout)  # puts the adapters into `made` itself
 
 
 def _is_logged(step: int, steps: int) -> bool:

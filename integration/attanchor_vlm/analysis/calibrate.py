@@ -10,6 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -160,8 +161,6 @@ def check_storable(directory: Path, config: AttAnchorConfig) -> None:
 
 def summary(scores: Scores, tau: float, wanted: float, max_anchors: int | None) -> dict[str, Any]:
     """What was measured, as JSON has it: `wanted` was asked for, `fraction` is what is inserted within the budget."""
-    import numpy as np
-
     counts = scores.inserted(tau, max_anchors)
     levels = (0.05, 0.25, 0.5, 0.75, 0.95)
     quantiles = np.quantile(scores.ranked.double().numpy(), levels).tolist()  # torch's takes 16 million at most
@@ -180,8 +179,6 @@ def summary(scores: Scores, tau: float, wanted: float, max_anchors: int | None) 
 
 def score_plot(path: Path, scores: Scores, tau: float, max_anchors: int | None = None, title: str = "") -> None:
     """The distribution of the best cosines with tau in it, and what other thresholds would insert."""
-    import numpy as np
-
     from attanchor_vlm.figures import plt, save
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")

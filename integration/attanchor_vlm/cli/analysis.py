@@ -42,7 +42,7 @@ def check(
     colours = Image.merge("RGB", (down, down.rotate(90), round_)).resize((448, 336))
     pictures = [ask.open_image(path) for path in image or []] or [colours]
     text = ask.with_placeholders(question, len(pictures))
-    chosen = None if dtype is None else loading.choose_dtype(dtype.value, note)
+    chosen = None if dtype is None else loading.choose_dtype(dtype, note)
     loaded, processor = loading.load(model, adapter, dtype=chosen, default_tau=0)
     target = base_of(loaded)
     batch = ask.encode_questions(loaded, processor, [[message("user", text)]], [pictures])

@@ -37,7 +37,7 @@ def evaluate(
     from attanchor_vlm.model.load import load
     from attanchor_vlm.provenance import environment
 
-    loaded, processor = load(model, adapter, dtype=dtype and dtype.value, default_tau=1.0, **changes)
+    loaded, processor = load(model, adapter, dtype=dtype, default_tau=1.0, **changes)
     report = run.evaluate(loaded, processor, config, output, progress=True)
     about = {
         "model": model,

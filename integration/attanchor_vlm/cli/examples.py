@@ -4,7 +4,8 @@ a folder where the first has made `sample`; a test holds the commands to that.""
 from __future__ import annotations
 
 import inspect
-import shlex
+import re
+import textwrap
 from collections.abc import Iterator
 
 import typer
@@ -50,7 +51,7 @@ EXAMPLES = {
 SLOW = {"serve", "lab", "report", "demo", "demo-photographs", "demo-stage1", "photographs", "build-small-vlm"}
 SLOW |= {"lab-photographs", *(f"experiment {name}" for name in ("scale", "degrade", "tokens", "paper"))}
 
-_WIDTH = 76
+_WIDTH = 74  # and a backslash
 
 
 def add_to(app: typer.Typer) -> None:
@@ -74,17 +75,6 @@ def commands_of(app: typer.Typer, group: str = "") -> Iterator[tuple[str, Comman
 
 def folded(line: str) -> str:
     """A command line over several, as a shell joins them again: broken in front of options."""
-    parts: list[str] = []
-    for word in shlex.split(line):
-        if word.startswith("--") or not parts:
-            parts.append(shlex.quote(word))
-        else:
-            parts[-1] += f" {shlex.quote(word)}"
-    lines = [f"  {parts[0]}"]
-    for part in parts[1:]:
-        if len(lines[-1]) + len(part) + len("  \\") > _WIDTH:
-            lines[-1] += " \\"
-            lines.append(f"      {part}")
-        else:
-            lines[-1] += f" {part}"
-    return "\n".join(lines)
+    glued = re.sub(" (?!--)", "\0", line)
+    lines = textwrap.wrap(glued, _WIDTH, initial_indent="  ", subsequent_indent=" " * 6, break_on_hyphens=False)
+    return " \\\n".join(lines).replace("\0", " ")

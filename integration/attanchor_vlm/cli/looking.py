@@ -110,7 +110,7 @@ def generate(
     loading.source_of(model)  # that there is no such model is said before images are checked
 
     def load() -> tuple[Any, Any]:
-        chosen = None if dtype is None else loading.choose_dtype(dtype.value, note)
+        chosen = None if dtype is None else loading.choose_dtype(dtype, note)
         return loading.load(model, adapter, dtype=chosen, **changes)
 
     if prompt is not None:

@@ -11,9 +11,8 @@ import types
 import typing
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from enum import Enum, StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -33,12 +32,7 @@ FUNCTION_WORDS = Annotated[
 SKIP_BAD = Annotated[bool, typer.Option("--skip-bad", help="Leave bad rows out and list them, instead of stopping.")]
 
 
-class Dtype(StrEnum):
-    float16 = "float16"
-    bfloat16 = "bfloat16"
-    float32 = "float32"
-
-
+Dtype = Literal["float16", "bfloat16", "float32"]
 DTYPE = Annotated[Dtype | None, typer.Option(help="Of the weights; by default bfloat16 on a GPU, else float32.")]
 
 
@@ -95,8 +89,6 @@ class Options:
             value = values[name]
             if field.name == "content_words":
                 value = _content_words(value, values["function_words"])
-            elif isinstance(value, Enum):
-                value = value.value
             elif field.metadata["all_of"] and value is not None:
                 value = _names(value, field.metadata["all_of"])
             elif isinstance(value, list):
@@ -141,7 +133,7 @@ def _parameter(name: str, annotation: Any, default: Any) -> inspect.Parameter:
 def _kind(hint: Any, choices: tuple[str, ...]) -> Any:
     """What an option of a setting's type takes."""
     if choices:
-        return Enum("Choice", {choice: choice for choice in choices}, type=str)
+        return Literal[tuple(choices)]
     is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
     kinds = [kind for kind in typing.get_args(hint) if kind is not type(None)] if is_union else [hint]
     if bool in kinds:

@@ -43,7 +43,7 @@ def export(
 
     exporting.check_output(output)
     settings_for(model, adapter, **changes)
-    loaded, processor = load(model, adapter, dtype=dtype.value if dtype else "auto", device="cpu", **changes)
+    loaded, processor = load(model, adapter, dtype=dtype or "auto", device="cpu", **changes)
     exporting.export_model(loaded, processor, output, head_dim)
     _tell(output, as_json, settings="config.json")
 
@@ -72,8 +72,7 @@ def export_lm(
     exporting.check_output(output)
     settings_for(model, adapter, **changes)
     exporting.check_family(model)
-    weights = dtype.value if dtype else "auto"
-    loaded, processor = load(model, adapter, dtype=weights, device="cpu", need_settings=False, **changes)
+    loaded, processor = load(model, adapter, dtype=dtype or "auto", device="cpu", need_settings=False, **changes)
     exporting.export_language_model(loaded, processor, output)
     _tell(output, as_json, settings=FILE_NAME if (output / FILE_NAME).is_file() else None)
 

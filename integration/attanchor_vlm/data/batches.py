@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from attanchor_vlm.chat.encode import check_processor, encode_chat
-from attanchor_vlm.data.rows import PLACEHOLDER, Sample, load_image, parts
+from attanchor_vlm.data.rows import Sample, load_image, parts
 from attanchor_vlm.data.videos import load_video
 from attanchor_vlm.errors import DataError
 
@@ -56,15 +56,6 @@ class Collator:
 def message(role: str, text: str) -> dict[str, object]:
     """A turn of a row as chat templates take it."""
     return {"role": role, "content": parts(text)}
-
-
-def question(
-    processor: Any, texts: Sequence[str], images: Sequence[Any], content_words: bool | Collection[str] = False
-) -> dict[str, Tensor]:
-    """A batch of single questions, each about one image, for `generate`: padded on the left, with `anchor_mask`."""
-    chats = [[message("user", text if PLACEHOLDER in text else f"{PLACEHOLDER}\n{text}")] for text in texts]
-    own = [[image] for image in images]
-    return encode_chat(processor, chats, own, add_generation_prompt=True, content_words=content_words)
 
 
 def to_model(batch: dict[str, Tensor], model: torch.nn.Module) -> dict[str, Tensor]:

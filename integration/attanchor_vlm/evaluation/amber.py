@@ -36,7 +36,7 @@ def task_config(folder: Path, rows: Path) -> dict[str, Any]:
         "dataset_kwargs": {"data_files": {"test": str(rows)}},
         "test_split": "test",
         "output_type": "generate_until",
-        "doc_to_visual": _visual,
+        "doc_to_visual": lambda doc: [load_image(Path(doc["image_file"]))],
         "doc_to_text": _text,
         "doc_to_target": "truth",
         "generation_kwargs": {"max_new_tokens": 16, "do_sample": False},
@@ -110,10 +110,6 @@ def _load(path: Path) -> list[dict[str, Any]]:
     if not isinstance(found, list) or not all(isinstance(one, dict) and "id" in one for one in found):
         raise DataError(f"{path} should hold a list of objects with an id, as AMBER's repository has it")
     return found
-
-
-def _visual(doc: Doc) -> list[Any]:
-    return [load_image(Path(doc["image_file"]))]
 
 
 def _text(doc: Doc, lmms_eval_specific_kwargs: Mapping[str, Any] | None = None) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from attanchor_vlm.evaluation.text_metrics import TEXT_METRICS, BertScoreModel
+from attanchor_vlm.evaluation.text_metrics import TEXT_METRICS
 from attanchor_vlm.evaluation.text_metrics import check as check_metrics
 from attanchor_vlm.settings import check_values, setting
 
@@ -43,10 +43,6 @@ class EvalConfig:
     skip_bad: bool = setting(False, "Leave bad rows out and list them, instead of stopping.")
     seed: int = setting(0, "For tasks with chance in them.")
 
-    @property
-    def bertscore(self) -> BertScoreModel:
-        return BertScoreModel(self.bertscore_model, self.bertscore_layer)
-
     def check(self) -> None:
         """Refuse what cannot be measured here, before a model is loaded.
 
@@ -60,6 +56,6 @@ class EvalConfig:
         if self.metrics and (self.data is None or self.images is None):
             raise ValueError("metrics of text need --data and --images")
         check_values(self)
-        check_metrics([name for name in self.metrics if name != LOSS], self.bertscore)
+        check_metrics([name for name in self.metrics if name != LOSS], self.bertscore_model)
         if self.tasks or self.task_data:
             harness.check_tasks(self.tasks, self.task_data, self.include_path, self.limit)

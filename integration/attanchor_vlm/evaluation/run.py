@@ -20,7 +20,7 @@ from attanchor_vlm.evaluation import answers, harness, text_metrics
 from attanchor_vlm.evaluation.config import LOSS, EvalConfig
 from attanchor_vlm.model import load as loading
 from attanchor_vlm.model.attach import base_of, config_of, is_attached
-from attanchor_vlm.records import check_parent, write_atomically, write_json
+from attanchor_vlm.records import check_parent, write_json, write_text
 
 # What a report says beside the metrics, for those who want to compare runs.
 FIGURES = ("inserted_share", "anchor_score", "image_tokens", "seconds")
@@ -111,7 +111,8 @@ def evaluate(
         last = passes[-1]
         if text:
             references = [[one] for one in last.references]
-            values |= text_metrics.compute(text, last.predictions, references, config.bertscore)
+            encoder = config.bertscore_model, config.bertscore_layer
+            values |= text_metrics.compute(text, last.predictions, references, encoder)
             pairs = tuple(zip(last.predictions, last.references, strict=True))
         figures = {name: getattr(last, name) for name in FIGURES if getattr(last, name) is not None}
         figures["seconds"] = sum(one.seconds for one in passes)
@@ -135,7 +136,7 @@ def write(report: Report, folder: Path, about: Mapping[str, Any]) -> list[Path]:
     rows = [{"prediction": said, "reference": given} for said, given in report.predictions]
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     path = folder / "predictions.jsonl"
-    write_atomically(path, lambda temporary: temporary.write_text(lines, encoding="utf-8"))
+    write_text(path, lines)
     return [results, path]
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
@@ -17,22 +16,6 @@ from attanchor_vlm.evaluation.extras import MissingExtraError, require, require_
 _BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
 _DROPPED = frozenset(["''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";", '"'])  # coco-caption's
 _ABBREVIATIONS = frozenset(["mr.", "mrs.", "ms.", "dr.", "st.", "jr.", "sr.", "prof.", "vs.", "etc.", "fig."])
-
-
-@dataclass(frozen=True)
-class BertScoreModel:
-    """The encoder that BERTScore compares with. A folder needs no network.
-
-    Attributes:
-        name: A Hub id or the folder of a saved encoder.
-        layers: The layer whose states are compared; None for the one that bert-score recommends for this name, and the
-            last one for encoders that it does not know.
-        device: None for the GPU if there is one.
-    """
-
-    name: str = "roberta-large"
-    layers: int | None = None
-    device: str | None = None
 
 
 def tokenize(text: str) -> str:
@@ -90,16 +73,23 @@ def cider(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> fl
 
 
 def bert_score(
-    predictions: Sequence[str], references: Sequence[Sequence[str]], model: BertScoreModel | None = None
+    predictions: Sequence[str],
+    references: Sequence[Sequence[str]],
+    encoder: str = "roberta-large",
+    layer: int | None = None,
 ) -> float:
-    """Mean BERTScore F1, without idf weights and without baseline rescaling, with the best reference each."""
-    model = model or BertScoreModel()
+    """Mean BERTScore F1, without idf weights and without baseline rescaling, with the best reference each.
+
+    Args:
+        encoder: A Hub id or the folder of a saved encoder, which needs no network.
+        layer: The layer whose states are compared; None for the one that bert-score recommends for this name, and the
+            last one for encoders that it does not know.
+    """
     _, _, f1 = _package("bertscore").score(
         list(predictions),
         [list(each) for each in references],
-        model_type=model.name,
-        num_layers=_layers(model),
-        device=model.device,
+        model_type=encoder,
+        num_layers=_last_layer(encoder) if layer is None else layer,
         verbose=False,
     )
     return float(f1.mean())
@@ -137,7 +127,7 @@ def _package(name: str) -> ModuleType:
     return require(*_NEEDS[name])
 
 
-def check(names: Sequence[str], bertscore: BertScoreModel | None = None) -> None:
+def check(names: Sequence[str], encoder: str | None = None) -> None:
     """Refuse metrics that do not exist or cannot be computed here, before a model is loaded."""
     for name in names:
         if name not in TEXT_METRICS:
@@ -148,23 +138,23 @@ def check(names: Sequence[str], bertscore: BertScoreModel | None = None) -> None
             _package("tokens")
         if name == "meteor":
             require_java("METEOR")
-    if "bertscore" in names and bertscore is not None:
-        _check_encoder(bertscore)
+    if "bertscore" in names and encoder is not None:
+        _check_encoder(encoder)
 
 
 def compute(
     names: Sequence[str],
     predictions: Sequence[str],
     references: Sequence[Sequence[str]],
-    bertscore: BertScoreModel | None = None,
+    encoder: tuple[str, int | None] = ("roberta-large", None),
 ) -> dict[str, float]:
-    """Values by name; `references` has one or several texts for each prediction."""
+    """Values by name, of one or several `references` for each prediction; `encoder` is BERTScore's, and its layer."""
     if not predictions or len(predictions) != len(references):
         raise ValueError(
             f"{len(predictions)} predictions for {len(references)} references; there should be as many, at least one"
         )
-    settings = {"bertscore": (bertscore,)}
-    return {name: TEXT_METRICS[name](predictions, references, *settings.get(name, ())) for name in names}
+    more = {"bertscore": encoder}
+    return {name: TEXT_METRICS[name](predictions, references, *more.get(name, ())) for name in names}
 
 
 def _by_number(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> tuple[dict, dict]:
@@ -172,8 +162,7 @@ def _by_number(predictions: Sequence[str], references: Sequence[Sequence[str]]) 
     return truths, {number: [tokenize(one)] for number, one in enumerate(predictions)}
 
 
-def _check_encoder(model: BertScoreModel) -> None:
-    name = model.name
+def _check_encoder(name: str) -> None:
     if Path(name).is_dir():
         if not (Path(name) / "config.json").is_file():
             raise ValueError(f"bertscore_model {name} holds no config.json; give the folder of a saved encoder")
@@ -185,13 +174,11 @@ def _check_encoder(model: BertScoreModel) -> None:
         check_hub(name)
 
 
-def _layers(model: BertScoreModel) -> int:
-    if model.layers is not None:
-        return model.layers
+def _last_layer(encoder: str) -> int:
     known = require("bert_score.utils", "bert-score", "BERTScore").model2layers
-    for name in (model.name, Path(model.name).name):
+    for name in (encoder, Path(encoder).name):
         if name in known:
             return known[name]
     from transformers import AutoConfig
 
-    return int(AutoConfig.from_pretrained(model.name, trust_remote_code=False).num_hidden_layers)
+    return int(AutoConfig.from_pretrained(encoder, trust_remote_code=False).num_hidden_layers)

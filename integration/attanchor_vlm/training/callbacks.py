@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 
 from attanchor_vlm import distributed
-from attanchor_vlm.records import write_atomically
+from attanchor_vlm.records import write_text
 from attanchor_vlm.training.checkpoints import has_stalled
 
 LOG_FILE = "log.jsonl"
@@ -40,8 +40,7 @@ class LogFile(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         if not state.is_world_process_zero:
             return
-        kept = "".join(json.dumps(line) + "\n" for line in state.log_history)
-        write_atomically(self.path, lambda path: path.write_text(kept, encoding="utf-8"))
+        write_text(self.path, "".join(json.dumps(line) + "\n" for line in state.log_history))
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not state.is_world_process_zero or not state.log_history:
