@@ -1,13 +1,9 @@
 """The model of the CUDA kernel's schedules adds up where a sum can be made by hand, and the page shows its table."""
 
-from pathlib import Path
-
 import pytest
 
 from attanchor_kernels.testing.inputs import Shape
-from benchmarks import cases, schedule_model
-
-PAGE = Path(__file__).parent.parent / "docs" / "kernels.md"
+from benchmarks import schedule_model
 
 
 @pytest.mark.parametrize("draws", ["between", "early", "late"])
@@ -47,9 +43,3 @@ def test_every_sample_is_finished():
             assert launch.missing == [0] * batch
             assert all(gate.open for gate in launch.complete)
     assert launch.total > schedule_model.CLUSTERS[launch.cluster]
-
-
-def test_the_page_shows_the_table():
-    """As `python -m benchmarks schedule-model` prints it."""
-    assert schedule_model.tabulated() in PAGE.read_text(encoding="utf-8")
-    assert {shape[1:] for shape in schedule_model.DISTINCT} == {shape[1:] for shape in cases.SHAPES}
