@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import operator
 from numbers import Real
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.nn import UninitializedParameter
 
 from attanchor_kernels.problem import Problem, Role
 
@@ -28,7 +29,8 @@ class Call(NamedTuple):
 
 
 def _dense(name: str, value: Tensor, otherwise: str = "") -> None:
-    if not isinstance(value, Tensor) or isinstance(value, torch.nn.UninitializedParameter):
+    # To ask whether something is a parameter takes long, and most tensors are none.
+    if type(value) is not Tensor and (not isinstance(value, Tensor) or isinstance(value, UninitializedParameter)):
         raise TypeError(f"{name} is {type(value).__name__}; it should be a torch.Tensor{otherwise}")
     if value.layout != torch.strided or value.is_nested:
         layout = "nested" if value.is_nested else value.layout
@@ -50,8 +52,9 @@ def _pair(image_name: str, image: Tensor, text_name: str, text: Tensor) -> Tenso
     _floating(text_name, text)
     if text.dim() and text.shape[-1] == 0:
         raise ValueError(f"{text_name} has shape {tuple(text.shape)}; its hidden size D should be at least 1")
-    _refuse_forward_mode(image_name, image)
-    _refuse_forward_mode(text_name, text)
+    if forward_ad._current_level >= 0 and not torch.compiler.is_compiling():  # within a dual_level
+        _refuse_forward_mode(image_name, image)
+        _refuse_forward_mode(text_name, text)
     if image.device != text.device:
         raise ValueError(
             f"{image_name} is on {image.device} and {text_name} is on {text.device}; they should be on one device"
@@ -68,8 +71,6 @@ def _pair(image_name: str, image: Tensor, text_name: str, text: Tensor) -> Tenso
 
 def _refuse_forward_mode(name: str, value: Tensor) -> None:
     """PyTorch would give the result no tangent, without a word."""
-    if torch.compiler.is_compiling() or forward_ad._current_level < 0:  # outside of any dual_level
-        return
     if forward_ad.unpack_dual(value).tangent is not None:
         raise RuntimeError(
             f"{name} is a dual tensor; embeds can be differentiated in reverse mode alone (torch.autograd.grad)"
@@ -89,22 +90,22 @@ def _companion(name: str, value: Tensor | None, dtype: torch.dtype, shape: tuple
         raise ValueError(f"{name} is on {value.device}; it should be on {like.device}, where the embeddings are")
 
 
-def _threshold(tau, like: Tensor) -> dict:
+def _threshold(tau, like: Tensor) -> tuple[float, Tensor | None]:
     """`tau` and `tau_tensor` of a problem."""
     if isinstance(tau, Tensor):
         _companion("tau", tau, torch.float32, (), like)
-        return {"tau": 1.0, "tau_tensor": tau.detach()}
+        return 1.0, tau.detach()
     if isinstance(tau, bool) or not isinstance(tau, (int, float, Real)):
         raise TypeError(f"tau is {type(tau).__name__}; it should be a number, or a 0-dim float32 tensor")
     if tau != tau:  # NaN; math.isnan cannot be traced
         raise ValueError("tau is NaN; it should be a number (tau >= 1 inserts nothing)")
     if isinstance(tau, int) and abs(tau) >= 2**1023:
         raise ValueError("tau is an integer that no float holds; it should be a number of usual size, such as 0.5")
-    return {"tau": float(tau)}
+    return float(tau), None
 
 
-def _options(direction: str, positions: str, position_ids, padding_side: str) -> dict:
-    """The options of a problem that are strings outside."""
+def _options(direction: str, positions: str, position_ids, padding_side: str) -> tuple[bool, bool, bool]:
+    """`image_into_text`, `inherit` and `pad_left` of a problem, which are strings outside."""
     for name, value, allowed in (
         ("direction", direction, DIRECTIONS),
         ("positions", positions, POSITIONS),
@@ -117,11 +118,7 @@ def _options(direction: str, positions: str, position_ids, padding_side: str) ->
             f"position_ids is given with positions={positions!r}, which counts its own; "
             "pass positions='inherit' or leave position_ids out"
         )
-    return {
-        "image_into_text": direction == "image_into_text",
-        "inherit": positions == "inherit",
-        "pad_left": padding_side == "left",
-    }
+    return direction == "image_into_text", positions == "inherit", padding_side == "left"
 
 
 def _count(name: str, value, each: tuple[int, ...] | None = None):
@@ -141,9 +138,12 @@ def _count(name: str, value, each: tuple[int, ...] | None = None):
 
 
 def _dropping(keep, keep_each, salience, cells, per_sample: tuple[int, ...] | None, per_image: tuple[int, ...], like):
-    """What says which image tokens stay; `keep` is an int, `keep_each` a tensor of shape `per_sample`."""
+    """Check what says which image tokens stay: `keep` an int, `keep_each` a tensor of shape `per_sample`.
+
+    Returns `keep` as a count and `salience` outside any graph.
+    """
     if keep is None and keep_each is None and salience is None and cells is None:
-        return {}
+        return None, None
     if keep is not None and keep_each is not None:
         raise ValueError("keep and keep_each are both given; they should be one count for all samples, or one for each")
     if per_sample is not None:
@@ -153,18 +153,11 @@ def _dropping(keep, keep_each, salience, cells, per_sample: tuple[int, ...] | No
             raise ValueError(f"{name} is given without keep; pass keep, the number of image tokens that stay")
     _companion("salience", salience, torch.float32, per_image, like)
     _companion("cells", cells, torch.int32, per_image, like)
-    return {
-        "keep": _count("keep", keep, per_sample),
-        "keep_each": keep_each,
-        "salience": None if salience is None else salience.detach(),
-        "cells": cells,
-    }
+    return _count("keep", keep, per_sample), None if salience is None else salience.detach()
 
 
-def _positions(position_ids: Tensor | None, shape: tuple[int, ...], like: Tensor) -> None:
+def _positions(position_ids: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
     """`position_ids` is `shape`, or (P, *shape) with P >= 1."""
-    if position_ids is None:
-        return
     _dense("position_ids", position_ids, " or None")
     axes = position_ids.shape[: position_ids.dim() - len(shape)]
     if len(axes) > 1 or 0 in axes or position_ids.shape[len(axes) :] != shape:
@@ -193,24 +186,41 @@ def build_call(
 ) -> Call:
     """Check the arguments of `build_sequence` and give them the batch axis."""
     img = _pair("img", img, "txt", txt)
-    if img.dim() not in (2, 3):
-        raise ValueError(f"img has shape {tuple(img.shape)}; it should be (B, M, D) or (M, D)")
-    if txt.dim() != img.dim() or txt.shape[-1] != img.shape[-1] or txt.shape[:-2] != img.shape[:-2]:
-        expected = ", ".join(map(str, (*img.shape[:-2], "N", img.shape[-1])))
-        raise ValueError(f"txt has shape {tuple(txt.shape)}; with img {tuple(img.shape)} it should be ({expected})")
-    threshold = _threshold(tau, img)
-    options = _options(direction, positions, position_ids, padding_side)
+    image_shape, text_shape = tuple(img.shape), tuple(txt.shape)
+    if len(image_shape) not in (2, 3):
+        raise ValueError(f"img has shape {image_shape}; it should be (B, M, D) or (M, D)")
+    of_image, of_text = image_shape[:-1], text_shape[:-1]
+    if len(text_shape) != len(image_shape) or text_shape[-1] != image_shape[-1] or of_text[:-1] != of_image[:-1]:
+        expected = ", ".join(map(str, (*of_image[:-1], "N", image_shape[-1])))
+        raise ValueError(f"txt has shape {text_shape}; with img {image_shape} it should be ({expected})")
+    tau, tau_tensor = _threshold(tau, img)
+    image_into_text, inherit, pad_left = _options(direction, positions, position_ids, padding_side)
     max_anchors = _count("max_anchors", max_anchors)
-    of_image, of_text = img.shape[:-1], txt.shape[:-1]
     _companion("img_mask", img_mask, torch.bool, of_image, img)
     _companion("txt_mask", txt_mask, torch.bool, of_text, img)
     _companion("anchor_mask", anchor_mask, torch.bool, of_text, img)
-    _positions(position_ids, (*of_image[:-1], of_image[-1] + of_text[-1]), img)
-    dropping = _dropping(keep, None, salience, cells, None, of_image, img)
-    masks = {"image_mask": img_mask, "text_mask": txt_mask, "anchor_mask": anchor_mask}
-    ranks = {name: dropping.pop(name) for name in ("salience", "cells") if dropping}
-    batched = {"image": img, "text": txt, **masks, **ranks}
-    return _call(batched, position_ids, max_anchors=max_anchors, **threshold, **options, **dropping)
+    if position_ids is not None:
+        _positions(position_ids, (*of_image[:-1], of_image[-1] + of_text[-1]), img)
+    keep, salience = _dropping(keep, None, salience, cells, None, of_image, img)
+    return _call(
+        Problem(
+            img,
+            txt,
+            tau,
+            image_mask=img_mask,
+            text_mask=txt_mask,
+            anchor_mask=anchor_mask,
+            max_anchors=max_anchors,
+            image_into_text=image_into_text,
+            inherit=inherit,
+            position_ids=position_ids,
+            pad_left=pad_left,
+            keep=keep,
+            salience=salience,
+            cells=cells,
+            tau_tensor=tau_tensor,
+        )
+    )
 
 
 def merge_call(
@@ -231,25 +241,42 @@ def merge_call(
 ) -> Call:
     """Check the arguments of `merge_sequence` or `plan_sequence` and give them the batch axis."""
     image_embeds = _pair("image_embeds", image_embeds, "text_embeds", text_embeds)
-    if text_embeds.dim() not in (2, 3):
-        raise ValueError(f"text_embeds has shape {tuple(text_embeds.shape)}; it should be (B, S, D) or (S, D)")
-    hidden = text_embeds.shape[-1]
+    shape = tuple(text_embeds.shape)
+    if len(shape) not in (2, 3):
+        raise ValueError(f"text_embeds has shape {shape}; it should be (B, S, D) or (S, D)")
+    slots, hidden = shape[:-1], shape[-1]
     if image_embeds.dim() != 2 or image_embeds.shape[-1] != hidden:
         raise ValueError(f"image_embeds has shape {tuple(image_embeds.shape)}; it should be (T, {hidden})")
-    threshold = _threshold(tau, text_embeds)
-    options = _options(direction, positions, position_ids, padding_side)
+    tau, tau_tensor = _threshold(tau, text_embeds)
+    image_into_text, inherit, pad_left = _options(direction, positions, position_ids, padding_side)
     max_anchors = _count("max_anchors", max_anchors)
-    slots = text_embeds.shape[:-1]
     _dense("roles", roles)
     _companion("roles", roles, torch.uint8, slots, text_embeds)
     _companion("turn", turn, torch.int32, slots, text_embeds)
-    _positions(position_ids, tuple(slots), text_embeds)
+    if position_ids is not None:
+        _positions(position_ids, slots, text_embeds)
     if isinstance(keep, Tensor) and keep_each is None:
         keep, keep_each = None, keep
-    dropping = _dropping(keep, keep_each, salience, cells, slots[:-1], image_embeds.shape[:1], text_embeds)
-    batched = {"text": text_embeds, "roles": roles, "turn": turn, "keep_each": dropping.pop("keep_each", None)}
-    alike = {"image": image_embeds, "max_anchors": max_anchors}
-    return _call(batched, position_ids, **alike, **threshold, **options, **dropping)
+    keep, salience = _dropping(keep, keep_each, salience, cells, slots[:-1], image_embeds.shape[:1], text_embeds)
+    return _call(
+        Problem(
+            image_embeds,
+            text_embeds,
+            tau,
+            roles,
+            turn,
+            max_anchors=max_anchors,
+            image_into_text=image_into_text,
+            inherit=inherit,
+            position_ids=position_ids,
+            pad_left=pad_left,
+            keep=keep,
+            keep_each=keep_each,
+            salience=salience,
+            cells=cells,
+            tau_tensor=tau_tensor,
+        )
+    )
 
 
 def place_call(text_embeds, image_embeds, roles, host, ahead, positions, position_ids, padding_side) -> Call:
@@ -279,16 +306,24 @@ def place_call(text_embeds, image_embeds, roles, host, ahead, positions, positio
     return call
 
 
-def _call(batched: dict[str, Any], position_ids: Tensor | None, **others) -> Call:
-    """A call of what has been checked; `batched` and `position_ids` are given the axes that they lack."""
-    axes = batched["text"].dim()
+# Fields that lack an axis where the inputs have no batch axis.
+_OF_SAMPLES = {
+    True: ("text", "roles", "turn", "keep_each"),  # the merge form
+    False: ("image", "text", "image_mask", "text_mask", "anchor_mask", "salience", "cells"),
+}
+
+
+def _call(problem: Problem) -> Call:
+    """A call of what has been checked, given the axes that it lacks."""
+    axes, position_ids = problem.text.dim(), problem.position_ids
     unbatched, flat = axes == 2, position_ids is None or position_ids.dim() == axes - 1
     if unbatched:
-        batched = {name: None if value is None else value.unsqueeze(0) for name, value in batched.items()}
-        position_ids = None if position_ids is None else position_ids.unsqueeze(-2)
-    if position_ids is not None and flat:
-        position_ids = position_ids.unsqueeze(0)
-    return Call(Problem(**batched, position_ids=position_ids, **others), unbatched, flat)
+        given = {name: getattr(problem, name) for name in _OF_SAMPLES[problem.merges]}
+        problem = problem._replace(**{name: v.unsqueeze(0) for name, v in given.items() if v is not None})
+    if position_ids is not None:
+        position_ids = position_ids.unsqueeze(-2) if unbatched else position_ids
+        problem = problem._replace(position_ids=position_ids.unsqueeze(0) if flat else position_ids)
+    return Call(problem, unbatched, flat)
 
 
 def check_roles(counts: tuple[int, int], features: int) -> None:

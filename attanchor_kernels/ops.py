@@ -213,12 +213,9 @@ def _differentiable(name: str, setup, backward) -> Callable[..., Any]:
     """
     operator = getattr(torch.ops.attanchor, name).default
 
-    def below(*arguments):
-        with torch._C._AutoDispatchBelowAutograd():
-            return operator(*arguments)
-
     def forward(ctx, *arguments):
-        output = below(*arguments)
+        with torch._C._AutoDispatchBelowAutograd():
+            output = operator(*arguments)
         setup(ctx, arguments, output)
         return output
 
@@ -226,8 +223,10 @@ def _differentiable(name: str, setup, backward) -> Callable[..., Any]:
     function: Any = type(name, (torch.autograd.Function,), parts)
 
     def dispatch(*arguments):
-        differentiated = torch.is_grad_enabled() and (arguments[0].requires_grad or arguments[1].requires_grad)
-        return (function.apply if differentiated else below)(*arguments)
+        if torch.is_grad_enabled() and (arguments[0].requires_grad or arguments[1].requires_grad):
+            return function.apply(*arguments)
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator(*arguments)
 
     _library.impl(name, dispatch, "Autograd")
 

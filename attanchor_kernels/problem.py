@@ -70,14 +70,12 @@ class Problem(NamedTuple):
     @property
     def slots(self) -> int:
         """S, the number of rows of one sample of the plain concatenation."""
-        return self.text.shape[1] + (0 if self.merges else self.image.shape[1])
+        return self.text.shape[1] + (0 if self.roles is not None else self.image.shape[1])
 
     @property
     def movers(self) -> int:
         """Length of `host` and `score`: S in the merge form, N or M in the build form."""
-        if self.merges:
-            return self.slots
-        return (self.image if self.image_into_text else self.text).shape[1]
+        return (self.image if self.image_into_text and self.roles is None else self.text).shape[1]
 
     @property
     def mover_offset(self) -> int:
@@ -96,11 +94,12 @@ class Problem(NamedTuple):
 
     @property
     def capacity(self) -> int:
-        rows, copies = self.slots, self.movers
-        if self.keep is not None and not self.merges:  # how many images a prompt has only its roles say
-            rows = self.text.shape[1] + torch.sym_min(self.keep, self.images)
-            copies = copies if self.image_into_text else torch.sym_min(self.keep, copies)
-        return rows + (copies if self.max_anchors is None else self.max_anchors)
+        copies = self.movers if self.max_anchors is None else self.max_anchors
+        if self.keep is None or self.merges:  # how many images a prompt has only its roles say
+            return self.slots + copies
+        if self.max_anchors is None and not self.image_into_text:
+            copies = torch.sym_min(self.keep, copies)
+        return self.text.shape[1] + torch.sym_min(self.keep, self.images) + copies
 
     @property
     def hidden(self) -> int:

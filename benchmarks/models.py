@@ -12,6 +12,7 @@ from transformers import DynamicCache, LlamaConfig, StaticCache
 from transformers.initialization import no_init_weights
 
 from attanchor_kernels.testing.inputs import SHAPES, Shape
+from attanchor_lab.small_vlm.tower import EfficientNetLiteConfig
 
 
 class Language(NamedTuple):
@@ -113,10 +114,8 @@ def _config(spec: Spec, toy: bool) -> Any:
             image_token_id=IMAGE_TOKEN,
         )
     if spec.kind == "small_vlm":
-        from attanchor_lab.small_vlm.tower import EfficientNetLiteConfig
-
         side, pool, classes = (128, 1, 16) if toy else (448, 2, 1000)
-        return LlavaConfig(
+        return transformers.LlavaConfig(
             vision_config=EfficientNetLiteConfig(side, pool=pool, classes=classes, hidden_size=language.hidden),
             text_config=LlamaConfig(**_text_config(language)),
             image_token_index=IMAGE_TOKEN,

@@ -197,13 +197,13 @@ def audit_block(rows: list[Row], image: str) -> str:
 
 
 def targets_block(rows: list[Row], image: str) -> str:
-    """The targets of which something is measured, counted; the whole table is the command's."""
+    """The targets of which something is measured or predicted, counted; the whole table is the command's."""
     verdicts = targets.judge(rows)
-    measured = {one.target for one in verdicts if one.value is not None}
-    if not measured:
+    known = {one.target for one in verdicts if one.value is not None or one.predicted is not None}
+    if not known:
         return ""
     made = f"\nEvery target at every size: `python -m benchmarks targets`. Written by `{COMMAND}`.\n"
-    return targets.summary([one for one in verdicts if one.target in measured]) + made
+    return targets.summary([one for one in verdicts if one.target in known]) + made
 
 
 def laboratory_block(rows: list[Row], image: str) -> str:

@@ -11,12 +11,13 @@ import heapq
 import itertools
 import random
 import statistics
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from typing import NamedTuple
 
 from attanchor_kernels.testing.inputs import SHAPES, Shape
+from benchmarks import options
 from benchmarks.cases import MAX_ANCHORS, Case
-from benchmarks.rows import table
+from benchmarks.rows import Row, Run, table
 
 BYTES_PER_US = 4.3e6  # an H200 copies that much, read and written together: HBM3e at 4.8 TB/s less 10 %
 LAUNCH = 2.2  # us, from the start of a graph's node to the first loads, and the last stores to its end: empty kernels
@@ -58,7 +59,7 @@ class Schedule(NamedTuple):
     latencies: Latencies = Latencies()
 
 
-NOW = Schedule("now")
+NOW = Schedule("now")  # as benchmarks.targets calls what the kernel does
 SCHEDULES = (
     Schedule("before", draws="between", latencies=BEFORE),
     Schedule("drawn early", draws="early"),
@@ -196,35 +197,40 @@ def floor(shape: Shape, batch: int) -> float:
     return LAUNCH + Case("forward", shape, batch).least_bytes / BYTES_PER_US
 
 
-def predictions(schedule: Schedule = NOW) -> list[dict]:
-    """A row for each shape and batch: us, and the ratio to the floor."""
-    found = []
-    for shape, batch in itertools.product(DISTINCT, BATCHES):
-        launches = [Launch(shape, batch, schedule, seed) for seed in range(RUNS)]
-        us, least = statistics.median(launch.run() for launch in launches), floor(shape, batch)
-        launch = launches[0]
-        ways = {"rows": launch.rows, "cluster": launch.cluster, "given_up": launch.given_up}
-        found.append({"shape": shape.name, "batch": batch, "us": us, "floor": least, "ratio": us / least, **ways})
-    return found
+def predict(schedule: Schedule, shape: Shape, batch: int) -> Row:
+    """What a launch is predicted to take, in microseconds, and its ratio to the floor."""
+    launches = [Launch(shape, batch, schedule, seed) for seed in range(RUNS)]
+    us, least = statistics.median(launch.run() for launch in launches), floor(shape, batch)
+    launch = launches[0]
+    return {
+        **launch.case.describe("operation", "shape", "image", "text", "hidden", "batch", "dtype", "max_anchors"),
+        **{"schedule": schedule.name, "method": "predicted"},
+        **{"us": round(us, 3), "floor_us": round(least, 3), "ratio": round(us / least, 4)},
+        **{"tile_images": launch.rows, "cluster": launch.cluster, "given_up": launch.given_up},
+    }
 
 
-def tabulated() -> str:
+def tabulated(rows: Iterable[Row]) -> str:
     """The table of docs/kernels.md: us and ratio of every schedule."""
-    columns = [predictions(schedule) for schedule in SCHEDULES]
-    lines = [
-        [one[0]["shape"], str(one[0]["batch"]), f"{one[0]['floor']:.1f}"]
-        + [f"{row['us']:.1f} ({row['ratio']:.2f})" for row in one]
-        for one in zip(*columns, strict=True)
-    ]
+    found = {(row["shape"], row["batch"], row["schedule"]): row for row in rows}
+    lines = []
+    for shape, batch in itertools.product(DISTINCT, BATCHES):
+        own = [found[shape.name, batch, schedule.name] for schedule in SCHEDULES]
+        cells = [f"{row['us']:.1f} ({row['ratio']:.2f})" for row in own]
+        lines.append([shape.name, str(batch), f"{own[0]['floor_us']:.1f}", *cells])
     return table(["shape", "B", "floor", *(schedule.name for schedule in SCHEDULES)], lines)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.description = __doc__
+    options.output(parser, "schedule-model")
 
 
 def main(given: argparse.Namespace) -> int:
-    """Print the table and what was assumed."""
-    print(tabulated())
+    """Store a row for each schedule, shape and batch; print the table and what was assumed."""
+    on = Run(given.output, "cpu", "schedule-model")
+    for schedule, shape, batch in itertools.product(SCHEDULES, SHAPES, BATCHES):
+        on.add({**predict(schedule, shape, batch), "assumed": schedule.latencies._asdict()})
+    print(tabulated(on.rows))
     print(f"\npredicted, not measured; microseconds, over the floor; {MAX_ANCHORS} anchors at most; {Latencies()}")
     return 0

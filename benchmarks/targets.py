@@ -1,4 +1,4 @@
-"""Every target of the kernels' design, judged by the stored rows: met, missed by how much, or not measured."""
+"""Every target of the kernels' design, judged by the stored rows: met, missed by how much, predicted, not measured."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ NOT_MEASURED = "not measured"
 
 
 class Verdict(NamedTuple):
-    """One target at one size. `value` is None where it is not measured; `limit` None where a figure is only given."""
+    """One target at one size. `value` is None where it is not measured; `limit` None where a figure is only given.
+
+    `predicted` is what the schedule model says of the CUDA kernel, which `auto` takes where it is built.
+    """
 
     target: str
     where: str
@@ -29,6 +32,7 @@ class Verdict(NamedTuple):
     unit: str
     value: float | None
     note: str = ""
+    predicted: float | None = None
 
     @property
     def met(self) -> bool | None:
@@ -39,7 +43,9 @@ class Verdict(NamedTuple):
     @property
     def outcome(self) -> str:
         if self.value is None:
-            return NOT_MEASURED
+            if self.predicted is None:
+                return NOT_MEASURED
+            return f"predicted {_figure(self.predicted)} {self.unit}, {NOT_MEASURED}"
         if self.limit is None:
             return "given"
         if self.met:
@@ -63,6 +69,10 @@ class Measured:
         which = {"backend": backend} if backend else {"auto": True}
         return self.find(run="roofline", operation=operation, shape=shape, batch=batch, **which)
 
+    def predicted(self, shape: str, batch: int) -> Row:
+        """Of a forward launch of the CUDA kernel as it is."""
+        return _last(self.all, {"run": "schedule-model", "schedule": "now", "shape": shape, "batch": batch})
+
 
 def _last(rows: list[Row], wanted: dict[str, object]) -> Row:
     matching = [row for row in rows if all(row.get(key) == value for key, value in wanted.items())]
@@ -74,7 +84,8 @@ def _of_floor(measured: Measured) -> Iterator[Verdict]:
     for operation, shape, batch in product(("forward", "backward"), SHAPES, batches):
         row, limit = measured.kernel(operation, shape, batch), 1.25 if batch == 8 else 1.15
         target, note = f"{operation}, fastest", row.get("backend", "")
-        yield Verdict(target, f"{shape}, B={batch}", limit, True, "x floor", row.get("ratio"), note)
+        predicted = measured.predicted(shape, batch).get("ratio") if operation == "forward" else None
+        yield Verdict(target, f"{shape}, B={batch}", limit, True, "x floor", row.get("ratio"), note, predicted)
     for shape, batch in product(SHAPES, batches):
         row, limit = measured.kernel("forward", shape, batch, "triton"), 1.5 if batch == 8 else 1.25
         yield Verdict("forward, Triton", f"{shape}, B={batch}", limit, True, "x floor", row.get("ratio"))
@@ -86,7 +97,8 @@ def _one_sample(measured: Measured) -> Iterator[Verdict]:
         note = row.get("backend", "")
         if "us_less_empty" in row:
             note += f", {row['us_less_empty']:.2f} us less an empty kernel"
-        yield Verdict("forward, fastest", f"{shape}, B=1", limit, True, "us", row.get("us"), note)
+        predicted = measured.predicted(shape, 1).get("us")
+        yield Verdict("forward, fastest", f"{shape}, B=1", limit, True, "us", row.get("us"), note, predicted)
 
 
 def _speedup(
@@ -215,9 +227,13 @@ def summary(verdicts: list[Verdict]) -> str:
         limits = dict.fromkeys((one.limit, one.at_most, one.unit) for one in group if one.limit is not None)
         wanted = ", ".join(f"{'≤' if at_most else '≥'} {limit:g} {unit}" for limit, at_most, unit in limits)
         met, missed = (sum(one.met is outcome for one in group) for outcome in (True, False))
-        unmeasured = sum(one.value is None for one in group)
+        unmeasured = str(sum(one.value is None for one in group))
+        for unit in dict.fromkeys(one.unit for one in group):
+            values = [one.predicted for one in group if one.value is None and one.unit == unit]
+            if predicted := sorted(value for value in values if value is not None):
+                unmeasured += f"; predicted {_figure(predicted[0])} to {_figure(predicted[-1])} {unit}"
         worst = max((one.outcome for one in group if one.met is False), key=_percent, default="")
-        lines.append([target, wanted, str(met), f"{missed} ({worst})" if missed else "0", str(unmeasured)])
+        lines.append([target, wanted, str(met), f"{missed} ({worst})" if missed else "0", unmeasured])
     return table(["target", "wanted", "met", "missed", "not measured"], lines)
 
 

@@ -60,7 +60,7 @@ def _cuda_with(changes: dict[str, Any]) -> Iterator[list[Any]]:
 
     module: Any = launch
     usual = module.BY_SHAPE
-    module.BY_SHAPE = usual._replace(**changes)
+    module.BY_SHAPE = module.Tuning(**changes)
     try:
         yield [module.BY_SHAPE]
     finally:

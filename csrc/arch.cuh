@@ -133,7 +133,14 @@ constexpr int LARGEST_CLUSTER = 1;
 constexpr int LARGEST_CLUSTER = 8;
 #endif
 
-ATTANCHOR_DEVICE void fail() { __trap(); }
+// Ends the launch with an error, which says why in a build with ATTANCHOR_STAMPS.
+ATTANCHOR_DEVICE void fail(const char* why) {
+#ifdef ATTANCHOR_STAMPS
+  __assert_fail(why, __FILE__, __LINE__, __func__);
+#else
+  __trap();
+#endif
+}
 
 template <int CLUSTER>
 ATTANCHOR_DEVICE int cluster_rank() {
@@ -234,15 +241,18 @@ ATTANCHOR_DEVICE void expect_bulk(word64* barrier, int bytes) {
                : "memory");
 }
 // Until the barrier has opened for the time whose number has this parity. What has come is then there for this thread.
-ATTANCHOR_DEVICE void wait_bulk(word64* barrier, unsigned parity) {
-  uint32_t open;
-  do {
+template <class Patience>
+ATTANCHOR_DEVICE void wait_bulk(word64* barrier, unsigned parity, const Patience& patience) {
+  for (;;) {
+    uint32_t open;
     asm volatile(
         "{\n.reg .pred open;\nmbarrier.try_wait.parity.shared::cta.b64 open, [%1], %2;\nselp.u32 %0, 1, 0, open;\n}"
         : "=r"(open)
         : "r"(shared_address(barrier)), "r"(parity)
         : "memory");
-  } while (open == 0);
+    if (open != 0) break;
+    patience.check();
+  }
   __syncwarp();
 }
 // What this thread did to shared memory comes before bulk copies that start behind a barrier of the block.

@@ -133,6 +133,11 @@ Tensor empty(const std::array<int64_t, N>& sizes, ScalarType scalar, const Tenso
   return Tensor(made);
 }
 
+// The elements of a row lie side by side.
+void make_rows_contiguous(Tensor& rows) {
+  if (rows.size(-1) > 1 && rows.stride(-1) != 1) rows = torch::stable::contiguous(rows);
+}
+
 void make_contiguous(Optional& tensor) {
   if (tensor.has_value() && !tensor->is_contiguous()) tensor = torch::stable::contiguous(*tensor);
 }
@@ -158,14 +163,15 @@ int64_t state_words(int64_t batch, int64_t movers, int64_t slots, int64_t images
   return StateLayout(batch, movers, slots, images).words;
 }
 
-// From its fields in their order.
+// From its fields in their order, or none.
 Tuning tuning_of(const std::vector<int64_t>& given) {
+  if (given.empty()) return {};
   const auto field = [&](size_t at) { return static_cast<int>(given.at(at)); };
   return {field(0), field(1), field(2), field(3), field(4), field(5), field(6)};
 }
 
-// The new rows unless the plan alone is wanted, the fields of Plan, and how it was launched: the fields of Launched, or
-// none where there is nothing to launch.
+// The new rows unless the plan alone is wanted, the fields of Plan, and for who gives a tuning how it was launched: the
+// fields of Launched, or none where there is nothing to launch.
 using Constructed = std::tuple<Optional, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
                                std::vector<int64_t>>;
 
@@ -199,6 +205,8 @@ Constructed construct(Tensor image, Tensor text, Optional roles, Optional turn, 
                          &cells}) {
     make_contiguous(*each);
   }
+  make_rows_contiguous(image);
+  make_rows_contiguous(text);
   Problem p = {};
   p.rows = rows_of(image, text, slots, hidden);
   Width width;
@@ -253,8 +261,10 @@ Constructed construct(Tensor image, Tensor text, Optional roles, Optional turn, 
   p.drop.best = words + layout.best;
   Launched l = {};
   check(launch_construct(p, scalar, tuning_of(tuning), l, reinterpret_cast<void*>(stream)), "construct");
-  std::get<std::vector<int64_t>>(made) = {l.tile_images, l.cluster, l.holds,    l.bulk,        l.tile_rows,
-                                          l.lag,         l.blocks,  l.resident, l.shared_bytes};
+  if (!tuning.empty()) {
+    std::get<std::vector<int64_t>>(made) = {l.tile_images, l.cluster, l.holds,    l.bulk,        l.tile_rows,
+                                            l.lag,         l.blocks,  l.resident, l.shared_bytes};
+  }
   return made;
 }
 

@@ -109,7 +109,7 @@ ATTANCHOR_KERNEL(THREADS, 2) construct_kernel(ATTANCHOR_ARGUMENT(Problem) p) {
   if constexpr (CLUSTER <= arch::LARGEST_CLUSTER) {
     construct<E, IMAGES, CLUSTER, DROPS>(p);
   } else {
-    arch::fail();
+    arch::fail("the kernel was not compiled for clusters");
   }
 }
 

@@ -135,7 +135,7 @@ ATTANCHOR_KERNEL(THREADS, 2) construct_held_kernel(ATTANCHOR_ARGUMENT(Problem) p
   if constexpr (CLUSTER <= arch::LARGEST_CLUSTER) {
     ConstructHeld<E, IMAGES, CLUSTER>(p).run();
   } else {
-    arch::fail();
+    arch::fail("the kernel was not compiled for clusters");
   }
 }
 

@@ -5,6 +5,7 @@
 #pragma once
 
 #include "stage.cuh"
+#include "stamps.cuh"
 
 namespace attanchor {
 
@@ -72,7 +73,8 @@ struct HeldRows {
   // Until the chunk has come; by every thread, once for the first chunk of each stretch.
   ATTANCHOR_DEVICE void wait(int chunk) const {
     if (chunk * CHUNK_BYTES % STRETCH_BYTES == 0) {
-      arch::wait_bulk(arrivals + chunk * CHUNK_BYTES / STRETCH_BYTES, loads & 1);
+      const Patience patience("a block waited in vain for the rows of a tile");
+      arch::wait_bulk(arrivals + chunk * CHUNK_BYTES / STRETCH_BYTES, loads & 1, patience);
     }
   }
 

@@ -70,7 +70,10 @@ struct Plan {
   ATTANCHOR_DEVICE void wait(unsigned arrivals, int movers) const {
     if (arch::thread() == 0) {
       const unsigned enough = arrivals + (DROPS || publishes_cut(p, movers));
-      for (const Patience patience; arch::load_acquire(matched(p, sample)) < enough;) patience.pause();
+      for (const Patience patience("a block waited in vain for the match of a sample");
+           arch::load_acquire(matched(p, sample)) < enough; arch::pause()) {
+        patience.check();
+      }
     }
     arch::sync_block();
   }

@@ -27,11 +27,12 @@ struct Stamps {
 // Between looks at what is waited for.
 struct Patience {
   static constexpr arch::word64 LIMIT = 1000000000;  // ns
+  const char* in_vain;
   const arch::word64 begin = arch::now();
 
-  ATTANCHOR_DEVICE void pause() const {
-    if (arch::now() - begin > LIMIT) arch::fail();
-    arch::pause();
+  ATTANCHOR_DEVICE explicit Patience(const char* what) : in_vain(what) {}
+  ATTANCHOR_DEVICE void check() const {
+    if (arch::now() - begin > LIMIT) arch::fail(in_vain);
   }
 };
 
@@ -45,7 +46,8 @@ struct Stamps {
 };
 
 struct Patience {
-  ATTANCHOR_DEVICE void pause() const { arch::pause(); }
+  ATTANCHOR_DEVICE explicit Patience(const char*) {}
+  ATTANCHOR_DEVICE void check() const {}
 };
 
 #endif

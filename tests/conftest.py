@@ -106,4 +106,6 @@ def poisoned_empty(monkeypatch):
     monkeypatch.setattr(torch, "empty", poison(torch.empty))
     monkeypatch.setattr(torch, "empty_strided", poison(torch.empty_strided))
     monkeypatch.setattr(torch, "empty_like", poison(torch.empty_like))
+    for name in ("_empty_strided_cpu", "_empty_strided_cuda"):
+        monkeypatch.setattr(torch._C._dynamo.guards, name, poison(getattr(torch._C._dynamo.guards, name)))
     monkeypatch.setattr(torch.Tensor, "new_empty", poison(torch.Tensor.new_empty))

@@ -186,6 +186,18 @@ def test_a_cpu_is_judged_by_its_own_targets():
     assert outcome(verdicts, "CPU, merge of build", "llava-7b, float32, B=4") == "met"
 
 
+def test_what_is_predicted_stands_where_nothing_is_measured():
+    """Of the schedule that the kernel has; a figure of a GPU takes its place, and no backward is predicted."""
+    row = {"run": "schedule-model", "shape": "llava-7b", "batch": 8, "schedule": "now", "us": 37.9, "ratio": 1.77}
+    rows = [row, {**row, "schedule": "72 rows", "ratio": 1.59}, {**row, "batch": 1, "us": 10.6}]
+    verdicts = targets.judge(rows)
+    assert outcome(verdicts, "forward, fastest", "llava-7b, B=8") == "predicted 1.77 x floor, not measured"
+    assert outcome(verdicts, "forward, fastest", "llava-7b, B=1") == "predicted 10.6 us, not measured"
+    assert outcome(verdicts, "backward, fastest", "llava-7b, B=8") == "not measured"
+    assert "; predicted 1.77 to 1.77 x floor; predicted 10.6 to 10.6 us |" in targets.summary(verdicts)
+    assert outcome(targets.judge([*gpu_rows(), *rows]), "forward, fastest", "llava-7b, B=8") == "met"
+
+
 def test_rows_of_a_cpu_judge_no_kernel(measured, capsys):
     assert main(["targets", "--results", str(measured.parent)]) == 0
     printed = capsys.readouterr().out

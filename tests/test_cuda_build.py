@@ -225,6 +225,17 @@ def test_asynchronous_work_is_ordered_in_the_code():
         assert asynchronous_faults(ptx.replace(step, "nothing")), step
 
 
+@needs_nvcc
+def test_every_wait_ends_in_a_build_with_stamps(tmp_path):
+    """Whoever waits for other blocks, or for rows on their way, looks at the clock and can end the launch."""
+    made, source = tmp_path / "stamps.ptx", CSRC / "instantiations" / "construct_held_float.cu"
+    flags = ["-std=c++17", "-Werror=all-warnings", f"-I{CSRC}", "-DATTANCHOR_STAMPS", "-arch=compute_90", "-ptx"]
+    subprocess.run([nvcc(), *flags, source, "-o", made], check=True)
+    steps = {"look": r"mbarrier\.try_wait|ld\.acquire\.gpu", "clock": r"mov.*%globaltimer", "fail": "__assertfail,"}
+    ((_, order),) = events(made.read_text(), steps)
+    assert len(re.findall("clock look clock fail look", order)) == 2
+
+
 def test_bindings_compile_on_the_stable_abi(tmp_path):
     """The registration needs neither CUDA's headers nor anything of PyTorch outside its stable ABI of 2.10."""
     compiler = shutil.which(os.environ.get("CXX", "g++"))

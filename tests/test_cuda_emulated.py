@@ -279,6 +279,28 @@ def test_barrier_on_any_device(resident):
 
 
 @pytest.mark.parametrize(
+    ("tuning", "what"),
+    [
+        (launch.Tuning(32, 1, hold=0, lag=1), "the match of a sample"),
+        (launch.Tuning(32, 8, hold=1), "the rows of a tile"),
+        (launch.Tuning(32, 8, hold=1, bulk=0), "the match of a sample"),
+    ],
+)
+def test_a_wait_ends_in_a_debug_build(poisoned_empty, tuning, what):
+    """As it is here: who has looked for a second for what others are to do ends the launch and says so."""
+    problem = Problem(*matched_pair(1, Shape("slow", 70, 6, 64), dtype=torch.float32), TAU)
+    emulator.clock(10**9)
+    try:
+        with pytest.raises(RuntimeError, match=f"a block waited in vain for {what}"):
+            run(problem, (tuning, 16, 1), plan=False)
+    finally:
+        emulator.clock(1)
+        for words in emulator.workspace.held(torch.device("cpu")):
+            words.zero_()
+    run(problem, (tuning, 16, 1), plan=False)
+
+
+@pytest.mark.parametrize(
     "tuning", [launch.Tuning(16, 1, hold=0, lag=1), launch.Tuning(32, 4, hold=1)], ids=["", "held"]
 )
 def test_other_work_takes_room(poisoned_empty, tuning):

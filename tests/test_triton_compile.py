@@ -94,11 +94,11 @@ def _construct(target: str, dtype: str, batch: int, hidden: int, problem: dict):
     aligned = 16 // itemsize if hidden * itemsize % 16 == 0 else 4 // itemsize
     drops = get("keep", False) or get("keep_each", False)
     chosen = schedule.construct(torch.device("cpu"), itemsize, batch, 576, 626, hidden, aligned)
-    row, mask = f"*{dtype}", "*u8" if get("masks") else None
+    row, mask = f"*{dtype}", "*i1" if get("masks") else None
     outputs = Outputs(
         embeds=row if get("copy", True) else None,
         **dict.fromkeys(("position_ids", "attention_mask", "source", "host"), "*i64"),
-        is_anchor="*u8",
+        is_anchor="*i1",
         score="*fp32",
         relevance="*fp32" if drops else None,
         places="*i32",
@@ -172,7 +172,7 @@ PTX_EVENTS = {
     "maximum": r"(atom|red)\.\S*\bmax\b",
     "ticket": r"atom\.\S*relaxed\S*\badd\b",
     "arrival": r"atom\.(?=\S*acq_rel)(?=\S*\bgpu\b)\S*\badd\b",
-    "cut": r"(atom|red)\.(?=\S*release)(?=\S*\bgpu\b)\S*\badd\b",
+    "release": r"(atom|red)\.(?=\S*release)(?=\S*\bgpu\b)\S*\badd\b",
     "poll": r"ld\.volatile\.global",
     "acquire": r"(ld|atom)\.(?=\S*acquire)(?=\S*\bgpu\b)",
     "barrier": r"(bar|barrier)\S*\.sync",
@@ -194,11 +194,12 @@ def _events(assembly: str, known: dict[str, str]) -> list[str]:
     return [event for event in found if event is not None]
 
 
-def barrier_faults(assembly: str, target: str, arrivals: int, waits: int) -> list[str]:
+def barrier_faults(assembly: str, target: str, arrivals: int, waits: int, releases: int) -> list[str]:
     """What machine code lacks of the barrier in the order of its lines.
 
     An arrival is an acquire-release add for the whole GPU behind a barrier of the program (AMD: before which every
     wavefront has drained). A wait polls, acquires for the whole GPU, and meets at a barrier before anything is read.
+    The cut of a sample and the base of a later one are released.
     """
     amd = target == "gfx942"
     events = _events(assembly, AMD_EVENTS if amd else PTX_EVENTS)
@@ -211,12 +212,15 @@ def barrier_faults(assembly: str, target: str, arrivals: int, waits: int) -> lis
     for name, pattern, least in (("arrivals", arrival, arrivals), ("waits", waiting, waits)):
         if (count := len(re.findall(pattern, order))) != least:
             faults.append(f"{count} {name} of {least}")
+    if not amd and (count := events.count("release")) != releases:
+        faults.append(f"{count} releases of {releases}")
     return faults
 
 
 # Changes that weaken the barrier; the last is one to a wait.
 PLANTED = {
     "ptx": [("acq_rel", "relaxed"), ("acq_rel", "release"), (".gpu.", ".cta."), ("acquire", "relaxed")],
+    "ptx, releases": [(".release.", ".relaxed.")],
     "amdgcn": [
         ("buffer_wbl2", "s_nop"),
         ("ASMSTART\n\ts_waitcnt", "ASMSTART\n\ts_nop"),
@@ -230,13 +234,16 @@ def _barrier(assembly: str, target: str, source) -> dict:
     """Faults of a construct kernel's barrier, and whether each of some planted ones would be found."""
     from attanchor_kernels.backends.triton.types import Config
 
-    split = any(isinstance(value, Config) and value.split for value in source.constants.values())
+    (config,) = [value for value in source.constants.values() if isinstance(value, Config)]
+    split = config.split
     plans = source.signature["outputs"].source != "constexpr"
     merges = source.signature["inputs"].roles != "constexpr"
     drops = source.signature["outputs"].relevance != "constexpr"
     wanted = {"arrivals": 1 + plans + 2 * split + drops, "waits": int(plans) + split + merges}
-    changes = PLANTED["amdgcn" if target == "gfx942" else "ptx"]
-    planted = [bool(barrier_faults(assembly.replace(*change), target, **wanted)) for change in changes[: 3 + plans]]
+    wanted["releases"] = merges + (plans and config.budgeted and not drops)
+    changes = PLANTED["amdgcn" if target == "gfx942" else "ptx"][: 3 + plans]
+    changes += PLANTED["ptx, releases"] if wanted["releases"] and target != "gfx942" else []
+    planted = [bool(barrier_faults(assembly.replace(*change), target, **wanted)) for change in changes]
     return {"barrier": barrier_faults(assembly, target, **wanted), "planted": planted}
 
 

@@ -144,6 +144,7 @@ def choose(argument: str, device: torch.device, dtype: torch.dtype) -> str:
     return name
 
 
+@functools.cache
 def load(name: str) -> ModuleType:
     """The module of a backend that `choose` returned; imported at its first use."""
     if name == "reference":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
@@ -26,14 +27,26 @@ def selection(problem: Problem) -> Selection:
 
     Where text moves and images drop, every host can stay: there are no more copies than `keep`.
     """
-    movers = problem.movers
-    budget = movers if problem.max_anchors is None else min(problem.max_anchors, movers)
+    movers, most = problem.movers, problem.max_anchors
+    budget = movers if most is None or most > movers else most
     if problem.keep is not None and not problem.image_into_text:
         budget = min(budget, problem.keep)
     tau = LEAST_TAU if problem.tau_tensor is not None else max(problem.tau, LEAST_TAU)
     if tau >= 1 or budget == 0:
         return Selection(NEVER, movers)
     return Selection(tau, budget)
+
+
+def allocator(device: torch.device) -> Callable[[tuple[int, ...], tuple[int, ...], torch.dtype], Tensor]:
+    """What makes an unwritten tensor of a shape, strides and dtype on `device`, which must be the current one.
+
+    The allocation of inductor's own code, where there is one for the device: half as long as `torch.empty_strided`.
+    """
+
+    def usual(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return torch.empty_strided(shape, strides, dtype=dtype, device=device)
+
+    return getattr(torch._C._dynamo.guards, f"_empty_strided_{device.type}", usual)
 
 
 def empty_embeds(problem: Problem) -> Tensor:
@@ -54,8 +67,11 @@ def rows_contiguous(value: Tensor) -> Tensor:
     return value if value.stride(-1) == 1 or value.shape[-1] <= 1 else value.contiguous()
 
 
+_AS_IT_IS = nullcontext()
+
+
 def on_device(device: torch.device) -> AbstractContextManager:
     """Makes `device` the current one, where there is such a thing: launches and captures are the current device's."""
     if device.type != "cuda" or device.index == torch.cuda.current_device():
-        return nullcontext()
+        return _AS_IT_IS
     return torch.cuda.device(device)

@@ -77,7 +77,7 @@ _USUAL_WORDS = ARENA_WORDS
 
 def _grown(key: tuple[torch.device, int], count: int) -> Tensor:
     words = _words.get(key)
-    if words is None or len(words) < count:
+    if words is None or words.numel() < count:
         words = _words[key] = _made(key[0], -(-count // 1024) * 1024)
     return words
 

@@ -76,14 +76,14 @@ extern std::string failure;  // what the device answers when it is asked for its
 void wait(Barrier& barrier);
 void pause();
 void maybe_switch();
-word64 clock();  // steps of the scheduler
+word64 clock();
 void fail(const char* reason);
 void queue_copy(void* to, const void* from, int bytes, int size);
 void commit_copies();
 void wait_copies(int pending);
 void start_bulk_barrier(word64* barrier, int arrivals);
 void expect_bulk(word64* barrier, int bytes);
-void wait_bulk(const word64* barrier, unsigned parity);
+bool is_open(const word64* barrier, unsigned parity);
 void order_bulk();
 void load_bulk(void* to, const void* from, int bytes, word64* barrier);
 void store_bulk(void* to, const void* from, int bytes);
@@ -234,7 +234,7 @@ inline word64 now() { return emulator::clock(); }
 
 constexpr int LARGEST_CLUSTER = 8;
 
-inline void fail() { emulator::fail("the kernel was not compiled for this device"); }
+inline void fail(const char* why) { emulator::fail(why); }
 
 template <int CLUSTER>
 int cluster_rank() {
@@ -281,7 +281,10 @@ void wait_copies() {
 inline void start_bulk_barrier(word64* barrier, int arrivals) { emulator::start_bulk_barrier(barrier, arrivals); }
 inline void show_bulk_barriers() { emulator::maybe_switch(); }
 inline void expect_bulk(word64* barrier, int bytes) { emulator::expect_bulk(barrier, bytes); }
-inline void wait_bulk(word64* barrier, unsigned parity) { emulator::wait_bulk(barrier, parity); }
+template <class Patience>
+void wait_bulk(word64* barrier, unsigned parity, const Patience& patience) {
+  for (; !emulator::is_open(barrier, parity); emulator::pause()) patience.check();
+}
 inline void order_bulk() { emulator::order_bulk(); }
 inline void load_bulk(void* to, const void* from, int bytes, word64* barrier, Policy) {
   emulator::load_bulk(to, from, bytes, barrier);

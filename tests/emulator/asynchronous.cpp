@@ -96,14 +96,11 @@ void expect_bulk(word64* barrier, int bytes) {
   });
 }
 
-void wait_bulk(const word64* barrier, unsigned parity) {
-  for (;;) {
-    BulkBarrier now;
-    std::memcpy(&now, barrier, sizeof(now));
-    if (now.mark != STARTED) fail("a bulk barrier that nobody has started");
-    if (now.phase % 2 != parity) return;
-    pause();
-  }
+bool is_open(const word64* barrier, unsigned parity) {
+  BulkBarrier now;
+  std::memcpy(&now, barrier, sizeof(now));
+  if (now.mark != STARTED) fail("a bulk barrier that nobody has started");
+  return now.phase % 2 != parity;
 }
 
 void order_bulk() { current->ordered = current->block->barrier.generation + 1; }

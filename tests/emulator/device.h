@@ -100,6 +100,7 @@ struct Device {
 
 extern Device device;
 extern bool launches;  // or they are accepted and forgotten
+extern uint64_t nanoseconds;  // of a step of the scheduler
 
 inline Fiber* self() { return static_cast<Fiber*>(current); }
 

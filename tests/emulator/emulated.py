@@ -105,6 +105,7 @@ class Emulator:
         self._library.attanchor_emulate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_uint64]
         self._library.attanchor_emulate_failure.argtypes = [ctypes.c_char_p]
         self._library.attanchor_emulate_launches.argtypes = [ctypes.c_bool]
+        self._library.attanchor_emulate_clock.argtypes = [ctypes.c_uint64]
         sys.modules[name] = module
         try:
             self.backend = importlib.import_module("attanchor_kernels.backends.cuda")
@@ -123,6 +124,10 @@ class Emulator:
     def fail(self, reason: str) -> None:
         """From now on asking the device how much it runs is an error for this reason; empty: it answers."""
         self._library.attanchor_emulate_failure(reason.encode())
+
+    def clock(self, step: int) -> None:
+        """From now on a step of a thread takes so many nanoseconds; 1 at first."""
+        self._library.attanchor_emulate_clock(step)
 
     def launches(self, run: bool) -> None:
         """Whether launches run from now on, or are accepted and forgotten, as where the time of the host is taken."""

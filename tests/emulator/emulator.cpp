@@ -13,6 +13,7 @@ int resident_limit = 4;
 int occupied = 0;
 std::string failure;
 bool launches = true;
+uint64_t nanoseconds = 1;
 Device device;
 
 void leave(State state) {
@@ -193,7 +194,7 @@ void maybe_switch() {
   leave(State::ready);
 }
 
-word64 clock() { return device.steps + 1; }
+word64 clock() { return device.steps * nanoseconds + 1; }
 
 void maximize(word64* word, word64 value) {
   maybe_switch();
@@ -281,3 +282,6 @@ extern "C" void attanchor_emulate_failure(const char* failure) { attanchor::arch
 
 // For ctypes: whether launches run from now on, or are accepted and forgotten.
 extern "C" void attanchor_emulate_launches(bool run) { attanchor::arch::emulator::launches = run; }
+
+// For ctypes: how long a step of a thread takes from now on, in nanoseconds.
+extern "C" void attanchor_emulate_clock(uint64_t step) { attanchor::arch::emulator::nanoseconds = step; }

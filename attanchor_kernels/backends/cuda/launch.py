@@ -40,7 +40,8 @@ class Tuning(NamedTuple):
     bulk: int = -1  # 0: tiles that are kept on chip come and go without bulk copies
 
 
-BY_SHAPE = Tuning()
+# Replaced by a Tuning where every launch is to have one.
+BY_SHAPE: Tuning | tuple[()] = ()
 
 
 class Launched(NamedTuple):
@@ -83,7 +84,7 @@ def variants(dtype: torch.dtype, drops: bool = False) -> list[Tuning]:
 
 def construct(problem: Problem) -> tuple[Tensor, Plan]:
     """The new sequence (B, C, D) at capacity C and the plan that made it, in one launch."""
-    embeds, plan = run(problem, copy=True)
+    embeds, plan, _ = _run(problem, True, BY_SHAPE)
     assert embeds is not None
     return embeds, plan
 
@@ -95,26 +96,26 @@ def plan(problem: Problem) -> Plan:
 
 def run(problem: Problem, *, copy: bool, tuning: Tuning | None = None) -> tuple[Tensor | None, Plan]:
     """Launch the construct kernel; `tuning` overrides `BY_SHAPE`."""
-    return _run(problem, copy, tuning)[:2]
+    return _run(problem, copy, BY_SHAPE if tuning is None else tuning)[:2]
 
 
 def launched(problem: Problem, *, copy: bool = True, tuning: Tuning | None = None) -> Launched | None:
     """How `run` launches with these arguments, found out by a launch; None where there is nothing to launch."""
-    way = _run(problem, copy, tuning)[2]
+    way = _run(problem, copy, tuning or Tuning())[2]
     return Launched(*way) if way else None
 
 
-def _run(problem: Problem, copy: bool, tuning: Tuning | None) -> tuple[Tensor | None, Plan, list[Any]]:
+def _run(problem: Problem, copy: bool, tuning: Tuning | tuple[()]) -> tuple[Tensor | None, Plan, list[Any]]:
+    """What was made, and the fields of `Launched` for who names a tuning."""
     device, chosen = problem.text.device, selection(problem)
-    image, text = rows_contiguous(problem.image), rows_contiguous(problem.text)
     ranked = problem.slots if problem.drops else 0
     celled = 0 if problem.cells is None else problem.images
     with on_device(device):
         state = zeroed(device, _state_words(problem.batch, problem.movers, ranked, celled))
     try:
         embeds, *fields, way = _construct(
-            image,
-            text,
+            problem.image,
+            problem.text,
             problem.roles,
             problem.turn,
             problem.image_mask,
@@ -134,7 +135,7 @@ def _run(problem: Problem, copy: bool, tuning: Tuning | None) -> tuple[Tensor | 
             problem.image_into_text,
             problem.inherit,
             problem.pad_left,
-            BY_SHAPE if tuning is None else tuning,
+            tuning,
             current_stream(device),
         )
     except RuntimeError:

@@ -26,14 +26,14 @@ def load_roles(inputs, sizes, config: tl.constexpr, sample, slot):
     if inputs.image_mask is not None:
         at = tl.cast(sample, tl.int64) * sizes.images + slot
         kept = tl.load(inputs.image_mask + at, mask=inside & is_image, other=1)
-        role = tl.where(kept != 0, role, PADDING)
+        role = tl.where(kept, role, PADDING)
     at = tl.cast(sample, tl.int64) * sizes.texts + slot - sizes.images
     if inputs.anchor_mask is not None:
         chosen = tl.load(inputs.anchor_mask + at, mask=inside & (slot >= sizes.images), other=1)
-        role = tl.where(chosen != 0, role, TEXT)
+        role = tl.where(chosen, role, TEXT)
     if inputs.text_mask is not None:
         kept = tl.load(inputs.text_mask + at, mask=inside & (slot >= sizes.images), other=1)
-        role = tl.where(kept != 0, role, PADDING)
+        role = tl.where(kept, role, PADDING)
     return tl.where(inside, role, PADDING)
 
 
@@ -135,7 +135,7 @@ def first_feature_in_turn(inputs, state, sizes, config: tl.constexpr, sample, pu
         wait(base_of(state, sample), 1, config)
         first = tl.load(base_of(state, sample)) - 1
     if publishes:
-        tl.atomic_add(base_of(state, later), first + between + 1, sem="relaxed")
+        tl.atomic_add(base_of(state, later), first + between + 1, sem="release")
     return first
 
 

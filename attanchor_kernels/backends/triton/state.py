@@ -4,6 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
+from attanchor_kernels.backends.common import allocator
 from attanchor_kernels.backends.triton.types import State
 from attanchor_kernels.backends.workspace import zeroed
 
@@ -44,10 +45,8 @@ class States:
             views = keys.view(torch.uint64), cuts.view(torch.uint64), counters.view(torch.int32)
             views = *views, relevance.view(torch.uint32) if self.has_relevance else None
             self.views = words, views
-        scratch = [
-            torch.empty(count, dtype=dtype, device=self.device) if count else None for count, dtype in self.scratch
-        ]
-        return State(*views, *scratch)
+        empty = allocator(self.device)
+        return State(*views, *[empty((count,), (1,), dtype) if count else None for count, dtype in self.scratch])
 
 
 @triton.jit

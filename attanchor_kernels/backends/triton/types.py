@@ -30,7 +30,7 @@ class Rows(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """Pointers to the other tensors of a `Problem`, contiguous; masks are bytes."""
+    """Pointers to the other tensors of a `Problem`, contiguous."""
 
     roles: Any
     turn: Any
