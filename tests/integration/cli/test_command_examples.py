@@ -138,3 +138,14 @@ def test_interruption_is_exit_code_130(sample, monkeypatch, capsys):
     arguments = ["generate", "--model", sample / "model", "--tau", "0.6", "--prompt", "What?"]
     assert cli.main([str(word) for word in arguments]) == 130
     assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_an_import_that_catches_everything_is_interrupted_all_the_same(tmp_path):
+    catching = "import os, signal\ntry:\n    os.kill(os.getpid(), signal.SIGINT)\nexcept BaseException:\n    pass\n"
+    (tmp_path / "catching.py").write_text(catching)
+    script = (
+        "import signal, sys\nsignal.signal(signal.SIGINT, signal.default_int_handler)\nfrom attanchor_vlm import cli\n"
+    )
+    script += "cli.app.command('go')(lambda: __import__('catching'))\nsys.exit(cli.main(['go']))"
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (130, "interrupted\n")
