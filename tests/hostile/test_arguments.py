@@ -88,7 +88,7 @@ def _attack(data, operator, arguments: dict) -> None:
 
 @pytest.mark.filterwarnings("ignore")
 @given(data=st.data())
-@examples(100)
+@examples(60)
 def test_build(tried, data):
     """Operators, hostile arguments of build_sequence."""
     tried()
@@ -98,7 +98,7 @@ def test_build(tried, data):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("operator", [merge_sequence, plan_sequence])
 @given(data=st.data())
-@examples(60)
+@examples(40)
 def test_merge(tried, operator, data):
     """Operators, hostile arguments of merge_sequence and plan_sequence."""
     tried()
@@ -108,7 +108,7 @@ def test_merge(tried, operator, data):
 
 @pytest.mark.parametrize("operator", [build_sequence, merge_sequence])
 @given(data=st.data())
-@examples(25)
+@examples(15)
 def test_gradients(tried, operator, data):
     """Operators, gradients of odd tensors against loops over the copies."""
     tried()

@@ -260,7 +260,7 @@ def commands(one: type, *more: type) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("whole", [Train, Generate, Lab, *more] if LONGER > 1 else [one], indirect=True)
 
 
-@commands(Train)
+@commands(Generate)
 def test_kills(tried, whole, world, tmp_path):
     """Runs of train, generate and lab, killed and gone on with."""
 
@@ -286,7 +286,7 @@ def test_full_disks(tried, whole, world, tmp_path):
     """Runs of eight commands on a disk that fills, gone on with."""
 
     def draw(chance):
-        return functools.partial(full, int(10 ** chance.uniform(0, 6)))
+        return functools.partial(full, int(10 ** chance.uniform(0, 5)))
 
     attack(tried, whole, world, tmp_path, draw, {1}, True)
 

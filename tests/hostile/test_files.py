@@ -150,7 +150,10 @@ def test_many_rows(tried, resident, folder, tmp_path, capsys, monkeypatch):
     assert "checking texts:  50%" in capsys.readouterr().err
     if LONGER > 1:
         del rows
-        stream, sizes = SampleStream([file], folder, "each", accept_all, False, tmp_path, 0, 100, 1, passes=1), []
+        stream, sizes = (
+            SampleStream([file], folder, "each", accept_all, False, tmp_path / "no", 0, 100, 1, passes=1),
+            [],
+        )
         for number, _ in enumerate(stream):
             sizes += [resident()] * (number % (count // 10) == 0)
         assert number + 1 == count

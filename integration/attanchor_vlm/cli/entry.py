@@ -138,6 +138,8 @@ def _message(error: BaseException) -> str | None:
         return f"{named}{error.strerror or error}"
     if type(error).__name__ == "SafetensorError":  # its way to say the same of weights
         return f"weights cannot be read or written: {error}"
+    if type(error) is Exception and "(os error " in str(error):  # that of tokenizers
+        return f"a tokenizer cannot be read or written: {error}"
     if isinstance(error, ModuleNotFoundError):
         return missing(error)
     if type(error).__name__ == "OutOfMemoryError":  # torch's

@@ -11,6 +11,7 @@ import sys
 from importlib.metadata import version
 
 import pytest
+from transformers import PreTrainedTokenizerFast
 
 from attanchor_vlm import cli
 from attanchor_vlm.cli.examples import EXAMPLES, SLOW, commands_of, folded
@@ -116,6 +117,25 @@ def test_a_full_disk_is_one_line_and_nothing_half_written(sample, tmp_path, caps
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert code == 1
     assert re.search(r"^error: weights cannot be .*: .*File too large", capsys.readouterr().err, re.MULTILINE)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_that_fills_in_front_of_a_tokenizer_is_one_line(sample, tmp_path, capsys, monkeypatch):
+    """Its package raises an `Exception`, no OSError."""
+    limits, save = resource.getrlimit(resource.RLIMIT_FSIZE), PreTrainedTokenizerFast.save_pretrained
+
+    def fills(*arguments, **options):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, limits[1]))
+        return save(*arguments, **options)
+
+    monkeypatch.setattr(PreTrainedTokenizerFast, "save_pretrained", fills)
+    words = ["export", "--model", sample / "model", "--tau", 0.6, "--head-dim", 32, "--output", tmp_path / "wide"]
+    try:
+        code = cli.main([str(word) for word in words])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert code == 1
+    assert re.search(r"^error: a tokenizer cannot be .*: File too large", capsys.readouterr().err, re.MULTILINE)
     assert not list(tmp_path.iterdir())
 
 
