@@ -170,8 +170,8 @@ def check_texts(
     """
     own = placeholder_tokens(lengths.processor)
     good, bad = [], []
-    starts = range(0, len(rows), 1000)
-    for start in tqdm(starts, "checking texts", unit="thousand", delay=2, disable=None, leave=False):
+    starts, hidden = range(0, len(rows), 1000), True if len(rows) <= 1000 else None  # also where there is no terminal
+    for start in tqdm(starts, "checking texts", unit="thousand", delay=2, disable=hidden, leave=False):
         part = rows[start : start + 1000]
         for row, tokens in zip(part, lengths.near(part), strict=True):
             try:
