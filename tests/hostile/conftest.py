@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import os
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,12 @@ def tried(request):
         request.config.stash[TRIES][kind] += number
 
     return count
+
+
+@pytest.fixture
+def resident():
+    """A function that says how many bytes of memory this process has."""
+    return lambda: int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 @pytest.hookimpl(hookwrapper=True)

@@ -1,4 +1,5 @@
-"""Whatever an operator is given, it works, or says in a TypeError or ValueError which argument is wrong."""
+"""Whatever an operator is given, it works, or says in a TypeError or ValueError which argument is wrong. Values are
+held against an oracle in test_parity.py; here gradients are, of the same odd tensors."""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from strategies import build_arguments, examples, merge_arguments
 
 from attanchor_kernels import build_sequence, merge_sequence, plan_sequence
+from attanchor_kernels.problem import Role
 
 
 def _changed(tensor: torch.Tensor, how: str) -> object:
@@ -86,7 +88,7 @@ def _attack(data, operator, arguments: dict) -> None:
 
 @pytest.mark.filterwarnings("ignore")
 @given(data=st.data())
-@examples(150)
+@examples(60)
 def test_build(tried, data):
     """Operators, hostile arguments of build_sequence."""
     tried()
@@ -96,9 +98,37 @@ def test_build(tried, data):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("operator", [merge_sequence, plan_sequence])
 @given(data=st.data())
-@examples(100)
+@examples(40)
 def test_merge(tried, operator, data):
     """Operators, hostile arguments of merge_sequence and plan_sequence."""
     tried()
     arguments = data.draw(merge_arguments([torch.float32], 6, True))
     _attack(data, operator, arguments if operator is plan_sequence else {**arguments, "trim": True})
+
+
+@pytest.mark.parametrize("operator", [build_sequence, merge_sequence])
+@given(data=st.data())
+@examples(15)
+def test_gradients(tried, operator, data):
+    """Operators, gradients of odd tensors against loops over the copies."""
+    tried()
+    strategy = build_arguments if operator is build_sequence else merge_arguments
+    arguments = data.draw(strategy([torch.float32], 8, drops=True))
+    names = ["img", "txt"] if operator is build_sequence else ["text_embeds", "image_embeds"]
+    leaves = [arguments[name].detach().requires_grad_() for name in names]
+    arguments |= dict(zip(names, leaves, strict=True))
+    made = operator(**arguments, trim=data.draw(st.booleans()), backend="reference")
+    upstream = torch.randn(made.embeds.shape, generator=torch.Generator().manual_seed(0))
+    got = torch.autograd.grad(made.embeds, leaves, upstream)
+    slots = arguments["text_embeds"].shape[1] if operator is merge_sequence else sum(leaf.shape[1] for leaf in leaves)
+    wanted = torch.zeros(len(upstream), slots, upstream.shape[-1])
+    for sample, sources in enumerate(made.source.tolist()):
+        for slot, source in enumerate(sources):
+            if source >= 0:
+                wanted[sample, source] += upstream[sample, slot]
+    if operator is build_sequence:
+        expected = wanted.split([leaf.shape[1] for leaf in leaves], 1)
+    else:
+        is_image = (arguments["roles"] == Role.IMAGE) | (arguments["roles"] == Role.SILENT_IMAGE)
+        expected = (wanted.masked_fill(is_image[..., None], 0), wanted[is_image])
+    torch.testing.assert_close(got, tuple(expected))

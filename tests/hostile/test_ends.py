@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import functools
 import itertools
@@ -9,7 +10,10 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
+import struct
+import subprocess
 import sys
 import threading
 import traceback
@@ -102,6 +106,52 @@ class Lab:
         assert all(found == expected[key] for key, found in done.items() if found[0] == "done")
 
 
+class Once:
+    """A command that writes what it makes whole or not at all, and all of it anew."""
+
+    words: tuple[object, ...] = ()
+    file = ""
+
+    def command(self, world: Path, output: Path) -> list[object]:
+        data = ["--data", world / "train.json", "--images", world / "images"] if self.words[0] == "calibrate" else []
+        return [*self.words, output / self.file, *data]
+
+    def made(self, output: Path) -> object:
+        return {path.name: path.read_bytes() for path in output.rglob("*") if path.is_file()}
+
+    def check(self, output: Path, whole: Path) -> None:
+        assert not self.made(output) or self.made(output) == self.made(whole)
+
+
+MODEL = ("--model", small_llava.SHIPPED, "--tau", 0.3)
+
+
+class Sample(Once):
+    words = ("sample", "--output")
+
+
+class Export(Once):
+    words = ("export", *MODEL, "--head-dim", 32, "--output")
+
+
+class ExportLM(Once):
+    words = ("export-lm", *MODEL, "--output")
+
+
+class Calibrate(Once):
+    words = ("calibrate", *MODEL[:2], "--fraction", 0.1, "--samples", 4, "--plot")
+    file = "scores.png"
+
+
+class Explain(Once):
+    file = "anchors.png"
+
+    def command(self, world: Path, output: Path) -> list[object]:
+        image = sorted((world / "images").iterdir())[0]
+        options = ["--prompt", "Where is it?", "--image", image, "--max-new-tokens", 2]
+        return ["generate", *MODEL, *options, "--explain", output / self.file]
+
+
 @pytest.fixture(scope="module")
 def whole(request, world, tmp_path_factory):
     """A command, what it makes if nothing stops it, and how many things it does to files for that."""
@@ -116,7 +166,7 @@ def whole(request, world, tmp_path_factory):
 
 def apart(command: list[object], output: Path, event: int = 0, befall: Callable[[], object] = list) -> tuple[int, str]:
     """Run a command in a process of its own, where `befall` is called in front of the `event`-th thing that it does to
-    a file of `output`. Its exit code, and what it said, with the number of such things behind it."""
+    a file of `output` or beside it. Its exit code, and what it said, with the number of such things behind it."""
     end, begin = forked.context().Pipe(duplex=False)
     process = forked.context().Process(target=_run, args=(begin, [*map(str, command)], output, event, befall))
     process.start()
@@ -141,7 +191,7 @@ def _run(begin: Connection, command: list[str], output: Path, event: int, befall
 
         def hook(name: str, arguments: tuple) -> None:
             writes = name in WRITES or (name == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
-            if writes and str(arguments[0]).startswith(str(output)) and next(count) == event:
+            if writes and str(arguments[0]).startswith(str(output.parent)) and next(count) == event:
                 befall()
 
         sys.addaudithook(hook)
@@ -186,8 +236,7 @@ def attack(tried, whole, world, folder: Path, draw, codes: set[int], is_told: bo
             tried(code != 0)  # or it was done before
             assert code in {*codes, 0}, said
             assert "Traceback" not in said
-            if is_told and code:
-                assert [line for line in said.splitlines() if line.startswith("error: ") or line == "interrupted"], said
+            assert not is_told or not code or is_said(said), said
             command.check(output, expected)
             if code == 0:
                 break
@@ -198,16 +247,20 @@ def attack(tried, whole, world, folder: Path, draw, codes: set[int], is_told: bo
         assert names(output) == names(expected)
 
 
+def is_said(said: str) -> bool:
+    return any(line.startswith("error: ") or line == "interrupted" for line in said.splitlines())
+
+
 def names(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
 
 
-def commands(one: type) -> pytest.MarkDecorator:
-    """In the suite one command for each kind of end, at length all of them."""
-    return pytest.mark.parametrize("whole", [Train, Generate, Lab] if LONGER > 1 else [one], indirect=True)
+def commands(one: type, *more: type) -> pytest.MarkDecorator:
+    """In the suite one command for each kind of end, at length all that go on where they were ended, and some more."""
+    return pytest.mark.parametrize("whole", [Train, Generate, Lab, *more] if LONGER > 1 else [one], indirect=True)
 
 
-@commands(Train)
+@commands(Generate)
 def test_kills(tried, whole, world, tmp_path):
     """Runs of train, generate and lab, killed and gone on with."""
 
@@ -228,11 +281,95 @@ def test_signals(tried, whole, world, tmp_path):
     attack(tried, whole, world, tmp_path, draw, {130, -signal.SIGTERM}, False)
 
 
-@commands(Lab)
+@commands(Generate, Sample, Export, ExportLM, Calibrate, Explain)
 def test_full_disks(tried, whole, world, tmp_path):
-    """Runs of train, generate and lab on a disk that fills, gone on with."""
+    """Runs of eight commands on a disk that fills, gone on with."""
 
     def draw(chance):
-        return functools.partial(full, int(10 ** chance.uniform(0, 6)))
+        return functools.partial(full, int(10 ** chance.uniform(0, 5)))
 
     attack(tried, whole, world, tmp_path, draw, {1}, True)
+
+
+def locked(output: Path) -> None:
+    """From now on this process may write neither into `output` nor beside it."""
+    ctypes.CDLL(None).capset(struct.pack("Ii", 0x20080522, 0), bytes(24))  # root's may, whatever the mode
+    set_modes(output, 0o555)
+
+
+def set_modes(output: Path, mode: int) -> None:
+    for path in (output.parent, *output.parent.rglob("*")):
+        if path.is_dir():
+            path.chmod(mode)
+
+
+def deleted(output: Path) -> None:
+    shutil.rmtree(output, ignore_errors=True)
+
+
+@commands(Generate)
+def test_folders(tried, whole, world, tmp_path):
+    """Runs of train, generate and lab whose folder is made read-only or deleted under them, and that are run again."""
+    command, expected, events = whole
+    for number in range(max(1, LONGER // 10)):
+        output, chance = tmp_path / f"{number}" / "run", random.Random(f"{type(command).__name__} {number}")
+        output.parent.mkdir()
+        for befall in (locked, deleted):
+            event = chance.randint(1, events)
+            code, said = apart(command.command(world, output), output, event, functools.partial(befall, output))
+            tried()
+            set_modes(output, 0o755)
+            assert code in {0, 1}, said
+            assert "Traceback" not in said
+            assert not code or is_said(said), said
+            if befall is locked:
+                command.check(output, expected)
+        deleted(output)  # of what is written after the rest was deleted, nothing is promised
+        code, said = apart(command.command(world, output), output)
+        assert code == 0, said
+        assert command.made(output) == command.made(expected)
+        assert names(output) == names(expected)
+
+
+# At an import of its command line, drawn, a process is doubled, and its double interrupted; only one goes on.
+EARLY = """
+import os, random, signal, sys
+folder, tries, last = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+places, at = set(random.Random(0).sample(range(last), tries)), -1
+
+def hook(name, arguments):
+    global at
+    if name != "import" or at < 0 and not arguments[0].startswith("attanchor_vlm.cli."):
+        return
+    at += 1
+    if at in places and not os.fork():
+        places.clear()
+        signal.alarm(120)
+        file = os.open(f"{folder}/{at}", os.O_CREAT | os.O_WRONLY)
+        os.dup2(file, 1), os.dup2(file, 2)
+        os.kill(os.getpid(), signal.SIGINT)
+    elif at in places:
+        code = os.waitstatus_to_exitcode(os.wait()[1])
+        with open(f"{folder}/{at}", "a") as said:
+            said.write(f"{code} at {arguments[0]}")
+    elif places and at > last:
+        os._exit(0)
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.addaudithook(hook)
+from attanchor_vlm.cli import main
+sys.exit(main(sys.argv[4:]))
+"""
+
+
+def test_signals_at_the_start(tried, tmp_path):
+    """Commands interrupted while they import."""
+    tries, last = (2 * LONGER, 2500) if LONGER > 1 else (8, 350)
+    command = [sys.executable, "-c", EARLY, tmp_path, tries, last, "check", "--model", tmp_path, "--image", tmp_path]
+    paths = {"PYTHONPATH": os.pathsep.join(map(str, sys.path)), "OMP_NUM_THREADS": "1"}
+    subprocess.run([*map(str, command)], env={**os.environ, **paths}, check=False, capture_output=True, timeout=3000)
+    said = [file.read_text() for file in tmp_path.iterdir()]
+    assert len(said) == tries
+    for one in said:
+        tried()
+        assert one.startswith("interrupted\n130 at "), one

@@ -4,23 +4,30 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import json
 import shutil
+import sys
 import warnings
 
 import numpy as np
 import pytest
+import tqdm.std
+from chats import processor_of
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from PIL import ExifTags, Image
 from safetensors.torch import load_file, save_file
-from strategies import examples
+from strategies import LONGER, examples
 from tiny import tiny_llava
 
 from attanchor_lab.small_llava.model import SHIPPED
 from attanchor_vlm import AttAnchorConfig, load_settings
+from attanchor_vlm.data.dataset import accept_all
+from attanchor_vlm.data.lengths import RowLengths, check_texts
 from attanchor_vlm.data.rows import load_image, read_rows
+from attanchor_vlm.data.stream import SampleStream
 from attanchor_vlm.errors import DataError, SetupError
 from attanchor_vlm.inference.ask_file import read_questions
 from attanchor_vlm.model.load import load_pretrained, with_adapter
@@ -111,7 +118,7 @@ LONG = '[{"id": ' + "9" * 5000 + "}]"  # beyond the digits that it reads
 @example(text=DEEP, lines=True)
 @example(text=LONG, lines=False)
 @example(text=LONG, lines=True)
-@examples(150)
+@examples(80)
 def test_rows(tried, folder, text, lines):
     """Files of rows, altered."""
     tried()
@@ -122,6 +129,36 @@ def test_rows(tried, folder, text, lines):
     for read in (read_rows, lambda file, images: read_questions(file, images)):
         with naming(file, DataError):
             read(file, folder)
+
+
+def test_many_rows(tried, resident, folder, tmp_path, capsys, monkeypatch):
+    """Rows of a file of a million, read with progress, and as a stream in level memory."""
+    count, file, text = 10**6 if LONGER > 1 else 2000, tmp_path / "rows.jsonl", {**ROW, "image": None}
+    text["conversations"] = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "A cat."}]
+    with file.open("w") as lines:
+        for _ in range(count // 1000):
+            lines.write(f"{json.dumps(ROW)}\n" + f"{json.dumps(text)}\n" * 999)
+    before = resident()
+    rows, bad = read_rows(file, folder, progress=True)
+    assert (len(rows), bad) == (count, [])
+    assert resident() - before < 2**26 + 2500 * count
+    assert "checking rows: 0 [" in (shown := capsys.readouterr().err)  # before there is anything to count
+    assert f"| 0/{count} [" in shown
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(tqdm.std, "time", itertools.count(step=3).__next__)  # what takes longer than two seconds
+    check_texts(file, rows[:2000], RowLengths(processor_of("bytes-chatml")), None)
+    assert "checking texts:  50%" in capsys.readouterr().err
+    if LONGER > 1:
+        del rows
+        stream, sizes = (
+            SampleStream([file], folder, "each", accept_all, False, tmp_path / "no", 0, 100, 1, passes=1),
+            [],
+        )
+        for number, _ in enumerate(stream):
+            sizes += [resident()] * (number % (count // 10) == 0)
+        assert number + 1 == count
+        assert sizes[-1] - sizes[1] < 2**24
+    tried(count)
 
 
 def _picture(kind: str) -> bytes:
@@ -146,7 +183,7 @@ def damaged(draw):
 
 
 @given(content=damaged() | st.binary(max_size=64))
-@examples(300)
+@examples(150)
 def test_images(tried, folder, content):
     """Images, damaged."""
     tried()
@@ -175,7 +212,7 @@ def _pixels(content: bytes) -> int:
 @given(value=altered(AttAnchorConfig(tau=0.3, keep=0.5).to_dict()) | st.text(max_size=20))
 @example(value=DEEP)
 @example(value=LONG)
-@examples(200)
+@examples(100)
 def test_settings_of_an_adapter(tried, folder, value):
     """Settings of an adapter, altered."""
     tried()
@@ -194,7 +231,7 @@ def adapter(tmp_path_factory):
 
 
 @given(data=st.data())
-@examples(25)
+@examples(20)
 def test_adapters(tried, adapter, tmp_path, data):
     """Adapters' files, altered."""
     tried()

@@ -26,7 +26,7 @@ PRIVATE = "".join(map(chr, range(0xE000, 0xF900)))
 @given(question=TEXTS, answer=TEXTS)
 @example(question=PRIVATE, answer="Yes.")
 @example(question="Is  it ?", answer="A cat \n\n and  a dog .")
-@examples(40)
+@examples(30)
 def test_chats(tried, kind, question, answer):
     """Prompt injection and label masks."""
     tried()

@@ -1,5 +1,6 @@
 """The command line. Heavy imports stand inside the commands: `--help` and mistakes in the options answer at once."""
 
+import sys
 from importlib.metadata import entry_points
 
 from attanchor_vlm.errors import missing
@@ -15,5 +16,8 @@ except ImportError as error:  # without the extra "vlm" there are the operators 
     if (hint := missing(error)) is None:
         raise
     raise SystemExit(f"error: {hint}") from None
+except KeyboardInterrupt:
+    print("interrupted", file=sys.stderr)
+    raise SystemExit(130) from None
 
 __all__ = ["app", "main"]

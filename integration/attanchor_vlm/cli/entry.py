@@ -6,9 +6,14 @@ A user's mistake ends in one line that says what to do. Exit code 2 is for the c
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import sys
+import threading
 import traceback
+from collections.abc import Iterator
+from types import FrameType
 from typing import Annotated
 
 import typer
@@ -59,7 +64,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit code. `setup.py` makes it the console command `attanchor`."""
     examples.add_to(app)
     try:
-        code = app(args=arguments, prog_name="attanchor", standalone_mode=False)
+        with _imports_end_at_once():
+            code = app(args=arguments, prog_name="attanchor", standalone_mode=False)
         if code == 130:  # typer's own word for an interruption
             raise KeyboardInterrupt
     except KeyboardInterrupt:
@@ -82,6 +88,30 @@ def main(arguments: list[str] | None = None) -> int:
         _tell(f"error: {message}")
         return 1
     return code if isinstance(code, int) else 0
+
+
+@contextlib.contextmanager
+def _imports_end_at_once() -> Iterator[None]:
+    """Let Ctrl-C end the process there and then while it imports: half-imported, C++ aborts, and some packages catch
+    whatever is raised and go on without what they miss."""
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    signal.signal(signal.SIGINT, _interrupted)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _interrupted(number: int, frame: FrameType | None) -> None:
+    while frame is not None:
+        if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+            _tell("interrupted")
+            os._exit(130)
+        frame = frame.f_back
+    raise KeyboardInterrupt
 
 
 def _tell(line: str) -> None:
@@ -108,6 +138,8 @@ def _message(error: BaseException) -> str | None:
         return f"{named}{error.strerror or error}"
     if type(error).__name__ == "SafetensorError":  # its way to say the same of weights
         return f"weights cannot be read or written: {error}"
+    if type(error) is Exception and "(os error " in str(error):  # that of tokenizers
+        return f"a tokenizer cannot be read or written: {error}"
     if isinstance(error, ModuleNotFoundError):
         return missing(error)
     if type(error).__name__ == "OutOfMemoryError":  # torch's

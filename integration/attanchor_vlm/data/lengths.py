@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from tqdm import tqdm
 
 from attanchor_vlm.chat.conversation import placeholder_tokens
 from attanchor_vlm.chat.encode import encode_chat
@@ -169,7 +170,8 @@ def check_texts(
     """
     own = placeholder_tokens(lengths.processor)
     good, bad = [], []
-    for start in range(0, len(rows), 1000):
+    starts, hidden = range(0, len(rows), 1000), True if len(rows) <= 1000 else None  # also where there is no terminal
+    for start in tqdm(starts, "checking texts", unit="thousand", delay=2, disable=hidden, leave=False):
         part = rows[start : start + 1000]
         for row, tokens in zip(part, lengths.near(part), strict=True):
             try:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from PIL import Image
+from tqdm import tqdm
 
 from attanchor_vlm.chat.videos import FPS
 from attanchor_vlm.data.images import ImageSource, decoded, unreadable, why_not
@@ -71,16 +72,19 @@ def read_rows(
     check_folder(images, file)
     rows: list[Row] = []
     bad: list[BadRow] = []
-    found = _load(file, skip_bad)
-    if images is None and any(isinstance(raw, dict) and any(raw.get(key) for key in _MEDIA) for raw in found):
-        raise DataError(f"{file} names images or videos, and no folder of them is given; give --images")
-    for number, raw in enumerate(found, start=1):
-        try:
-            if isinstance(raw, DataError):
-                raise raw
-            rows.append(check_row(number, raw, images))
-        except ValueError as error:
-            bad.append(BadRow(file, number, str(error)))
+    with tqdm(desc="checking rows", unit="", disable=not progress, leave=False) as bar:  # there while a file is parsed
+        found = _load(file, skip_bad)
+        if images is None and any(isinstance(raw, dict) and any(raw.get(key) for key in _MEDIA) for raw in found):
+            raise DataError(f"{file} names images or videos, and no folder of them is given; give --images")
+        bar.reset(len(found))
+        for number, raw in enumerate(found, start=1):
+            try:
+                if isinstance(raw, DataError):
+                    raise raw
+                rows.append(check_row(number, raw, images))
+            except ValueError as error:
+                bad.append(BadRow(file, number, str(error)))
+            bar.update()
     if decode:
         rows, unreadable = split_readable(file, rows, progress)
         bad += unreadable

@@ -11,6 +11,7 @@ import sys
 from importlib.metadata import version
 
 import pytest
+from transformers import PreTrainedTokenizerFast
 
 from attanchor_vlm import cli
 from attanchor_vlm.cli.examples import EXAMPLES, SLOW, commands_of, folded
@@ -119,6 +120,25 @@ def test_a_full_disk_is_one_line_and_nothing_half_written(sample, tmp_path, caps
     assert not list(tmp_path.iterdir())
 
 
+def test_a_disk_that_fills_in_front_of_a_tokenizer_is_one_line(sample, tmp_path, capsys, monkeypatch):
+    """Its package raises an `Exception`, no OSError."""
+    limits, save = resource.getrlimit(resource.RLIMIT_FSIZE), PreTrainedTokenizerFast.save_pretrained
+
+    def fills(*arguments, **options):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, limits[1]))
+        return save(*arguments, **options)
+
+    monkeypatch.setattr(PreTrainedTokenizerFast, "save_pretrained", fills)
+    words = ["export", "--model", sample / "model", "--tau", 0.6, "--head-dim", 32, "--output", tmp_path / "wide"]
+    try:
+        code = cli.main([str(word) for word in words])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert code == 1
+    assert re.search(r"^error: a tokenizer cannot be .*: File too large", capsys.readouterr().err, re.MULTILINE)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_reader_that_has_seen_enough_is_no_error():
     end, start = os.pipe()
     os.close(end)
@@ -138,3 +158,14 @@ def test_interruption_is_exit_code_130(sample, monkeypatch, capsys):
     arguments = ["generate", "--model", sample / "model", "--tau", "0.6", "--prompt", "What?"]
     assert cli.main([str(word) for word in arguments]) == 130
     assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_an_import_that_catches_everything_is_interrupted_all_the_same(tmp_path):
+    catching = "import os, signal\ntry:\n    os.kill(os.getpid(), signal.SIGINT)\nexcept BaseException:\n    pass\n"
+    (tmp_path / "catching.py").write_text(catching)
+    script = (
+        "import signal, sys\nsignal.signal(signal.SIGINT, signal.default_int_handler)\nfrom attanchor_vlm import cli\n"
+    )
+    script += "cli.app.command('go')(lambda: __import__('catching'))\nsys.exit(cli.main(['go']))"
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (130, "interrupted\n")

@@ -6,7 +6,6 @@ The machine has no torchvision: the processors of families that need it for vide
 from __future__ import annotations
 
 import json
-import pickle
 
 import checkpoints
 import pytest
@@ -241,15 +240,3 @@ def test_a_processor_that_needs_torchvision_for_more_says_so(tmp_path, monkeypat
     monkeypatch.setattr("attanchor_vlm.model.processors.AutoProcessor.from_pretrained", refuse)
     with pytest.raises(SetupError, match="FancyImageProcessor requires the Torchvision library"):
         load_pretrained(str(tmp_path))
-
-
-@without_torchvision
-@pytest.mark.parametrize("name", VIDEO)
-def test_a_processor_without_videos_reaches_workers_of_every_kind(name, tmp_path, monkeypatch):
-    """Spawn and forkserver send it pickled."""
-    checkpoints.write(tmp_path, name, monkeypatch)
-    processor = load_processor(str(tmp_path))
-    again = pickle.loads(pickle.dumps(processor))
-    assert type(again) is type(processor)
-    assert again.to_dict() == processor.to_dict()
-    assert again.kept_video_settings == processor.kept_video_settings
