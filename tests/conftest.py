@@ -5,6 +5,9 @@ import os
 import sys
 from pathlib import Path
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # workers share the cores; set before torch is imported
+
 import torch
 
 HAS_GPU = torch.cuda.is_available()
@@ -27,8 +30,13 @@ settings.load_profile("repository")
 HERE = Path(__file__).parent
 GPU_ALONE = (HERE / "gpu", HERE / "integration" / "model" / "families" / "test_flash_attention.py")
 # Files that take longest are begun first, or the last of them is left to one worker while the others are idle.
-LONGEST = ("test_cuda_emulated", "test_triton_compile", "test_cuda_build", "test_cuda_keep", "test_alignment_training")
-LONGEST = (*LONGEST, "test_processors", "test_parity", "test_experiments", "test_train", "test_resume", "test_ops")
+LONGEST = (
+    *("test_cuda_emulated", "test_triton_compile", "test_cuda_build", "test_cuda_keep", "test_parity"),
+    *("test_triton_kernels", "test_docs", "test_processors", "test_experiments", "test_calibration"),
+    *("test_alignment_training", "test_resume", "test_train", "test_ops", "test_lab_runs", "test_triton_limits"),
+    *("test_check", "test_metrics", "test_table_families", "test_streaming", "test_demo", "test_family_keep"),
+    *("test_lmms_benchmarks", "test_triton_keep", "test_families", "test_gpu_runner", "test_benchmarks"),
+)
 
 
 def pytest_configure(config):

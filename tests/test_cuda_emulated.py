@@ -245,13 +245,21 @@ def test_large_d_in_slices(poisoned_empty):
         assert result.host.tolist() == [[0, 1, 2]]
 
 
-@pytest.mark.parametrize(("tile_images", "cluster"), [(32, 4), (64, 4), (64, 8), (32, 8)])
-def test_long_rows(poisoned_empty, tile_images, cluster):
+@pytest.mark.parametrize(
+    ("tile_images", "cluster", "ways"),
+    # Every tile and every cluster meets every way to read and to hold rows.
+    [
+        (32, 8, [{"hold": 0}, {"hold": 1, "bulk": 1}]),
+        (64, 4, [{"hold": 0}, {"hold": 1, "bulk": 1}]),
+        (32, 4, [{"hold": 1, "bulk": 0}]),
+        (64, 8, [{"hold": 1, "bulk": 0}]),
+    ],
+)
+def test_long_rows(poisoned_empty, tile_images, cluster, ways):
     """The pipeline well under way in every block of a cluster: the reference's very rows and places."""
     image, text = matched_pair(1, Shape("long rows", 70, 20, 400 * cluster), dtype=torch.bfloat16)
     problem = checks.build_call(image, text, TAU, None, None, None, 8, *PLAIN).problem
     expected_rows, expected = reference.construct(problem)
-    ways = [{"hold": 0}, {"hold": 1, "bulk": 0}, {"hold": 1, "bulk": 1}]
     for seed, way in enumerate(ways):
         result, places = run(problem, (launch.Tuning(tile_images, cluster, **way), 16, seed))
         assert result.is_anchor.any()

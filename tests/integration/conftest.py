@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
+import transformers
+import typer
 
 from attanchor_lab import sample
 from attanchor_vlm.training.config import PRESETS
@@ -18,6 +22,15 @@ def pytest_collection_modifyitems(config, items):
         items[:] = [item for item in items if item.get_closest_marker("nightly") is None]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def same_every_time():
+    """The command line is put together once, and transformers writes no config out for a log that is off."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(typer.main, "get_command", functools.cache(typer.main.get_command))
+        patch.setattr(transformers.PreTrainedConfig, "__repr__", object.__repr__)
+        yield
+
+
 @pytest.fixture(scope="module", autouse=True)  # of the module, so that its own fixtures run on one thread too
 def one_thread():
     threads = torch.get_num_threads()
@@ -30,7 +43,7 @@ def one_thread():
 def short_examples():
     """What `attanchor sample` writes is of fewer scenes, and its model is trained in smaller batches."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sample, "TRAIN_SCENES", 20)
-        patch.setattr(sample, "TEST_SCENES", 5)
+        patch.setattr(sample, "TRAIN_SCENES", 8)
+        patch.setattr(sample, "TEST_SCENES", 2)
         patch.setitem(PRESETS["small-llava"], "batch_size", 4)
         yield

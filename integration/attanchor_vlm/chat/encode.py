@@ -109,17 +109,18 @@ def encode_chat(
     options = {**(template_options or {}), "add_generation_prompt": add_generation_prompt}
     texts, spans = [], []
     for index, messages in enumerate(batch):
-        messages = _as_the_template_has_them(processor, messages, options)
+        template = _Template(processor, options, index)
+        messages = _as_the_template_has_them(template, messages)
         if not add_generation_prompt:
-            messages = _with_end_of_turn(processor, tokenizer, messages, supervise, options, index)
-        text, found = _locate(processor, messages, options, index)
+            messages = _with_end_of_turn(template, tokenizer, messages, supervise)
+        text, found = template.locate(messages)
         texts.append(text)
-        spans.append((messages, found))
+        spans.append((template, messages, found))
 
     encoded, offsets, replacements = _tokenize(processor, tokenizer, texts, images, videos, side)
     anchor_mask = torch.zeros(encoded["input_ids"].shape, dtype=torch.bool)
     answer_mask = torch.zeros_like(anchor_mask)
-    for row, (messages, found) in enumerate(spans):
+    for row, (template, messages, found) in enumerate(spans):
         users = [span for span in found if span.role == "user"]
         answers = [span for span in found if span.role == "assistant"]
         last_user = max((span.message for span in users), default=None)
@@ -138,7 +139,7 @@ def encode_chat(
                 continue
             whole = span
             if span is answers[-1] or span.message != answers[answers.index(span) + 1].message:  # its last part
-                tail = _end_of_turn(processor, messages, span.message, texts[row][span.end :], options)
+                tail = _end_of_turn(template, messages, span.message, texts[row][span.end :])
                 whole = span._replace(end=span.end + len(tail.rstrip()))
             tokens = _tokens_in(whole, whole_offsets, replacements[row])
             if whole.end > whole.start and not tokens.any():
@@ -167,79 +168,83 @@ def check_processor(processor: Any) -> None:
 # --- The template. ---------------------------------------------------------------------------------------------------
 
 
-def _render(processor: Any, messages: Sequence[Message], options: Mapping[str, Any]) -> str:
-    try:
-        return processor.apply_chat_template(list(messages), tokenize=False, **options)
-    except TemplateError as error:  # also what a template's sandbox forbids
-        raise ValueError(f"the chat template of {type(processor).__name__} cannot be rendered: {error}") from error
+class _Template:
+    """The chat template over one conversation. What is asked of the same texts again is known: rendering is slow."""
+
+    def __init__(self, processor: Any, options: Mapping[str, Any], index: int) -> None:
+        self._processor, self._options, self._index = processor, options, index
+        self._located: dict[Any, tuple[str, list[_Span]]] = {}
+
+    def render(self, messages: Sequence[Message]) -> str:
+        try:
+            return self._processor.apply_chat_template(list(messages), tokenize=False, **self._options)
+        except TemplateError as error:  # also what a template's sandbox forbids
+            name = type(self._processor).__name__
+            raise ValueError(f"the chat template of {name} cannot be rendered: {error}") from error
+
+    def locate(self, messages: Sequence[Message]) -> tuple[str, list[_Span]]:
+        """The rendering, and where in it the texts of users and assistants are."""
+        key = tuple(tuple(texts_of(message["content"])) for message in messages)
+        if key not in self._located:
+            self._located[key] = self._locate(messages)
+        return self._located[key]
+
+    def _locate(self, messages: Sequence[Message]) -> tuple[str, list[_Span]]:
+        plain = self.render(messages)
+        said = plain + "".join(text for message in messages for text in texts_of(message["content"]))
+        signs = list(itertools.islice((sign for sign in map(chr, _PRIVATE_USE) if sign not in said), 2))
+        if len(signs) < 2:
+            raise ValueError(
+                f"conversation {self._index}: its texts hold every private-use character; leave two of them out"
+            )
+        opening, closing = signs
+        order: list[tuple[int, str]] = []
+
+        def mark(number: int, role: str, text: str) -> str:
+            if role not in ("user", "assistant"):
+                return text
+            order.append((number, role))
+            return f"{opening}{text}{closing}"
+
+        marked = self.render(with_texts(messages, mark))
+        found = list(re.finditer(f"{opening}[^{opening}{closing}]*{closing}", marked))
+        spans = [  # less the sentinels in front, and its own
+            _Span(number, role, match.start() - 2 * before, match.end() - 2 * before - 2)
+            for before, ((number, role), match) in enumerate(zip(order, found, strict=False))
+        ]
+        texts = [text for m in messages if m["role"] in ("user", "assistant") for text in texts_of(m["content"])]
+        unchanged = marked.replace(opening, "").replace(closing, "") == plain and marked.count(opening) == len(order)
+        if not unchanged or [plain[span.start : span.end] for span in spans] != texts:
+            raise ValueError(
+                f"conversation {self._index}: the chat template changes the texts of messages, so they cannot be found "
+                "again in its output; strip spaces around texts, or use another template"
+            )
+        return plain, spans
 
 
-def _locate(
-    processor: Any, messages: Sequence[Message], options: Mapping[str, Any], index: int
-) -> tuple[str, list[_Span]]:
-    """The rendering, and where in it the texts of users and assistants are."""
-    plain = _render(processor, messages, options)
-    said = plain + "".join(text for message in messages for text in texts_of(message["content"]))
-    signs = list(itertools.islice((sign for sign in map(chr, _PRIVATE_USE) if sign not in said), 2))
-    if len(signs) < 2:
-        raise ValueError(f"conversation {index}: its texts hold every private-use character; leave two of them out")
-    opening, closing = signs
-    order: list[tuple[int, str]] = []
-
-    def mark(number: int, role: str, text: str) -> str:
-        if role not in ("user", "assistant"):
-            return text
-        order.append((number, role))
-        return f"{opening}{text}{closing}"
-
-    marked = _render(processor, with_texts(messages, mark), options)
-    found = list(re.finditer(f"{opening}[^{opening}{closing}]*{closing}", marked))
-    spans = [  # less the sentinels in front, and its own
-        _Span(number, role, match.start() - 2 * before, match.end() - 2 * before - 2)
-        for before, ((number, role), match) in enumerate(zip(order, found, strict=False))
-    ]
-    texts = [text for m in messages if m["role"] in ("user", "assistant") for text in texts_of(m["content"])]
-    unchanged = marked.replace(opening, "").replace(closing, "") == plain and marked.count(opening) == len(order)
-    if not unchanged or [plain[span.start : span.end] for span in spans] != texts:
-        raise ValueError(
-            f"conversation {index}: the chat template changes the texts of messages, so they cannot be found again in "
-            "its output; strip spaces around texts, or use another template"
-        )
-    return plain, spans
-
-
-def _as_the_template_has_them(processor: Any, messages: list[Message], options: Mapping[str, Any]) -> list[Message]:
+def _as_the_template_has_them(template: _Template, messages: list[Message]) -> list[Message]:
     """The messages without the space around their texts, where the template (Gemma's, Llama 3's) takes it away."""
     if all(text == text.strip() for message in messages for text in texts_of(message["content"])):
         return messages
     stripped = with_texts(messages, lambda number, role, text: text.strip())
-    return stripped if _render(processor, stripped, options) == _render(processor, messages, options) else messages
+    return stripped if template.render(stripped) == template.render(messages) else messages
 
 
-def _end_of_turn(
-    processor: Any, messages: Sequence[Message], number: int, following: str, options: Mapping[str, Any]
-) -> str:
+def _end_of_turn(template: _Template, messages: Sequence[Message], number: int, following: str) -> str:
     """What the template itself puts behind the text of message `number`, as far as the whole rendering has it too."""
-    until, spans = _locate(processor, messages[: number + 1], {**options, "add_generation_prompt": False}, 0)
+    until, spans = template.locate(messages[: number + 1])
     both = zip(until[spans[-1].end :], following, strict=False)
     return "".join(own for own, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], both))
 
 
-def _with_end_of_turn(
-    processor: Any,
-    tokenizer: Any,
-    messages: list[Message],
-    supervise: str,
-    options: Mapping[str, Any],
-    index: int,
-) -> list[Message]:
+def _with_end_of_turn(template: _Template, tokenizer: Any, messages: list[Message], supervise: str) -> list[Message]:
     """Append the EOS token to the answers that are learned, where the template ends them with nothing but spaces."""
     if tokenizer.eos_token is None:
         return messages
-    text, spans = _locate(processor, messages, options, index)
+    text, spans = template.locate(messages)
     ends = {span.message: span.end for span in spans if span.role == "assistant"}
     learned = list(ends) if supervise == "all" else list(ends)[-1:]
-    bare = {n for n in learned if not _end_of_turn(processor, messages, n, text[ends[n] :], options).strip()}
+    bare = {n for n in learned if not _end_of_turn(template, messages, n, text[ends[n] :]).strip()}
 
     last_part = {n: len(texts_of(messages[n]["content"])) for n in bare}
     seen: dict[int, int] = {}

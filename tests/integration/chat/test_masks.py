@@ -273,6 +273,15 @@ def test_a_template_that_cannot_be_rendered_is_refused(template):
         encode_chat(processor, [user(QUESTION), assistant(ANSWER)])
 
 
+def test_the_same_texts_are_rendered_twice_and_no_more(monkeypatch):
+    """Plainly and with sentinels, whatever is asked of them."""
+    processor, rendered = processor_of("bytes-chatml"), []
+    render = processor.apply_chat_template
+    monkeypatch.setattr(processor, "apply_chat_template", lambda *a, **o: rendered.append(a) or render(*a, **o))
+    encode_chat(processor, [user("<image>", QUESTION), assistant(ANSWER)], [picture()])
+    assert len(rendered) == 2
+
+
 def test_texts_with_private_use_characters():
     processor = processor_of("bytes-chatml")
     text = f"left{chr(0xE000)}of{chr(0xE001)}{chr(0xE002)}dog"

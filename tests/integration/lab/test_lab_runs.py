@@ -155,6 +155,17 @@ def test_a_killed_process_costs_its_own_job_alone():
     assert len(said) == 2
 
 
+def test_workers_run_side_by_side(tmp_path):
+    """A pipe opens when both its ends are there."""
+    os.mkfifo(tmp_path / "pipe")
+    ends = {mode: f"dict(status='done', end=open({str(tmp_path / 'pipe')!r}, {mode!r}).mode)" for mode in "rw"}
+    jobs = [runner.Job(mode, mode, functools.partial(eval, end)) for mode, end in ends.items()]
+    kept: dict[str, dict] = {}
+    with forked.time_limit():
+        runner.run(jobs, lambda job, row: kept.update({job.key: row}), 2, progress=False)
+    assert kept == {mode: {"status": "done", "end": mode} for mode in "rw"}
+
+
 def test_a_worker_ends_with_the_laboratory_that_started_it(monkeypatch):
     class Killed:
         def join(self):
@@ -417,12 +428,13 @@ def test_a_wrong_command_ends_in_one_line(tmp_path, capsys, monkeypatch, words, 
 
 
 def test_the_smoke_size_as_printed(tmp_path, capsys, monkeypatch):
-    """In processes of its own, from the command line, with its checks; three of its runs."""
+    """In a process of its own, from the command line, with its checks; three of its runs."""
     made = plans.plan("smoke")
     arms = {"smoke": ("plain", "t2i"), "lora": ("plain",)}
     few = tuple(dataclasses.replace(setting, arms=arms[setting.name], more=()) for setting in made.settings)
     monkeypatch.setattr(plans, "_smoke", lambda: dataclasses.replace(made, settings=few))
-    assert cli.main(["lab", "--size", "smoke", "--output", str(tmp_path / "smoke"), "--no-progress"]) == 0
+    folder = str(tmp_path / "smoke")
+    assert cli.main(["lab", "--size", "smoke", "--output", folder, "--workers", "1", "--no-progress"]) == 0
     said = capsys.readouterr().out
     assert "3 of 3 runs done" in said
     for check in ("runs:", "matching:", "identity:", "placement:", "wiring:"):
