@@ -9,7 +9,9 @@ import table_sizes
 import tiny_families
 from builders import TILES, Family, grid, square, tiled
 from tiny_families import END, IMAGE, PATCH, PINPOINTS, SIDE, START, VOCABULARY
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoModelForMultimodalLM
+from transformers import AutoConfig
+
+from attanchor_vlm.model.load import auto_class
 
 
 def _family(
@@ -22,7 +24,7 @@ def _family(
         made = table_sizes.config(name, {**(own or {}), **parts})
         if tower is not None:
             object.__setattr__(made, "vision_config", AutoConfig.for_model(**tower))
-        return AutoModelForImageTextToText.from_config(made)
+        return auto_class(made).from_config(made)
 
     return Family(name, build, image, **{"routes": ("ids",), **facts})
 
@@ -361,12 +363,12 @@ TABLE = [
 ]
 
 
-def phi4_multimodal() -> Any:
+def phi4_multimodal(**vision: Any) -> Any:
     """Which has no `get_image_features`: its test makes its own prompts."""
     text = {name: value for name, value in tiny_families.TEXT.items() if name != "head_dim"}
     parts = {
-        "original_max_position_embeddings": 1024,
-        "vision_config": {"crop_size": SIDE, "image_token_id": IMAGE, "feature_layer": -1},
+        "max_position_embeddings": 4096,
+        "vision_config": {"crop_size": SIDE, "image_token_id": IMAGE, "feature_layer": -1, **vision},
         "audio_config": {
             "hidden_size": 16,
             "intermediate_size": 16,
@@ -377,4 +379,5 @@ def phi4_multimodal() -> Any:
             "input_size": 16,
         },
     }
-    return AutoModelForMultimodalLM.from_config(table_sizes.config("phi4_multimodal", {**text, **parts}))
+    config = table_sizes.config("phi4_multimodal", {**text, **parts})
+    return auto_class(config).from_config(config)
