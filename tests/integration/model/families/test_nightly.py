@@ -25,8 +25,8 @@ OTHERWISE = {
     **dict.fromkeys(("molmo2", "ovis2", "llama4", "granite4_vision"), ("prefill_chunk_size",)),
     "gemma4_unified": ("cache_implementation", "prefill_chunk_size"),
 }
-# Images of one token make too few anchors to tell.
-FEW_TOKENS = ("got_ocr2", "pp_chart2table", "step3p7", "unlimited_ocr")
+# Images of one token, or two, make too few anchors to tell.
+FEW_TOKENS = ("got_ocr2", "pp_chart2table", "unlimited_ocr")
 
 every_family = pytest.mark.parametrize("family", TABLE, ids=str)
 both_directions = pytest.mark.parametrize("direction", DIRECTIONS)
@@ -37,8 +37,8 @@ def _skip(family, names, why="the plain model does so, too"):
         pytest.skip(why)
 
 
-def _skip_few(family, direction):
-    _skip(family, FEW_TOKENS if direction == "image_into_text" else (), "too few anchors to tell")
+def _skip_few(family, direction, *more):
+    _skip(family, (*FEW_TOKENS, *more) if direction == "image_into_text" else (), "too few anchors to tell")
 
 
 @both_directions
@@ -52,7 +52,7 @@ def test_hosts(family, direction):
 @every_family
 def test_batches(family, direction):
     _skip(family, ALONE)
-    _skip_few(family, direction)
+    _skip_few(family, direction, "step3p7")
     test_families.test_a_batch_is_its_samples_alone(family, "ids", "left", direction)
 
 
@@ -71,7 +71,9 @@ def test_beams(family):
 @both_directions
 @every_family
 def test_generation(family, direction):
-    _skip(family, (*CACHED, *(ROUNDED if direction == "image_into_text" else ())))
+    _skip(family, CACHED)
+    if direction == "image_into_text":  # 2.6e-5 off, where the plain model's rounding reaches 1.5e-5
+        _skip(family, ("minicpm_ocr",), "rounds by more than the test allows")
     for route in family.routes:
         test_family_generate.test_cached_generation_agrees_with_uncached_forwards(family, route, direction)
 
