@@ -14,10 +14,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from attanchor_vlm.constants import context_of
-from attanchor_vlm.errors import FamilyError
+from attanchor_vlm.errors import FamilyError, SetupError
 from attanchor_vlm.model import guard, rules
 from attanchor_vlm.model.candidates import mask_from_ids
 from attanchor_vlm.model.config import AttAnchorConfig
@@ -72,22 +73,22 @@ def findings(
     call = {name: value for name, value in arguments.items() if name in names and value is not None}
     check_shapes(call["input_ids"], call, mask)
     call.setdefault("attention_mask", torch.ones_like(call["input_ids"]))
-    context = context_of(model.config)
+    context, groups = context_of(model.config), _sharing(model)
     room = MOST_ANCHORS if context is None else min(MOST_ANCHORS, context - call["input_ids"].shape[1])
-    if room < 1:
+    if not _everywhere(room > 0, groups):
         return []
     # What else a user chose (tau, positions, what is kept) is right or wrong whatever the family.
     settings = AttAnchorConfig(tau=-1, max_anchors=room, direction=settings.direction, route=settings.route)
     options = {name: value for name, value in _OPTIONS.items() if name in parameters(forward)}
     with _undisturbed(model), guard.inside_attached_call(model):
         try:
-            one, mask, same = _first_sample(model, adapter, settings, call, mask)
+            one, mask, same = _first_sample(model, adapter, settings, call, mask, crop=not groups)
             new = rewrite(model, adapter, settings, one, mask, None)
         except Exception as error:  # of the model's own code, or of an adapter that expects other code
-            if _is_of_the_call(error, lambda: forward(model, **{**call, **options})):
+            if groups or _is_of_the_call(error, lambda: forward(model, **{**call, **options})):
                 raise
             return [_failed("encoding the images and rewriting the prompt", error)]
-        if not bool(new.plan.is_anchor.any()):
+        if not _everywhere(bool(new.plan.is_anchor.any()), groups):
             return []
         plain = record(model, forward, {**one, **options})
         try:
@@ -110,6 +111,38 @@ _POSITIONS = ("second_per_grid_ts",)  # read from further arguments
 _OPTIONS = {"use_cache": False, "logits_to_keep": 1}  # the head is the same in all
 
 
+def _sharing(model: Any) -> list[tuple[Any, Any]]:
+    """Groups of processes that gather the parameters of this model together (FSDP), and so must run the same forwards;
+    each with the device that it communicates by."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return []
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.distributed.tensor import DTensor
+
+    if wrapped := next((part for part in model.modules() if isinstance(part, FullyShardedDataParallel)), None):
+        return [(wrapped.process_group, wrapped.compute_device)]
+    parameters = list(model.parameters())
+    if any(hasattr(parameter, "ds_id") for parameter in parameters):
+        raise SetupError(
+            f"{type(model).__name__} is sharded by DeepSpeed (ZeRO-3), under which it cannot check itself; run "
+            "`attanchor check --model PATH` before, and attach(..., check='never')"
+        )
+    sharded = next((parameter for parameter in parameters if isinstance(parameter, DTensor)), None)
+    if sharded is None:
+        return []
+    mesh = sharded.device_mesh
+    return [(mesh.get_group(axis), mesh.device_type) for axis, part in enumerate(sharded.placements) if part.is_shard()]
+
+
+def _everywhere(flag: bool, groups: list[tuple[Any, Any]]) -> bool:
+    """Whether it is set in all processes of the groups."""
+    for group, device in groups:
+        vote = torch.tensor(int(flag), device=device)
+        dist.all_reduce(vote, dist.ReduceOp.MIN, group=group)
+        flag = bool(vote)
+    return flag
+
+
 def _failed(what: str, error: Exception) -> Finding:
     if isinstance(error, torch.OutOfMemoryError):  # which says nothing of the model or its adapter
         raise error
@@ -129,14 +162,14 @@ def _is_of_the_call(error: Exception, untouched: Callable[[], object]) -> bool:
 
 
 def _first_sample(
-    model: Any, adapter: FamilyAdapter, settings: AttAnchorConfig, call: dict[str, Any], mask: Tensor | None
+    model: Any, adapter: FamilyAdapter, settings: AttAnchorConfig, call: dict[str, Any], mask: Tensor | None, crop: bool
 ) -> tuple[dict[str, Any], Tensor, Prepared]:
-    """The call for one sample, less padding; what may be copied; the call with nothing inserted."""
+    """The call for one sample, less padding, or for all; what may be copied; the call with nothing inserted."""
 
     def nothing_inserted(one: dict[str, Any]) -> Prepared:
         return rewrite(model, adapter, settings, one, torch.zeros_like(one["input_ids"], dtype=torch.bool), None)
 
-    one, own = _cropped(model, adapter, call, mask)
+    one, own = _cropped(model, adapter, call, mask) if crop else (call, mask)
     try:
         same = nothing_inserted(one)
     except (ValueError, RuntimeError, IndexError):  # whose image is whose was guessed wrongly: then all samples

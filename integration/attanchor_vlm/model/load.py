@@ -33,21 +33,33 @@ def load_pretrained(name: str, dtype: torch.dtype = torch.float32) -> tuple[Any,
         SetupError: there is no such folder, the Hub cannot be reached or does not have it, a file of it is damaged or
             lacks weights, or it is no image-text-to-text model. Code that comes with a checkpoint is never run.
     """
-    from transformers import AutoModelForImageTextToText
+    from transformers import AutoConfig
 
     from attanchor_vlm.model.processors import load_processor
 
     with source(name) as folder:
         # Processor first: it is small, so that a wrong name costs no download.
         processor = load_processor(folder)
-        loaded: Any = AutoModelForImageTextToText.from_pretrained(
-            folder, dtype=dtype, output_loading_info=True, trust_remote_code=False
-        )
-    model, found = loaded
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        model, found = _load(folder, config, dtype)
     _check_weights(name, model, found)
     if getattr(processor, "image_processor", None) is None or getattr(processor, "tokenizer", None) is None:
         raise SetupError(f"model {name} has no processor for images and text; AttAnchor trains image-text models")
     return model, processor
+
+
+def auto_class(config: Any) -> Any:
+    """The Auto class of transformers by which the models of a config are made and loaded: that for images and text, or
+    else that for any media, where models that hear as well may stand alone."""
+    from transformers import AutoModelForImageTextToText, AutoModelForMultimodalLM
+
+    kinds = AutoModelForImageTextToText, AutoModelForMultimodalLM
+    return next((kind for kind in kinds if type(config) in kind._model_mapping), kinds[0])  # whose error says it all
+
+
+def _load(folder: str, config: Any, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
+    options: dict[str, Any] = {"output_loading_info": True, "trust_remote_code": False}
+    return auto_class(config).from_pretrained(folder, config=config, dtype=dtype, **options)
 
 
 def save_pretrained(model: Any, processor: Any, folder: Path) -> None:
@@ -62,15 +74,13 @@ def save_pretrained(model: Any, processor: Any, folder: Path) -> None:
 
 def empty_model(config: Any) -> Any:
     """The model of a config, without weights (on the meta device)."""
-    from transformers import AutoModelForImageTextToText
-
     with torch.device("meta"):
-        return AutoModelForImageTextToText.from_config(config)
+        return auto_class(config).from_config(config)
 
 
 def load_front(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
     """As `load_pretrained`, without the layers of the language model: for prompts, whose rows need none of them."""
-    from transformers import AutoConfig, AutoModelForImageTextToText
+    from transformers import AutoConfig
     from transformers.utils import logging
 
     from attanchor_vlm.model.processors import load_processor
@@ -85,10 +95,7 @@ def load_front(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
         text.num_hidden_layers = 0
         if getattr(text, "layer_types", None):
             text.layer_types = []
-        loaded: Any = AutoModelForImageTextToText.from_pretrained(
-            folder, config=config, dtype=dtype, output_loading_info=True, trust_remote_code=False
-        )
-    model, found = loaded
+        model, found = _load(folder, config, dtype)
     _check_weights(name, model, {**found, "unexpected_keys": ()})
     return model, processor
 

@@ -16,7 +16,7 @@ def load_processor(source: str) -> Any:
     Processors such as those of Qwen-VL, InternVL and Gemma 4 bring a part for videos, which torchvision does; where
     that is not installed, they are loaded without it: images and text are processed as ever (by PIL), a video is
     refused. LLaVA's of early checkpoints, whose files do not say how many tokens an image takes, are told it by the
-    model's config.
+    model's config; Phi-4's, whose constructor loses the chat template, is given it back.
 
     Raises:
         ImportError, OSError, ValueError: as `AutoProcessor.from_pretrained` does; also where more than videos needs
@@ -29,6 +29,8 @@ def load_processor(source: str) -> Any:
         if own is None or "video_processor" not in own.get_attributes():
             raise
         processor = _load_without_videos(own, source)
+    if isinstance(processor, ProcessorMixin) and processor.chat_template is None:
+        processor.chat_template = processor.get_processor_dict(source)[0].get("chat_template")
     if getattr(processor, "patch_size", 0) is None:  # LLaVA's and LLaVA-NeXT's
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         processor.patch_size = config.vision_config.patch_size

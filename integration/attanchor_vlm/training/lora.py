@@ -75,15 +75,16 @@ def choose_optimizer(wanted: str, say: Callable[[str], None], sharded: bool = Fa
 
 def add_lora(model: Any, rank: int, alpha: int, dropout: float) -> nn.Module:
     """A PeftModel with fresh adapters on language model and projector; everything else is frozen. Projectors without
-    linear layers, which are small, are trained whole.
+    linear layers, which are small, are trained whole. A model whose images become words of its vocabulary has none.
 
     Raises:
         SetupError: there is no projector to be found in the model, so that it would stay as it is.
     """
     from peft import LoraConfig, get_peft_model
 
-    found = [(name, module) for name, module in projectors(base_of(model)) if any(True for _ in module.parameters())]
-    if not found:
+    base = base_of(model)
+    found = [(name, module) for name, module in projectors(base) if any(True for _ in module.parameters())]
+    if not found and not hasattr(base.base_model, "vocabulary_mapping"):
         raise SetupError(
             f"nothing of a projector is found in {type(model).__name__}, so LoRA would leave it untrained; name its "
             "layers in peft's LoraConfig yourself, beside attanchor_vlm.lora_targets(model)"

@@ -12,7 +12,7 @@ from shared import every_route
 from table_families import TABLE
 
 from attanchor_vlm import AttAnchorConfig, attach, prepare_inputs
-from attanchor_vlm.errors import FamilyError
+from attanchor_vlm.errors import FamilyError, SetupError
 from attanchor_vlm.model import check
 from attanchor_vlm.model.check import findings
 from attanchor_vlm.model.families import TESTED, FamilyAdapter, adapter_for
@@ -284,6 +284,15 @@ def test_a_wrong_call_is_told_as_such(when, most):
     with pytest.raises(ValueError, match="have 32 image placeholders and the images 16 features") as caught:
         model(**{**batch, "pixel_values": batch["pixel_values"][:1]})
     assert not isinstance(caught.value, FamilyError)
+
+
+def test_parameters_that_deepspeed_shards_are_refused(monkeypatch):
+    monkeypatch.setattr(check.dist, "is_initialized", lambda: True)
+    model = attach(BY_NAME["llava"].model(), AttAnchorConfig(tau=0.5), check="always")
+    next(model.parameters()).ds_id = 0
+    with pytest.raises(SetupError, match=r"sharded by DeepSpeed \(ZeRO-3\).*`attanchor check --model PATH` before"):
+        model(**batch_of())
+    attach(model, AttAnchorConfig(tau=0.5), check="never")(**batch_of())
 
 
 class Misplaced(FamilyAdapter):

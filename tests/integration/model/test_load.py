@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from table_families import phi4_multimodal
+from tiny_families import TEXT
+from transformers import LlamaConfig
 
 from attanchor_lab.small_llava import model as small_llava
 from attanchor_vlm import AttAnchorConfig, attach, save_settings
@@ -52,6 +56,20 @@ def test_a_model_with_broken_or_surplus_weights_is_told(tmp_path):
         load_pretrained(str(spoiled(tmp_path / "broken", broken)))
     with pytest.warns(UserWarning, match="has 1 weights that LlavaForConditionalGeneration does not use, such as"):
         load_pretrained(str(spoiled(tmp_path / "surplus", surplus)))
+
+
+def test_the_config_says_which_auto_class_loads_a_folder(tmp_path, monkeypatch):
+    """Phi-4 hears as well: AutoModelForImageTextToText does not know it."""
+    processor = SimpleNamespace(image_processor=True, tokenizer=True)  # its own needs torchvision
+    monkeypatch.setattr("attanchor_vlm.model.processors.load_processor", lambda folder: processor)
+    model = phi4_multimodal()
+    model.save_pretrained(tmp_path / "phi4")
+    loaded, _ = load_pretrained(str(tmp_path / "phi4"))
+    assert type(loaded) is type(model)
+    assert all(map(torch.equal, loaded.parameters(), model.parameters()))
+    LlamaConfig(**TEXT).save_pretrained(tmp_path / "llama")
+    with pytest.raises(SetupError, match=r"LlamaConfig.* for this kind of AutoModel: AutoModelForImageTextToText"):
+        load_pretrained(str(tmp_path / "llama"))
 
 
 def test_code_of_a_checkpoint_is_never_run(tmp_path):

@@ -140,6 +140,18 @@ def features(model: transformers.PreTrainedModel, batch: Image) -> Tensor:
     return torch.cat([part.reshape(-1, part.shape[-1]) for part in found])
 
 
+def separators(model: transformers.PreTrainedModel) -> list[Tensor]:
+    """The vectors that stand between features and are no image content."""
+    base, names = model.base_model, ("image_newline", "view_separator")
+    if model.config.model_type == "emu3":  # a word ends its lines
+        return [model.get_input_embeddings().weight[base.vocabulary_mapping.eol_token_id]]
+    if model.config.model_type == "hunyuan_vl":
+        merger = base.vision_tower.patch_merger
+        learned = torch.stack([merger.image_begin, merger.image_end, merger.mlp(merger.image_newline)])
+        return list(merger.after_rms(learned))
+    return [getattr(base, name) for name in names if getattr(base, name, None) is not None]
+
+
 # Where the rows of the prompt stand in encoded images, if not in `pooler_output`.
 _ELSEWHERE = {
     "llama4": lambda model, output: model.multi_modal_projector(output.last_hidden_state),

@@ -6,6 +6,7 @@ loaded from their JSON by the package itself, so that nothing here names a class
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import table_families
 import table_sizes
 import tiny_families
 import transformers
-from builders import FAMILIES
+from builders import FAMILIES, Family, square
 from PIL import Image
 from tiny import CHATML, VICUNA, byte_level_tokenizer, metaspace_tokenizer
 from tiny_families import IMAGE, PATCH, PINPOINTS, QWEN_PATCH, SIDE
@@ -147,6 +148,16 @@ def _aya_vision(folder: Path, name: str) -> None:
     _write(folder, tokenizer(markers), CHATML, preprocessor_config=images, processor_config=own)
 
 
+def _phi4_multimodal(folder: Path, name: str) -> None:
+    images = {"image_processor_type": "Phi4MultimodalImageProcessor", "dynamic_hd": 2, **IMAGENET}
+    images |= {"size": {"height": PHI4_SIDE, "width": PHI4_SIDE}, "patch_size": 1}
+    sound = {"feature_extractor_type": "Phi4MultimodalFeatureExtractor"}
+    own = {"processor_class": "Phi4MultimodalProcessor", "image_processor": images, "audio_processor": sound}
+    template = CHATML.replace("<image>\n", "<|endoftext10|>")
+    tokens = tokenizer(image_token="<|endoftext10|>", audio_token="<|endoftext11|>")
+    _write(folder, tokens, template, preprocessor_config={**images, **sound}, processor_config=own)
+
+
 def _gemma4(folder: Path, name: str) -> None:
     named = {"boi_token": "<|image>", "image_token": "<|image|>", "eoi_token": "<image|>"}
     named |= {"boa_token": "<|audio>", "audio_token": "<|audio|>", "eoa_token": "<audio|>"}
@@ -258,9 +269,11 @@ FURTHER = {
     "mistral3": _mistral3,
     "aya_vision": _aya_vision,
     "paddleocr_vl": _paddleocr_vl,
+    "phi4_multimodal": _phi4_multimodal,
 }
 # What the processors of some cannot do without.
-NEEDS = {"smolvlm": "num2words", "mistral3": "torchvision"}
+NEEDS = {"smolvlm": "num2words", "mistral3": "torchvision", "phi4_multimodal": "torchvision"}
+PHI4_SIDE = 32  # its processor counts 16 x 16 tokens a view, each of 2 x 2 patches
 LOCATIONS = 1024 + 128  # tokens that PaliGemma's processor adds
 
 
@@ -275,19 +288,22 @@ def write(folder: Path, name: str, monkeypatch: Any) -> tuple[Any, Any]:
     monkeypatch.setitem(tiny_families.TEXT, "vocab_size", size)
     for field in ("vocab_size", "vocab_size_per_layer_input"):
         monkeypatch.setitem(table_sizes.TEXT, field, size)
-    model = next(family for family in (*FAMILIES, *table_families.TABLE) if family.name == name).model()
+    phi4 = functools.partial(table_families.phi4_multimodal, image_size=PHI4_SIDE, crop_size=PHI4_SIDE, patch_size=1)
+    further = [*table_families.TABLE, Family("phi4_multimodal", phi4, square)]
+    model = next(family for family in (*FAMILIES, *further) if family.name == name).model()
     _set_token_ids(model.config, tokens)
     model.save_pretrained(folder)
     return model, load_processor(str(folder))
 
 
 def _set_token_ids(config: Any, tokens: Any) -> None:
-    known = tokens.get_vocab()
+    known, parts = tokens.get_vocab(), [config, config.vision_config, getattr(config, "audio_config", None)]
     for name, markers in {
         "image_token_id": (
             *("<|image_pad|>", "<IMG_CONTEXT>", "<image_soft_token>", "<|image|>"),
-            *("[IMG]", "<|IMG_PATCH|>", "<|IMAGE_PLACEHOLDER|>", "<image>"),
+            *("[IMG]", "<|IMG_PATCH|>", "<|IMAGE_PLACEHOLDER|>", "<|endoftext10|>", "<image>"),
         ),
+        "audio_token_id": ("<|endoftext11|>",),
         "video_token_id": ("<|video_pad|>", "<video>", "<|video|>"),
         "image_end_token_id": ("<|end_of_image|>",),
         "eoi_token_id": ("<image|>",),
@@ -296,11 +312,11 @@ def _set_token_ids(config: Any, tokens: Any) -> None:
         "boi_token_index": ("<start_of_image>",),
         "eoi_token_index": ("<end_of_image>",),
     }.items():
-        for marker in markers:
-            if marker in known and hasattr(config, name):
-                setattr(config, name, known[marker])
+        for part in (part for part in parts if hasattr(part, name)):
+            for marker in (marker for marker in markers if marker in known):
+                setattr(part, name, known[marker])
                 break
-    assert config.image_token_id != IMAGE or "<image>" in known
+    assert getattr(config, "image_token_id", None) != IMAGE or "<image>" in known
 
 
 def picture(index: int) -> Image.Image:

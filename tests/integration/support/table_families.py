@@ -9,7 +9,9 @@ import table_sizes
 import tiny_families
 from builders import TILES, Family, grid, square, tiled
 from tiny_families import END, IMAGE, PATCH, PINPOINTS, SIDE, START, VOCABULARY
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoModelForMultimodalLM
+from transformers import AutoConfig
+
+from attanchor_vlm.model.load import auto_class
 
 
 def _family(
@@ -22,7 +24,7 @@ def _family(
         made = table_sizes.config(name, {**(own or {}), **parts})
         if tower is not None:
             object.__setattr__(made, "vision_config", AutoConfig.for_model(**tower))
-        return AutoModelForImageTextToText.from_config(made)
+        return auto_class(made).from_config(made)
 
     return Family(name, build, image, **{"routes": ("ids",), **facts})
 
@@ -67,6 +69,9 @@ MUSE = {
 MUSE_PROJECTOR = {"out_hidden_size": 128, "projector_hidden_size": 32}
 MUSE_EARS = {"num_hidden_layers": 1, "patch_sizes": [4], "hidden_sizes": [16], "depths": [1], "out_hidden_size": 32}
 SAM = {"global_attn_indexes": [1], "window_size": 4, "output_channels": 32}
+# Words of the vocabulary that stand for what an image is made of, behind all others.
+CODES = range(VOCABULARY, VOCABULARY + 64)
+VQ = {"base_channels": 32, "channel_multiplier": [1, 1, 1], "num_res_blocks": 1}
 OMNI = {"audio_config": {"n_window": 4, "num_mel_bins": 16, "max_source_positions": 16}, "vision_start_token_id": START}
 
 TABLE = [
@@ -170,6 +175,7 @@ TABLE = [
     ),
     _family(
         "hunyuan_vl",
+        newlines=True,
         **{**MROPE, "image": images.flat},
         **BOTH,
         text=_rope(1, 1, 1, 1),
@@ -261,7 +267,7 @@ TABLE = [
         images.local,
         stack=images.locals,
         **BOTH,
-        text={"num_experts_per_tok": 2, **SPARSE},
+        text={"num_experts_per_tok": 2, "max_position_embeddings": 4096, **SPARSE},
         vision={"sam_config": {**SAM, "downsample_channels": [32, 32]}},
     ),
     _family(
@@ -358,15 +364,96 @@ TABLE = [
         },
         vision={"projection_hidden_dim": 32, "posemb_grid_size": 8},
     ),
+    _family(
+        "inkling_mm_model",
+        images.folded,
+        **BOTH,
+        text={
+            "swa_num_attention_heads": 4,
+            "swa_num_key_value_heads": 2,
+            "swa_head_dim": 8,
+            "sliding_window_size": 24,
+            "d_rel": 4,
+            "rel_extent": 64,
+            "layer_types": ["hybrid", "hybrid_sliding"],
+            "mlp_layer_types": ["dense", "sparse"],
+            "logits_mup_width_multiplier": 1.0,
+        },
+        vision={"num_hidden_layers": 4},
+        own={"audio_config": {"n_mel_bins": 8, "mel_vocab_size": 16}},
+    ),
+    _family(
+        "nemotron_h_omni",
+        images.high_and_wide,
+        **BOTH,
+        text={
+            "layers_block_type": ["linear_attention", "full_attention", "moe"],
+            "mamba_num_heads": 8,
+            "mamba_head_dim": 8,
+            "ssm_state_size": 8,
+            "n_groups": 2,
+            "chunk_size": 16,
+            "moe_shared_expert_intermediate_size": 16,
+        },
+        vision={"max_img_size": 64, "video_temporal_patch_size": 2},
+        own={"vision_hidden_size": 32, "projector_hidden_size": 32},
+    ),
+    _family(
+        "dots3_note",
+        images.flat,
+        **BOTH,
+        text={
+            **{"layer_types": ["indexed_attention", "sliding_attention"], "mlp_layer_types": ["dense", "sparse"]},
+            **{"num_key_value_heads": 4, "head_dim": 16, "shared_experts_intermediate_size": 16},
+            **{"index_topk": 256, "index_head_dim": 8, "index_n_heads": 2},
+            **{"swa_num_attention_heads": 4, "swa_num_key_value_heads": 4, "swa_q_lora_rank": 16},
+            **{"swa_kv_lora_rank": 8, "swa_head_dim": 16, "swa_qk_nope_head_dim": 8, "swa_v_head_dim": 8},
+        },
+        vision={"adapter_in_dim": 32, "adapter_out_dim": 32, "mlp_layer_types": ["dense", "dense"]},
+        own={"audio_config": {"adapter_input_size": 32, "adapter_out_dim": 32}},
+    ),
+    _family(
+        "chameleon",
+        square,
+        **BOTH,
+        own={
+            **{name: value for name, value in tiny_families.TEXT.items() if name != "head_dim"},
+            "vocab_size": CODES.stop,
+            # Digits are letters here: A for 0.
+            "vocabulary_map": {
+                "<image>": IMAGE,
+                **{
+                    f"IMGIMG{''.join('ABCDEFGHIJ'[int(digit)] for digit in str(code))}Z": at
+                    for code, at in enumerate(CODES)
+                },
+            },
+            "vq_config": {**VQ, "latent_channels": 32, "embed_dim": 32, "num_embeddings": len(CODES)},
+        },
+    ),
+    _family(
+        "emu3",
+        images.sized,
+        newlines=True,
+        **BOTH,
+        text={"vocab_size": CODES.stop + 1},
+        own={
+            "vocabulary_map": {
+                "<image>": IMAGE,
+                "<|extra_200|>": CODES.stop,
+                **{f"<|visual token {code:06}|>": at for code, at in enumerate(CODES)},
+            },
+            "vq_config": {**VQ, "attn_resolutions": [2], "hidden_size": 32, "codebook_size": len(CODES)},
+        },
+    ),
 ]
 
 
-def phi4_multimodal() -> Any:
+def phi4_multimodal(**vision: Any) -> Any:
     """Which has no `get_image_features`: its test makes its own prompts."""
     text = {name: value for name, value in tiny_families.TEXT.items() if name != "head_dim"}
     parts = {
-        "original_max_position_embeddings": 1024,
-        "vision_config": {"crop_size": SIDE, "image_token_id": IMAGE, "feature_layer": -1},
+        "max_position_embeddings": 4096,
+        "vision_config": {"crop_size": SIDE, "image_token_id": IMAGE, "feature_layer": -1, **vision},
         "audio_config": {
             "hidden_size": 16,
             "intermediate_size": 16,
@@ -377,4 +464,5 @@ def phi4_multimodal() -> Any:
             "input_size": 16,
         },
     }
-    return AutoModelForMultimodalLM.from_config(table_sizes.config("phi4_multimodal", {**text, **parts}))
+    config = table_sizes.config("phi4_multimodal", {**text, **parts})
+    return auto_class(config).from_config(config)

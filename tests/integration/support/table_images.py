@@ -44,6 +44,18 @@ def twice(generator: torch.Generator, index: int) -> Image:
     return {name: square(generator, index)["pixel_values"] for name in names}
 
 
+def folded(generator: torch.Generator, index: int) -> Image:
+    """Inkling's: patches of an image that stands twice, for its two frames."""
+    patch = torch.randn(4 + index % 3, 1, PATCH, PATCH, 3, generator=generator)
+    return {"pixel_values": patch.expand(-1, 2, -1, -1, -1)}
+
+
+def high_and_wide(generator: torch.Generator, index: int) -> Image:
+    """Nemotron's: patches in a row, and their grid without time."""
+    image = still(generator, index)
+    return {"pixel_values": image["pixel_values"].flatten(1), "image_grid_hw": image["image_grid_thw"][:, 1:]}
+
+
 def blocks(generator: torch.Generator, index: int) -> Image:
     """Inkling 2's: blocks of two by two patches, and their grid."""
     height, width = [(2, 3), (3, 2), (2, 2)][index % 3]

@@ -12,11 +12,12 @@ from pathlib import Path
 import forked
 import pytest
 import torch
+from tiny import IMAGE, prompts, tiny_llava, with_labels
 from training_toy import lines
 
 from attanchor_lab.scenes import dataset as scenes
 from attanchor_lab.small_llava import model as small_llava
-from attanchor_vlm import cli, distributed, load_adapter, load_settings
+from attanchor_vlm import AttAnchorConfig, attach, cli, distributed, load_adapter, load_settings
 from attanchor_vlm.errors import DataError, SetupError
 from attanchor_vlm.model import load as loading
 from attanchor_vlm.training import run as train
@@ -166,6 +167,32 @@ def test_two_processes_that_share_a_model_train_as_one(world, tmp_path):
     whole = train.run(settings(world, tmp_path / "one", "images.json", 1), lambda line: None, progress=False)
     assert_same_run(output, whole)
     assert_same_adapter(output, whole)
+
+
+def check_sharded():
+    """In each process, over FSDP2: the second has nothing to copy at first, then other lengths than the first."""
+    from torch.distributed.fsdp import fully_shard
+
+    torch.distributed.init_process_group("gloo")
+    rank = torch.distributed.get_rank()
+    whole, model = (attach(tiny_llava(), AttAnchorConfig(tau=-1), check=when) for when in ("never", "always"))
+    for layer in (*model.model.language_model.layers, *model.model.vision_tower.encoder.layers, model):
+        fully_shard(layer)
+    for images, checked in (([1], set()), ([1, 2 * rank], {"image"})):
+        batch = prompts(images, seed=rank)
+        if rank and not checked:
+            is_image = batch["input_ids"] == IMAGE
+            batch = {
+                name: value[is_image][None] if value.shape == is_image.shape else value for name, value in batch.items()
+            }
+        logits = model(**with_labels(batch)).logits
+        assert model._attanchor_calls.checked == checked
+        assert torch.equal(logits, whole(**with_labels(batch)).logits)
+    torch.distributed.destroy_process_group()
+
+
+def test_a_sharded_model_checks_itself_once_all_processes_can():
+    assert forked.together(check_sharded) == [0, 0]
 
 
 def run_command(options, folder):

@@ -56,6 +56,21 @@ class HunYuanVLAdapter(FamilyAdapter):
         return _among(rows, merger.after_rms(learned))
 
 
+class Emu3Adapter(FamilyAdapter):
+    """Images become words of the vocabulary, which alone knows their placeholder, and the word that ends a line."""
+
+    model_types = ("emu3",)
+    routes = ("ids", "embeds")
+
+    def placeholders(self, model: Any, input_ids: Tensor) -> Tensor:
+        return input_ids == model.base_model.vocabulary_mapping.image_token_id
+
+    @torch.no_grad()
+    def silent_features(self, model: Any, rows: Tensor) -> Tensor:
+        end = torch.tensor(model.base_model.vocabulary_mapping.eol_token_id, device=rows.device)
+        return (rows == model.get_input_embeddings()(end).to(rows)).all(-1)
+
+
 class Phi4MultimodalAdapter(FamilyAdapter):
     """Its forward takes no encoded images: they are read where the model's own embedding writes them, and given back
     as `inputs_embeds`, beside which it takes no sound."""

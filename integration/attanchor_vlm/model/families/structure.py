@@ -50,7 +50,9 @@ def _split(module: nn.Module, prefix: str, decoder: list[nn.Module]) -> Iterator
     for name, part in module.named_children():
         if part in decoder or name == "lm_head":
             continue
-        if projects := bool(_PROJECTOR.search(name)):
+        if "audio" in name:  # hears, and gets no gradient from images
+            yield prefix + name, part, False
+        elif projects := bool(_PROJECTOR.search(name)):
             yield prefix + name, part, projects
         elif any(inner in decoder or _PROJECTOR.search(path) for path, inner in part.named_modules() if path):
             yield from _split(part, f"{prefix}{name}.", decoder)

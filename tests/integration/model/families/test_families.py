@@ -12,7 +12,7 @@ from pathlib import Path
 import family_pages
 import pytest
 import torch
-from builders import FAMILIES, features
+from builders import FAMILIES, features, separators
 from shared import (
     GREEDY,
     LOGITS,
@@ -94,8 +94,7 @@ def test_hosts_are_the_best_matches_by_the_models_own_features(family, direction
     embeds[ids == IMAGE] = rows
     content = ids == IMAGE
     if family.newlines:
-        learned = [getattr(model.base_model, name, None) for name in ("image_newline", "view_separator")]
-        content[ids == IMAGE] = torch.stack([(rows != one).any(-1) for one in learned if one is not None]).all(0)
+        content[ids == IMAGE] = torch.stack([(rows - one).norm(dim=-1) > 1e-4 for one in separators(model)]).all(0)
     plan, inserted = model.attanchor_plan, 0
     for row in range(len(MIXED)):
         texts, images = batch["anchor_mask"][row].nonzero()[:, 0].tolist(), content[row].nonzero()[:, 0].tolist()

@@ -23,6 +23,7 @@ from attanchor_vlm.data.lengths import RowLengths, check_texts
 from attanchor_vlm.data.rows import Row, samples
 from attanchor_vlm.errors import SetupError
 from attanchor_vlm.inference import ask as infer
+from attanchor_vlm.model.families import adapter_for
 from attanchor_vlm.model.load import load_pretrained
 from attanchor_vlm.model.processors import load_processor
 
@@ -40,8 +41,9 @@ def test_a_chat_is_answered_with_anchors_on_the_users_text(name, tmp_path, monke
     parts = [[{"type": "image"}] * (row + 1) + [{"type": "text", "text": text}] for row, text in enumerate(QUESTIONS)]
     chats = [[{"role": "user", "content": part}] for part in parts]
     images = [[picture(0)], [picture(1), picture(2)]]
-    batch = encode_chat(processor, chats, images, add_generation_prompt=True)
-    assert int((batch["input_ids"] == model.config.image_token_id).sum()) == len(features(model, batch))
+    batch, adapter = encode_chat(processor, chats, images, add_generation_prompt=True), adapter_for(model)
+    rows = adapter.feature_rows(adapter.encode_images(model, batch))
+    assert int(adapter.placeholders(model, batch["input_ids"]).sum()) == len(rows)
 
     attach(model, with_tokens_of(AttAnchorConfig(tau=-1), processor))
     output = model.generate(**batch, max_new_tokens=1, do_sample=False)
@@ -76,6 +78,14 @@ def test_old_files_that_do_not_say_how_many_tokens_an_image_takes(name, tmp_path
     batch, same = (encode_chat(one, chat, [picture(0)]) for one in (processor, expected))
     assert torch.equal(batch["input_ids"], same["input_ids"])
     assert int((batch["input_ids"] == model.config.image_token_id).sum()) == len(features(model, batch))
+
+
+def test_a_chat_template_that_a_constructor_loses_is_given_back(tmp_path, monkeypatch):
+    """Phi-4's takes none, and transformers hands it none."""
+    _, processor = checkpoints.write(tmp_path, "llava", monkeypatch)
+    template, processor.chat_template = processor.chat_template, None
+    monkeypatch.setattr("attanchor_vlm.model.processors.AutoProcessor.from_pretrained", lambda *_, **__: processor)
+    assert load_processor(str(tmp_path)).chat_template == template
 
 
 @every_processor

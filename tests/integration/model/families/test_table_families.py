@@ -21,14 +21,18 @@ from attanchor_vlm.model.families.structure import language_model
 from attanchor_vlm.model.geometry import patch_boxes
 
 # Counted or made anew for the longer sequence.
-_MADE = ("attention_mask", "position_ids", "past_key_values", "cache_position")
+_MADE = ("attention_mask", "position_ids", "past_key_values", "cache_position", "position_embeddings")
 
 
 @pytest.mark.parametrize("family", TABLE, ids=str)
 def test_the_decoder_is_given_the_gathered_plain_prompt(family: Family):
     model, (batch, _) = family.model(), family.prompts([1, 2])
     calls: list[dict[str, Any]] = []
-    language_model(model).register_forward_pre_hook(lambda *call: calls.append(call[2]), with_kwargs=True)
+    decoder = language_model(model)
+    first = decoder.layers[0] if decoder is model.base_model else decoder  # which encodes the images itself
+    first.register_forward_pre_hook(
+        lambda _, args, given: calls.append({**dict(enumerate(args)), **given}), with_kwargs=True
+    )
     with torch.no_grad():
         before = model(**plain(batch)).logits
         attach(model, AttAnchorConfig(tau=-1), check="never")  # whose calls would be among these
@@ -128,8 +132,13 @@ def _check_masks(before: Any, after: Any, real: Tensor, plan: AnchorPlan) -> Non
 
 @pytest.mark.parametrize(
     ("name", "silent"),
-    # By image: behind each line of tokens, and around them; behind each view; behind each line of its tiles.
-    [("hunyuan_vl", [2 + 2, 3 + 2, 4 + 2]), ("deepseek_ocr2", [1, 1, 1]), ("llava_next_video", [4, 8, 8])],
+    # By image: behind each line of tokens, and around them; behind each view; behind each line of its tiles; of tokens.
+    [
+        ("hunyuan_vl", [2 + 2, 3 + 2, 4 + 2]),
+        ("deepseek_ocr2", [1, 1, 1]),
+        ("llava_next_video", [4, 8, 8]),
+        ("emu3", [4, 6, 4]),
+    ],
 )
 def test_separators_are_no_image_content(name, silent):
     family = next(family for family in TABLE if family.name == name)
