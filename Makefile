@@ -11,7 +11,7 @@ TORCH ?= torch==2.13.0
 LOCK := requirements/ci.txt
 RESOLVE = $(1)/bin/python -m uv pip compile --quiet --config-file requirements/uv.toml --python $(1)/bin/python
 
-.PHONY: demo demo-photographs test lint bench clean
+.PHONY: demo demo-photographs test tests lint bench clean
 
 # A virtual environment with PyTorch and pip's other arguments.
 define environment
@@ -39,7 +39,11 @@ demo: $(STAMP)
 demo-photographs: $(STAMP)
 	$(VENV)/bin/attanchor demo-photographs --output photographs-out
 
-test: $(STAMP) lint
+# Side by side: the types alone take a minute without a cache.
+test: $(STAMP)
+	@$(MAKE) --no-print-directory -j2 lint tests
+
+tests: $(STAMP)
 	$(PYTHON) -m pytest -n 2 --dist loadfile tests
 
 lint: $(STAMP)
