@@ -49,7 +49,7 @@ _ASKED = (("chelsea", "Is there a cat in the picture?"), ("coffee", "Is there a 
 
 @dataclass(frozen=True)
 class Size:
-    """How much the demo does; the defaults are meant for five minutes on two quiet cores."""
+    """How much the demo does; the defaults take a quarter of an hour on two quiet cores."""
 
     scenes: int = 320
     test_scenes: int = 40
