@@ -184,6 +184,8 @@ def test_tuning_changes_the_choice_and_puts_it_back():
         pytest.raises(RuntimeError, match="no construct kernel that was asked"),
     ):
         launch.construct(problem)  # float32 has none
+    with tune.choice_with("cuda", {"hold": 0, "tile_rows": 3}):
+        assert launch.launched(problem).tile_rows == 3
     embeds, made = launch.construct(problem)
     assert made.host.tolist() == [[0, 1, 2, 3, 4]]
     assert torch.equal(embeds, reference.construct(problem)[0])
@@ -225,6 +227,9 @@ def test_memory_that_runs_out_is_told_by_its_allocator():
     image = torch.zeros(1, 5, 4096, dtype=torch.bfloat16)
     with pytest.raises(RuntimeError, match="you tried to allocate"):
         launch.construct(Problem(image, image.clone(), 0.5, max_anchors=2**30))
+    wide = image[..., :1].expand(1, 5, 2**40)  # whose copy with contiguous rows is too large
+    with pytest.raises(RuntimeError, match="you tried to allocate"):
+        launch.plan(Problem(wide, wide, 0.5))
 
 
 def test_the_binary_says_what_it_was_built_for():

@@ -94,11 +94,11 @@ def _construct(target: str, dtype: str, batch: int, hidden: int, problem: dict):
     aligned = 16 // itemsize if hidden * itemsize % 16 == 0 else 4 // itemsize
     drops = get("keep", False) or get("keep_each", False)
     chosen = schedule.construct(torch.device("cpu"), itemsize, batch, 576, 626, hidden, aligned)
-    row, mask = f"*{dtype}", "*i1" if get("masks") else None
+    row, mask = f"*{dtype}", "*u1" if get("masks") else None
     outputs = Outputs(
         embeds=row if get("copy", True) else None,
         **dict.fromkeys(("position_ids", "attention_mask", "source", "host"), "*i64"),
-        is_anchor="*i1",
+        is_anchor="*u1",
         score="*fp32",
         relevance="*fp32" if drops else None,
         places="*i32",
@@ -335,7 +335,8 @@ def _launchers() -> None:
     for batch, images, texts in [(2, 16, 17), (2, 33, 20), (1, 64, 32), (3, 65, 25)]:
         image, text = torch.zeros(batch, images, 64).half(), torch.zeros(batch, texts, 64).half()
         launch.match(Problem(image, text, 0.5))
-        embeds, plan = launch.construct(Problem(image, text, 0.5, max_anchors=3))
+        mask = torch.ones(batch, images + 1).bool()[:, batch % 2 :][:, :images]  # some begin at an odd address
+        embeds, plan = launch.construct(Problem(image, text, 0.5, image_mask=mask, max_anchors=3))
         launch.assemble(image, text, plan.source, plan.places)
         launch.assemble_backward(embeds, plan.places, image.shape, text.shape, True, True)
     print(json.dumps({name: len(kernel.made) for name, kernel in launched.items()}))

@@ -40,7 +40,7 @@ def selection(problem: Problem) -> Selection:
 def allocator(device: torch.device) -> Callable[[tuple[int, ...], tuple[int, ...], torch.dtype], Tensor]:
     """What makes an unwritten tensor of a shape, strides and dtype on `device`, which must be the current one.
 
-    The allocation of inductor's own code, where there is one for the device: half as long as `torch.empty_strided`.
+    Where there is one, the function that inductor's code allocates with, which does not go through the dispatcher.
     """
 
     def usual(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -101,7 +101,7 @@ def run(problem: Problem, *, copy: bool, tuning: Tuning | None = None) -> tuple[
 
 def launched(problem: Problem, *, copy: bool = True, tuning: Tuning | None = None) -> Launched | None:
     """How `run` launches with these arguments, found out by a launch; None where there is nothing to launch."""
-    way = _run(problem, copy, tuning or Tuning())[2]
+    way = _run(problem, copy, tuning or BY_SHAPE or Tuning())[2]
     return Launched(*way) if way else None
 
 
@@ -140,6 +140,7 @@ def _run(problem: Problem, copy: bool, tuning: Tuning | tuple[()]) -> tuple[Tens
         )
     except RuntimeError:
         # On its way here an error of the allocator lost its type, torch.OutOfMemoryError, and what it said.
+        rows_contiguous(problem.image), rows_contiguous(problem.text)
         if copy:
             empty_embeds(problem)
         Plan.empty(problem)
