@@ -243,9 +243,9 @@ def loss_plot(path: Path, logs: Mapping[str, Sequence[Mapping[str, float]]], tit
         steps, values = _series(lines, "loss")
         losses.plot(steps, values, color=colour, alpha=0.13, linewidth=0.8)
         losses.plot(steps, _smooth(values), color=colour, linewidth=1.6, label=f"{name}, training (mean of 20 steps)")
-        length, top = max(steps, default=0), max(top, *_smooth(values))
+        length, top = max(steps, default=0), max([top, *_smooth(values)])
         steps, values = _series(lines, "eval_loss")
-        top = max(top, *values)
+        top = max([top, *values])
         # Runs are validated at the same steps: a little beside each other, their marks can be told apart.
         beside = steps + 0.012 * length * (number - (len(logs) - 1) / 2)
         mark = {"marker": "osD^v"[number % 5], "markersize": 6.5, "markeredgecolor": "white"}

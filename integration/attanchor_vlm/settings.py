@@ -69,10 +69,10 @@ def check_values(config: Any) -> None:
     """Hold every setting to what its field says."""
     for field in settings_of(config):
         name, value, about = field.name, getattr(config, field.name), field.metadata
+        if about["choices"] and (value is not None or field.default is not None):
+            check_one_of(name, value, about["choices"])
         if value is None:
             continue
-        if about["choices"] and value not in about["choices"]:
-            raise ValueError(f"{name} is {value!r}; it should be one of {', '.join(about['choices'])}")
         above, at_least, below = about["above"], about["at_least"], about["below"]
         low = (above is None or value > above) and (at_least is None or value >= at_least)
         if not (low and (below is None or value < below)):

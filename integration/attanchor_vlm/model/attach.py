@@ -68,7 +68,7 @@ def attach(model: nn.Module, config: AttAnchorConfig | None = None, *, check: st
     if not target.can_generate():
         raise TypeError(
             f"model is {type(target).__name__}, which has no language modelling head; it should be the whole model, as "
-            "AutoModelForImageTextToText loads it"
+            "AutoModelForImageTextToText or AutoModelForMultimodalLM loads it"
         )
     _check_settings(target, adapter, config)
 
@@ -214,6 +214,7 @@ class AttAnchorMixin(_Model):
         settings, adapter = self.attanchor_config, adapter_for(self)
         check_call(adapter, settings, arguments, anchor_mask)
         if not needs_rewriting(adapter, settings, arguments):
+            checking.abstain(self, settings)
             self.record_plan(None)
             with guard.inside_attached_call(self):
                 return original(inputs, *positional, **kwargs)
@@ -250,6 +251,7 @@ def _forward_anchored(model: Any, original: Callable[..., Any], args: tuple[Any,
     check_call(adapter, settings, arguments, anchor_mask)
     with guard.inside_attached_call(model):
         if not needs_rewriting(adapter, settings, arguments):
+            checking.abstain(model, settings)
             # A step of a caller's own decoding loop, and what `prepare_inputs` made, keep the plan.
             if given_cache(arguments) is None and not is_prepared(arguments):
                 model.record_plan(None)

@@ -38,8 +38,7 @@ def check_once(
 ) -> None:
     """`findings`, at a model's first call, and no more once it has passed; see `attach` for when."""
     calls = model._attanchor_calls
-    tested = calls.check == "auto" and is_tested(model.config.model_type)
-    if tested or calls.check == "never" or torch.compiler.is_compiling():
+    if not _is_wanted(model):
         return
     with calls.checking:
         kinds = set(adapter.kinds(arguments))
@@ -53,8 +52,20 @@ def check_once(
                 "wrongly for this model, or the model allows no anchors; `attanchor check --model PATH` shows it by "
                 "rule, attach(..., check='never') insists"
             ) from next((one.cause for one in found if one.cause), None)
-        if found:
-            calls.checked |= kinds
+        if found:  # of a model that is shared, all kinds: other processes had others, and none may vote alone later
+            calls.checked |= {"image", "video"} if _sharing(model) else kinds
+
+
+def abstain(model: Any, settings: AttAnchorConfig) -> None:
+    """Vote against the check in a call without images: other processes that share the model may have some."""
+    if not settings.changes_nothing and not model._attanchor_calls.checked and _is_wanted(model):
+        _everywhere(False, _sharing(model))
+
+
+def _is_wanted(model: Any) -> bool:
+    when = model._attanchor_calls.check
+    tested = when == "auto" and is_tested(model.config.model_type)
+    return not tested and when != "never" and not torch.compiler.is_compiling()
 
 
 def findings(
@@ -173,6 +184,8 @@ def _first_sample(
     try:
         same = nothing_inserted(one)
     except (ValueError, RuntimeError, IndexError):  # whose image is whose was guessed wrongly: then all samples
+        if one is call:  # nothing was guessed
+            raise
         one, own, same = call, mask, nothing_inserted(call)
     ids, is_real = one["input_ids"], one["attention_mask"].bool()
     is_image = adapter.placeholders(model, ids) & is_real

@@ -8,7 +8,7 @@ import numbers
 from collections.abc import Iterable, Mapping
 
 from attanchor_vlm.chat.words import words_to_leave_out
-from attanchor_vlm.settings import REQUIRED, check_one_of, setting
+from attanchor_vlm.settings import REQUIRED, check_values, setting
 
 DIRECTIONS = ("text_into_image", "image_into_text")
 POSITIONS = ("sequential", "inherit")
@@ -101,12 +101,7 @@ class AnchorOptions:
         if not math.isfinite(self.tau):
             # JSON has no infinity, and every cosine threshold lies in [-1, 1].
             raise ValueError(f"tau is {self.tau}; it should be finite (-1 inserts every candidate, 1 none)")
-        check_one_of("direction", self.direction, DIRECTIONS)
-        check_one_of("positions", self.positions, (None, *POSITIONS))
-        check_one_of("route", self.route, (None, *ROUTES))
-        check_one_of("backend", self.backend, BACKENDS)
-        check_one_of("keep_by", self.keep_by, KEEP_BY)
-        check_one_of("placement", self.placement, PLACEMENTS)
+        check_values(self)
         for name in ("max_anchors", "max_anchors_per_frame"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, _natural(name, getattr(self, name)))

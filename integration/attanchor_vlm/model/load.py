@@ -23,6 +23,7 @@ from attanchor_vlm.model.adapter_files import FILE_NAME, load_adapter, load_sett
 from attanchor_vlm.model.attach import attach
 from attanchor_vlm.model.candidates import with_tokens_of
 from attanchor_vlm.model.config import AttAnchorConfig
+from attanchor_vlm.model.families import refused
 from attanchor_vlm.records import write_folder
 
 
@@ -31,20 +32,23 @@ def load_pretrained(name: str, dtype: torch.dtype = torch.float32) -> tuple[Any,
 
     Raises:
         SetupError: there is no such folder, the Hub cannot be reached or does not have it, a file of it is damaged or
-            lacks weights, or it is no image-text-to-text model. Code that comes with a checkpoint is never run.
+            lacks weights, it is no image-text-to-text model, or one of a family that can have no anchors. Code that
+            comes with a checkpoint is never run.
     """
     from transformers import AutoConfig
 
     from attanchor_vlm.model.processors import load_processor
 
     with source(name) as folder:
-        # Processor first: it is small, so that a wrong name costs no download.
+        # Processor and config first: they are small, so that what cannot be used costs no download.
         processor = load_processor(folder)
+        if getattr(processor, "image_processor", None) is None or getattr(processor, "tokenizer", None) is None:
+            raise SetupError(f"model {name} has no processor for images and text; AttAnchor trains image-text models")
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        if reason := refused(config.model_type):
+            raise SetupError(f"AttAnchor cannot insert anchors in model {name} ({config.model_type}): {reason}")
         model, found = _load(folder, config, dtype)
     _check_weights(name, model, found)
-    if getattr(processor, "image_processor", None) is None or getattr(processor, "tokenizer", None) is None:
-        raise SetupError(f"model {name} has no processor for images and text; AttAnchor trains image-text models")
     return model, processor
 
 
@@ -123,6 +127,8 @@ def source(name: str) -> Iterator[str]:
     found = source_of(name)
     try:
         yield found
+    except SetupError:
+        raise
     except Exception as error:  # of damaged files, nearly any kind
         hint = (
             "the folder should hold config.json, weights and processor files, as save_pretrained writes them"

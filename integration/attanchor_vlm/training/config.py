@@ -10,7 +10,7 @@ from typing import Any, Self
 
 from attanchor_vlm.data.config import DataConfig
 from attanchor_vlm.model.config import AnchorOptions, AttAnchorConfig
-from attanchor_vlm.settings import REQUIRED, check_fraction, check_values, redefined, setting
+from attanchor_vlm.settings import REQUIRED, check_fraction, redefined, setting
 
 _SMALL: dict[str, Any] = {
     "lora_rank": 16,
@@ -100,7 +100,6 @@ class Method(AnchorOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_values(self)
         if self.fraction is not None:
             check_fraction(self.fraction, self.direction)
         if self.pause_tokens and not self.pause_token:

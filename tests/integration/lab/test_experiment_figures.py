@@ -152,3 +152,9 @@ def test_rows_of_views_have_a_placeholder_for_each(world, tmp_path):
     variants.write_views(world / "test.json", world / "images", tmp_path / "v", 2, rows=4, progress=False)
     assert len(read_rows(data, images)[0]) == 4
     assert [path.name for path in tmp_path.iterdir()] == ["v"]
+
+
+def test_losses_are_drawn_without_a_validation_and_of_a_run_without_any(tmp_path):
+    logs = {"trained": [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}], "none": []}
+    figures.loss_plot(tmp_path / "loss.png", logs, "Losses")
+    assert np.asarray(Image.open(tmp_path / "loss.png").convert("L")).std() > 5

@@ -295,6 +295,16 @@ def test_parameters_that_deepspeed_shards_are_refused(monkeypatch):
     attach(model, AttAnchorConfig(tau=0.5), check="never")(**batch_of())
 
 
+def test_a_whole_batch_that_fails_is_not_tried_again(monkeypatch):
+    """Of processes that share a model, one would run more than the others, which wait for ever."""
+    tries = []
+    monkeypatch.setattr(check, "rewrite", lambda *arguments: tries.append(arguments) or [].index(0))
+    model, settings = BY_NAME["llava"].model(), AttAnchorConfig(tau=-1)
+    with pytest.raises(ValueError, match="not in list"):
+        check._first_sample(model, adapter_for(model), settings, batch_of(), None, crop=False)
+    assert len(tries) == 1
+
+
 class Misplaced(FamilyAdapter):
     """Of a family that encodes into a field which this one has not."""
 

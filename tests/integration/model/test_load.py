@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from table_families import phi4_multimodal
 from tiny_families import TEXT
-from transformers import LlamaConfig
+from transformers import LlamaConfig, Qwen2_5OmniConfig
 
 from attanchor_lab.small_llava import model as small_llava
 from attanchor_vlm import AttAnchorConfig, attach, save_settings
@@ -69,6 +69,18 @@ def test_the_config_says_which_auto_class_loads_a_folder(tmp_path, monkeypatch):
     assert all(map(torch.equal, loaded.parameters(), model.parameters()))
     LlamaConfig(**TEXT).save_pretrained(tmp_path / "llama")
     with pytest.raises(SetupError, match=r"LlamaConfig.* for this kind of AutoModel: AutoModelForImageTextToText"):
+        load_pretrained(str(tmp_path / "llama"))
+
+
+def test_what_cannot_be_used_is_told_before_there_are_weights(tmp_path, monkeypatch):
+    Qwen2_5OmniConfig().save_pretrained(tmp_path / "omni")
+    processor = SimpleNamespace(image_processor=True, tokenizer=True)
+    monkeypatch.setattr("attanchor_vlm.model.processors.load_processor", lambda folder: processor)
+    with pytest.raises(SetupError, match=r"^AttAnchor cannot .*omni \(qwen2_5_omni\): .* attach to `model.thinker`$"):
+        load_pretrained(str(tmp_path / "omni"))
+    processor.image_processor = None
+    LlamaConfig(**TEXT).save_pretrained(tmp_path / "llama")
+    with pytest.raises(SetupError, match=r"llama has no processor for images and text"):
         load_pretrained(str(tmp_path / "llama"))
 
 

@@ -193,10 +193,10 @@ def test_what_cannot_be_placed_is_refused():
         AttAnchorConfig(tau=0.0, placement="random", direction="image_into_text")
 
 
-def test_a_placement_of_ones_own(monkeypatch):
+def test_a_placement_of_ones_own(monkeypatch, request):
     """Every inserted token behind the last image token."""
     monkeypatch.setattr(placements, "_PLACEMENTS", dict(placements._PLACEMENTS))
-    monkeypatch.setattr(known, "PLACEMENTS", list(known.PLACEMENTS))
+    request.addfinalizer(lambda: known.PLACEMENTS.remove("last"))
 
     def last(matched, seed):
         slots = torch.arange(matched.roles.shape[1]).expand_as(matched.roles)

@@ -162,6 +162,7 @@ def test_an_adapter_states_its_routes_and_token_types(monkeypatch):
         ({"tau": float("nan")}, ValueError, "tau is NaN"),
         ({"tau": float("inf")}, ValueError, "tau is inf"),
         ({"tau": 0.1, "direction": "both"}, ValueError, "direction is 'both'; it should be one of 'text_into_image'"),
+        ({"tau": 0.1, "direction": None}, ValueError, "direction is None; it should be one of 'text_into_image'"),
         ({"tau": 0.1, "positions": "flat"}, ValueError, "positions is 'flat'"),
         ({"tau": 0.1, "route": "kwargs"}, ValueError, "route is 'kwargs'"),
         ({"tau": 0.1, "backend": "cpu"}, ValueError, "backend is 'cpu'"),

@@ -169,30 +169,33 @@ def test_two_processes_that_share_a_model_train_as_one(world, tmp_path):
     assert_same_adapter(output, whole)
 
 
-def check_sharded():
-    """In each process, over FSDP2: the second has nothing to copy at first, then other lengths than the first."""
+def check_sharded(with_tower):
+    """In each process, over FSDP2: the second has no image at first (if its tower is sharded, nothing to copy), then
+    other lengths than the first."""
     from torch.distributed.fsdp import fully_shard
 
     torch.distributed.init_process_group("gloo")
     rank = torch.distributed.get_rank()
     whole, model = (attach(tiny_llava(), AttAnchorConfig(tau=-1), check=when) for when in ("never", "always"))
-    for layer in (*model.model.language_model.layers, *model.model.vision_tower.encoder.layers, model):
+    tower = model.model.vision_tower.encoder.layers if with_tower else ()
+    for layer in (*model.model.language_model.layers, *tower, model):
         fully_shard(layer)
-    for images, checked in (([1], set()), ([1, 2 * rank], {"image"})):
+    for images, checked in (([1], set()), ([1, 2 * rank], {"image", "video"})):
         batch = prompts(images, seed=rank)
         if rank and not checked:
-            is_image = batch["input_ids"] == IMAGE
-            batch = {
-                name: value[is_image][None] if value.shape == is_image.shape else value for name, value in batch.items()
-            }
+            kept = (batch["input_ids"] == IMAGE) == with_tower
+            batch = {name: value[kept][None] if value.shape == kept.shape else value for name, value in batch.items()}
+            if not with_tower:
+                del batch["pixel_values"], batch["anchor_mask"]
         logits = model(**with_labels(batch)).logits
         assert model._attanchor_calls.checked == checked
         assert torch.equal(logits, whole(**with_labels(batch)).logits)
     torch.distributed.destroy_process_group()
 
 
-def test_a_sharded_model_checks_itself_once_all_processes_can():
-    assert forked.together(check_sharded) == [0, 0]
+@pytest.mark.parametrize("with_tower", [True, False])
+def test_a_sharded_model_checks_itself_once_all_processes_can(with_tower):
+    assert forked.together(check_sharded, with_tower) == [0, 0]
 
 
 def run_command(options, folder):

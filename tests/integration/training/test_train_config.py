@@ -39,11 +39,14 @@ def test_presets_are_the_papers():
     [
         ({"lr": 0.0}, "lr is 0.0; it should be greater than 0"),
         ({"val_fraction": 1.0}, "val_fraction is 1.0; it should be at least 0 and less than 1"),
-        ({"turns": "some"}, "turns is 'some'; it should be one of each, all"),
+        ({"turns": "some"}, "turns is 'some'; it should be one of 'each', 'all'"),
         ({"max_steps": 0}, "max_steps is 0"),
         ({"workers": -1}, "workers is -1"),
         ({"seed": -1}, "seed is -1; it should be at least 0"),
-        ({"scheduler": "cosine_with_min_lr"}, "scheduler is 'cosine_with_min_lr'; it should be one of linear, cosine"),
+        (
+            {"scheduler": "cosine_with_min_lr"},
+            "scheduler is 'cosine_with_min_lr'; it should be one of 'linear', 'cosine'",
+        ),
         ({"scheduler": "reduce_lr_on_plateau", "val_data": None, "val_fraction": 0}, "but there is no validation"),
         ({"val_fraction": 0.5}, "val_fraction is 0.5 with val_data"),
         ({"shuffle_buffer": 5}, "shuffle_buffer is 5, but there is no stream"),

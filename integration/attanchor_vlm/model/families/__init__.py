@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from attanchor_vlm.model.families import encoded, llava_next, tiles
 from attanchor_vlm.model.families.base import FamilyAdapter, axes
 from attanchor_vlm.model.families.qwen_vl import QwenVLAdapter
-from attanchor_vlm.model.families.refusals import reason_against
+from attanchor_vlm.model.families.refusals import REASONS, reason_against
 
 _ANY = FamilyAdapter()
 _REGISTRY: dict[str, FamilyAdapter] = {}
@@ -56,6 +56,11 @@ def adapter_for(model: PreTrainedModel) -> FamilyAdapter:
             )
         _BOUND[key] = adapter.bound_to(target)
     return _BOUND[key]
+
+
+def refused(model_type: str) -> str | None:
+    """Why anchors cannot be inserted in a family that is known by name; to be asked before any weights are there."""
+    return None if model_type in _REGISTRY else REASONS.get(model_type)
 
 
 EMBEDS_FIRST, BOTH = ("embeds", "ids"), ("ids", "embeds")
@@ -136,4 +141,4 @@ def is_tested(model_type: str) -> bool:
     return model_type in TESTED and _REGISTRY[model_type] is _OWN[model_type]
 
 
-__all__ = ["TESTED", "FamilyAdapter", "adapter_for", "is_tested", "register"]
+__all__ = ["TESTED", "FamilyAdapter", "adapter_for", "is_tested", "refused", "register"]
