@@ -25,6 +25,7 @@ NAMED = "## The comparisons named before the runs"
 README_PLANS = ("photographs", "cpu", "shorter", "long")
 HELD_OUT, RENDERED = "photographs, concepts", "cpu, main"  # of whose first comparisons the headline tells
 PAGES = ("README.md", "docs/costs.md", "docs/demo.md", "docs/serve.md", "docs/threads.md")
+LARGE = 576  # image tokens of the prompts that the headline tells of
 README_SIDES = ("plain", "anchors", "keep 1/3")
 Block = Callable[[list[Row], str], str]  # from rows, and the path from the page to the pictures
 BLOCK = re.compile(r"(<!-- generated: (?P<name>[\w-]+) -->\n)(?P<body>.*?)(<!-- /generated -->)", re.DOTALL)
@@ -233,15 +234,20 @@ def headline_block(rows: list[Row], image: str) -> str:
     """What was measured, in two lines: a shorter prompt's cost, and what the laboratory's main comparisons found."""
     said = []
     models = plots.by_model(plots.overhead_rows(rows))
-    shorter = {key: sides for key, sides in models.items() if {"plain", "keep 1/3"} <= sides.keys()}
+    shorter = {
+        key: sides
+        for key, sides in models.items()
+        if {"plain", "keep 1/3"} <= sides.keys() and sides["plain"]["image"] >= LARGE
+    }
     if shorter:
         ratios = sorted(sides["keep 1/3"]["prefill_ratio"] for sides in shorter.values())
         caches = sorted(sides["keep 1/3"]["kv_bytes"] / sides["plain"]["kv_bytes"] for sides in shorter.values())
-        names = " and ".join(dict.fromkeys(name for name, *_ in shorter))
+        *names, last = dict.fromkeys(name for name, *_ in shorter)
+        named = f"{', '.join(names)} and {last}" if names else last
         device = next(iter(shorter.values()))["keep 1/3"]["gpu"]
         said.append(
             f"- Anchors with **a third of the image tokens**: a prefill takes {ratios[0]:.2f} to {ratios[-1]:.2f} of "
-            f"the plain prompt's time, the KV cache {caches[0]:.2f} of its size ({names}, random weights, "
+            f"the plain prompt's time, the KV cache {caches[0]:.2f} of its size ({named}, random weights, "
             f"{'a CPU' if device == 'none' else device}; [what it costs](#what-it-costs))."
         )
     head, *lines = _named_comparisons()
@@ -305,7 +311,7 @@ BLOCKS: dict[str, Block] = {
     "cpu-reference": _block(
         partial(_of, "cpu-reference"),
         lambda rows, image: table(cpu_reference.HEAD, cpu_reference.lines_of(rows)),
-        "python -m benchmarks cpu-reference",
+        "python -m benchmarks cpu-reference --threads 1,2",
     ),
     "serve": _block(_served, serve_block, "python -m benchmarks serve"),
     "same-tokens": _block(

@@ -96,6 +96,7 @@ def gpu_rows():
         return {**described, "us": us, **more, **GPU}
 
     overhead = {"run": "overhead", "model": "llava-7b", "batch": 8, "dtype": "bfloat16", "method": "graph", **GPU}
+    overhead["image"] = 576
     anchors = {**overhead, "side": "anchors", "length": 631, "kv_bytes": 2600, "peak_bytes": 5000}
     anchors["device_construction_us"] = 60.0
     for part, plain, ratio in (("construction", 50.0, 1.6), ("prefill", 90000.0, 1.02), ("step", 9000.0, 1.0)):
@@ -169,6 +170,13 @@ def test_figures_of_two_gpus_are_not_mixed(tmp_path):
     for name in ("roofline", "overhead", "short-overhead", "training"):
         assert report.BLOCKS[name](both, "images") == report.BLOCKS[name](gpu_rows(), "images")
     assert plots.wanted(both) == plots.wanted(gpu_rows())
+
+
+def test_the_headline_is_of_large_prompts():
+    """Of a model with few image tokens most of the prompt is text, which nothing shortens."""
+    small = [{**row, "model": "small", "image": 49, "prefill_ratio": 0.8} for row in gpu_rows() if "side" in row]
+    assert report.BLOCKS["headline"]([*gpu_rows(), *small], "") == report.BLOCKS["headline"](gpu_rows(), "")
+    assert "0.46 to 0.46" in report.BLOCKS["headline"](gpu_rows(), "")
 
 
 def test_a_block_names_every_commit_that_its_rows_are_of():
