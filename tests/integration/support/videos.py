@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import table_families
 import torch
 from builders import BY_NAME, _rows_of, _words
 from tiny import pad
@@ -11,7 +12,9 @@ from torch import Tensor
 FRAMES = 2
 GRID = (4, 4)  # patches of a frame of Qwen's, four of which are a token
 TOKENS = 4  # of a frame, in all families
-FAMILIES = [BY_NAME[name] for name in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava_onevision")]
+_TABLE = {family.name: family for family in table_families.TABLE}
+_NAMES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "llava_onevision")
+FAMILIES = [BY_NAME.get(name) or _TABLE[name] for name in _NAMES]
 
 
 def prompts(family, media: list[str], side: str = "right", seed: int = 0) -> tuple[dict, list[dict]]:
@@ -65,7 +68,7 @@ def _video(family, generator: torch.Generator) -> tuple[dict[str, Tensor], list[
     video = {"pixel_values_videos": patches, "video_grid_thw": torch.tensor([[FRAMES, *GRID]])}
     if family.name == "qwen2_5_vl":
         video["second_per_grid_ts"] = torch.tensor([1.0])
-    if family.name == "qwen3_vl":  # every frame on its own, behind its time
+    if family.name in ("qwen3_vl", "qwen3_5"):  # every frame on its own, behind its time
         placed = [token for _ in range(FRAMES) for token in [*_words(2, generator), START, *[VIDEO] * TOKENS, END]]
     else:
         placed = [START, *[VIDEO] * (FRAMES * TOKENS), END]
