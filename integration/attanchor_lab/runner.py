@@ -62,6 +62,7 @@ def run(
 
     waiting, running = list(jobs), dict[Future[Row], Job]()
     finished, broken = {job.after for job in jobs} - {job.key for job in jobs}, set[Hashable]()
+    alone = set[Hashable]()  # jobs of a pool of which a process was killed
     bar = tqdm(total=len(jobs), disable=not (progress and workers), unit="job", smoothing=0.1, dynamic_ncols=True)
     pool = executor(workers)
 
@@ -77,7 +78,8 @@ def run(
     try:
         while waiting or running:
             for job in [job for job in waiting if job.after in finished]:
-                if len(running) >= max(1, workers):
+                beside = {other.key for other in running.values()}
+                if len(beside) >= max(1, workers) or (beside and alone & {job.key, *beside}):
                     break
                 waiting.remove(job)
                 if job.after in broken and job.failed:
@@ -95,11 +97,14 @@ def run(
                 try:
                     store(job, future.result())
                 except BrokenProcessPool:
-                    # The process was killed, with it the pool. What else was running is done again.
+                    # A process was killed, with it the pool. Whose it was is known of one job; several are done again.
                     if job.failed is None:
                         raise
-                    store(job, job.failed("its process was killed (out of memory?)"))
-                    waiting[:0] = running.values()
+                    if running:
+                        waiting[:0] = again = [job, *running.values()]
+                        alone.update(one.key for one in again)
+                    else:
+                        store(job, job.failed("its process was killed (out of memory?)"))
                     running.clear()
                     pool.shutdown(wait=False, cancel_futures=True)
                     pool = executor(workers)

@@ -138,18 +138,21 @@ def test_arms_without_weights_fail_instead_of_waiting(tmp_path, started, monkeyp
     assert len(found) == 1 + 2 + 5
 
 
-def test_a_killed_process_costs_its_own_job_alone():
-    """And what comes after it is told why it is not done."""
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_killed_process_costs_its_own_job_alone(workers):
+    """And what comes after it is told why it is not done; what ran beside it is done."""
     kept: dict[str, dict] = {}
 
     def job(name, work, after=None):
         return runner.Job(name, name, work, lambda error: {"status": "failed", "error": error}, after)
 
     done = functools.partial(dict, status="done")
-    jobs = [job("killed", functools.partial(os._exit, 1)), job("behind", done, "killed"), job("other", done)]
+    slow = functools.partial(eval, "__import__('time').sleep(1) or {'status': 'done'}")
+    killed = job("killed", functools.partial(os._exit, 1))
+    jobs = [job("beside", slow), killed, job("behind", done, "killed"), job("other", done)]
     said: list[str] = []
-    runner.run(jobs, lambda job, row: kept.update({job.key: row}), 1, say=said.append, progress=False)
-    assert kept["other"] == {"status": "done"}
+    runner.run(jobs, lambda job, row: kept.update({job.key: row}), workers, say=said.append, progress=False)
+    assert kept["beside"] == kept["other"] == {"status": "done"}
     assert "its process was killed" in kept["killed"]["error"]
     assert kept["behind"]["status"] == "failed"
     assert len(said) == 2
