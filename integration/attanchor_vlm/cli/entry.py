@@ -108,6 +108,8 @@ def _imports_end_at_once() -> Iterator[None]:
 def _interrupted(number: int, frame: FrameType | None) -> None:
     while frame is not None:
         if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+            with contextlib.suppress(OSError, RuntimeError):  # a closed pipe; interrupted while it was written to
+                sys.stdout.flush()
             _tell("interrupted")
             os._exit(130)
         frame = frame.f_back
