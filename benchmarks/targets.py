@@ -231,7 +231,8 @@ def summary(verdicts: list[Verdict]) -> str:
         for unit in dict.fromkeys(one.unit for one in group):
             values = [one.predicted for one in group if one.value is None and one.unit == unit]
             if predicted := sorted(value for value in values if value is not None):
-                unmeasured += f"; predicted {_figure(predicted[0])} to {_figure(predicted[-1])} {unit}"
+                span = dict.fromkeys(_figure(value) for value in (predicted[0], predicted[-1]))
+                unmeasured += f"; predicted {' to '.join(span)} {unit}"
         worst = max((one.outcome for one in group if one.met is False), key=_percent, default="")
         lines.append([target, wanted, str(met), f"{missed} ({worst})" if missed else "0", unmeasured])
     return table(["target", "wanted", "met", "missed", "not measured"], lines)

@@ -202,7 +202,7 @@ def test_what_is_predicted_stands_where_nothing_is_measured():
     assert outcome(verdicts, "forward, fastest", "llava-7b, B=8") == "predicted 1.77 x floor, not measured"
     assert outcome(verdicts, "forward, fastest", "llava-7b, B=1") == "predicted 10.6 us, not measured"
     assert outcome(verdicts, "backward, fastest", "llava-7b, B=8") == "not measured"
-    assert "; predicted 1.77 to 1.77 x floor; predicted 10.6 to 10.6 us |" in targets.summary(verdicts)
+    assert "; predicted 1.77 x floor; predicted 10.6 us |" in targets.summary(verdicts)
     assert outcome(targets.judge([*gpu_rows(), *rows]), "forward, fastest", "llava-7b, B=8") == "met"
 
 
