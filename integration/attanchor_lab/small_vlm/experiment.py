@@ -85,6 +85,7 @@ class PhotographPlan:
         world, build: Settings of `PhotographConfig` and `BuildConfig` besides folders.
         stage2: Settings of `TrainConfig` that the arms share, from the preset small-vlm.
         arms, more: What each adds to them.
+        more_seeds: How many of the seeds the further arms have.
         questions: Of each kind and split of the test, at most.
         splits: Of the test: seen, concepts (held out), wordings (held out).
     """
@@ -99,6 +100,7 @@ class PhotographPlan:
     seeds: tuple[int, ...]
     tests: tuple[Measurement, ...] = ()
     more: dict[str, Settings] = field(default_factory=dict)
+    more_seeds: int = 3
     questions: int = 20
     splits: tuple[str, ...] = ("seen", "concepts")
 
@@ -117,12 +119,11 @@ def run(plan: PhotographPlan, output: Path, work: Path, say: Say = print) -> lis
     Raises:
         SetupError: `output` holds another plan, or a part of model or world is not installed.
     """
-    told = json.loads(json.dumps(dataclasses.asdict(plan)))
     with alone_in(output):
         before = output / PLAN
-        if before.is_file() and json.loads(before.read_text(encoding="utf-8")) != told:
+        if before.is_file() and read_plan(before) != plan:
             raise SetupError(f"output {output} holds another plan; take another folder")
-        write_json(before, told)
+        write_json(before, dataclasses.asdict(plan))
         rows = Rows(output, _NEEDED, "an experiment on photographs")
         done = {(row["arm"], row["seed"], row["test"]) for row in rows.rows}
         jobs = [job for job in _jobs(plan, work, output, say) if job.key not in done]
@@ -142,7 +143,7 @@ def _jobs(plan: PhotographPlan, work: Path, output: Path, say: Say) -> list[Job]
     jobs = [job("stage 1", plan.seeds[0], Measurement("as built", ()))]
     jobs += [job(arm, seed, plain) for seed in plan.seeds for arm in plan.arms]
     jobs += [job(arm, seed, test) for test in plan.tests for seed in plan.seeds[: test.seeds] for arm in test.arms]
-    return jobs + [job(arm, seed, plain) for seed in plan.seeds for arm in plan.more]
+    return jobs + [job(arm, seed, plain) for seed in plan.seeds[: plan.more_seeds] for arm in plan.more]
 
 
 def _prepare(plan: PhotographPlan, work: Path, say: Say) -> None:

@@ -77,12 +77,21 @@ def test_every_arm_and_measurement_gets_its_row_once(work, tmp_path):
     assert len(trained["right"]["seen"]) == 4
     assert kept["figures"]["tau"] == trained["figures"]["tau"] != more["figures"]["tau"]
     assert len(trained["figures"]["losses"]) == 1
+    told = json.loads((tmp_path / "out" / "plan.json").read_text())
+    del told["more_seeds"]  # as earlier versions wrote it
+    (tmp_path / "out" / "plan.json").write_text(json.dumps(told))
     again = experiment.run(PLAN, tmp_path / "out", work, said.append)
     assert len(again) == len(rows)
     assert said[-1] == "7 rows are there, 0 to come"
     assert any("t2i | plain | seen | 2" in line for line in experiment.as_markdown(rows, PLAN, work))
     with pytest.raises(SetupError, match="holds another plan"):
         experiment.run(dataclasses.replace(PLAN, margin=0.5), tmp_path / "out", work, said.append)
+
+
+def test_further_arms_have_as_many_seeds_as_the_plan_says(tmp_path):
+    plan = dataclasses.replace(PLAN, more={"front": {"placement": "front"}}, more_seeds=1)
+    keys = [job.key for job in experiment._jobs(plan, tmp_path, tmp_path, print)]
+    assert [key for key in keys if key[0] == "front"] == [("front", 0, "as trained")]
 
 
 def test_an_interrupted_training_ends_the_experiment(work, tmp_path, monkeypatch):
@@ -140,7 +149,13 @@ def test_a_plan_with_an_unknown_key_is_refused(tmp_path):
         experiment.read_plan(tmp_path / "plan.json")
 
 
-def test_the_plan_in_the_documentation_can_be_read():
-    plan = experiment.read_plan(experiment.Path(__file__).parents[3] / "docs" / "lab" / "photographs-plan.json")
+def test_the_plans_in_the_documentation_can_be_read():
+    folder = experiment.Path(__file__).parents[3] / "docs" / "lab"
+    plan, placements = (
+        experiment.read_plan(folder / f"{name}-plan.json") for name in ("photographs", "photographs-placements")
+    )
     assert set(plan.arms) | set(plan.more) == {"plain", "t2i", "random", "front"}
     assert plan.contrasts[0] == ("t2i", "plain")
+    assert {name: getattr(plan, name) for name in ("world", "build", "stage2")} == {
+        name: getattr(placements, name) for name in ("world", "build", "stage2")
+    }
