@@ -30,7 +30,7 @@ def as_laboratory(plan: Mapping[str, Any], rows: Sequence[Row], name: str) -> li
         for split in plan["splits"] for number, (arm, against) in enumerate(plan["contrasts"])
     ]  # fmt: skip
     setting = {"name": name, "arms": list(plan["arms"]), "seeds": plan["seeds"], "more": list(plan.get("more", ()))}
-    setting["more_seeds"] = len(plan["seeds"])
+    setting["more_seeds"] = plan.get("more_seeds", len(plan["seeds"]))
     first = rows[0] if rows else {}
     told = {"kind": "plan", "size": name, "settings": [setting], "contrasts": contrasts, "written": first.get("date")}
     machine = {key: first.get(key) for key in ("gpu", "processor", "torch", "transformers")}

@@ -241,7 +241,8 @@ def _page(laboratories: Sequence[Laboratory], named: pd.DataFrame, pictures: dic
         *lines,
         f"## What was measured: {laboratories[0].plan['size']}",
         "",
-        "Means over seeds, in % but for the loss; every run of every plan is in the rows.",
+        "Means over seeds, in % but for the loss, in brackets over how many if not all; every run of every plan is in "
+        "the rows.",
         "",
         *_levels(laboratories[0]),
         "",
@@ -268,13 +269,17 @@ def _verdicts(table: pd.DataFrame) -> list[str]:
 
 
 def _levels(one: Laboratory) -> list[str]:
-    means = one.runs.groupby(["setting", "arm"])[list(one.measures)].mean()
-    lines = [
-        [one.where(setting), one.title(arm),
-         *(number(means.loc[(setting, arm), name], metric.digits) for name, metric in one.measures.items())]
-        for setting, arm in one.arms()
-    ]  # fmt: skip
-    return markdown_table(["setting", "arm", *(metric.title for metric in one.measures.values())], lines, words=2)
+    groups = one.runs.groupby(["setting", "arm"])[list(one.measures)]
+    means, seeds = groups.mean(), groups.count()
+
+    def cell(key: tuple[str, str], name: str) -> str:
+        value, few = number(means.loc[key, name], one.measures[name].digits), seeds.loc[key, name]
+        return f"{value} ({few})" if 0 < few < seeds.loc[key].max() else value
+
+    several = len({setting for setting, _ in one.arms()}) > 1
+    heads = [f"{one.where(setting)}: {one.title(arm)}" if several else one.title(arm) for setting, arm in one.arms()]
+    lines = [[metric.title, *(cell(key, name) for key in one.arms())] for name, metric in one.measures.items()]
+    return markdown_table(["", *heads], lines, words=1)
 
 
 def _curves(laboratories: Sequence[Laboratory]) -> dict[str, dict[str, pd.DataFrame]]:
