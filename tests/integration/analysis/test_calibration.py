@@ -220,18 +220,6 @@ def test_tau_is_measured_anew_before_every_epoch(world, tmp_path):
     assert [line.partition(":")[0] for line in said if " inserts " in line] == ["epoch 3"]
 
 
-def test_a_resumed_run_goes_on_with_the_same_tau(world, tmp_path):
-    options = {"fraction": 0.2, "hold_fraction": "quantile", "scheduler": "constant"}
-    whole = run(world, tmp_path / "whole", **options)
-    run(world, tmp_path / "parts", **options, max_steps=3)
-    state = checkpoints.read_state(tmp_path / "parts" / "checkpoint-3")
-    assert load_settings(tmp_path / "parts" / "checkpoint-3").tau == state["tau"] == state["keeper"]["tau"]
-    parts = run(world, tmp_path / "parts", **options, resume=True)
-    assert len(set(steps(whole, "tau"))) == 6
-    assert steps(parts, "tau") == steps(whole, "tau")
-    assert steps(parts, "loss") == pytest.approx(steps(whole, "loss"), rel=1e-6)
-
-
 def test_the_adapter_keeps_the_tau_of_its_own_checkpoint(world, tmp_path):
     """The best weights may be older than the last tau."""
     options = {"lr": 0.02, "scheduler": "constant", "max_steps": 4, "eval_steps": 1}
@@ -242,21 +230,6 @@ def test_the_adapter_keeps_the_tau_of_its_own_checkpoint(world, tmp_path):
     assert result.tau == load_settings(tmp_path / "run").tau == steps(result, "tau")[best]  # of the step behind it
     assert result.tau != checkpoints.read_state(tmp_path / "run" / "checkpoint-4")["tau"]
     assert base_of(result.model).attanchor_config.tau == result.tau
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"fraction": 0.0}, "fraction is 0.0; it should be greater than 0"),
-        ({"fraction": 10}, r"fraction is 10; it should be at most 1, which is every text token \(0.1 is a tenth\)"),
-        ({"hold_fraction": "epoch"}, "hold_fraction is 'epoch', but there is no fraction"),
-        ({"fraction": 0.1, "hold_fraction": "always"}, "hold_fraction is 'always'; it should be one of"),
-        ({"calibration_samples": 0}, "calibration_samples is 0"),
-    ],
-)
-def test_settings_that_make_no_sense_are_refused(world, tmp_path, change, message):
-    with pytest.raises(ValueError, match=message):
-        settings(world, tmp_path, **change)
 
 
 # --- The command. ----------------------------------------------------------------------------------------------------

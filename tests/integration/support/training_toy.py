@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 
+import pytest
 import torch
 
 from attanchor_lab.small_llava import model as small_llava
+from attanchor_vlm.training import callbacks
 from attanchor_vlm.training import run as train
 from attanchor_vlm.training.config import TrainConfig
 
@@ -31,6 +33,23 @@ def settings(world, output, **more):
 
 def run(world, output, **more):
     return train.run(settings(world, output, **more), say=lambda line: None, progress=False)
+
+
+def at_the_end_of(step, act, patch=None):
+    """Call `act` at the end of a step, in front of all that a run would write then; for good without a `patch`."""
+    original = callbacks.KeepOnInterrupt.on_step_end
+
+    def ended(self, args, state, control, **kwargs):
+        if state.global_step == step:
+            act()
+        original(self, args, state, control, **kwargs)
+
+    (patch or pytest.MonkeyPatch()).setattr(callbacks.KeepOnInterrupt, "on_step_end", ended)
+
+
+def logged(log, *names):
+    """{(step, name): value}, which `approx` compares by keys and values."""
+    return {(line["step"], name): line[name] for line in log for name in names if name in line}
 
 
 def lines(output):

@@ -16,10 +16,11 @@ import forked
 import pytest
 import torch
 import training_toy
+from training_toy import at_the_end_of, lines, logged
 
 from attanchor_lab.scenes import dataset as scenes
 from attanchor_lab.small_llava import model as small_llava
-from attanchor_vlm import cli, distributed
+from attanchor_vlm import cli, distributed, load_settings
 from attanchor_vlm.data.dataset import SKIPPED_FILE, STREAM_SKIPPED_FILE
 from attanchor_vlm.errors import CheckpointError, DataError, SetupError
 from attanchor_vlm.records import alone_in
@@ -53,23 +54,12 @@ def output(stopped, tmp_path):
     return Path(shutil.copytree(stopped, tmp_path / "run"))
 
 
-def losses(result_or_folder):
-    lines = getattr(result_or_folder, "log", None)
-    if lines is None:
-        lines = training_toy.lines(result_or_folder)
-    return [(line["step"], key, line[key]) for line in lines for key in ("loss", "eval_loss", "tau") if key in line]
+def losses(log):
+    return logged(log, "loss", "eval_loss", "tau")
 
 
 def die_in_step(chosen: TrainConfig, step: int) -> None:
-    """Train, and be killed at the end of a step, in front of anything that it would write."""
-    original = callbacks.KeepOnInterrupt.on_step_end
-
-    def kill(self, args, state, control, **kwargs):
-        if state.global_step == step:
-            os.kill(os.getpid(), signal.SIGKILL)
-        original(self, args, state, control, **kwargs)
-
-    callbacks.KeepOnInterrupt.on_step_end = kill
+    at_the_end_of(step, lambda: os.kill(os.getpid(), signal.SIGKILL))
     train.run(chosen, say=lambda line: None, progress=False)
 
 
@@ -79,13 +69,15 @@ def test_a_killed_run_loses_the_steps_since_its_checkpoint_and_no_more(world, tm
     assert forked.finish(process) == -signal.SIGKILL
     assert [path.name for path in train.complete_checkpoints(tmp_path / "parts")][-1] == "checkpoint-4"
     assert not (tmp_path / "parts" / "adapter_config.json").exists()
+    state = checkpoints.read_state(tmp_path / "parts" / "checkpoint-4")
+    assert load_settings(tmp_path / "parts" / "checkpoint-4").tau == state["tau"] == state["keeper"]["tau"]
 
     parts = run(world, tmp_path / "parts", resume=True, **options)
     whole = run(world, tmp_path / "whole", **options)
     assert parts.steps == 6
-    assert [one[:2] for one in losses(parts)] == [one[:2] for one in losses(whole)]
-    assert [one[2] for one in losses(parts)] == pytest.approx([one[2] for one in losses(whole)], rel=1e-6)
-    assert losses(tmp_path / "parts") == losses(parts)
+    assert losses(parts.log) == pytest.approx(losses(whole.log), rel=1e-6)
+    assert losses(lines(tmp_path / "parts")) == losses(parts.log)
+    assert len({line["tau"] for line in whole.log if "loss" in line}) > 3  # it follows the scores
 
 
 @pytest.mark.parametrize(
@@ -122,7 +114,7 @@ def test_workers_that_start_anew_do_not_change_what_follows(world, tmp_path):
     whole = run(world, tmp_path / "whole", max_steps=5, **options)
     run(world, tmp_path / "parts", max_steps=2, **options)
     parts = run(world, tmp_path / "parts", max_steps=5, resume=True, **options)
-    assert [one[2] for one in losses(parts)] == pytest.approx([one[2] for one in losses(whole)], rel=1e-6)
+    assert losses(parts.log) == pytest.approx(losses(whole.log), rel=1e-6)
 
 
 @pytest.mark.parametrize("resume", [True, False])
@@ -278,8 +270,7 @@ def test_a_full_disk_leaves_no_half_log_line(world, tmp_path, monkeypatch):
     monkeypatch.setattr(callbacks.LogFile, "on_log", full)
     with pytest.raises(CheckpointError, match=r"training stopped: File too large; checkpoint-3 is whole"):
         run(world, tmp_path / "run")
-    lines = training_toy.lines(tmp_path / "run")
-    assert lines[-1]["step"] == 4
+    assert lines(tmp_path / "run")[-1]["step"] == 4
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}"])
@@ -328,14 +319,7 @@ def test_an_image_that_vanishes_is_one_line_and_leaves_the_checkpoint(world, tmp
 
 def test_a_terminated_run_saves_before_it_ends(world, tmp_path, monkeypatch):
     """As torchrun and batch systems announce it."""
-    original = callbacks.KeepOnInterrupt.on_step_end
-
-    def terminate(self, args, state, control, **kwargs):
-        if state.global_step == 2:
-            signal.raise_signal(signal.SIGTERM)
-        original(self, args, state, control, **kwargs)
-
-    monkeypatch.setattr(callbacks.KeepOnInterrupt, "on_step_end", terminate)
+    at_the_end_of(2, lambda: signal.raise_signal(signal.SIGTERM), monkeypatch)
     before = signal.getsignal(signal.SIGTERM)
     result = run(world, tmp_path / "run")
     assert result.interrupted
