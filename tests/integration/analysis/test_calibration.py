@@ -276,37 +276,31 @@ def test_quantiles_of_more_scores_than_torch_takes():
     assert set(calibration.summary(found, 0.5, wanted=0.1, max_anchors=None)["quantiles"].values()) == {0.0}
 
 
-def test_train_takes_what_calibrate_stored_beside_the_model(world, tmp_path, capsys, monkeypatch):
+@pytest.fixture
+def configured(monkeypatch):
+    """The configurations with which `attanchor train` would train."""
+    seen = []
+    train = "attanchor_vlm.cli.training._train"
+    monkeypatch.setattr(train, lambda given: seen.append(TrainConfig.from_preset("tinyllava-1b", **given)))
+    return seen
+
+
+def test_train_takes_what_calibrate_stored_beside_the_model(tmp_path, capsys, configured):
     model = tmp_path / "model"
     model.mkdir()
     for file in small_llava.SHIPPED.iterdir():
         (model / file.name).write_bytes(file.read_bytes())
     save_settings(AttAnchorConfig(tau=0.44, max_anchors=3, keep=0.5), model)
-    seen = []
-
-    def note(given):
-        config = TrainConfig.from_preset("tinyllava-1b", **given)
-        seen.append((config.tau, config.max_anchors, config.keep))
-        return False
-
-    monkeypatch.setattr("attanchor_vlm.cli.training._train", note)
     base = ["train", "--model", str(model), "--data", "d.json", "--images", "i", "--output", "o"]
     for more in ([], ["--tau", "0.2"], ["--max-anchors", "5"], ["--direction", "image_into_text"]):
         assert cli.main([*base, *more]) == 0
-    assert seen == [(0.44, 3, 0.5), (0.2, None, None), (0.44, 5, 0.5), (0.12, None, None)]
+    found = [(config.tau, config.max_anchors, config.keep) for config in configured]
+    assert found == [(0.44, 3, 0.5), (0.2, None, None), (0.44, 5, 0.5), (0.12, None, None)]
     assert "tau 0.44 and max_anchors 3 and keep 0.5, from" in capsys.readouterr().out
 
 
-def test_a_stored_tau_of_content_words_brings_them_along(tmp_path, monkeypatch):
+def test_a_stored_tau_of_content_words_brings_them_along(tmp_path, configured):
     """A threshold is that of the tokens that it was measured on."""
-    seen = []
-
-    def note(given):
-        config = TrainConfig.from_preset("tinyllava-1b", **given)
-        seen.append((config.tau, config.content_words))
-        return False
-
-    monkeypatch.setattr("attanchor_vlm.cli.training._train", note)
     base = ["train", "--model", str(tmp_path), "--data", "d.json", "--images", "i", "--output", "o"]
     words = tmp_path / "words.txt"
     words.write_text("the\n")
@@ -315,7 +309,8 @@ def test_a_stored_tau_of_content_words_brings_them_along(tmp_path, monkeypatch):
         assert cli.main([*base, *more]) == 0
     save_settings(AttAnchorConfig(tau=0.44), tmp_path)
     assert cli.main([*base, "--content-words"]) == 0
-    assert seen == [(0.44, True), (0.44, True), (0.12, ("the",)), (0.2, False), (0.12, True)]
+    found = [(config.tau, config.content_words) for config in configured]
+    assert found == [(0.44, True), (0.44, True), (0.12, ("the",)), (0.2, False), (0.12, True)]
 
 
 @pytest.mark.parametrize(

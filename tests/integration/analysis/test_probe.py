@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -361,12 +359,3 @@ def test_mistakes_are_said_before_any_work(world, tmp_path, capsys):
     changed = [str(tmp_path / "one.json") if a.endswith("some.json") else a for a in arguments(folder)]
     assert cli.main(changed) == 1
     assert "about fewer than two images" in capsys.readouterr().err
-
-
-def test_the_python_of_the_page_runs(tmp_path, monkeypatch, capsys):
-    page = (Path(__file__).parents[3] / "docs" / "probe.md").read_text(encoding="utf-8")
-    (block,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    monkeypatch.chdir(tmp_path)
-    assert cli.main(["sample", "--output", "sample"]) == 0
-    exec(compile(block, "docs/probe.md", "exec"), {})
-    assert capsys.readouterr().out.splitlines()[-1].startswith(f"{FOLLOWS} 0.06")

@@ -41,15 +41,26 @@ def contents(text: str, *words: str) -> list[str]:
         ("狗在哪里？", ["狗在哪里"]),
         ("the", []),
         ("theatre offal within2", ["theatre", "offal", "within2"]),
+        ("I cannot see it, it ain't red", ["see", "red"]),
     ],
 )
 def test_content_words_of_a_text(text, expected):
     assert contents(text) == expected
 
 
-def test_words_of_ones_own():
-    assert contents("Où est le chien ?", "où", "est", "le") == ["chien"]
-    assert contents("the dog", "dog") == ["the"]
+@pytest.mark.parametrize(
+    ("text", "words", "expected"),
+    [
+        ("Où est le chien ?", ["où", "est", "le"], ["chien"]),
+        ("the dog", ["dog"], ["the"]),
+        # Of scripts whose letters carry marks, and accents as characters of their own.
+        ("कमरे में लाल कुत्ता", ["में"], ["कमरे", "लाल", "कुत्ता"]),
+        ("cafe\u0301 la\u0300", ["la\u0300"], ["cafe\u0301"]),
+        ("می\u200cشود گربه", ["می\u200cشود"], ["گربه"]),
+    ],
+)
+def test_words_of_ones_own(text, words, expected):
+    assert contents(text, *words) == expected
 
 
 def test_the_list_holds_words_in_lower_case_and_no_content():
@@ -100,6 +111,7 @@ def test_what_is_no_list_of_words_is_refused():
             AttAnchorConfig(tau=0.1, content_words=words)
     assert words_to_leave_out(False) is None
     assert words_to_leave_out(True) is FUNCTION_WORDS
+    assert words_to_leave_out(["ที่", "में"]) == {"ที่", "में"}
 
 
 @pytest.mark.parametrize("words", [True, ("der", "die", "das")])
@@ -252,11 +264,3 @@ def test_calibration_counts_the_tokens_that_take_part(world):
         config = AttAnchorConfig(tau=1.0, content_words=words)
         num_candidates.append(len(threshold_for_share(model, processor, [sample], 0.5, config)[1]))
     assert num_candidates[0] > num_candidates[1] == 2  # red, ring
-
-
-def test_words_of_scripts_whose_letters_carry_marks_stay_whole():
-    assert contents("कमरे में लाल कुत्ता", "में") == ["कमरे", "लाल", "कुत्ता"]
-    assert contents("cafe\u0301 la\u0300", "la\u0300") == ["cafe\u0301"]  # accents as characters of their own
-    assert contents("می\u200cشود گربه", "می\u200cشود") == ["گربه"]
-    assert words_to_leave_out(["ที่", "में"]) == {"ที่", "में"}
-    assert contents("I cannot see it, it ain't red") == ["see", "red"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 from lmms_toy import existence
@@ -15,8 +14,6 @@ from attanchor_vlm.evaluation import benchmarks
 from attanchor_vlm.inference import ask as infer
 from attanchor_vlm.model.load import load
 from attanchor_vlm.training import run as train
-
-ROOT = Path(__file__).parents[3]
 
 
 def vqa_answers(**counts):
@@ -149,6 +146,20 @@ def write_task(name, folder):
     return folder
 
 
+def write_pope(folder, asked):
+    """Questions about scenes in the form of POPE's rows."""
+    import datasets
+
+    rows = [
+        {"question_id": str(i), "question": text, "answer": truth, "category": "random", "image": str(file)}
+        for i, (text, truth, file) in enumerate(asked)
+    ]
+    folder.mkdir()
+    table = datasets.Dataset.from_list(rows).cast_column("image", datasets.Image())
+    table.to_parquet(folder / "test-00000-of-00001.parquet")
+    return folder
+
+
 def scripted():
     """A model for lmms-eval that gives the answers of `CASES`."""
     from lmms_eval.api.model import lmms
@@ -202,16 +213,8 @@ def test_a_limit_that_gives_half_of_mme_gives_no_sum(lmms_eval, tmp_path):
 
 
 def test_eval_runs_benchmarks_with_the_small_model(lmms_eval, world, tmp_path, capsys):
-    import datasets
-
     asked = existence(world)
-    rows = [
-        {"question_id": str(i), "question": text, "answer": truth, "category": "random", "image": str(file)}
-        for i, (text, truth, file) in enumerate(asked)
-    ]
-    folder = tmp_path / "pope"
-    folder.mkdir()
-    datasets.Dataset.from_list(rows).cast_column("image", datasets.Image()).to_parquet(folder / "test.parquet")
+    folder = write_pope(tmp_path / "pope", asked)
     command = ["eval", "--model", world / "model", "--tau", "0.3", "--tasks", "pope", "--task-data", f"pope={folder}"]
     assert cli.main([str(word) for word in [*command, "--json", "--batch-size", "3"]]) == 0
     printed = json.loads(capsys.readouterr().out)
@@ -270,16 +273,7 @@ def test_data_that_are_not_here_are_said_in_one_line(lmms_eval, world, monkeypat
 
 def test_an_experiment_measures_benchmarks(lmms_eval, world, tmp_path, capsys):
     """Small model, no training, two arms, POPE from a local folder: values in rows and table."""
-    asked = existence(world)[:4]
-    import datasets
-
-    rows = [
-        {"question_id": str(i), "question": text, "answer": truth, "category": "random", "image": str(file)}
-        for i, (text, truth, file) in enumerate(asked)
-    ]
-    (tmp_path / "pope").mkdir()
-    table = datasets.Dataset.from_list(rows).cast_column("image", datasets.Image())
-    table.to_parquet(tmp_path / "pope" / "test-00000-of-00001.parquet")
+    write_pope(tmp_path / "pope", existence(world)[:4])
     output = tmp_path / "out"
     options = ["--model", world / "model", "--images", world / "images", "--output", output, "--no-train"]
     options += ["--preset", "small-llava", "--metrics", "none", "--tasks", "pope", "--taus", "1,0.3"]

@@ -14,14 +14,12 @@ import threading
 import pytest
 import torch
 from builders import BY_NAME
-from peft import LoraConfig, get_peft_model
 from tiny import prompts, tiny_llava
 
-from attanchor_vlm import AttAnchorConfig, answer, attach, cli, load, save_settings
+from attanchor_vlm import AttAnchorConfig, answer, attach, cli, load
 from attanchor_vlm.errors import SetupError
 from attanchor_vlm.inference.vllm import launch
 from attanchor_vlm.inference.widen import widen_heads
-from attanchor_vlm.training.lora import lora_targets
 
 QUESTION = "Where is the purple triangle?"
 
@@ -155,20 +153,14 @@ def test_the_printed_line_is_one_that_a_shell_takes_whole():
 
 
 def test_what_is_exported_or_served_is_the_model_with_its_adapter_and_its_settings(
-    sample, tmp_path, monkeypatch, capsys
+    sample, adapter, tmp_path, monkeypatch, capsys
 ):
-    model, _ = load(str(sample / "model"), tau=-1, max_anchors=3)
-    torch.manual_seed(1)
-    targets = LoraConfig(r=4, lora_alpha=16, target_modules=lora_targets(model), init_lora_weights=False)
-    wrapped = get_peft_model(model, targets)
-    wrapped.save_pretrained(tmp_path / "adapter")
-    save_settings(wrapped, tmp_path / "adapter")
-    options = ["--adapter", tmp_path / "adapter", "--output", tmp_path / "whole", "--head-dim", "32", "--json"]
+    options = ["--adapter", adapter, "--output", tmp_path / "whole", "--head-dim", "32", "--json"]
     assert cli.main(["export", "--model", str(sample / "model"), *map(str, options)]) == 0
     said = json.loads(capsys.readouterr().out)
     assert (said["architecture"], said["settings"]) == ("LlavaForConditionalGeneration", "config.json")
 
-    adapted, processor = load(str(sample / "model"), tmp_path / "adapter")
+    adapted, processor = load(str(sample / "model"), adapter)
     whole, _ = load(str(tmp_path / "whole"))
     image = sorted((sample / "images").iterdir())[1]
     expected = answer(adapted, processor, QUESTION, image, max_new_tokens=8)
@@ -185,7 +177,7 @@ def test_what_is_exported_or_served_is_the_model_with_its_adapter_and_its_settin
     folders = []
     monkeypatch.setattr(launch, "check_vllm", lambda: None)
     monkeypatch.setattr(launch, "run_server", look)
-    assert cli.main(["serve", "--model", str(sample / "model"), "--adapter", str(tmp_path / "adapter")]) == 0
+    assert cli.main(["serve", "--model", str(sample / "model"), "--adapter", str(adapter)]) == 0
     assert not os.path.exists(folders[0])
 
 

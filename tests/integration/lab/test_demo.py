@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import re
 import sys
@@ -19,7 +18,6 @@ from attanchor_lab.small_llava import model as small_llava
 from attanchor_lab.small_llava import pretrain as stage1
 from attanchor_vlm.constants import IGNORE_INDEX
 from attanchor_vlm.errors import SetupError
-from attanchor_vlm.inference import picture as plots
 from attanchor_vlm.model import load as loading
 
 
@@ -225,13 +223,6 @@ def test_paired_differences_have_the_textbook_error():
     pairs = (a.astype(float) - b).reshape(3, 100)
     assert difference == pytest.approx(pairs.mean())
     assert error == pytest.approx(np.sqrt((pairs.var(1) / 100).sum()) / 3)
-
-
-def test_labels_beside_a_picture_do_not_cover_each_other():
-    for wanted in ([1.5] * 5, [0.1, 0.2, 7.8, 7.9, 7.9], [4.0], []):
-        placed = plots._spread(wanted, 0.7, 8)
-        assert all(b - a >= 0.7 - 1e-9 for a, b in itertools.pairwise(placed))
-        assert all(0.3 < y < 7.7 for y in placed)
 
 
 def test_a_photograph_that_is_not_there_says_so():

@@ -258,7 +258,3 @@ def test_copies_behind_the_last_patch_are_not_at_it(untrained):
         found = measure._attended(Asker(made, ARMS["end"], 1.0, generator), batch, True)
     assert found["patch"] > 0
     assert found["copies"] == 0
-
-
-def generator() -> torch.Generator:
-    return torch.Generator().manual_seed(0)

@@ -15,6 +15,8 @@ import torch
 from lab_toy import TOY
 
 from attanchor_lab import runner
+from attanchor_lab.scenes.questions import Mixture
+from attanchor_lab.scenes.world import World
 from attanchor_lab.synthetic import laboratory, model, plans
 from attanchor_lab.synthetic import plan as settings
 from attanchor_lab.synthetic.arms import ARMS
@@ -363,43 +365,37 @@ def test_settings_share_their_weights_where_they_can():
 
 
 @pytest.mark.parametrize(
-    ("changed", "message"),
+    ("changed", "wrong", "message"),
     [
-        ({"arms": ("t2i",)}, "lacks the arm 'plain'"),
-        ({"arms": ("plain", "t3i")}, r"\['t3i'\]"),
-        ({"more": ("plain",)}, "twice"),
-        ({"seeds": ()}, "at least one of seeds"),
-        ({"blur_test": ()}, "at least one of seeds and of blur_test"),
-        ({"test_scenes": 0}, "test_scenes is 0; it should be at least 1"),
-        ({"temperature": 0.0}, "temperature is 0.0; it should be above 0"),
+        (TOY, {"arms": ("t2i",)}, "lacks the arm 'plain'"),
+        (TOY, {"arms": ("plain", "t3i")}, r"\['t3i'\]"),
+        (TOY, {"more": ("plain",)}, "twice"),
+        (TOY, {"seeds": ()}, "at least one of seeds"),
+        (TOY, {"blur_test": ()}, "at least one of seeds and of blur_test"),
+        (TOY, {"test_scenes": 0}, "test_scenes is 0; it should be at least 1"),
+        (TOY, {"temperature": 0.0}, "temperature is 0.0; it should be above 0"),
+        (settings.Stage1(), {"batch": 0}, "batch is 0"),
+        (settings.Stage1(), {"lr": 0.0}, "lr is 0.0"),
+        (settings.Stage2(), {"steps": 0}, "steps is 0"),
+        (settings.Stage2(), {"method": "qlora"}, "method is 'qlora'"),
+        (settings.Stage2(), {"share": 0.0}, "share is 0.0"),
+        (model.Shape(), {"width": 60, "heads": 8}, "width is 60; with 8 heads"),
+        (model.Shape(), {"layers": 0}, "at least 1 each"),
+        (World(), {"rows": 5}, "rows is 5"),
+        (World(), {"least": 9, "most": 3}, "least and most"),
+        (World(), {"rows": 2, "columns": 2}, "4 patches"),
+        (Mixture(), {"negatives": ()}, "negatives is"),
+        (Mixture(), {"negatives": ("hard",)}, "negatives is"),
+        (Mixture(), {"yes": 1.2}, "yes is"),
+        (Mixture(), {"kinds": (1, 0)}, "kinds is"),
+        (Mixture(), {"kinds": (0, 0, 0)}, "kinds is"),
+        (plan(), {"settings": (), "contrasts": ()}, "no settings"),
+        (plan(), {"workers": 0}, "workers is 0"),
     ],
 )
-def test_a_wrong_setting_is_refused(changed, message):
+def test_wrong_values_of_a_plan_and_its_parts_are_refused(changed, wrong, message):
     with pytest.raises(ValueError, match=message):
-        dataclasses.replace(TOY, **changed)
-
-
-@pytest.mark.parametrize(
-    ("kind", "wrong", "message"),
-    [
-        (settings.Stage1, {"batch": 0}, "batch is 0"),
-        (settings.Stage1, {"lr": 0.0}, "lr is 0.0"),
-        (settings.Stage2, {"steps": 0}, "steps is 0"),
-        (settings.Stage2, {"method": "qlora"}, "method is 'qlora'"),
-        (settings.Stage2, {"share": 0.0}, "share is 0.0"),
-        (model.Shape, {"width": 60, "heads": 8}, "width is 60; with 8 heads"),
-        (model.Shape, {"layers": 0}, "at least 1 each"),
-    ],
-)
-def test_a_wrong_part_of_a_setting_is_refused(kind, wrong, message):
-    with pytest.raises(ValueError, match=message):
-        kind(**wrong)
-
-
-@pytest.mark.parametrize(("wrong", "message"), [({"settings": ()}, "no settings"), ({"workers": 0}, "workers is 0")])
-def test_a_wrong_plan_is_refused(wrong, message):
-    with pytest.raises(ValueError, match=message):
-        dataclasses.replace(plan(), contrasts=(), **wrong)
+        dataclasses.replace(changed, **wrong)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 
 from attanchor_lab.scenes import questions
@@ -105,23 +104,6 @@ def test_a_mixture_is_what_was_asked_for():
     assert (asked.kind == 0).all()
     assert 0.77 < (asked.answer == questions.YES).float().mean() < 0.83
     assert set(asked.negative.unique().tolist()) == {-1, 0}
-
-
-@pytest.mark.parametrize(
-    "wrong", [{"negatives": ()}, {"negatives": ("hard",)}, {"yes": 1.2}, {"kinds": (1, 0)}, {"kinds": (0, 0, 0)}]
-)
-def test_a_wrong_mixture_is_refused(wrong):
-    with pytest.raises(ValueError, match=f"{next(iter(wrong))} is"):
-        Mixture(**wrong)
-
-
-@pytest.mark.parametrize(
-    ("wrong", "message"),
-    [({"rows": 5}, "rows is 5"), ({"least": 9, "most": 3}, "least and most"), ({"rows": 2, "columns": 2}, "4 patches")],
-)
-def test_a_wrong_world_is_refused(wrong, message):
-    with pytest.raises(ValueError, match=message):
-        scenes.World(**wrong)
 
 
 def test_objects_are_drawn_at_their_patches_and_nowhere_else():
