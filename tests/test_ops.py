@@ -63,11 +63,11 @@ def test_opcheck_of_the_internal_linear_operators():
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
-@pytest.mark.parametrize("trim", [True, False])
+@pytest.mark.parametrize("options", [{}, {"trim": False}, {"keep": 3, "padding_side": "left"}], ids=str)
 @pytest.mark.parametrize("operator", ["build", "merge"])
-def test_gradcheck_first_and_second_order(direction, trim, operator):
+def test_gradcheck_first_and_second_order(direction, options, operator):
     """In float64, and again through the backward, which is a linear operator of its own."""
-    options = {"direction": direction, "trim": trim}
+    options = {"direction": direction, **options}
     if operator == "build":
         rows = pair(image=4, text=2, hidden=2)
 
@@ -79,7 +79,7 @@ def test_gradcheck_first_and_second_order(direction, trim, operator):
         def embeds(text, image):
             return merge_sequence(text, image, roles, 0.0, **options).embeds
 
-    assert len(embeds(*rows)[0]) > 4 + 2
+    assert len(embeds(*rows)[0]) > options.get("keep", 4) + 2
     assert gradcheck(embeds, rows)
     assert gradgradcheck(embeds, rows)
 
