@@ -8,7 +8,21 @@ import torch
 
 import attanchor_vlm
 from attanchor_kernels.backends import triton as triton_backend
-from benchmarks import baselines, cases, floor, gpu, models, overhead, roofline, rows, sanitize, timing, tune
+from benchmarks import (
+    baselines,
+    cases,
+    floor,
+    gpu,
+    models,
+    overhead,
+    plots,
+    roofline,
+    rows,
+    sanitize,
+    targets,
+    timing,
+    tune,
+)
 from benchmarks.__main__ import COMMANDS, main
 
 
@@ -53,6 +67,14 @@ def test_roofline_rows_say_what_was_measured_on_what(measured):
     assert forward["bytes"] == 2 * 128 * 4 * (46 + 46 + 8)
     assert forward["ratio"] == pytest.approx(forward["us"] / forward["floor_us"], rel=1e-3)
     assert forward["percent_of_roofline"] == pytest.approx(100 / forward["ratio"], rel=1e-2)
+
+
+def test_rows_of_a_cpu_judge_no_kernel_and_are_not_drawn(measured, capsys):
+    assert main(["targets", "--results", str(measured.parent)]) == 0
+    printed = capsys.readouterr().out
+    assert "0 met, 0 missed" in printed
+    assert printed.count("not measured |") == len(targets.judge([]))
+    assert plots.wanted(rows.read(measured)) == {}
 
 
 def test_no_figure_for_a_wrong_result(tmp_path, monkeypatch, capsys):

@@ -11,7 +11,6 @@ import torch
 import training_toy
 from PIL import Image
 
-from attanchor_lab.scenes import dataset as scenes
 from attanchor_lab.small_llava import model as small_llava
 from attanchor_vlm import AttAnchorConfig, attach, cli, load_settings, save_settings
 from attanchor_vlm.analysis import calibrate as calibration
@@ -28,10 +27,7 @@ from attanchor_vlm.training.tau import RunningQuantile
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("world")
-    scenes.write_dataset(folder, "train", 12, seed=4)
-    scenes.write_dataset(folder, "val", 2, seed=1)
-    return folder
+    return training_toy.write_world(tmp_path_factory, train=(12, 4), val=(2, 1))
 
 
 OPTIONS = {"calibration_samples": 32, "batch_size": 8}

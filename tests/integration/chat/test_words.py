@@ -8,9 +8,8 @@ import pytest
 import torch
 from chats import KINDS, processor_of, user
 from tiny import byte_level_tokenizer, metaspace_tokenizer, picture, tiny_llava
-from training_toy import save_random_model
+from training_toy import write_world
 
-from attanchor_lab.scenes import dataset as scenes
 from attanchor_lab.small_llava import model as small_llava
 from attanchor_vlm import AttAnchorConfig, attach, cli, encode_chat, load_settings, with_tokens_of
 from attanchor_vlm.analysis.calibrate import threshold_for_share
@@ -173,10 +172,7 @@ def test_from_ids_alone_the_tokens_must_be_known():
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("world")
-    save_random_model(folder / "model")
-    scenes.write_dataset(folder, "train", 4, seed=0)
-    return folder
+    return write_world(tmp_path_factory, "random", train=(4, 0))
 
 
 def command(world, name: str, *more) -> int:

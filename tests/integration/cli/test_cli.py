@@ -13,11 +13,10 @@ from importlib import metadata
 import pytest
 import torch
 import typer
-from training_toy import save_random_model
+from training_toy import write_world
 from transformers import Gemma3Config, LlamaConfig, LlavaConfig, Qwen2_5_VLConfig
 
 import attanchor_vlm
-from attanchor_lab.scenes import dataset as scenes
 from attanchor_lab.small_llava import model as small_llava
 from attanchor_vlm import cli, load_settings
 from attanchor_vlm.cli.options import Options, takes
@@ -31,10 +30,7 @@ from attanchor_vlm.training.config import PRESETS, TrainConfig
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("world")
-    save_random_model(folder / "model")
-    scenes.write_dataset(folder, "train", 8, seed=0)
-    return folder
+    return write_world(tmp_path_factory, "random", train=(8, 0))
 
 
 def command(world, *more, **changed):

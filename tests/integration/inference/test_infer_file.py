@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -253,13 +252,9 @@ def test_an_output_that_another_run_writes_to_is_refused(loaded, sample, asked, 
 
 def test_a_full_disk_is_one_error_and_loses_nothing(loaded, asked, tmp_path):
     output, rows = tmp_path / "answers.jsonl", questions.read_questions(asked)[0]
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (200, limits[1]))
-    try:
-        with pytest.raises(DataError, match=r"answers.jsonl cannot be written: .* too large; what it holds is kept"):
-            questions.answer_all(*loaded, rows, output, {"tau": TAU}, batch_size=1, max_new_tokens=6)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    said = r"answers.jsonl cannot be written: .* too large; what it holds is kept"
+    with forked.at_most(200), pytest.raises(DataError, match=said):
+        questions.answer_all(*loaded, rows, output, {"tau": TAU}, batch_size=1, max_new_tokens=6)
     kept = output.read_text().count("\n")
     assert 0 < kept < 7
     result = questions.answer_all(*loaded, rows, output, {"tau": TAU}, batch_size=1, max_new_tokens=6, resume=True)

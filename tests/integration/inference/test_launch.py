@@ -6,7 +6,6 @@ import json
 import os
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -14,6 +13,7 @@ import threading
 import pytest
 import torch
 from builders import BY_NAME
+from infer_toy import free_port
 from tiny import prompts, tiny_llava
 
 from attanchor_vlm import AttAnchorConfig, answer, attach, cli, load
@@ -98,10 +98,7 @@ http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
 
 def test_a_server_is_announced_when_it_answers_and_ended_by_the_signal():
     """The signal reaches it; its exit code is the command's."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    ready, before = [], signal.getsignal(signal.SIGTERM)
+    port, ready, before = free_port(), [], signal.getsignal(signal.SIGTERM)
 
     def announce():
         ready.append(port)
@@ -126,9 +123,7 @@ sys.exit(6)
 
 def test_what_answers_in_another_language_is_waited_for_without_a_proxy(monkeypatch):
     """A server behind TLS says nothing that HTTP knows; it goes on to its own end."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     command = [sys.executable, "-c", DEAF, str(port)]
     assert launch.run_server(command, f"http://127.0.0.1:{port}", lambda: pytest.fail("it is not ready")) == 6

@@ -1,4 +1,4 @@
-"""Processes of their own for tests that need them: killed ones, and two that train together.
+"""Processes of their own for tests that need them: killed ones, and two that train together; limits of this one.
 
 A fork server imports torch and transformers once; what it forks starts at once. Nothing here runs at import.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -81,6 +82,17 @@ def together(work: Callable[..., Any], *arguments: Any, world: int = 2) -> list[
             process.kill()
             process.join()
     return [process.exitcode for process in processes]
+
+
+@contextmanager
+def at_most(size: int) -> Iterator[None]:
+    """Every file of this process ends at `size` bytes, as on a disk that is full then."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 _HOLD = """

@@ -3,14 +3,28 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
 
+from attanchor_lab.scenes import dataset as scenes
 from attanchor_lab.small_llava import model as small_llava
 from attanchor_vlm.training import callbacks
 from attanchor_vlm.training import run as train
 from attanchor_vlm.training.config import TrainConfig
+
+
+def write_world(tmp_path_factory, model=None, **drawn):
+    """A folder with `{name}.json` of so many scenes by a seed, and a model, "random" or "shipped"."""
+    folder = tmp_path_factory.mktemp("world")
+    if model == "random":
+        save_random_model(folder / "model")
+    if model == "shipped":
+        shutil.copytree(small_llava.SHIPPED, folder / "model")
+    for name, (count, seed) in drawn.items():
+        scenes.write_dataset(folder, name, count, seed=seed)
+    return folder
 
 
 def save_random_model(folder):

@@ -7,7 +7,6 @@ import errno
 import functools
 import json
 import os
-import resource
 import shutil
 import signal
 from pathlib import Path
@@ -16,6 +15,7 @@ import forked
 import pytest
 import torch
 import training_toy
+from forked import at_most
 from training_toy import at_the_end_of, lines, logged
 
 from attanchor_lab.scenes import dataset as scenes
@@ -31,10 +31,7 @@ from attanchor_vlm.training.config import TrainConfig
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("world")
-    scenes.write_dataset(folder, "train", 8, seed=0)
-    scenes.write_dataset(folder, "val", 2, seed=1)
-    return folder
+    return training_toy.write_world(tmp_path_factory, train=(8, 0), val=(2, 1))
 
 
 settings = functools.partial(training_toy.settings, tau=0.3)
@@ -203,17 +200,6 @@ def test_a_checkpoint_that_a_kill_tore_is_removed_and_made_anew(world, output):
     assert result.steps == 6
     assert checkpoints.read_state(torn)["step"] == 5
     assert torch.load(torn / "optimizer.pt")
-
-
-@contextlib.contextmanager
-def at_most(size: int):
-    """Every file of this process ends at `size` bytes, as on a disk that is full then."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def contents(folder: Path) -> dict[str, bytes]:

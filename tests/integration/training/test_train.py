@@ -10,10 +10,9 @@ import pytest
 import torch
 import training_toy
 from tiny import tiny_llava
-from training_toy import at_the_end_of, lines, logged, save_random_model
+from training_toy import at_the_end_of, lines, logged
 from transformers import LlamaForCausalLM
 
-from attanchor_lab.scenes import dataset as scenes
 from attanchor_vlm import AttAnchorConfig, attach, load_adapter, load_settings
 from attanchor_vlm.data.batches import Collator
 from attanchor_vlm.data.rows import read_rows, samples
@@ -28,11 +27,7 @@ from attanchor_vlm.training.lora import add_lora
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """A small model with random weights, and a few scenes on disk."""
-    folder = tmp_path_factory.mktemp("world")
-    save_random_model(folder / "model")
-    scenes.write_dataset(folder, "train", 12, seed=3)
-    scenes.write_dataset(folder, "val", 3, seed=1)
-    return folder
+    return training_toy.write_world(tmp_path_factory, "random", train=(12, 3), val=(3, 1))
 
 
 OPTIONS = {"tau": -1.0, "eval_batch_size": 16}

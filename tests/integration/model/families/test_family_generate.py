@@ -10,8 +10,8 @@ from tiny_families import VOCABULARY
 
 @both_directions
 @every_route
-def test_cached_generation_agrees_with_uncached_forwards(family, route, direction):
-    model, (batch, _) = attached(family, route, direction), family.prompts(MIXED, "left")
+def test_cached_generation_agrees_with_uncached_forwards(family, route, direction, **settings):
+    model, (batch, _) = attached(family, route, direction, **settings), family.prompts(MIXED, "left")
     output = model.generate(**batch, **GREEDY, **LOGITS)
     assert model.attanchor_plan.is_anchor.any()
     tokens, logits = greedy_by_forward(family, model, batch)
@@ -31,10 +31,10 @@ def test_a_right_padded_batch_generates_as_its_samples_alone(family, route):
 
 
 @every_route
-def test_the_score_of_beams_is_that_of_an_uncached_forward(family, route):
+def test_the_score_of_beams_is_that_of_an_uncached_forward(family, route, **settings):
     # By ids, image into text lengthens what beams repeat: the features, and the placeholders that tell whose they are.
     direction = "image_into_text" if route == "ids" else "text_into_image"
-    model, (batch, _) = attached(family, route, direction), family.prompts(MIXED, "left")
+    model, (batch, _) = attached(family, route, direction, **settings), family.prompts(MIXED, "left")
     output = model.generate(
         **batch,
         **GREEDY,
