@@ -308,16 +308,8 @@ def test_the_verdicts_of_an_aligned_model_and_of_one_that_is_not_differ(aligned,
 
 
 def arguments(folder, *more, model=small_llava.SHIPPED):
-    return [
-        "probe",
-        "--model",
-        str(model),
-        "--data",
-        str(folder / "some.json"),
-        "--images",
-        str(folder / "images"),
-        *more,
-    ]
+    data = ["--data", str(folder / "some.json"), "--images", str(folder / "images")]
+    return ["probe", "--model", str(model), *data, *more]
 
 
 def test_the_command_prints_plots_and_writes_the_control(world, tmp_path, capsys):

@@ -114,19 +114,11 @@ def test_a_hub_that_cannot_be_reached_is_said_at_once(monkeypatch):
 def test_a_model_that_is_not_there_is_said_before_images_are_checked(world, tmp_path, capsys, monkeypatch, name):
     monkeypatch.setattr("attanchor_vlm.data.rows.unreadable", None)
     gone, output = tmp_path / "gone", tmp_path / "out"
+    asked = {"--model": gone, "--input": world / "train.json", "--images": world / "images", "--output": output}
     words = {
         "train": command(world, "--output", output, **{"--model": gone}),
         "probe": command(world, **{"--model": gone}),
-        "generate": [
-            "--model",
-            gone,
-            "--input",
-            world / "train.json",
-            "--images",
-            world / "images",
-            "--output",
-            output,
-        ],
+        "generate": [word for option in asked.items() for word in option],
     }
     code, line = fails(capsys, [name, *words[name]])
     assert code == 1
@@ -193,18 +185,8 @@ def test_what_a_machine_lacks_is_one_line(world, capsys, monkeypatch, error, sai
 def test_train_with_overrides_and_calibrate(world, tmp_path, capsys):
     output = tmp_path / "run"
     options = ["--preset", "small-llava", "--tau", "-1", "--max-steps", "2", "--eval-steps", "1", "--batch-size", "4"]
-    options += [
-        "--val-fraction",
-        "0.2",
-        "--lora-rank",
-        "2",
-        "--lora-alpha",
-        "4",
-        "--max-anchors",
-        "3",
-        "--patience",
-        "0",
-    ]
+    options += ["--val-fraction", "0.2", "--lora-rank", "2", "--lora-alpha", "4", "--max-anchors", "3"]
+    options += ["--patience", "0"]
     assert cli.main(["train", *command(world, "--output", output, *options)]) == 0
     said = capsys.readouterr().out
     assert "tau -1, text_into_image; learning rate 0.002, batch 4 x 1, 2 steps, LoRA rank 2, float32; preset" in said
@@ -322,18 +304,8 @@ def test_help_answers_without_loading_torch():
     script = "import sys; from attanchor_vlm import cli; print(cli.main(['train', '--help']), 'torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.stdout.splitlines()[-1] == "0 False", done.stderr
-    for option in (
-        "--model",
-        "--data",
-        "--images",
-        "--preset",
-        "--tau",
-        "--direction",
-        "--resume",
-        "--skip-bad",
-        "--seed",
-    ):
-        assert option in done.stdout
+    for option in ["model", "data", "images", "preset", "tau", "direction", "resume", "skip-bad", "seed"]:
+        assert f"--{option}" in done.stdout
     said = " ".join(done.stdout.split())
     for default in ("0.12; qwen2.5-vl-3b 0.08", "0.0001; llava-7b 0.0002; small-llava 0.002", "32; llava-7b 8", "each"):
         assert f"[default: {default}" in said

@@ -62,6 +62,14 @@ RESNET = {
     "embedding_size": 8,
     "layer_type": "basic",
 }
+INKLING = {
+    "swa_num_attention_heads": 4,
+    "swa_num_key_value_heads": 2,
+    "swa_head_dim": 8,
+    "sliding_window_size": 24,
+    "d_rel": 4,
+    "rel_extent": 64,
+}
 MUSE = {
     "text": {"layer_rope_theta": [10000.0, 0]},
     "vision": {"pos_emb_height": 8, "pos_emb_width": 8, "max_position_embeddings": 64},
@@ -353,15 +361,7 @@ TABLE = [
     _family(
         "inkling2",
         images.blocks,
-        text={
-            "swa_num_attention_heads": 4,
-            "swa_num_key_value_heads": 2,
-            "swa_head_dim": 8,
-            "sliding_window_size": 24,
-            "unpadded_vocab_size": VOCABULARY,
-            "d_rel": 4,
-            "rel_extent": 64,
-        },
+        text={**INKLING, "unpadded_vocab_size": VOCABULARY},
         vision={"projection_hidden_dim": 32, "posemb_grid_size": 8},
     ),
     _family(
@@ -369,12 +369,7 @@ TABLE = [
         images.folded,
         **BOTH,
         text={
-            "swa_num_attention_heads": 4,
-            "swa_num_key_value_heads": 2,
-            "swa_head_dim": 8,
-            "sliding_window_size": 24,
-            "d_rel": 4,
-            "rel_extent": 64,
+            **INKLING,
             "layer_types": ["hybrid", "hybrid_sliding"],
             "mlp_layer_types": ["dense", "sparse"],
             "logits_mup_width_multiplier": 1.0,

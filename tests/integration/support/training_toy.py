@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import torch
+import transformers
 
 from attanchor_lab.scenes import dataset as scenes
 from attanchor_lab.small_llava import model as small_llava
@@ -47,6 +48,13 @@ def settings(world, output, **more):
 
 def run(world, output, **more):
     return train.run(settings(world, output, **more), say=lambda line: None, progress=False)
+
+
+def arguments(folder, **more):
+    """Those of a Trainer of transformers that computes losses alone, on a CPU."""
+    loss_alone = {"prediction_loss_only": True, "label_names": ["labels"], "remove_unused_columns": False}
+    quiet = {"report_to": [], "use_cpu": True, "disable_tqdm": True}
+    return transformers.TrainingArguments(str(folder), **{**loss_alone, **quiet, **more})
 
 
 def at_the_end_of(step, act, patch=None):

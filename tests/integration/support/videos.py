@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import table_families
 import torch
-from builders import BY_NAME, _rows_of, _words
+from builders import BY_NAME, Family, _rows_of, _words
 from tiny_families import BOS, END, IMAGE, QWEN_PATCH, SIDE, START, VIDEO
 from torch import Tensor
 
@@ -13,7 +13,16 @@ GRID = (4, 4)  # patches of a frame of Qwen's, four of which are a token
 TOKENS = 4  # of a frame, in all families
 _TABLE = {family.name: family for family in table_families.TABLE}
 _NAMES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "llava_onevision")
-FAMILIES = [BY_NAME.get(name) or _TABLE[name] for name in _NAMES]
+
+
+class Filmed(Family):
+    """A family whose prompts have videos: see `prompts`."""
+
+    def prompts(self, media: list[str], side: str = "right", seed: int = 0) -> tuple[dict, list[dict]]:
+        return prompts(self, media, side, seed)
+
+
+FAMILIES = [Filmed(**vars(BY_NAME.get(name) or _TABLE[name])) for name in _NAMES]
 
 
 def prompts(family, media: list[str], side: str = "right", seed: int = 0) -> tuple[dict, list[dict]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 
 import pytest
-import test_families
 import test_family_generate
 import torch
 from builders import BY_NAME, FAMILIES, features
@@ -17,6 +16,9 @@ from shared import (
     MROPE,
     NEW,
     attached,
+    check_cached_generation,
+    check_routes_agree,
+    check_samples_alone,
     every_family,
     every_route,
     greedy_by_forward,
@@ -146,13 +148,12 @@ def test_hosts_stay_and_dropping_more_than_there_is_drops_nothing(family):
 
 @every_route
 def test_a_batch_is_its_samples_alone(family, route):
-    test_families.test_a_batch_is_its_samples_alone(family, route, "left", "text_into_image", keep=KEEP)
+    check_samples_alone(family, route, "left", "text_into_image", keep=KEEP)
 
 
 @every_route
 def test_cached_generation_agrees_with_uncached_forwards(family, route):
-    same = test_family_generate.test_cached_generation_agrees_with_uncached_forwards
-    same(family, route, "text_into_image", keep=KEEP)
+    check_cached_generation(family, route, "text_into_image", keep=KEEP)
 
 
 @every_route
@@ -162,7 +163,7 @@ def test_the_score_of_beams_is_that_of_an_uncached_forward(family, route):
 
 @pytest.mark.parametrize("family", [family for family in FAMILIES if len(family.routes) > 1], ids=str)
 def test_both_routes_agree(family):
-    test_families.test_both_routes_agree(family, "left", "image_into_text", keep=KEEP)
+    check_routes_agree(family, "left", "image_into_text", keep=KEEP)
 
 
 # --- Positions, cells, salience. ---
