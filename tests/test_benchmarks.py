@@ -8,21 +8,7 @@ import torch
 
 import attanchor_vlm
 from attanchor_kernels.backends import triton as triton_backend
-from benchmarks import (
-    baselines,
-    cases,
-    floor,
-    gpu,
-    models,
-    overhead,
-    plots,
-    roofline,
-    rows,
-    sanitize,
-    targets,
-    timing,
-    tune,
-)
+from benchmarks import baselines, cases, floor, gpu, models, overhead, roofline, rows, sanitize, timing, tune
 from benchmarks.__main__ import COMMANDS, main
 
 
@@ -70,6 +56,8 @@ def test_roofline_rows_say_what_was_measured_on_what(measured):
 
 
 def test_rows_of_a_cpu_judge_no_kernel_and_are_not_drawn(measured, capsys):
+    from benchmarks import plots, targets
+
     assert main(["targets", "--results", str(measured.parent)]) == 0
     printed = capsys.readouterr().out
     assert "0 met, 0 missed" in printed

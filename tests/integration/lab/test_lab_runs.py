@@ -259,53 +259,11 @@ def test_every_setting_of_the_gpu_size_rehearsed(tmp_path, started):
     assert all(row.get("status", "done") == "done" for row in found)
 
 
-@pytest.mark.parametrize(
-    ("name", "changed"),
-    [
-        ("long", {"stage2.steps": [3000]}),
-        ("share", {"stage2.share": [0.1, 0.5]}),
-        ("placements", {"alignment": [0.0]}),
-        ("again", {"alignment": [0.0], "stage2.method": ["lora"], "stage2.lr": [0.004]}),
-        (
-            "settings",
-            {
-                "shape.layers": [6],
-                "stage1.steps": [0],
-                "stage2.steps": [1500],
-                "stage2.curriculum": [0.2],
-                "stage2.method": ["lora"],
-                "stage2.lr": [0.004],
-                "stage2.hold_share": [False],
-                "mixture.yes": [0.5],
-                "mixture.negatives": [["random", "popular", "adversarial"]],
-                "blur_train": [0.8],
-            },
-        ),
-    ],
-)
-def test_the_plans_in_the_documentation_are_the_cpu_size_s_main_setting_with_little_changed(name, changed):
-    folder = Path(__file__).parents[3] / "docs" / "lab"
-    made, device = plans.chosen(None, folder / f"{name}-plan.json", workers=3)
+@pytest.mark.parametrize("name", ["long", "share", "placements", "again", "settings"])
+def test_the_plans_in_the_documentation_begin_with_the_weights_of_the_cpu_size(name):
+    made, device = plans.chosen(None, Path(__file__).parents[3] / "docs" / "lab" / f"{name}-plan.json", workers=3)
     assert (device, made.workers, made.size) == ("cpu", 3, name)
-    main = plans.plan("cpu").settings[0]
-    assert made.settings[0].start_key() == main.start_key()
-    found: dict[str, list] = {}
-    for setting in made.settings:
-        for factor, value in factors(main.to_dict(), setting.to_dict()).items():
-            found.setdefault(factor, []).append(value)
-    assert found == changed
-
-
-def factors(main: dict, other: dict) -> dict:
-    """What training of `other` has otherwise, by dotted name."""
-    tested = ("name", "title", "arms", "more", "seeds", "more_seeds", "blur_test")
-    found = {}
-    for name, value in main.items():
-        if isinstance(value, dict):
-            found |= {f"{name}.{key}": one for key, one in factors(value, other[name]).items()}
-        elif value != other[name] and name not in tested:
-            found[name] = other[name]
-    return found
+    assert made.settings[0].start_key() == plans.plan("cpu").settings[0].start_key()
 
 
 @pytest.mark.parametrize(

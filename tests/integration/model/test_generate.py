@@ -22,15 +22,6 @@ def attached(route: str = "embeds", **settings):
     return attach(tiny_llava(), AttAnchorConfig(**{"tau": TAU, "route": route, **settings}))
 
 
-def test_forced_inherit_decodes_as_it_computes_without_a_cache():
-    model, batch = attached(positions="inherit", force_inherit=True), prompts([1], "left")
-    output = model.generate(**batch, max_new_tokens=NEW, do_sample=False, **LOGITS)
-    tokens, logits = greedy_by_forward(BY_NAME["llava"], model, batch)
-    assert model.attanchor_plan.is_anchor.any()
-    assert torch.equal(output.sequences[:, -NEW:], tokens)
-    assert float((torch.stack(output.logits, 1) - logits).abs().max()) < 2e-5
-
-
 @pytest.mark.parametrize("route", ROUTES)
 def test_assisted_decoding_is_refused(route):
     model, batch = attached(route), prompts([1], "left")

@@ -110,11 +110,12 @@ def check_samples_alone(family, route, side, direction, media=(1, 2, 0, 1), boun
 
 
 def check_cached_generation(family, route, direction, media=MIXED, **settings):
-    model, (batch, _) = attached(family, route, direction, **settings), family.prompts(media, "left")
+    check_generates(family, attached(family, route, direction, **settings), family.prompts(media, "left")[0])
+
+
+def check_generates(family, model, batch):
     output = model.generate(**batch, **GREEDY, **LOGITS)
     assert model.attanchor_plan.is_anchor.any()
     tokens, logits = greedy_by_forward(family, model, batch)
-    length = batch["input_ids"].shape[1]
-    assert torch.equal(output.sequences[:, :length], batch["input_ids"])
-    assert torch.equal(output.sequences[:, length:], tokens)
+    assert torch.equal(output.sequences, torch.cat([batch["input_ids"], tokens], 1))
     assert difference(torch.stack(output.logits, 1), logits) < 2e-5

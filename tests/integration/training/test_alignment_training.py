@@ -125,14 +125,8 @@ def test_the_first_step_adds_the_alignment_to_the_loss_of_the_answers_and_to_no_
     world, tmp_path, accumulation
 ):
     """With accumulation, the mean over the step's batches; and the weight scales it, gradient and all."""
-    same = {
-        "val_data": world / "val.json",
-        "max_steps": 1,
-        "eval_steps": 1,
-        "eval_batch_size": 64,
-        "lr": 1e-9,
-        "accumulation": accumulation,
-    }
+    same = {"val_data": world / "val.json", "eval_steps": 1, "eval_batch_size": 64}
+    same |= {"max_steps": 1, "lr": 1e-9, "accumulation": accumulation}
     plain = run(world, tmp_path / "plain", **same)
     seen = []
     original = AlignedCollator.__call__
@@ -199,14 +193,8 @@ def test_a_batch_without_images_has_no_alignment():
 
 def test_clip_labels_train_a_model(world, clip_folder, tmp_path):
     (tmp_path / "words.txt").write_text("red\nblue\nring\nsquare\ndog\n")
-    result = run(
-        world,
-        tmp_path / "run",
-        align_weight=0.5,
-        align_clip=clip_folder,
-        align_words=tmp_path / "words.txt",
-        batch_size=3,
-    )
+    clip = {"align_clip": clip_folder, "align_words": tmp_path / "words.txt"}
+    result = run(world, tmp_path / "run", align_weight=0.5, **clip, batch_size=3)
     assert all(loss > 0 for loss in logged(result, "align_loss"))
     assert len(logged(result, "align_loss")) == 2
     index = json.loads((tmp_path / "run" / "align-labels.json").read_text())

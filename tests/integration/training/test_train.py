@@ -64,14 +64,8 @@ def test_every_step_logs_what_was_inserted(trained):
 @pytest.mark.parametrize(("tau", "direction"), [(0.2, "text_into_image"), (0.2, "image_into_text"), (1.0, None)])
 def test_the_share_is_that_of_the_plan(world, tmp_path, tau, direction):
     """What the log says of the first step, counted anew from the operator's plan."""
-    options = {
-        "tau": tau,
-        "direction": direction,
-        "max_steps": 1,
-        "eval_steps": 1,
-        "accumulation": 2,
-        "lora_dropout": 0.0,
-    }
+    options = {"tau": tau, "direction": direction, "max_steps": 1, "eval_steps": 1}
+    options |= {"accumulation": 2, "lora_dropout": 0.0}
     result = run(world, tmp_path / "run", **options)
     line = next(line for line in result.log if "loss" in line)
     if tau == 1:
@@ -225,11 +219,6 @@ def test_a_short_run_may_draw_rows_of_text_alone(world, tmp_path):
     path.write_text(json.dumps(rows))
     result = run(world, tmp_path / "run", data=path, val_data=None, val_fraction=0, max_steps=1, eval_steps=1)
     assert result.log[0]["inserted_share"] == 0  # the row with an image was not among the first four
-    assert load_settings(tmp_path / "run").tau == -1
-
-
-def test_a_run_without_validation_keeps_its_last_adapter(world, tmp_path):
-    result = run(world, tmp_path / "run", val_data=None, val_fraction=0, max_steps=2, eval_steps=2)
     assert result.val_loss is None
     assert (tmp_path / "run" / "adapter_model.safetensors").is_file()
     assert load_settings(tmp_path / "run").tau == -1

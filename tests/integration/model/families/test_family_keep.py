@@ -10,18 +10,15 @@ import torch
 from builders import BY_NAME, FAMILIES, features
 from shared import (
     FLAT,
-    GREEDY,
-    LOGITS,
     MIXED,
     MROPE,
-    NEW,
     attached,
     check_cached_generation,
+    check_generates,
     check_routes_agree,
     check_samples_alone,
     every_family,
     every_route,
-    greedy_by_forward,
     tau_for,
 )
 from tiny import difference, plain
@@ -197,9 +194,7 @@ def test_one_position_per_token_may_be_inherited(family, implementation):
         assert torch.equal(plan.position_ids[own], counted[own])
         assert difference(logits[real], gathered(family, batch, plan)[real]) < 1e-4
         assert difference(logits[0][real[0]], model(**alone[0]).logits[0]) < 2e-5
-    output = model.generate(**batch, **GREEDY, **LOGITS)
-    tokens, _ = greedy_by_forward(family, model, batch)
-    assert torch.equal(output.sequences[:, -NEW:], tokens)
+    check_generates(family, model, batch)
 
 
 def test_inherited_positions_under_flash_attention_need_insisting(monkeypatch):
