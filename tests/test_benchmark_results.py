@@ -162,7 +162,7 @@ def test_a_prefill_that_waits_for_its_launches_judges_no_construction():
     assert "could not be captured" in targets.table_of(verdicts)
 
 
-def test_figures_of_two_gpus_are_not_mixed(tmp_path):
+def test_figures_of_two_gpus_are_not_mixed():
     """The newest row says which is judged, tabled and drawn."""
     older = [{**row, "gpu": "Old GPU", "date": "2025-12-31", "us": 1e4} for row in gpu_rows() if "us" in row]
     both = [*gpu_rows(), *older]
@@ -284,7 +284,7 @@ def test_a_prompt_with_other_tokens_is_counted_out_in_its_turn():
     assert lines == [["aria", "2 and 1 of 3", "–", "7"], ["llava", "2 and 1 of 3", "7", "–"]]
 
 
-def test_check_misses_a_plot_and_sees_an_old_one(tmp_path, capsys):
+def test_check_misses_a_plot_and_sees_an_old_one(tmp_path):
     """A picture says which rows it was drawn from; the table beside it may not have changed with them."""
     (tmp_path / "README.md").write_text(README)
     rows.write(tmp_path / "rows.jsonl", gpu_rows())

@@ -275,23 +275,6 @@ def test_a_dropped_row_gets_no_gradient_and_what_ranks_it_none_either():
     assert salience.grad is None
 
 
-@pytest.mark.parametrize("direction", ["text_into_image", "image_into_text"])
-def test_opcheck(direction):
-    image, text = (rows.requires_grad_() for rows in _inputs(torch.float32))
-    salience, cells = torch.randn(2, 7), torch.randint(-1, 7, (2, 7), dtype=torch.int32)
-    options = {"keep": 3, "salience": salience, "cells": cells, "direction": direction}
-    torch.library.opcheck(OPS.build_sequence.default, (image, text, 0.0), options)
-    torch.library.opcheck(OPS.build_sequence.tau_tensor, (image, text, torch.tensor(0.0)), {"keep": 9})
-
-
-@pytest.mark.parametrize("operator", ["merge_sequence", "plan_sequence"])
-def test_opcheck_of_prompts(operator):
-    text, image, roles = _prompt(torch.float32)
-    each = {"keep_each": torch.tensor([1, 2], dtype=torch.int32), "padding_side": "left", "positions": "inherit"}
-    torch.library.opcheck(getattr(OPS, operator).default, (text, image, roles, 0.0), each)
-    torch.library.opcheck(getattr(OPS, operator).tau_tensor, (text, image, roles, torch.tensor(0.0)), {"keep": 2})
-
-
 def test_raw_operators_give_the_same_rows_at_capacity():
     image, text = _inputs()
     raw = OPS.build_sequence(image, text, 0.1, keep=3)

@@ -10,7 +10,7 @@ import pytest
 import torch
 import training_toy
 from PIL import Image
-from training_toy import logged
+from training_toy import before_every_loss, logged
 
 from attanchor_lab.scenes import dataset as scenes
 from attanchor_lab.small_llava import model as small_llava
@@ -302,17 +302,8 @@ def test_lengths_are_those_of_the_batches(world):
 
 
 def test_grouping_by_length_pads_less_and_resumes(world, tmp_path, monkeypatch):
-    from attanchor_vlm.training import trainer
-
     seen: list[list[int]] = []
-    original = trainer.AnchorTrainer.compute_loss
-
-    def watch(self, model, inputs, *args, **kwargs):
-        if model.training:
-            seen.append(inputs["attention_mask"].sum(-1).tolist())
-        return original(self, model, inputs, *args, **kwargs)
-
-    monkeypatch.setattr(trainer.AnchorTrainer, "compute_loss", watch)
+    before_every_loss(lambda _, inputs: seen.append(inputs["attention_mask"].sum(-1).tolist()), monkeypatch)
     mixed = tmp_path / "mixed.json"
     rows = json.loads((world / "train.json").read_text())[:36]
     for index, row in enumerate(rows):

@@ -28,8 +28,8 @@ def mmbench(index, answer):
     return {**row, **options, "category": "object", "L2-category": "perception"}
 
 
-def hallusion(category, set_id, figure, question, truth):
-    row = {"category": category, "subcategory": "figure", "set_id": set_id, "figure_id": figure}
+def hallusion(figure, question, truth):
+    row = {"category": "VD", "subcategory": "figure", "set_id": "0", "figure_id": figure}
     return {**row, "question_id": question, "question": "Is it so?", "gt_answer": truth, "gt_answer_details": "It is."}
 
 
@@ -97,8 +97,7 @@ CASES = {
     ),
     "hallusionbench": (
         "image",
-        [hallusion("VD", "0", "0", "0", "1"), hallusion("VD", "0", "0", "1", "0"), hallusion("VD", "0", "1", "0", "1"),
-         hallusion("VD", "0", "1", "1", "0")],
+        [hallusion("0", "0", "1"), hallusion("0", "1", "0"), hallusion("1", "0", "1"), hallusion("1", "1", "0")],
         ["Yes.", "No, it is not.", "yes", "Yes"],
         {"hallusionbench": 75.0, "hallusionbench_question_pairs": 50.0, "hallusionbench_figures": 50.0},
     ),
@@ -262,7 +261,7 @@ def test_data_that_are_not_here_are_said_in_one_line(lmms_eval, world, hub_out_o
     assert "the data of task mmbench cannot be loaded: 'dev'" in capsys.readouterr().err
 
 
-def test_an_experiment_measures_benchmarks(lmms_eval, world, tmp_path, capsys):
+def test_an_experiment_measures_benchmarks(lmms_eval, world, tmp_path):
     """Small model, no training, two arms, POPE from a local folder: values in rows and table."""
     write_pope(tmp_path / "pope", existence(world)[:4])
     output = tmp_path / "out"

@@ -45,7 +45,7 @@ def test_what_cannot_be_served_is_refused_before_anything_is_loaded(sample, tmp_
     )
 
 
-def test_options_behind_the_dashes_win(sample, monkeypatch, capsys):
+def test_options_behind_the_dashes_win(sample, monkeypatch):
     monkeypatch.setattr(launch, "check_vllm", lambda: None)
     ran = []
     monkeypatch.setattr(launch, "run_server", lambda command, address, ready: ran.append((command, address)) or 3)

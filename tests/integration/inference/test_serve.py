@@ -151,7 +151,7 @@ def _scaled(forward):
     return scaled
 
 
-def test_inherited_positions_are_refused(sample, image, tmp_path, capsys):
+def test_inherited_positions_are_refused(sample, image, tmp_path):
     model, processor = load(str(sample / "model"), tau=TAU)
     settings = AttAnchorConfig(tau=TAU, positions="inherit", force_inherit=True)
     attach(model, settings)

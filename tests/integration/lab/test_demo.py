@@ -128,7 +128,7 @@ def test_the_demo_leaves_its_table_and_pictures(finished):
         assert 0.02 < arm["inserted_share"]["test"] < 0.5
 
 
-def test_the_demo_trains_by_the_command_that_it_prints(finished, capsys, tmp_path):
+def test_the_demo_trains_by_the_command_that_it_prints(finished, tmp_path):
     from attanchor_vlm import cli
 
     _output, size, results, said = finished

@@ -14,7 +14,6 @@ from transformers.generation.streamers import BaseStreamer
 from attanchor_vlm import AttAnchorConfig, attach
 
 TAU = 0.1
-LOGITS = {"return_dict_in_generate": True, "output_logits": True}
 ROUTES = ["embeds", "ids"]
 
 
@@ -223,7 +222,7 @@ def test_generation_after_an_error_still_inserts():
     assert model.attanchor_calls == calls + 1
 
 
-def test_a_lora_model_generates(tmp_path):
+def test_a_lora_model_generates():
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(2)

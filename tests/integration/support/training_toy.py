@@ -11,7 +11,7 @@ import transformers
 
 from attanchor_lab.scenes import dataset as scenes
 from attanchor_lab.small_llava import model as small_llava
-from attanchor_vlm.training import callbacks
+from attanchor_vlm.training import callbacks, trainer
 from attanchor_vlm.training import run as train
 from attanchor_vlm.training.config import TrainConfig
 
@@ -67,6 +67,18 @@ def at_the_end_of(step, act, patch=None):
         original(self, args, state, control, **kwargs)
 
     (patch or pytest.MonkeyPatch()).setattr(callbacks.KeepOnInterrupt, "on_step_end", ended)
+
+
+def before_every_loss(act, patch=None):
+    """Call `act` with the trainer and its inputs in front of every loss that is trained on; as `at_the_end_of`."""
+    original = trainer.AnchorTrainer.compute_loss
+
+    def computed(self, model, inputs, *args, **kwargs):
+        if model.training:
+            act(self, inputs)
+        return original(self, model, inputs, *args, **kwargs)
+
+    (patch or pytest.MonkeyPatch()).setattr(trainer.AnchorTrainer, "compute_loss", computed)
 
 
 def logged(log, *names):

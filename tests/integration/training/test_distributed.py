@@ -14,7 +14,7 @@ import pytest
 import torch
 import training_toy
 from tiny import IMAGE, prompts, tiny_llava, with_labels
-from training_toy import at_the_end_of, lines, logged
+from training_toy import at_the_end_of, before_every_loss, lines, logged
 
 from attanchor_lab.scenes import dataset as scenes
 from attanchor_lab.small_llava import model as small_llava
@@ -54,21 +54,16 @@ def settings(world, output, data, processes, **more):
 
 def train_twice(world, output, data, options):
     """In each process: train until one of them is told to end, in the second epoch, then go on."""
-    from attanchor_vlm.training import trainer
-
     if options.get("fsdp"):
         _shard_on_cpu()
-    had_image = []
-    original = trainer.AnchorTrainer.compute_loss
+    had_image, said, ends = [], [], []
 
-    def watch(self, model, inputs, *args, **kwargs):
-        if model.training:
-            had_image.append("pixel_values" in inputs)
-        return original(self, model, inputs, *args, **kwargs)
+    def terminate_one():
+        if not ends and distributed.rank() == 1:
+            signal.raise_signal(signal.SIGTERM)
 
-    said, ends = [], []
-    trainer.AnchorTrainer.compute_loss = watch
-    at_the_end_of(4, lambda: ends or distributed.rank() == 0 or signal.raise_signal(signal.SIGTERM))
+    before_every_loss(lambda _, inputs: had_image.append("pixel_values" in inputs))
+    at_the_end_of(4, terminate_one)
     with distributed.session():
         for resume in (False, True):
             chosen = settings(world, output, data, 2, resume=resume, **options)

@@ -16,7 +16,7 @@ import pytest
 import torch
 import training_toy
 from forked import at_most
-from training_toy import at_the_end_of, lines, logged
+from training_toy import at_the_end_of, before_every_loss, lines, logged
 
 from attanchor_lab.scenes import dataset as scenes
 from attanchor_lab.small_llava import model as small_llava
@@ -24,7 +24,7 @@ from attanchor_vlm import cli, distributed, load_settings
 from attanchor_vlm.data.dataset import SKIPPED_FILE, STREAM_SKIPPED_FILE
 from attanchor_vlm.errors import CheckpointError, DataError, SetupError
 from attanchor_vlm.records import alone_in
-from attanchor_vlm.training import callbacks, checkpoints, trainer
+from attanchor_vlm.training import callbacks, checkpoints
 from attanchor_vlm.training import run as train
 from attanchor_vlm.training.config import TrainConfig
 
@@ -277,7 +277,7 @@ def test_a_damaged_checkpoint_is_one_line_that_names_the_one_before(world, outpu
     assert len(str(caught.value).splitlines()) == 1
 
 
-def test_an_image_that_vanishes_is_one_line_and_leaves_the_checkpoint(world, tmp_path, capsys):
+def test_an_image_that_vanishes_is_one_line_and_leaves_the_checkpoint(tmp_path, capsys):
     folder = tmp_path / "data"
     scenes.write_dataset(folder, "train", 8, seed=0)
     options = ["--model", small_llava.SHIPPED, "--data", folder / "train.json", "--images", folder / "images"]
@@ -332,15 +332,12 @@ def test_what_other_programs_left_in_a_folder_is_not_touched(world, tmp_path):
 
 @pytest.mark.parametrize("steps", [0, 3])
 def test_a_gpu_that_is_too_small_is_one_line_that_says_what_to_do(world, tmp_path, monkeypatch, steps):
-    original = trainer.AnchorTrainer.compute_loss
-
-    def full(self, model, inputs, *args, **kwargs):
-        if model.training and self.state.global_step == steps:
+    def full(trainer, inputs):
+        if trainer.state.global_step == steps:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
-        return original(self, model, inputs, *args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer.AnchorTrainer, "compute_loss", full)
+        before_every_loss(full, patch)
         with pytest.raises(SetupError, match=r"^the GPU's memory does not hold a batch of 4 samples; give ") as caught:
             run(world, tmp_path / "run")
     message = str(caught.value)
