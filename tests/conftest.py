@@ -28,6 +28,7 @@ settings.register_profile("repository", deadline=None, derandomize=True, print_b
 settings.load_profile("repository")
 
 HERE = Path(__file__).parent
+sys.path.append(str(HERE / "emulator"))
 GPU_ALONE = (HERE / "gpu", HERE / "integration" / "model" / "families" / "test_flash_attention.py")
 # Files that take longest are begun first, or the last of them is left to one worker while the others are idle.
 LONGEST = (

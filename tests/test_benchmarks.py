@@ -55,6 +55,16 @@ def test_roofline_rows_say_what_was_measured_on_what(measured):
     assert forward["percent_of_roofline"] == pytest.approx(100 / forward["ratio"], rel=1e-2)
 
 
+def test_rows_of_a_cpu_judge_no_kernel_and_are_not_drawn(measured, capsys):
+    from benchmarks import plots, targets
+
+    assert main(["targets", "--results", str(measured.parent)]) == 0
+    printed = capsys.readouterr().out
+    assert "0 met, 0 missed" in printed
+    assert printed.count("not measured |") == len(targets.judge([]))
+    assert plots.wanted(rows.read(measured)) == {}
+
+
 def test_no_figure_for_a_wrong_result(tmp_path, monkeypatch, capsys):
     """A backend that returns something else is reported and never timed."""
     right = roofline.run

@@ -1,9 +1,9 @@
 """The CUDA kernels' own source, run on a CPU over an emulated device, against the float64 oracle and the reference."""
 
 import itertools
-import sys
 from pathlib import Path
 
+import emulated
 import pytest
 import torch
 from limits import LIMITS
@@ -13,9 +13,6 @@ from attanchor_kernels import checks, reference
 from attanchor_kernels.problem import Problem
 from attanchor_kernels.testing.contract import assert_keeps_contract, assert_same_fields
 from attanchor_kernels.testing.inputs import TAU, Shape, matched_pair, random_roles
-
-sys.path.insert(0, str(Path(__file__).parent / "emulator"))
-import emulated
 
 if torch.cuda.is_available():
     pytest.skip("the kernels themselves run here: tests/gpu", allow_module_level=True)
@@ -64,14 +61,18 @@ def test_limit(poisoned_empty, make):
 
 
 @pytest.mark.parametrize("direction", ["text_into_image", "image_into_text"])
-@pytest.mark.parametrize("budget", [1, 150, 299])
-def test_large_budget(poisoned_empty, direction, budget):
-    """More movers than are ranked against each other: one block selects the cut, exactly, with many equal scores."""
+@pytest.mark.parametrize(
+    ("budget", "keep"), [(1, None), (150, None), (299, None), (150, 0), (150, 7), (150, 299), (150, 300)]
+)
+def test_large_budget(poisoned_empty, direction, budget, keep):
+    """More movers than are ranked against each other: one block selects the cut, exactly, with many equal scores, and
+    where image tokens are dropped every host stays."""
     generator = torch.Generator().manual_seed(budget)
     movers, hosts = (torch.randint(-1, 2, (1, count, 5), generator=generator).float() for count in (300, 20))
     image, text = (hosts, movers) if direction == "text_into_image" else (movers, hosts)
-    arguments = None, None, None, budget, direction, "sequential", None, "right"
-    problem = checks.build_call(image, text, 0.0, *arguments).problem
+    positions = "sequential" if keep is None else "inherit"
+    arguments = None, None, None, budget, direction, positions, None, "right"
+    problem = checks.build_call(image, text, 0.0, *arguments, keep=keep).problem
     check(problem, (launch.Tuning(32, 1, hold=0), 4, budget))
 
 

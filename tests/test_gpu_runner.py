@@ -73,15 +73,8 @@ def test_parts_fill_one_folder(tmp_path):
     """Each replaces its own rows alone; log and summary name the part; the table judges the rows of all."""
 
     def part(number, us, **more):
-        row = {
-            "run": "roofline",
-            "operation": "forward",
-            "shape": "llava-7b",
-            "batch": 1,
-            "backend": "cuda",
-            "auto": True,
-        }
-        row |= {"us": us, "gpu": "Test GPU", "date": "2026-01-01"}
+        row = {"run": "roofline", "operation": "forward", "shape": "llava-7b", "batch": 1, "backend": "cuda"}
+        row |= {"auto": True, "us": us, "gpu": "Test GPU", "date": "2026-01-01"}
         code = f"import pathlib; pathlib.Path({str(tmp_path / f'{number}.jsonl')!r}).write_text({json.dumps(row)!r})"
         gpu.run_all([step("rows", code, writes=f"{number}.jsonl", **more)], tmp_path, 900.0, number)
 

@@ -8,7 +8,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import KERNEL_DTYPES, build_arguments, examples, merge_arguments
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch.autograd import gradcheck, gradgradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from attanchor_kernels import build_sequence, checks, merge_sequence, plan_sequence, reference
@@ -262,17 +261,6 @@ def _prompt(dtype=torch.float64):
     return torch.cat([text, text, text[:, :1]], 1), image.flatten(0, 1)[:9].clone(), roles
 
 
-@pytest.mark.parametrize("direction", ["text_into_image", "image_into_text"])
-def test_gradcheck_first_and_second_order(direction):
-    image, text = (rows[..., :2].requires_grad_() for rows in _inputs())
-
-    def embeds(image, text):
-        return build_sequence(image, text, 0.0, keep=3, direction=direction, padding_side="left").embeds
-
-    assert gradcheck(embeds, (image, text))
-    assert gradgradcheck(embeds, (image, text))
-
-
 def test_a_dropped_row_gets_no_gradient_and_what_ranks_it_none_either():
     text, image, roles = _prompt()
     image.requires_grad_()
@@ -285,23 +273,6 @@ def test_a_dropped_row_gets_no_gradient_and_what_ranks_it_none_either():
     assert torch.equal(image.grad.any(-1), stays[(roles == 2) | (roles == 4)])
     assert not stays[(roles == 2) | (roles == 4)].all()
     assert salience.grad is None
-
-
-@pytest.mark.parametrize("direction", ["text_into_image", "image_into_text"])
-def test_opcheck(direction):
-    image, text = (rows.requires_grad_() for rows in _inputs(torch.float32))
-    salience, cells = torch.randn(2, 7), torch.randint(-1, 7, (2, 7), dtype=torch.int32)
-    options = {"keep": 3, "salience": salience, "cells": cells, "direction": direction}
-    torch.library.opcheck(OPS.build_sequence.default, (image, text, 0.0), options)
-    torch.library.opcheck(OPS.build_sequence.tau_tensor, (image, text, torch.tensor(0.0)), {"keep": 9})
-
-
-@pytest.mark.parametrize("operator", ["merge_sequence", "plan_sequence"])
-def test_opcheck_of_prompts(operator):
-    text, image, roles = _prompt(torch.float32)
-    each = {"keep_each": torch.tensor([1, 2], dtype=torch.int32), "padding_side": "left", "positions": "inherit"}
-    torch.library.opcheck(getattr(OPS, operator).default, (text, image, roles, 0.0), each)
-    torch.library.opcheck(getattr(OPS, operator).tau_tensor, (text, image, roles, torch.tensor(0.0)), {"keep": 2})
 
 
 def test_raw_operators_give_the_same_rows_at_capacity():
@@ -347,23 +318,6 @@ def test_prompts_compile_with_a_count_for_each_sample():
     for counts in ([1, 2], [0, 9]):
         keep = torch.tensor(counts, dtype=torch.int32)
         assert_same_fields(run(keep), merge_sequence(text, image, roles, 0.0, keep=keep, trim=False))
-
-
-@pytest.mark.parametrize("direction", ["text_into_image", "image_into_text"])
-@pytest.mark.parametrize(("batch", "image", "text"), [(0, 3, 2), (2, 0, 2), (2, 3, 0), (2, 0, 0)])
-def test_empty_inputs(batch, image, text, direction):
-    out = build_sequence(
-        torch.ones(batch, image, 4),
-        torch.ones(batch, text, 4),
-        IDENTITY,
-        keep=2,
-        direction=direction,
-        cells=torch.zeros(batch, image, dtype=torch.int32),
-    )
-    assert out.source.shape == (batch, min(2, image) + text if batch else 0)
-    assert out.relevance.shape == (batch, image)
-    nothing = merge_sequence(torch.ones(1, 0, 4), torch.ones(0, 4), torch.ones(1, 0).to(torch.uint8), 0.1, keep=1)
-    assert nothing.source.shape == (1, 0)
 
 
 class _NoBoolReductions(TorchDispatchMode):

@@ -31,14 +31,24 @@ def merge_pair(**sizes):
     return text_embeds.requires_grad_(), image_embeds.requires_grad_(), roles
 
 
+DROPPING = {"keep": 3, "salience": torch.arange(14.0).view(2, 7), "cells": torch.arange(14).view(2, 7).int() % 5}
+
+
 @pytest.mark.parametrize("direction", DIRECTIONS)
-@pytest.mark.parametrize("options", [{}, {"max_anchors": 2, "padding_side": "left"}, {"positions": "inherit"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"max_anchors": 2, "padding_side": "left"}, {"positions": "inherit"}, DROPPING]
+)
 def test_opcheck_build(direction, options):
     image, text = pair(dtype=torch.float32)
     torch.library.opcheck(OPS.build_sequence.default, (image, text, 0.0), {"direction": direction, **options})
-    torch.library.opcheck(
-        OPS.build_sequence.default, (image[0].detach(), text[0].detach(), 0.0), {"direction": direction}
-    )
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_opcheck_of_one_sample_and_of_a_tensor_tau(direction):
+    image, text = pair(dtype=torch.float32)
+    alone = image[0].detach(), text[0].detach(), 0.0
+    torch.library.opcheck(OPS.build_sequence.default, alone, {"direction": direction})
+    torch.library.opcheck(OPS.build_sequence.tau_tensor, (image, text, torch.tensor(0.0)), {"keep": 9})
 
 
 @pytest.mark.parametrize("operator", ["merge_sequence", "plan_sequence"])
@@ -47,7 +57,10 @@ def test_opcheck_merge(operator):
     turn = torch.zeros(roles.shape, dtype=torch.int32)
     positions = torch.arange(3 * roles.numel()).view(3, *roles.shape)
     options = {"turn": turn, "max_anchors": 2, "positions": "inherit", "position_ids": positions}
-    torch.library.opcheck(getattr(OPS, operator).default, (text, image, roles, 0.0), options)
+    each = {"keep_each": torch.tensor([1, 2], dtype=torch.int32), "padding_side": "left", "positions": "inherit"}
+    for given in (options, each):
+        torch.library.opcheck(getattr(OPS, operator).default, (text, image, roles, 0.0), given)
+    torch.library.opcheck(getattr(OPS, operator).tau_tensor, (text, image, roles, torch.tensor(0.0)), {"keep": 2})
 
 
 def test_opcheck_of_the_internal_linear_operators():
@@ -63,11 +76,11 @@ def test_opcheck_of_the_internal_linear_operators():
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
-@pytest.mark.parametrize("trim", [True, False])
+@pytest.mark.parametrize("options", [{}, {"trim": False}, {"keep": 3, "padding_side": "left"}], ids=str)
 @pytest.mark.parametrize("operator", ["build", "merge"])
-def test_gradcheck_first_and_second_order(direction, trim, operator):
+def test_gradcheck_first_and_second_order(direction, options, operator):
     """In float64, and again through the backward, which is a linear operator of its own."""
-    options = {"direction": direction, "trim": trim}
+    options = {"direction": direction, **options}
     if operator == "build":
         rows = pair(image=4, text=2, hidden=2)
 
@@ -79,7 +92,7 @@ def test_gradcheck_first_and_second_order(direction, trim, operator):
         def embeds(text, image):
             return merge_sequence(text, image, roles, 0.0, **options).embeds
 
-    assert len(embeds(*rows)[0]) > 4 + 2
+    assert len(embeds(*rows)[0]) > options.get("keep", 4) + 2
     assert gradcheck(embeds, rows)
     assert gradgradcheck(embeds, rows)
 

@@ -222,18 +222,6 @@ def test_raw_operators_give_the_same_rows_at_capacity():
     assert all(field.is_contiguous() for field in trimmed if field is not None)
 
 
-@pytest.mark.parametrize("direction", ["text_into_image", "image_into_text"])
-@pytest.mark.parametrize(("batch", "image", "text"), [(0, 3, 2), (2, 0, 2), (2, 3, 0), (2, 0, 0)])
-def test_empty_inputs(batch, image, text, direction):
-    out = build_sequence(torch.randn(batch, image, 4), torch.randn(batch, text, 4), -2.0, direction=direction)
-    inserted = (text if direction == "text_into_image" else image) if image and text and batch else 0
-    assert out.source.shape == (batch, image + text + inserted if batch else 0)
-    empty_features = merge_sequence(
-        torch.randn(1, 2, 4), torch.randn(0, 4), torch.tensor([[1, 3]], dtype=torch.uint8), 0.1, direction=direction
-    )
-    assert empty_features.source.tolist() == [[0, 1]]
-
-
 @pytest.mark.parametrize("precision", ["high", "medium"])
 def test_matmul_precision_and_autocast_change_nothing(precision):
     """Words between two patches whose cosines differ by 1e-4, which a product in bfloat16 could not tell apart."""

@@ -3,7 +3,14 @@
 import pytest
 import torch
 from limits import build, merge
-from test_triton_kernels import SCHEDULE, assert_same, assert_workspace_zero, build_problem, merge_problem
+from test_triton_kernels import (
+    SCHEDULE,
+    assert_same,
+    assert_transposed,
+    assert_workspace_zero,
+    build_problem,
+    merge_problem,
+)
 from test_triton_limits import on_device
 
 from attanchor_kernels import AnchoredSequence, reference
@@ -96,10 +103,7 @@ def test_copy_and_transpose(make):
         assert ((made.places[:, 0] < 0) & (made.places[:, 1] >= 0)).any()
     alone = backend.assemble(problem.image, problem.text, made.source, made.places)
     assert torch.equal(alone.view(torch.uint8), embeds.view(torch.uint8))
-    grad = torch.randn(embeds.shape, generator=torch.Generator().manual_seed(0)).to(embeds)
-    arguments = grad, made.places, tuple(problem.image.shape), tuple(problem.text.shape), True, True
-    for one, other in zip(backend.assemble_backward(*arguments), reference.assemble_backward(*arguments), strict=True):
-        assert torch.equal(one, other)
+    assert_transposed(problem, embeds, made)
 
 
 def test_missing_features():

@@ -13,9 +13,6 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent / "emulator"))
-import emulated
-
 ROOT = Path(__file__).parent.parent
 # Host time over that of a plain autograd.Function with as many arguments and outputs: about 1.6 and 2.0, by Triton's
 # own way to a launch 1.8 more; of what is the CUDA backend's alone, 0.6.
@@ -37,6 +34,8 @@ def outside(*command: str) -> str:
 @pytest.mark.parametrize("backend", MOST)
 def test_host_time_beside_a_plain_function(tmp_path, backend):
     """Up to three tries, since a busy machine can only make a ratio worse than it is."""
+    import emulated
+
     if backend == "cuda" and emulated.missing():
         pytest.skip(f"the emulator was left out: {emulated.missing()}")
     path = tmp_path / "host.jsonl"

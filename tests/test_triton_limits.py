@@ -3,15 +3,14 @@
 import pytest
 import torch
 from limits import LIMITS, build, merge
+from test_triton_kernels import DEVICE, assert_transposed, assert_workspace_zero
 
-from attanchor_kernels import AnchoredSequence, reference
+from attanchor_kernels import AnchoredSequence
 from attanchor_kernels.backends import triton as backend
-from attanchor_kernels.backends import workspace
 from attanchor_kernels.backends.triton import launch, schedule
 from attanchor_kernels.problem import Problem
 from attanchor_kernels.testing.contract import assert_keeps_contract
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # Lengths that only these kernels have: keys in blocks of 2048, roles of earlier samples in blocks of 2048.
 OWN = {
     "2049 movers": lambda: build(3, 2049, 2),
@@ -39,8 +38,5 @@ def test_limit(make, poisoned_empty):
     assert_keeps_contract(AnchoredSequence(*(field.cpu() for field in result)), problem, trimmed=False)
     assert torch.equal(backend.assemble(given.image, given.text, made.source, made.places), embeds)
     assert torch.equal(backend.match(given)[0], made.score)
-    grad = torch.randn(embeds.shape, generator=torch.Generator().manual_seed(0)).to(embeds)
-    arguments = grad, made.places, tuple(given.image.shape), tuple(given.text.shape), True, True
-    for one, other in zip(backend.assemble_backward(*arguments), reference.assemble_backward(*arguments), strict=True):
-        assert torch.equal(one, other)
-    assert not any(words.any() for words in workspace.held(DEVICE))
+    assert_transposed(given, embeds, made)
+    assert_workspace_zero()

@@ -32,21 +32,8 @@ from attanchor_vlm.errors import DataError, SetupError
 from attanchor_vlm.inference.ask_file import read_questions
 from attanchor_vlm.model.load import load_pretrained, with_adapter
 
-TEXTS = st.text(max_size=8) | st.sampled_from(
-    [
-        "<image>",
-        "<image><image>",
-        "human",
-        "gpt",
-        "a.png",
-        "../a.png",
-        "/etc/passwd",
-        "\ud800",
-        "\u2028",
-        "a\0b",
-        "{{7*7}}",
-    ]
-)
+WORDS = ["<image>", "<image><image>", "human", "gpt", "a.png", "../a.png", "/etc/passwd"]
+TEXTS = st.text(max_size=8) | st.sampled_from([*WORDS, "\ud800", "\u2028", "a\0b", "{{7*7}}"])
 SCALARS = st.none() | st.booleans() | st.integers(-3, 3) | st.floats() | TEXTS
 JSON = st.recursive(
     SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXTS, inner, max_size=3), max_leaves=6

@@ -39,6 +39,19 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+@pytest.fixture
+def hub_out_of_reach(monkeypatch):
+    """Though nobody says HF_HUB_OFFLINE, no connection comes about: no route."""
+
+    def refuse(*args, **kwargs):
+        raise OSError("no route")
+
+    for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("socket.create_connection", refuse)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+
+
 @pytest.fixture(scope="module")
 def short_examples():
     """What `attanchor sample` writes is of fewer scenes, and its model is trained in smaller batches."""

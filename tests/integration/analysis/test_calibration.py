@@ -11,7 +11,6 @@ import torch
 import training_toy
 from PIL import Image
 
-from attanchor_lab.scenes import dataset as scenes
 from attanchor_lab.small_llava import model as small_llava
 from attanchor_vlm import AttAnchorConfig, attach, cli, load_settings, save_settings
 from attanchor_vlm.analysis import calibrate as calibration
@@ -28,10 +27,7 @@ from attanchor_vlm.training.tau import RunningQuantile
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("world")
-    scenes.write_dataset(folder, "train", 12, seed=4)
-    scenes.write_dataset(folder, "val", 2, seed=1)
-    return folder
+    return training_toy.write_world(tmp_path_factory, train=(12, 4), val=(2, 1))
 
 
 OPTIONS = {"calibration_samples": 32, "batch_size": 8}
@@ -220,18 +216,6 @@ def test_tau_is_measured_anew_before_every_epoch(world, tmp_path):
     assert [line.partition(":")[0] for line in said if " inserts " in line] == ["epoch 3"]
 
 
-def test_a_resumed_run_goes_on_with_the_same_tau(world, tmp_path):
-    options = {"fraction": 0.2, "hold_fraction": "quantile", "scheduler": "constant"}
-    whole = run(world, tmp_path / "whole", **options)
-    run(world, tmp_path / "parts", **options, max_steps=3)
-    state = checkpoints.read_state(tmp_path / "parts" / "checkpoint-3")
-    assert load_settings(tmp_path / "parts" / "checkpoint-3").tau == state["tau"] == state["keeper"]["tau"]
-    parts = run(world, tmp_path / "parts", **options, resume=True)
-    assert len(set(steps(whole, "tau"))) == 6
-    assert steps(parts, "tau") == steps(whole, "tau")
-    assert steps(parts, "loss") == pytest.approx(steps(whole, "loss"), rel=1e-6)
-
-
 def test_the_adapter_keeps_the_tau_of_its_own_checkpoint(world, tmp_path):
     """The best weights may be older than the last tau."""
     options = {"lr": 0.02, "scheduler": "constant", "max_steps": 4, "eval_steps": 1}
@@ -242,21 +226,6 @@ def test_the_adapter_keeps_the_tau_of_its_own_checkpoint(world, tmp_path):
     assert result.tau == load_settings(tmp_path / "run").tau == steps(result, "tau")[best]  # of the step behind it
     assert result.tau != checkpoints.read_state(tmp_path / "run" / "checkpoint-4")["tau"]
     assert base_of(result.model).attanchor_config.tau == result.tau
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"fraction": 0.0}, "fraction is 0.0; it should be greater than 0"),
-        ({"fraction": 10}, r"fraction is 10; it should be at most 1, which is every text token \(0.1 is a tenth\)"),
-        ({"hold_fraction": "epoch"}, "hold_fraction is 'epoch', but there is no fraction"),
-        ({"fraction": 0.1, "hold_fraction": "always"}, "hold_fraction is 'always'; it should be one of"),
-        ({"calibration_samples": 0}, "calibration_samples is 0"),
-    ],
-)
-def test_settings_that_make_no_sense_are_refused(world, tmp_path, change, message):
-    with pytest.raises(ValueError, match=message):
-        settings(world, tmp_path, **change)
 
 
 # --- The command. ----------------------------------------------------------------------------------------------------
@@ -303,37 +272,31 @@ def test_quantiles_of_more_scores_than_torch_takes():
     assert set(calibration.summary(found, 0.5, wanted=0.1, max_anchors=None)["quantiles"].values()) == {0.0}
 
 
-def test_train_takes_what_calibrate_stored_beside_the_model(world, tmp_path, capsys, monkeypatch):
+@pytest.fixture
+def configured(monkeypatch):
+    """The configurations with which `attanchor train` would train."""
+    seen = []
+    train = "attanchor_vlm.cli.training._train"
+    monkeypatch.setattr(train, lambda given: seen.append(TrainConfig.from_preset("tinyllava-1b", **given)))
+    return seen
+
+
+def test_train_takes_what_calibrate_stored_beside_the_model(tmp_path, capsys, configured):
     model = tmp_path / "model"
     model.mkdir()
     for file in small_llava.SHIPPED.iterdir():
         (model / file.name).write_bytes(file.read_bytes())
     save_settings(AttAnchorConfig(tau=0.44, max_anchors=3, keep=0.5), model)
-    seen = []
-
-    def note(given):
-        config = TrainConfig.from_preset("tinyllava-1b", **given)
-        seen.append((config.tau, config.max_anchors, config.keep))
-        return False
-
-    monkeypatch.setattr("attanchor_vlm.cli.training._train", note)
     base = ["train", "--model", str(model), "--data", "d.json", "--images", "i", "--output", "o"]
     for more in ([], ["--tau", "0.2"], ["--max-anchors", "5"], ["--direction", "image_into_text"]):
         assert cli.main([*base, *more]) == 0
-    assert seen == [(0.44, 3, 0.5), (0.2, None, None), (0.44, 5, 0.5), (0.12, None, None)]
+    found = [(config.tau, config.max_anchors, config.keep) for config in configured]
+    assert found == [(0.44, 3, 0.5), (0.2, None, None), (0.44, 5, 0.5), (0.12, None, None)]
     assert "tau 0.44 and max_anchors 3 and keep 0.5, from" in capsys.readouterr().out
 
 
-def test_a_stored_tau_of_content_words_brings_them_along(tmp_path, monkeypatch):
+def test_a_stored_tau_of_content_words_brings_them_along(tmp_path, configured):
     """A threshold is that of the tokens that it was measured on."""
-    seen = []
-
-    def note(given):
-        config = TrainConfig.from_preset("tinyllava-1b", **given)
-        seen.append((config.tau, config.content_words))
-        return False
-
-    monkeypatch.setattr("attanchor_vlm.cli.training._train", note)
     base = ["train", "--model", str(tmp_path), "--data", "d.json", "--images", "i", "--output", "o"]
     words = tmp_path / "words.txt"
     words.write_text("the\n")
@@ -342,7 +305,8 @@ def test_a_stored_tau_of_content_words_brings_them_along(tmp_path, monkeypatch):
         assert cli.main([*base, *more]) == 0
     save_settings(AttAnchorConfig(tau=0.44), tmp_path)
     assert cli.main([*base, "--content-words"]) == 0
-    assert seen == [(0.44, True), (0.44, True), (0.12, ("the",)), (0.2, False), (0.12, True)]
+    found = [(config.tau, config.content_words) for config in configured]
+    assert found == [(0.44, True), (0.44, True), (0.12, ("the",)), (0.2, False), (0.12, True)]
 
 
 @pytest.mark.parametrize(

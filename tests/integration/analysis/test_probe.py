@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -310,16 +308,8 @@ def test_the_verdicts_of_an_aligned_model_and_of_one_that_is_not_differ(aligned,
 
 
 def arguments(folder, *more, model=small_llava.SHIPPED):
-    return [
-        "probe",
-        "--model",
-        str(model),
-        "--data",
-        str(folder / "some.json"),
-        "--images",
-        str(folder / "images"),
-        *more,
-    ]
+    data = ["--data", str(folder / "some.json"), "--images", str(folder / "images")]
+    return ["probe", "--model", str(model), *data, *more]
 
 
 def test_the_command_prints_plots_and_writes_the_control(world, tmp_path, capsys):
@@ -361,12 +351,3 @@ def test_mistakes_are_said_before_any_work(world, tmp_path, capsys):
     changed = [str(tmp_path / "one.json") if a.endswith("some.json") else a for a in arguments(folder)]
     assert cli.main(changed) == 1
     assert "about fewer than two images" in capsys.readouterr().err
-
-
-def test_the_python_of_the_page_runs(tmp_path, monkeypatch, capsys):
-    page = (Path(__file__).parents[3] / "docs" / "probe.md").read_text(encoding="utf-8")
-    (block,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    monkeypatch.chdir(tmp_path)
-    assert cli.main(["sample", "--output", "sample"]) == 0
-    exec(compile(block, "docs/probe.md", "exec"), {})
-    assert capsys.readouterr().out.splitlines()[-1].startswith(f"{FOLLOWS} 0.06")

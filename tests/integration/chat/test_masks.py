@@ -8,7 +8,6 @@ from chats import KINDS, assistant, processor_of, user
 from tiny import (
     BOS,
     CHATML,
-    EOS,
     IMAGE,
     PATCHES,
     VICUNA,
@@ -19,6 +18,7 @@ from tiny import (
     prompts,
     tiny_llava,
 )
+from tiny_families import EOS
 from tokenizers import AddedToken, processors
 
 from attanchor_vlm import AttAnchorConfig, encode_chat, split_turns, with_tokens_of

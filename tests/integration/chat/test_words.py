@@ -8,9 +8,8 @@ import pytest
 import torch
 from chats import KINDS, processor_of, user
 from tiny import byte_level_tokenizer, metaspace_tokenizer, picture, tiny_llava
-from training_toy import save_random_model
+from training_toy import write_world
 
-from attanchor_lab.scenes import dataset as scenes
 from attanchor_lab.small_llava import model as small_llava
 from attanchor_vlm import AttAnchorConfig, attach, cli, encode_chat, load_settings, with_tokens_of
 from attanchor_vlm.analysis.calibrate import threshold_for_share
@@ -41,21 +40,26 @@ def contents(text: str, *words: str) -> list[str]:
         ("狗在哪里？", ["狗在哪里"]),
         ("the", []),
         ("theatre offal within2", ["theatre", "offal", "within2"]),
+        ("I cannot see it, it ain't red", ["see", "red"]),
     ],
 )
 def test_content_words_of_a_text(text, expected):
     assert contents(text) == expected
 
 
-def test_words_of_ones_own():
-    assert contents("Où est le chien ?", "où", "est", "le") == ["chien"]
-    assert contents("the dog", "dog") == ["the"]
-
-
-def test_the_list_holds_words_in_lower_case_and_no_content():
-    assert all(word == word.lower() and word.isalpha() for word in FUNCTION_WORDS)
-    assert {"the", "of", "is", "what", "and", "it", "not"} <= FUNCTION_WORDS
-    assert not {"left", "right", "red", "two", "dog", "colour", "many_"} & FUNCTION_WORDS
+@pytest.mark.parametrize(
+    ("text", "words", "expected"),
+    [
+        ("Où est le chien ?", ["où", "est", "le"], ["chien"]),
+        ("the dog", ["dog"], ["the"]),
+        # Of scripts whose letters carry marks, and accents as characters of their own.
+        ("कमरे में लाल कुत्ता", ["में"], ["कमरे", "लाल", "कुत्ता"]),
+        ("cafe\u0301 la\u0300", ["la\u0300"], ["cafe\u0301"]),
+        ("می\u200cشود گربه", ["می\u200cشود"], ["گربه"]),
+    ],
+)
+def test_words_of_ones_own(text, words, expected):
+    assert contents(text, *words) == expected
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -100,6 +104,7 @@ def test_what_is_no_list_of_words_is_refused():
             AttAnchorConfig(tau=0.1, content_words=words)
     assert words_to_leave_out(False) is None
     assert words_to_leave_out(True) is FUNCTION_WORDS
+    assert words_to_leave_out(["ที่", "में"]) == {"ที่", "में"}
 
 
 @pytest.mark.parametrize("words", [True, ("der", "die", "das")])
@@ -161,10 +166,7 @@ def test_from_ids_alone_the_tokens_must_be_known():
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("world")
-    save_random_model(folder / "model")
-    scenes.write_dataset(folder, "train", 4, seed=0)
-    return folder
+    return write_world(tmp_path_factory, "random", train=(4, 0))
 
 
 def command(world, name: str, *more) -> int:
@@ -223,17 +225,8 @@ def test_words_of_ones_own_by_the_command_line(world, tmp_path, capsys):
 
 def test_asking_with_content_words_alone(world, capsys):
     image = next((world / "images").iterdir())
-    asked = [
-        "generate",
-        "--model",
-        world / "model",
-        "--tau",
-        "-1",
-        "--image",
-        image,
-        "--prompt",
-        "where is the red ring ?",
-    ]
+    asked = ["generate", "--model", world / "model", "--tau", -1, "--image", image]
+    asked += ["--prompt", "where is the red ring ?"]
     counts = []
     for more in (["--content-words"], []):
         assert cli.main([*map(str, asked), "--max-new-tokens", "1", "--json", *more]) == 0
@@ -252,11 +245,3 @@ def test_calibration_counts_the_tokens_that_take_part(world):
         config = AttAnchorConfig(tau=1.0, content_words=words)
         num_candidates.append(len(threshold_for_share(model, processor, [sample], 0.5, config)[1]))
     assert num_candidates[0] > num_candidates[1] == 2  # red, ring
-
-
-def test_words_of_scripts_whose_letters_carry_marks_stay_whole():
-    assert contents("कमरे में लाल कुत्ता", "में") == ["कमरे", "लाल", "कुत्ता"]
-    assert contents("cafe\u0301 la\u0300", "la\u0300") == ["cafe\u0301"]  # accents as characters of their own
-    assert contents("می\u200cشود گربه", "می\u200cشود") == ["گربه"]
-    assert words_to_leave_out(["ที่", "में"]) == {"ที่", "में"}
-    assert contents("I cannot see it, it ain't red") == ["see", "red"]

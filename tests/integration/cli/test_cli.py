@@ -13,12 +13,10 @@ from importlib import metadata
 import pytest
 import torch
 import typer
-from PIL import Image
-from training_toy import save_random_model
+from training_toy import write_world
 from transformers import Gemma3Config, LlamaConfig, LlavaConfig, Qwen2_5_VLConfig
 
 import attanchor_vlm
-from attanchor_lab.scenes import dataset as scenes
 from attanchor_lab.small_llava import model as small_llava
 from attanchor_vlm import cli, load_settings
 from attanchor_vlm.cli.options import Options, takes
@@ -32,10 +30,7 @@ from attanchor_vlm.training.config import PRESETS, TrainConfig
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("world")
-    save_random_model(folder / "model")
-    scenes.write_dataset(folder, "train", 8, seed=0)
-    return folder
+    return write_world(tmp_path_factory, "random", train=(8, 0))
 
 
 def command(world, *more, **changed):
@@ -96,19 +91,10 @@ def test_what_the_command_names_and_cannot_be_used_is_exit_code_1(world, tmp_pat
     assert message in last
 
 
-def test_a_hub_that_cannot_be_reached_is_said_at_once(monkeypatch):
-    from huggingface_hub import constants
-
-    def refuse(*args, **kwargs):
-        raise OSError("Name or service not known")
-
-    for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(loading.socket, "create_connection", refuse)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    with pytest.raises(SetupError, match=r"nobody/nothing is no folder here, and .* cannot be reached \(Name or"):
+def test_a_hub_that_cannot_be_reached_is_said_at_once(hub_out_of_reach, monkeypatch):
+    with pytest.raises(SetupError, match=r"nobody/nothing is no folder here, and .* cannot be reached \(no route"):
         loading.load_pretrained("nobody/nothing")
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(SetupError, match="not in the Hub's cache, and HF_HUB_OFFLINE is set"):
         loading.load_pretrained("nobody/nothing")
     with pytest.raises(SetupError, match="model my model is no folder here, and cannot be a Hub id: Repo id"):
@@ -119,19 +105,11 @@ def test_a_hub_that_cannot_be_reached_is_said_at_once(monkeypatch):
 def test_a_model_that_is_not_there_is_said_before_images_are_checked(world, tmp_path, capsys, monkeypatch, name):
     monkeypatch.setattr("attanchor_vlm.data.rows.unreadable", None)
     gone, output = tmp_path / "gone", tmp_path / "out"
+    asked = {"--model": gone, "--input": world / "train.json", "--images": world / "images", "--output": output}
     words = {
         "train": command(world, "--output", output, **{"--model": gone}),
         "probe": command(world, **{"--model": gone}),
-        "generate": [
-            "--model",
-            gone,
-            "--input",
-            world / "train.json",
-            "--images",
-            world / "images",
-            "--output",
-            output,
-        ],
+        "generate": [word for option in asked.items() for word in option],
     }
     code, line = fails(capsys, [name, *words[name]])
     assert code == 1
@@ -166,17 +144,6 @@ def test_a_model_with_a_damaged_file_is_one_line_that_names_it(tmp_path, file, t
     assert len(message.splitlines()) == 1
 
 
-def test_bad_rows_are_lines_of_file_and_row(world, tmp_path, capsys):
-    rows = json.loads((world / "train.json").read_text())
-    rows[1]["image"] = "gone.png"
-    data = tmp_path / "bad.json"
-    data.write_text(json.dumps(rows))
-    assert cli.main(["train", *command(world, "--output", tmp_path / "run", **{"--data": data})]) == 1
-    error = capsys.readouterr().err
-    assert f"error: {data}, row 2: image " in error
-    assert "Traceback" not in error
-
-
 def test_a_bug_keeps_its_traceback(world, tmp_path, monkeypatch):
     monkeypatch.setattr(loading, "choose_dtype", lambda *args: {}["a bug"])
     with pytest.raises(KeyError):
@@ -206,21 +173,11 @@ def test_what_a_machine_lacks_is_one_line(world, capsys, monkeypatch, error, sai
     assert line.startswith(f"error: {said}")
 
 
-def test_train_with_overrides_then_look_and_calibrate(world, tmp_path, capsys):
+def test_train_with_overrides_and_calibrate(world, tmp_path, capsys):
     output = tmp_path / "run"
     options = ["--preset", "small-llava", "--tau", "-1", "--max-steps", "2", "--eval-steps", "1", "--batch-size", "4"]
-    options += [
-        "--val-fraction",
-        "0.2",
-        "--lora-rank",
-        "2",
-        "--lora-alpha",
-        "4",
-        "--max-anchors",
-        "3",
-        "--patience",
-        "0",
-    ]
+    options += ["--val-fraction", "0.2", "--lora-rank", "2", "--lora-alpha", "4", "--max-anchors", "3"]
+    options += ["--patience", "0"]
     assert cli.main(["train", *command(world, "--output", output, *options)]) == 0
     said = capsys.readouterr().out
     assert "tau -1, text_into_image; learning rate 0.002, batch 4 x 1, 2 steps, LoRA rank 2, float32; preset" in said
@@ -235,14 +192,6 @@ def test_train_with_overrides_then_look_and_calibrate(world, tmp_path, capsys):
     card = (output / "README.md").read_text()
     assert f'load("{world / "model"}", "{output}")' in card
     assert "tau -1, text_into_image; 2 steps, validation loss" in card
-
-    image, picture = next((world / "images").iterdir()), tmp_path / "anchors.png"
-    arguments = ["generate", "--model", world / "model", "--adapter", output, "--image", image, "--explain", picture]
-    assert cli.main([str(a) for a in arguments] + ["--prompt", "Where is the red ring?"]) == 0
-    said = capsys.readouterr().out
-    assert len(re.findall(r"row \d, column \d", said)) == 3
-    assert said.count("not inserted") == 3
-    assert Image.open(picture).size[0] > 800
 
     assert cli.main(["calibrate", *command(world, "--fraction", "0.25", "--samples", "12")]) == 0
     said = capsys.readouterr().out
@@ -273,6 +222,7 @@ def test_every_option_of_train_reaches_the_settings(monkeypatch):
     [
         (LlavaConfig(text_config=LlamaConfig(hidden_size=4096)), "llava-7b", 0.12, "float16"),
         (LlavaConfig(text_config=LlamaConfig(hidden_size=2048)), "tinyllava-1b", 0.12, "float16"),
+        (LlavaConfig(text_config=LlamaConfig(hidden_size=576)), "small-vlm", 0.12, "bfloat16"),
         (Qwen2_5_VLConfig(), "qwen2.5-vl-3b", 0.08, "bfloat16"),
         (Gemma3Config(), "qwen2.5-vl-3b", 0.08, "bfloat16"),
         (None, "small-llava", 0.12, "float32"),
@@ -346,18 +296,8 @@ def test_help_answers_without_loading_torch():
     script = "import sys; from attanchor_vlm import cli; print(cli.main(['train', '--help']), 'torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.stdout.splitlines()[-1] == "0 False", done.stderr
-    for option in (
-        "--model",
-        "--data",
-        "--images",
-        "--preset",
-        "--tau",
-        "--direction",
-        "--resume",
-        "--skip-bad",
-        "--seed",
-    ):
-        assert option in done.stdout
+    for option in ["model", "data", "images", "preset", "tau", "direction", "resume", "skip-bad", "seed"]:
+        assert f"--{option}" in done.stdout
     said = " ".join(done.stdout.split())
     for default in ("0.12; qwen2.5-vl-3b 0.08", "0.0001; llava-7b 0.0002; small-llava 0.002", "32; llava-7b 8", "each"):
         assert f"[default: {default}" in said

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import re
-import resource
 import shlex
 import subprocess
 import sys
 from importlib.metadata import version
 
 import pytest
+from forked import at_most
 from transformers import PreTrainedTokenizerFast
 
 from attanchor_vlm import cli
@@ -109,32 +109,23 @@ def test_files_that_cannot_be_written_are_one_line(sample, tmp_path, capsys):
 
 
 def test_a_full_disk_is_one_line_and_nothing_half_written(sample, tmp_path, capsys):
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limits[1]))
-    try:
-        code = cli.main(["export-lm", "--model", str(sample / "model"), "--output", str(tmp_path / "lm")])
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert code == 1
+    with at_most(1_000_000):
+        assert cli.main(["export-lm", "--model", str(sample / "model"), "--output", str(tmp_path / "lm")]) == 1
     assert re.search(r"^error: weights cannot be .*: .*File too large", capsys.readouterr().err, re.MULTILINE)
     assert not list(tmp_path.iterdir())
 
 
 def test_a_disk_that_fills_in_front_of_a_tokenizer_is_one_line(sample, tmp_path, capsys, monkeypatch):
     """Its package raises an `Exception`, no OSError."""
-    limits, save = resource.getrlimit(resource.RLIMIT_FSIZE), PreTrainedTokenizerFast.save_pretrained
+    save = PreTrainedTokenizerFast.save_pretrained
 
     def fills(*arguments, **options):
-        resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, limits[1]))
-        return save(*arguments, **options)
+        with at_most(5_000):
+            return save(*arguments, **options)
 
     monkeypatch.setattr(PreTrainedTokenizerFast, "save_pretrained", fills)
     words = ["export", "--model", sample / "model", "--tau", 0.6, "--head-dim", 32, "--output", tmp_path / "wide"]
-    try:
-        code = cli.main([str(word) for word in words])
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert code == 1
+    assert cli.main([str(word) for word in words]) == 1
     assert re.search(r"^error: a tokenizer cannot be .*: File too large", capsys.readouterr().err, re.MULTILINE)
     assert not list(tmp_path.iterdir())
 

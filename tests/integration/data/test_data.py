@@ -308,12 +308,6 @@ def test_a_batch_of_text_alone_has_no_anchor_mask(processor):
     assert "pixel_values" not in batch
 
 
-def test_an_image_that_vanishes_later_is_named(folder, processor):
-    sample = data.Sample(5, (("user", "<image>\nHello"), ("assistant", "yes")), (folder / "images" / "gone.png",))
-    with pytest.raises(DataError, match=r"gone\.png cannot be read: No such file"):
-        collate.Collator(processor, "each")([sample])
-
-
 def test_rows_that_the_model_cannot_take_are_found_by_their_text(folder, processor):
     image = next((folder / "images").iterdir())
     rows = [

@@ -10,6 +10,7 @@ import pytest
 import torch
 import training_toy
 from PIL import Image
+from training_toy import before_every_loss, logged
 
 from attanchor_lab.scenes import dataset as scenes
 from attanchor_lab.small_llava import model as small_llava
@@ -246,14 +247,8 @@ def settings(world, output, **more):
     return training_toy.settings(world, output, **{**of_stream, **more})
 
 
-def run(*args, **kwargs):
-    return train.run(settings(*args, **kwargs), say=lambda line: None, progress=False)
-
-
-def losses(result):
-    """The loss and tau of every logged step, in a flat dict: `approx` does not look into tuples."""
-    lines = [line for line in result.log if "loss" in line]
-    return {(line["step"], key): line[key] for line in lines for key in ("loss", "tau")}
+def run(world, output, **more):
+    return train.run(settings(world, output, **more), say=lambda line: None, progress=False)
 
 
 def test_a_run_on_a_stream_resumes_to_the_same_losses(world, tmp_path):
@@ -261,7 +256,7 @@ def test_a_run_on_a_stream_resumes_to_the_same_losses(world, tmp_path):
     whole = run(world, tmp_path / "whole", **options)
     run(world, tmp_path / "parts", **options, max_steps=3)
     parts = run(world, tmp_path / "parts", **options, resume=True)
-    assert losses(parts) == pytest.approx(losses(whole), rel=1e-6)
+    assert logged(parts.log, "loss", "tau") == pytest.approx(logged(whole.log, "loss", "tau"), rel=1e-6)
     with pytest.raises(SetupError, match="workers was 1 and is 0"):  # which decide on the order
         run(world, tmp_path / "parts", **{**options, "workers": 0}, resume=True, max_steps=9)
 
@@ -291,21 +286,6 @@ def test_a_bad_row_ends_a_run_in_one_line_with_its_checkpoint_whole(world, tmp_p
     assert all(checkpoints.read_state(path) for path in left)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"max_steps": None}, "max_steps is not set; a stream has no end"),
-        ({"val_fraction": 0.1}, "val_fraction is 0.1 with stream; give val_data"),
-        ({"group_by_length": True}, "group_by_length is set with stream"),
-        ({"fraction": 0.1, "hold_fraction": "epoch"}, "hold_fraction is 'epoch' with stream"),
-        ({"shuffle_buffer": 0}, "shuffle_buffer is 0"),
-    ],
-)
-def test_settings_that_a_stream_cannot_have_are_refused(world, tmp_path, change, message):
-    with pytest.raises(ValueError, match=message):
-        settings(world, tmp_path, **change)
-
-
 # --- Batches of like lengths, of rows in memory. ---------------------------------------------------------------------
 
 
@@ -322,17 +302,8 @@ def test_lengths_are_those_of_the_batches(world):
 
 
 def test_grouping_by_length_pads_less_and_resumes(world, tmp_path, monkeypatch):
-    from attanchor_vlm.training import trainer
-
     seen: list[list[int]] = []
-    original = trainer.AnchorTrainer.compute_loss
-
-    def watch(self, model, inputs, *args, **kwargs):
-        if model.training:
-            seen.append(inputs["attention_mask"].sum(-1).tolist())
-        return original(self, model, inputs, *args, **kwargs)
-
-    monkeypatch.setattr(trainer.AnchorTrainer, "compute_loss", watch)
+    before_every_loss(lambda _, inputs: seen.append(inputs["attention_mask"].sum(-1).tolist()), monkeypatch)
     mixed = tmp_path / "mixed.json"
     rows = json.loads((world / "train.json").read_text())[:36]
     for index, row in enumerate(rows):
@@ -356,7 +327,7 @@ def test_grouping_by_length_pads_less_and_resumes(world, tmp_path, monkeypatch):
     run(world, tmp_path / "parts", **{**options, "max_steps": 5})
     again = run(world, tmp_path / "parts", **options, resume=True)
     assert seen == order
-    assert losses(again) == pytest.approx(losses(whole), rel=1e-6)
+    assert logged(again.log, "loss") == pytest.approx(logged(whole.log, "loss"), rel=1e-6)
 
 
 def test_the_sampler_s_order_is_that_of_seed_and_epoch():

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
-
 import pytest
-
-from attanchor_lab.scenes import dataset as scenes
-from attanchor_lab.small_llava import model as small_llava
+from training_toy import write_world
 
 
 @pytest.fixture
@@ -18,7 +14,4 @@ def lmms_eval(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("world")
-    shutil.copytree(small_llava.SHIPPED, folder / "model")
-    scenes.write_dataset(folder, "test", 4, seed=1, each=2)
-    return folder
+    return write_world(tmp_path_factory, "shipped", test=(4, 1))

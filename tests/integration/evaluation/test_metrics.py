@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from training_toy import arguments
 from transformers import BertConfig, BertModel
 
 from attanchor_lab.scenes import dataset as scenes
@@ -222,19 +223,14 @@ def test_ambers_answers_are_first_words(response, answer):
 @pytest.mark.parametrize("tau", [1.0, 0.3])
 def test_the_loss_is_trainers(world, test_samples, tau, tmp_path):
     """`eval_loss` of transformers' Trainer, over a last batch that is not full."""
-    from transformers import TrainingArguments
-
     from attanchor_vlm.data.batches import Collator
     from attanchor_vlm.training.trainer import AnchorTrainer
 
     model, processor = load_pretrained(str(world / "model"))
     attach(model, AttAnchorConfig(tau=tau))
     ours = answers.score_answers(model, processor, test_samples, batch_size=4, progress=False)
-    arguments = TrainingArguments(
-        str(tmp_path), per_device_eval_batch_size=4, report_to="none", prediction_loss_only=True, disable_tqdm=True,
-        remove_unused_columns=False, label_names=["labels"], use_cpu=True,
-    )  # fmt: skip
-    trainer = AnchorTrainer(model, arguments, Collator(processor, "each"), eval_dataset=test_samples)
+    eval_arguments = arguments(tmp_path, per_device_eval_batch_size=4)
+    trainer = AnchorTrainer(model, eval_arguments, Collator(processor, "each"), eval_dataset=test_samples)
     assert len(test_samples) % 4
     assert ours.loss == pytest.approx(trainer.evaluate()["eval_loss"], rel=1e-6)
     assert (ours.inserted_share > 0) == (tau < 1)

@@ -116,7 +116,7 @@ def test_the_title_is_no_formula_and_says_what_is_wrong(tiled, figure):
     assert texts == ["costs_$1_$2.png", "“a red dog costs $5 or $6”  →  yes $1 $2  (wrong; it is no)"]
 
 
-def test_what_the_model_does_not_see_is_dimmed(tiled, figure, tmp_path):
+def test_what_the_model_does_not_see_is_dimmed(tiled, figure):
     _, second, _ = figure("p.png", [tiled], TAU, "title").axes
     dim = [patch for patch in second.patches if patch.get_alpha() and patch.get_fill()]
     spans = sorted((patch.get_x(), patch.get_x() + patch.get_width()) for patch in dim)

@@ -24,12 +24,17 @@ def chat(text=QUESTION, images=1):
     return [{"role": "system", "content": [{"type": "text", "text": "You"}]}, {"role": "user", "content": parts}]
 
 
+def front_of(folder, name, monkeypatch, **settings):
+    """A checkpoint's attached model, its processor, and what an engine has in front of its language model."""
+    model, processor = checkpoints.write(folder, name, monkeypatch)
+    attach(model, AttAnchorConfig(**settings))
+    return model, processor, Front(str(folder), model.config, torch.float32, "cpu")
+
+
 @pytest.mark.parametrize("settings", [{"tau": -1, "max_anchors": 5}, {"tau": -1, "keep": 0.3}, {"tau": 1}], ids=str)
 @pytest.mark.parametrize("name", SERVED)
 def test_a_prompt_is_that_of_the_whole_model(name, settings, tmp_path, monkeypatch):
-    model, processor = checkpoints.write(tmp_path / name, name, monkeypatch)
-    attach(model, AttAnchorConfig(**settings))
-    made = Front(str(tmp_path / name), model.config, torch.float32, "cpu")
+    model, processor, made = front_of(tmp_path, name, monkeypatch, **settings)
     assert len(made.model.get_decoder().layers) == 0
     images = [picture(0), picture(1)]
     prompt = made.prompt(made.encode(chat(images=2), images, {}))
@@ -50,9 +55,7 @@ def test_a_prompt_is_that_of_the_whole_model(name, settings, tmp_path, monkeypat
 
 
 def test_prompts_that_differ_in_the_question_alone_have_other_digests(tmp_path, monkeypatch):
-    model, _ = checkpoints.write(tmp_path / "llava", "llava", monkeypatch)
-    attach(model, AttAnchorConfig(tau=-1, max_anchors=2))
-    made = Front(str(tmp_path / "llava"), model.config, torch.float32, "cpu")
+    _, _, made = front_of(tmp_path, "llava", monkeypatch, tau=-1, max_anchors=2)
 
     def asked(text, image):
         return made.prompt(made.encode(chat(text), [picture(image)], {}))
@@ -86,9 +89,7 @@ def test_other_language_models_are_refused(monkeypatch):
 
 def test_features_of_further_layers_stand_behind_the_rows(tmp_path, monkeypatch):
     """As vLLM's language model of Qwen3-VL takes them, and as wide as vLLM is told."""
-    model, processor = checkpoints.write(tmp_path / "model", "qwen3_vl", monkeypatch)
-    attach(model, AttAnchorConfig(tau=-1, max_anchors=5))
-    made = Front(str(tmp_path / "model"), model.config, torch.float32, "cpu")
+    model, processor, made = front_of(tmp_path, "qwen3_vl", monkeypatch, tau=-1, max_anchors=5)
     prompt = made.prompt(made.encode(chat(), [picture(0)], {}))
     width = model.config.text_config.hidden_size
     assert overrides(model.config)["text_config"] == {"projection_dim": prompt.rows.shape[-1]}

@@ -11,6 +11,7 @@ import pytest
 from infer_toy import QUESTION, TAU, run
 
 from attanchor_vlm import AttAnchorConfig, attach, cli, encode_chat, save_settings
+from attanchor_vlm.analysis.probe import FOLLOWS
 from attanchor_vlm.errors import SetupError
 from attanchor_vlm.evaluation import run as evaluation
 from attanchor_vlm.inference import ask as infer
@@ -260,7 +261,7 @@ def test_a_picture_that_cannot_be_is_refused_before_the_model_is_loaded(
 # --- The pages. ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("page", ["choose-tau", "generate-and-explain", "serve", "shorter-prompts", "threads"])
+@pytest.mark.parametrize("page", ["choose-tau", "generate-and-explain", "probe", "serve", "shorter-prompts", "threads"])
 def test_the_python_of_a_page_runs_as_printed(page, sample, tmp_path, monkeypatch, capsys):
     """What it prints as commands is run by test_docs.py; the checkpoint that one of them exports is made here."""
     text = (Path(__file__).parents[3] / "docs" / f"{page}.md").read_text(encoding="utf-8")
@@ -273,6 +274,8 @@ def test_the_python_of_a_page_runs_as_printed(page, sample, tmp_path, monkeypatc
     names: dict[str, object] = {}
     for block in blocks:
         exec(compile(block, page, "exec"), names)
+    if page == "probe":
+        assert capsys.readouterr().out.splitlines()[-1].startswith(f"{FOLLOWS} 0.06")
     if page == "generate-and-explain":
         assert "bottom left (2 of 6 words inserted)" in capsys.readouterr().out
         assert names["boxes"] == [[0, 96, 16, 112]] * 2

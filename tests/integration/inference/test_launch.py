@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -14,14 +12,13 @@ import threading
 import pytest
 import torch
 from builders import BY_NAME
-from peft import LoraConfig, get_peft_model
+from infer_toy import free_port
 from tiny import prompts, tiny_llava
 
-from attanchor_vlm import AttAnchorConfig, answer, attach, cli, load, save_settings
+from attanchor_vlm import AttAnchorConfig, answer, attach, cli, load
 from attanchor_vlm.errors import SetupError
 from attanchor_vlm.inference.vllm import launch
 from attanchor_vlm.inference.widen import widen_heads
-from attanchor_vlm.training.lora import lora_targets
 
 QUESTION = "Where is the purple triangle?"
 
@@ -48,7 +45,7 @@ def test_what_cannot_be_served_is_refused_before_anything_is_loaded(sample, tmp_
     )
 
 
-def test_options_behind_the_dashes_win(sample, monkeypatch, capsys):
+def test_options_behind_the_dashes_win(sample, monkeypatch):
     monkeypatch.setattr(launch, "check_vllm", lambda: None)
     ran = []
     monkeypatch.setattr(launch, "run_server", lambda command, address, ready: ran.append((command, address)) or 3)
@@ -79,11 +76,14 @@ def test_what_is_announced_is_what_the_options_behind_the_dashes_say(monkeypatch
 def test_the_printed_line_has_the_key_that_the_server_asks_for(options, sent, monkeypatch):
     """Of the options, or of the environment, whose secret is not printed."""
     monkeypatch.setenv("VLLM_API_KEY", "of the shell")
-    line = launch.curl_line(*launch.announced("m", "127.0.0.1", 8000, options))
+    line = launch.curl_line(*launch.announced("it's mine", "127.0.0.1", 8000, options))
     assert "of the shell" not in line
     words = subprocess.check_output(["sh", "-c", line.replace("curl", "printf '%s\\n'", 1)], text=True).splitlines()
     assert words[words.index(f"Authorization: Bearer {sent}") - 1] == "-H"
-    assert json.loads(words[-1])["model"] == "m"
+    assert words[:2] == ["-i", "http://127.0.0.1:8000/v1/chat/completions"]
+    body = json.loads(words[-1])
+    assert body["model"] == "it's mine"
+    assert body["messages"][0]["content"][0]["image_url"]["url"].startswith("data:image/png;base64,")
 
 
 SERVER = """
@@ -100,10 +100,7 @@ http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
 
 def test_a_server_is_announced_when_it_answers_and_ended_by_the_signal():
     """The signal reaches it; its exit code is the command's."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    ready, before = [], signal.getsignal(signal.SIGTERM)
+    port, ready, before = free_port(), [], signal.getsignal(signal.SIGTERM)
 
     def announce():
         ready.append(port)
@@ -128,9 +125,7 @@ sys.exit(6)
 
 def test_what_answers_in_another_language_is_waited_for_without_a_proxy(monkeypatch):
     """A server behind TLS says nothing that HTTP knows; it goes on to its own end."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     command = [sys.executable, "-c", DEAF, str(port)]
     assert launch.run_server(command, f"http://127.0.0.1:{port}", lambda: pytest.fail("it is not ready")) == 6
@@ -146,29 +141,15 @@ def test_a_server_does_not_outlive_a_command_that_fails(monkeypatch):
     assert started[0].returncode == -signal.SIGTERM
 
 
-def test_the_printed_line_is_one_that_a_shell_takes_whole():
-    words = shlex.split(launch.curl_line("http://127.0.0.1:8000", "it's mine"))
-    assert words[:3] == ["curl", "-i", "http://127.0.0.1:8000/v1/chat/completions"]
-    body = json.loads(words[-1])
-    assert body["model"] == "it's mine"
-    assert body["messages"][0]["content"][0]["image_url"]["url"].startswith("data:image/png;base64,")
-
-
 def test_what_is_exported_or_served_is_the_model_with_its_adapter_and_its_settings(
-    sample, tmp_path, monkeypatch, capsys
+    sample, adapter, tmp_path, monkeypatch, capsys
 ):
-    model, _ = load(str(sample / "model"), tau=-1, max_anchors=3)
-    torch.manual_seed(1)
-    targets = LoraConfig(r=4, lora_alpha=16, target_modules=lora_targets(model), init_lora_weights=False)
-    wrapped = get_peft_model(model, targets)
-    wrapped.save_pretrained(tmp_path / "adapter")
-    save_settings(wrapped, tmp_path / "adapter")
-    options = ["--adapter", tmp_path / "adapter", "--output", tmp_path / "whole", "--head-dim", "32", "--json"]
+    options = ["--adapter", adapter, "--output", tmp_path / "whole", "--head-dim", "32", "--json"]
     assert cli.main(["export", "--model", str(sample / "model"), *map(str, options)]) == 0
     said = json.loads(capsys.readouterr().out)
     assert (said["architecture"], said["settings"]) == ("LlavaForConditionalGeneration", "config.json")
 
-    adapted, processor = load(str(sample / "model"), tmp_path / "adapter")
+    adapted, processor = load(str(sample / "model"), adapter)
     whole, _ = load(str(tmp_path / "whole"))
     image = sorted((sample / "images").iterdir())[1]
     expected = answer(adapted, processor, QUESTION, image, max_new_tokens=8)
@@ -185,7 +166,7 @@ def test_what_is_exported_or_served_is_the_model_with_its_adapter_and_its_settin
     folders = []
     monkeypatch.setattr(launch, "check_vllm", lambda: None)
     monkeypatch.setattr(launch, "run_server", look)
-    assert cli.main(["serve", "--model", str(sample / "model"), "--adapter", str(tmp_path / "adapter")]) == 0
+    assert cli.main(["serve", "--model", str(sample / "model"), "--adapter", str(adapter)]) == 0
     assert not os.path.exists(folders[0])
 
 

@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from tiny import tiny_llava
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from attanchor_vlm import AttAnchorConfig, attach, cli, load_settings, save_settings
+from attanchor_vlm import AttAnchorConfig, attach, cli, load_settings
 from attanchor_vlm.inference import ask as infer
 from attanchor_vlm.inference import export as serve
 from attanchor_vlm.inference.export import ServingError, prompt_embeds
@@ -25,20 +25,6 @@ TAU = 0.5
 @pytest.fixture
 def image(sample):
     return infer.open_image(sorted((sample / "images").iterdir())[1])
-
-
-@pytest.fixture(scope="module")
-def adapter(sample, tmp_path_factory):
-    """An adapter that changes both the language model and the projector, much enough to change answers."""
-    folder = tmp_path_factory.mktemp("adapter")
-    model, _ = load(str(sample / "model"), tau=TAU)
-    attach(model, AttAnchorConfig(tau=-1, max_anchors=3))  # what random adapters leave of the scores is low
-    torch.manual_seed(1)
-    targets = LoraConfig(r=4, lora_alpha=16, target_modules=lora_targets(model), init_lora_weights=False)
-    wrapped = get_peft_model(model, targets)
-    wrapped.save_pretrained(folder)
-    save_settings(wrapped, folder)
-    return folder
 
 
 def chat(text=QUESTION, images=1):
@@ -165,7 +151,7 @@ def _scaled(forward):
     return scaled
 
 
-def test_inherited_positions_are_refused(sample, image, tmp_path, capsys):
+def test_inherited_positions_are_refused(sample, image, tmp_path):
     model, processor = load(str(sample / "model"), tau=TAU)
     settings = AttAnchorConfig(tau=TAU, positions="inherit", force_inherit=True)
     attach(model, settings)

@@ -1,18 +1,10 @@
 from __future__ import annotations
 
-import shutil
-
 import pytest
-
-from attanchor_lab.scenes import dataset as scenes
-from attanchor_lab.small_llava import model as small_llava
+from training_toy import write_world
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """The folder with a small model, 8 scenes to train on and 2 to test on."""
-    folder = tmp_path_factory.mktemp("world")
-    shutil.copytree(small_llava.SHIPPED, folder / "model")
-    scenes.write_dataset(folder, "train", 8, seed=0)
-    scenes.write_dataset(folder, "test", 2, seed=1)
-    return folder
+    return write_world(tmp_path_factory, "shipped", train=(8, 0), test=(2, 1))

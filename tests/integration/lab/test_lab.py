@@ -223,42 +223,39 @@ def test_measures_say_what_the_answers_were(monkeypatch):
         assert picture["question"].endswith("?")
 
 
+def asked_for_a_place(made, arm, target=None):
+    """An asker, and a batch of questions for a place, or as if the object stood at `target`."""
+    generator = torch.Generator().manual_seed(3)
+    drawn = scenes.draw(TOY.world, 5, generator)
+    asked = questions.ask(TOY.world, drawn, 1, Mixture((0, 0, 1)), generator).flat()
+    if target is not None:
+        asked.target.fill_(target)
+    batch = arms.encode(made, drawn, asked, scenes.render(TOY.world, drawn, generator))
+    return Asker(made, ARMS[arm], 1.0, generator), batch
+
+
+@torch.no_grad()
 def test_attention_is_counted_at_the_true_patch(untrained, monkeypatch):
     """Attention that goes to the true patch alone is all there; with copies, all goes to the copies."""
-    made, _ = untrained
-    generator = torch.Generator().manual_seed(3)
-    drawn = scenes.draw(TOY.world, 5, generator)
-    asked = questions.ask(TOY.world, drawn, 1, Mixture((0, 0, 1)), generator).flat()
-    with torch.no_grad():
-        batch = arms.encode(made, drawn, asked, scenes.render(TOY.world, drawn, generator))
-        asker = Asker(made, ARMS["true"], 1.0, generator)
-        length = asker(batch).built.source.shape[1]
+    asker, batch = asked_for_a_place(untrained[0], "true")
+    length = asker(batch).built.source.shape[1]
 
-        def to(slot):
-            attentions = torch.zeros(2, 5, 2, length, length)
-            attentions[:, torch.arange(5), :, :, slot] = 1
-            return lambda *_: (attentions, asker(batch).built)
+    def to(slot):
+        attentions = torch.zeros(2, 5, 2, length, length)
+        attentions[:, torch.arange(5), :, :, slot] = 1
+        return lambda *_: (attentions, asker(batch).built)
 
-        # Both words are copied behind the true patch, so it stands where it would, and they right behind it.
-        for offset, (patch, copies) in {0: (1, 0), 1: (0, 1), 2: (0, 1), 3: (0, 0)}.items():
-            monkeypatch.setattr(measure, "_attentions", to(asked.target + 1 + offset))
-            found = measure._attended(asker, batch, True)
-            assert (found["patch"], found["copies"]) == (patch, copies), offset
+    # Both words are copied behind the true patch, so it stands where it would, and they right behind it.
+    for offset, (patch, copies) in {0: (1, 0), 1: (0, 1), 2: (0, 1), 3: (0, 0)}.items():
+        monkeypatch.setattr(measure, "_attentions", to(batch.questions.target + 1 + offset))
+        found = measure._attended(asker, batch, True)
+        assert (found["patch"], found["copies"]) == (patch, copies), offset
 
 
+@torch.no_grad()
 def test_copies_behind_the_last_patch_are_not_at_it(untrained):
     """The whole question behind the image stands behind its last patch, and means none."""
-    made, _ = untrained
-    generator = torch.Generator().manual_seed(3)
-    drawn = scenes.draw(TOY.world, 5, generator)
-    asked = questions.ask(TOY.world, drawn, 1, Mixture((0, 0, 1)), generator).flat()
-    asked.target.fill_(TOY.world.patches - 1)
-    with torch.no_grad():
-        batch = arms.encode(made, drawn, asked, scenes.render(TOY.world, drawn, generator))
-        found = measure._attended(Asker(made, ARMS["end"], 1.0, generator), batch, True)
+    asker, batch = asked_for_a_place(untrained[0], "end", TOY.world.patches - 1)
+    found = measure._attended(asker, batch, True)
     assert found["patch"] > 0
     assert found["copies"] == 0
-
-
-def generator() -> torch.Generator:
-    return torch.Generator().manual_seed(0)

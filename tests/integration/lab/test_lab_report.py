@@ -135,13 +135,6 @@ def test_what_helps_harms_and_does_neither_is_told_apart(tmp_path):
     assert found.differences("main", "t2i", "plain", "loss").mean() == pytest.approx(-0.08, abs=0.01)
 
 
-def test_noise_and_two_seeds_get_no_verdict(tmp_path):
-    noise = report.Laboratory(rows_of(tmp_path / "a", {"plain": 0, "t2i": 0.02, "front": 0.02}, spread=0.2))
-    assert set(verdicts(noise.named()).values()) == {OPEN}
-    few = report.Laboratory(rows_of(tmp_path / "b", {"plain": 0, "t2i": 0.5}, seeds=2))
-    assert verdicts(few.named()) == {"t2i": TOO_FEW}
-
-
 def test_the_page_shows_everything_and_hides_no_failure(tmp_path):
     folder = rows_of(tmp_path / "rows", {"plain": 0, "t2i": 0.05, "front": 0.02}, blur_test=(0.0, 0.8))
     file = folder / "rows.jsonl"

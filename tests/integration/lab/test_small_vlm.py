@@ -14,8 +14,6 @@ from torch.nn import functional as F
 from transformers import (
     AutoConfig,
     AutoModel,
-    LlamaConfig,
-    LlavaConfig,
     LlavaForConditionalGeneration,
 )
 from transformers.modeling_outputs import BaseModelOutput
@@ -44,7 +42,7 @@ from attanchor_vlm.data.batches import message
 from attanchor_vlm.errors import SetupError
 from attanchor_vlm.inference.export import export_language_model
 from attanchor_vlm.training import run as training
-from attanchor_vlm.training.config import TrainConfig, preset_for
+from attanchor_vlm.training.config import TrainConfig
 
 INSTALLED = all(importlib.util.find_spec(module) for module in sources._PACKAGES)
 
@@ -256,14 +254,6 @@ def test_what_was_read_elsewhere_is_denied_and_repeated_readings_have_no_place()
     asked = readings_module._asked("existence", readings, ["owl", "jug"], generator)
     assert {values["a"]: answer for values, answer in asked} == {"an owl": "yes", "a cup": "yes", "a jug": "no"}
     assert readings_module._asked("place", readings, [], generator) == [({"name": "cup"}, "top right")]
-
-
-@pytest.mark.parametrize(
-    ("width", "preset"), [(64, "small-llava"), (576, "small-vlm"), (2048, "tinyllava-1b"), (4096, "llava-7b")]
-)
-def test_a_llava_s_width_tells_its_preset(width, preset, tmp_path):
-    LlavaConfig(text_config=LlamaConfig(hidden_size=width)).save_pretrained(tmp_path)
-    assert preset_for(str(tmp_path)) == preset
 
 
 @pytest.mark.skipif(not INSTALLED, reason="the packages of the parts are not installed")

@@ -127,13 +127,6 @@ def test_the_plan_is_algorithm_1_or_2_over_the_models_own_embeddings(side, direc
     assert difference(output.loss, F.cross_entropy(*flat)) < 1e-5
 
 
-def test_max_anchors_bounds_each_sample():
-    model, batch = tiny_llava(), prompts([1, 2], "left")
-    attach(model, AttAnchorConfig(tau=-1, max_anchors=2))
-    model(**batch)
-    assert model.attanchor_plan.is_anchor.sum(-1).tolist() == [2, 2]
-
-
 def test_statistics():
     model, batch = tiny_llava(), prompts(MIXED)
     attach(model, AttAnchorConfig(tau=TAU))

@@ -18,19 +18,16 @@ from attanchor_vlm.model.placements import Placement, register_placement
 PADDING, TEXT, IMAGE, ANCHOR, SILENT = range(5)
 
 
-def problem(side="right", seed=0):
+def problem():
     """Three prompts: text, an image of 5 tokens, words; two images with a silent row; no image."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     rows = [
         [TEXT] * 3 + [IMAGE] * 5 + [ANCHOR] * 4 + [TEXT],
         [TEXT] + [IMAGE] * 3 + [SILENT] + [ANCHOR] * 2 + [IMAGE] * 2 + [ANCHOR] * 3,
         [TEXT] * 2 + [ANCHOR] * 3,
     ]
     length = max(map(len, rows)) + 1
-    padded = [
-        ([PADDING] * (length - len(r)) + r) if side == "left" else r + [PADDING] * (length - len(r)) for r in rows
-    ]
-    roles = torch.tensor(padded, dtype=torch.uint8)
+    roles = torch.tensor([row + [PADDING] * (length - len(row)) for row in rows], dtype=torch.uint8)
     text = torch.randn(3, length, 16, generator=generator)
     image = torch.randn(int(((roles == IMAGE) | (roles == SILENT)).sum()), 16, generator=generator)
     return text, image, roles

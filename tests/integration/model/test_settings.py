@@ -231,21 +231,6 @@ def test_every_public_name_is_there_and_importing_the_package_needs_no_torch():
 # --- Saving, copying. -------------------------------------------------------------------------------------------------
 
 
-def test_a_saved_model_is_a_plain_model_that_remembers_its_settings(tmp_path):
-    model, batch = tiny_llava(), prompts([1, 2])
-    attach(model, AttAnchorConfig(tau=TAU, max_anchors=3))
-    expected = model(**batch).logits
-    model.save_pretrained(tmp_path)
-    written = json.loads((tmp_path / "config.json").read_text())
-    assert written["architectures"] == ["LlavaForConditionalGeneration"]
-    assert written["attanchor"]["tau"] == TAU
-    loaded = LlavaForConditionalGeneration.from_pretrained(tmp_path).eval()
-    assert type(loaded) is LlavaForConditionalGeneration
-    attach(loaded)
-    assert loaded.attanchor_config == AttAnchorConfig(tau=TAU, max_anchors=3)
-    assert torch.equal(loaded(**batch).logits, expected)
-
-
 def test_an_attached_model_can_be_copied_and_pickled():
     model, batch = tiny_llava(), prompts([1, 2])
     attach(model, AttAnchorConfig(tau=TAU))

@@ -205,18 +205,9 @@ def test_options_that_make_no_sense_are_refused_before_anything_is_read(options,
 def test_think_mode_by_the_command_line(tmp_path, capsys):
     processor = save_random_model(tmp_path / "model")
     scenes.write_dataset(tmp_path, "train", 4, seed=0)
-    options = {
-        "--model": tmp_path / "model",
-        "--data": tmp_path / "train.json",
-        "--images": tmp_path / "images",
-        "--preset": "small-llava",
-        "--tau": -1,
-        "--max-steps": 1,
-        "--batch-size": 2,
-        "--val-fraction": 0,
-        "--direction": "image_into_text",
-        "--pause-tokens": 3,
-    }
+    options = {"--model": tmp_path / "model", "--data": tmp_path / "train.json", "--images": tmp_path / "images"}
+    options |= {"--preset": "small-llava", "--tau": -1, "--max-steps": 1, "--batch-size": 2, "--val-fraction": 0}
+    options |= {"--direction": "image_into_text", "--pause-tokens": 3}
     words = [str(word) for option in options.items() for word in option]
     assert cli.main(["train", *words, "--output", str(tmp_path / "no"), "--pause-token", "<p>"]) == 1
     assert "pause_token '<p>' is no token of the model's vocabulary" in capsys.readouterr().err

@@ -8,7 +8,6 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from builders import BY_NAME
 from tiny import plain, prompts, tiny_llava
 
 from attanchor_vlm import AttAnchorConfig, attach, detach, is_attached
@@ -63,18 +62,6 @@ def test_every_thread_has_the_plan_of_its_own_call(make, how):
             assert plan is None or all(a is b or torch.equal(a, b) for a, b in zip(plan, other_plan, strict=True))
     assert sum(inserted for *_, inserted in expected) > 3
     assert model.attanchor_calls == calls + 3 * 3  # one batch has no image
-
-
-def test_generation_with_positions_of_several_axes_in_threads():
-    family = BY_NAME["qwen2_5_vl"]
-    model = attach(family.model(), AttAnchorConfig(tau=0.0))
-    asking = [family.prompts(images, "left", seed=seed)[0] for seed, images in enumerate([[1], [2, 1], [1, 1, 2]])]
-    options = {"max_new_tokens": 5, "do_sample": False}
-    expected = [model.generate(**batch, **options) for batch in asking]
-    with ThreadPoolExecutor(3) as pool:
-        for _ in range(3):
-            found = list(pool.map(lambda batch: model.generate(**batch, **options), asking))
-            assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def held(model):

@@ -13,8 +13,8 @@ from collections.abc import Callable
 import tiny_families
 import torch
 import transformers
-from tiny import pad
-from tiny_families import BOS, END, IMAGE, PAD, PATCH, QWEN_PATCH, SIDE, START, VOCABULARY
+from tiny import pad, with_labels
+from tiny_families import BOS, END, IMAGE, PAD, PATCH, QWEN_PATCH, SIDE, START, VIDEO, VOCABULARY
 from torch import Tensor
 
 FIRST_WORD = 8
@@ -51,11 +51,11 @@ class Family:
     def __str__(self) -> str:
         return self.name
 
-    def model(self, seed: int = 0) -> transformers.PreTrainedModel:
+    def model(self) -> transformers.PreTrainedModel:
         """Random weights of a size that makes every part matter; evaluation mode, generation never stops."""
-        torch.manual_seed(seed)
+        torch.manual_seed(0)
         model = self.build().eval()
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if parameter.dim() > 1:
@@ -86,35 +86,28 @@ class Family:
                 mask += [False] * (placeholders + 2) + [True] * (len(text) - 2) + [False] * 2
             rows.append(row)
             masks.append(mask)
-        length = max(map(len, rows))
-        batch = self._batch(
-            [pad(row, PAD, length, side) for row in rows],
-            [pad([1] * len(row), 0, length, side) for row in rows],
-            [pad(mask, False, length, side) for mask in masks],
-            pictures,
-        )
-        alone = [
-            self._batch([row], [[1] * len(row)], [mask], [own])
-            for row, mask, own in zip(rows, masks, pictures, strict=True)
-        ]
-        return batch, alone
+        alone = [self.batch([row], [mask], side, [own]) for row, mask, own in zip(rows, masks, pictures, strict=True)]
+        return self.batch(rows, masks, side, pictures), alone
 
-    def _batch(self, ids: list, real: list, masks: list, pictures: list[list[Image]]) -> Image:
-        batch = {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(real)}
-        if any(pictures):
-            batch |= {"anchor_mask": torch.tensor(masks), **self.stack(pictures)}
+    def batch(self, rows: list[list[int]], masks: list[list[bool]], side: str, *kinds: list[list[Image]]) -> Image:
+        """Rows padded on a side, with the images of each; of further kinds of media, those of each too."""
+        length = max(map(len, rows))
+        ids = torch.tensor([pad(row, PAD, length, side) for row in rows])
+        real = torch.tensor([pad([1] * len(row), 0, length, side) for row in rows])
+        batch = {"input_ids": ids, "attention_mask": real}
+        for pictures in filter(any, kinds):
+            batch |= {"anchor_mask": torch.tensor([pad(mask, False, length, side) for mask in masks])}
+            batch |= self.stack(pictures)
         if self.token_types:
-            types = batch["input_ids"] == IMAGE
-            batch[self.token_types] = torch.zeros_like(types).long() if self.prefix_types else types.long()
+            types = (ids == IMAGE).long() + 2 * (ids == VIDEO).long()
+            batch[self.token_types] = torch.zeros_like(types) if self.prefix_types else types
         return batch
 
     def with_labels(self, batch: Image, answers: int = 2) -> Image:
         """The batch with the last `answers` tokens of each sample supervised."""
-        rank = batch["attention_mask"].flip(-1).cumsum(-1).flip(-1)
-        supervised = (rank <= answers) & batch["attention_mask"].bool()
-        batch = {**batch, "labels": batch["input_ids"].masked_fill(~supervised, -100)}
+        batch = with_labels(batch, answers)
         if self.prefix_types:
-            batch[self.token_types] = supervised.long()
+            batch[self.token_types] = (batch["labels"] != -100).long()
         return batch
 
     def longer(self, batch: Image, tokens: Tensor) -> Image:

@@ -246,26 +246,18 @@ def _paligemma(folder: Path, name: str) -> None:
 
 
 WRITERS = {
-    "llava": _llava,
-    "llava_next": _llava,
-    "llava_onevision": _llava,
-    "qwen2_vl": _qwen,
-    "qwen2_5_vl": _qwen,
-    "qwen3_vl": _qwen,
+    **dict.fromkeys(("llava", "llava_next", "llava_onevision"), _llava),
+    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl"), _qwen),
     "internvl": _internvl,
-    "idefics3": _idefics,
-    "smolvlm": _idefics,
+    **dict.fromkeys(("idefics3", "smolvlm"), _idefics),
     "paligemma": _paligemma,
     "gemma3": _gemma3,
 }
 # Of the families that are served by facts alone, some that are used most.
 FURTHER = {
-    "qwen3_5": _qwen,
-    "qwen3_5_moe": _qwen,
-    "qwen3_vl_moe": _qwen,
+    **dict.fromkeys(("qwen3_5", "qwen3_5_moe", "qwen3_vl_moe"), _qwen),
     "gemma4": _gemma4,
-    "glm4v": _glm4v,
-    "glm46v": _glm4v,
+    **dict.fromkeys(("glm4v", "glm46v"), _glm4v),
     "mistral3": _mistral3,
     "aya_vision": _aya_vision,
     "paddleocr_vl": _paddleocr_vl,

@@ -1,4 +1,4 @@
-"""Processes of their own for tests that need them: killed ones, and two that train together.
+"""Processes of their own for tests that need them: killed ones, and two that train together; limits of this one.
 
 A fork server imports torch and transformers once; what it forks starts at once. Nothing here runs at import.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -60,16 +61,16 @@ def time_limit() -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def together(work: Callable[..., Any], *arguments: Any, world: int = 2) -> list[int]:
-    """Run `work` in processes that find each other as those of torchrun do; returns their exit codes.
+def together(work: Callable[..., Any], *arguments: Any) -> list[int]:
+    """Run `work` in two processes that find each other as those of torchrun do; returns their exit codes.
 
-    When one fails or time is up, the others, which may wait for it, are killed.
+    When one fails or time is up, the other, which may wait for it, is killed.
     """
     from torch.distributed import TCPStore
 
     # As torchrun's agent does, this process holds the store, so that its port is taken from the start.
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    processes = [start(work, *arguments, rank=rank, world=world, port=store.port) for rank in range(world)]
+    processes = [start(work, *arguments, rank=rank, world=2, port=store.port) for rank in range(2)]
     try:
         with time_limit():
             running = list(processes)
@@ -81,6 +82,17 @@ def together(work: Callable[..., Any], *arguments: Any, world: int = 2) -> list[
             process.kill()
             process.join()
     return [process.exitcode for process in processes]
+
+
+@contextmanager
+def at_most(size: int) -> Iterator[None]:
+    """Every file of this process ends at `size` bytes, as on a disk that is full then."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 _HOLD = """

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import socket
+
 from attanchor_vlm import cli
 
 TAU = 0.5
 QUESTION = "Where is the orange ring?"
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 def run(capsys, *arguments):

@@ -40,6 +40,10 @@ def _rope(*sections: int, **further: Any) -> dict[str, Any]:
 
 SECTIONS, GLM = _rope(2, 1, 1), _rope(2, 1, 1, partial_rotary_factor=1.0)
 HYBRID = {**SECTIONS, "layer_types": ["linear_attention", "full_attention"]}
+KINDS = ("full_attention", "sliding_attention")
+DEEPSTACK = {"deepstack_visual_indexes": [0, 1]}
+LOCAL = {"image": images.local, "stack": images.locals, **BOTH}
+MINICPM = {"image": images.targets, "stack": images.in_a_row, **BOTH, "text": HYBRID, "own": {"image_size": SIDE}}
 WINDOWED = {"layer_types": ["sliding_attention", "full_attention"]}
 BIDIRECTIONAL = {**WINDOWED, "use_bidirectional_attention": "vision"}
 SPARSE = {"mlp_layer_types": ["dense", "sparse"]}
@@ -62,6 +66,14 @@ RESNET = {
     "embedding_size": 8,
     "layer_type": "basic",
 }
+INKLING = {
+    "swa_num_attention_heads": 4,
+    "swa_num_key_value_heads": 2,
+    "swa_head_dim": 8,
+    "sliding_window_size": 24,
+    "d_rel": 4,
+    "rel_extent": 64,
+}
 MUSE = {
     "text": {"layer_rope_theta": [10000.0, 0]},
     "vision": {"pos_emb_height": 8, "pos_emb_width": 8, "max_position_embeddings": 64},
@@ -78,7 +90,7 @@ TABLE = [
     _family("qwen3_5", **MROPE, **BOTH, text=HYBRID),
     _family("qwen3_5_moe", **MROPE, **BOTH, text=HYBRID),
     _family("gemma4", images.positioned, token_types="mm_token_type_ids", text=BIDIRECTIONAL, vision=GEMMA4_TOWER),
-    _family("qwen3_vl_moe", **MROPE, text=SECTIONS, vision={"deepstack_visual_indexes": [0, 1]}),
+    _family("qwen3_vl_moe", **MROPE, text=SECTIONS, vision=DEEPSTACK),
     _family("mistral3", images.sized, **BOTH),
     _family("glm4v", **MROPE, **BOTH, text=GLM),
     _family("glm46v", **MROPE, **BOTH, text=GLM),
@@ -88,24 +100,9 @@ TABLE = [
     _family("kimi_k25", images.still, **BOTH, text={"num_key_value_heads": 4}, own={"projection_hidden_size": 32}),
     _family("lfm2_vl", images.shaped, **BOTH, own={"projector_hidden_size": 32}),
     _family("lighton_ocr", images.sized, **BOTH),
-    _family(
-        "minicpmv4_6",
-        images.targets,
-        stack=images.in_a_row,
-        **BOTH,
-        text=HYBRID,
-        vision={"insert_layer_id": 0},
-        own={"image_size": SIDE},
-    ),
+    _family("minicpmv4_6", **MINICPM, vision={"insert_layer_id": 0}),
     _family("qwen2_5_omni_thinker", grid, inherits=True, **BOTH, text=SECTIONS, own=OMNI),
-    _family(
-        "qwen3_omni_moe_thinker",
-        grid,
-        inherits=True,
-        text=SECTIONS,
-        vision={"deepstack_visual_indexes": [0, 1]},
-        own=OMNI,
-    ),
+    _family("qwen3_omni_moe_thinker", grid, inherits=True, text=SECTIONS, vision=DEEPSTACK, own=OMNI),
     _family("aya_vision", square, **BOTH),
     _family("cohere2_vision", square, **BOTH, own={"alignment_intermediate_size": 64}),
     _family("got_ocr2", square, **BOTH),
@@ -157,7 +154,7 @@ TABLE = [
             "hc_lowrank": 4,
         },
     ),
-    _family("cosmos3_omni", **MROPE, text=SECTIONS, vision={"deepstack_visual_indexes": [0, 1]}),
+    _family("cosmos3_omni", **MROPE, text=SECTIONS, vision=DEEPSTACK),
     _family("hyperclovax_vision_v2", grid),
     _family("qianfan_ocr", square, **BOTH),
     _family(
@@ -189,14 +186,9 @@ TABLE = [
     ),
     _family(
         "step3p7",
-        images.local,
-        stack=images.locals,
-        **BOTH,
+        **LOCAL,
         text={
-            "rope_parameters": {
-                name: {"rope_type": "default", "rope_theta": 10000.0}
-                for name in ("full_attention", "sliding_attention")
-            },
+            "rope_parameters": {kind: {"rope_type": "default", "rope_theta": 10000.0} for kind in KINDS},
             "num_sliding_attention_heads": 4,
             "share_expert_dim": 16,
             "layer_types": ["full_attention", "sliding_attention"],
@@ -238,25 +230,13 @@ TABLE = [
         vision={"scale_factor": 2, "deepstack_visual_indexes": [0]},
         text={},
     ),
-    _family("minicpm_ocr", images.targets, stack=images.in_a_row, **BOTH, text=HYBRID, own={"image_size": SIDE}),
-    _family(
-        "minicpmv4_7",
-        images.targets,
-        stack=images.in_a_row,
-        token_types="mm_token_type_ids",
-        inherits=True,
-        **BOTH,
-        text=HYBRID,
-        own={"image_size": SIDE},
-    ),
+    _family("minicpm_ocr", **MINICPM),
+    _family("minicpmv4_7", **MINICPM, token_types="mm_token_type_ids", inherits=True),
     _family(
         "cohere_compass",
         **MROPE,
         text={
-            "rope_parameters": {
-                "full_attention": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]},
-                "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]},
-            },
+            "rope_parameters": {kind: {**SECTIONS["rope_parameters"]} for kind in KINDS},
             "layer_types": ["full_attention", "full_attention"],
         },
         vision={"deepstack_visual_indexes": [0]},
@@ -264,9 +244,7 @@ TABLE = [
     _family("cosmos3_edge", **{**MROPE, "image": images.flat}, text=SECTIONS),
     _family(
         "deepseek_ocr2",
-        images.local,
-        stack=images.locals,
-        **BOTH,
+        **LOCAL,
         text={"num_experts_per_tok": 2, "max_position_embeddings": 4096, **SPARSE},
         vision={"sam_config": {**SAM, "downsample_channels": [32, 32]}},
     ),
@@ -353,15 +331,7 @@ TABLE = [
     _family(
         "inkling2",
         images.blocks,
-        text={
-            "swa_num_attention_heads": 4,
-            "swa_num_key_value_heads": 2,
-            "swa_head_dim": 8,
-            "sliding_window_size": 24,
-            "unpadded_vocab_size": VOCABULARY,
-            "d_rel": 4,
-            "rel_extent": 64,
-        },
+        text={**INKLING, "unpadded_vocab_size": VOCABULARY},
         vision={"projection_hidden_dim": 32, "posemb_grid_size": 8},
     ),
     _family(
@@ -369,12 +339,7 @@ TABLE = [
         images.folded,
         **BOTH,
         text={
-            "swa_num_attention_heads": 4,
-            "swa_num_key_value_heads": 2,
-            "swa_head_dim": 8,
-            "sliding_window_size": 24,
-            "d_rel": 4,
-            "rel_extent": 64,
+            **INKLING,
             "layer_types": ["hybrid", "hybrid_sliding"],
             "mlp_layer_types": ["dense", "sparse"],
             "logits_mup_width_multiplier": 1.0,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 from PIL import Image
+from tiny_families import BOS, IMAGE, PAD, PATCH, SIDE, TEXT, TOWER, VOCABULARY
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
 from transformers import (
@@ -17,10 +18,7 @@ from transformers import (
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-PAD, BOS, EOS, IMAGE = 0, 1, 2, 3
-SIDE, PATCH = 16, 4
 PATCHES = (SIDE // PATCH) ** 2
-VOCABULARY = 64
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['content'] is string %}{{ m['content'] }}{% else %}"
@@ -36,34 +34,11 @@ VICUNA = (
 )
 
 
-def tiny_llava(seed: int = 0, **text_options) -> LlavaForConditionalGeneration:
+def tiny_llava(**text_options) -> LlavaForConditionalGeneration:
     """Two layers each of vision and text, hidden size 32, 16 patches an image; random weights, evaluation mode."""
-    torch.manual_seed(seed)
-    vision = CLIPVisionConfig(
-        hidden_size=32,
-        intermediate_size=64,
-        projection_dim=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        image_size=SIDE,
-        patch_size=PATCH,
-    )
-    text = LlamaConfig(
-        **{
-            "vocab_size": VOCABULARY,
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 512,
-            "pad_token_id": PAD,
-            "bos_token_id": BOS,
-            "eos_token_id": EOS,
-            "initializer_range": 0.3,
-            **text_options,
-        }
-    )
+    torch.manual_seed(0)
+    own = {"vocab_size": VOCABULARY, "max_position_embeddings": 512, "initializer_range": 0.3}
+    vision, text = CLIPVisionConfig(**TOWER, projection_dim=32), LlamaConfig(**{**TEXT, **own, **text_options})
     config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE, image_seq_length=PATCHES)
     model = LlavaForConditionalGeneration(config).eval()
     model.generation_config.pad_token_id, model.generation_config.eos_token_id = PAD, None

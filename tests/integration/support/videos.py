@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import table_families
 import torch
-from builders import BY_NAME, _rows_of, _words
-from tiny import pad
-from tiny_families import BOS, END, IMAGE, PAD, QWEN_PATCH, SIDE, START, VIDEO
+from builders import BY_NAME, Family, _rows_of, _words
+from tiny_families import BOS, END, IMAGE, QWEN_PATCH, SIDE, START, VIDEO
 from torch import Tensor
 
 FRAMES = 2
@@ -14,7 +13,16 @@ GRID = (4, 4)  # patches of a frame of Qwen's, four of which are a token
 TOKENS = 4  # of a frame, in all families
 _TABLE = {family.name: family for family in table_families.TABLE}
 _NAMES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "llava_onevision")
-FAMILIES = [BY_NAME.get(name) or _TABLE[name] for name in _NAMES]
+
+
+class Filmed(Family):
+    """A family whose prompts have videos: see `prompts`."""
+
+    def prompts(self, media: list[str], side: str = "right", seed: int = 0) -> tuple[dict, list[dict]]:
+        return prompts(self, media, side, seed)
+
+
+FAMILIES = [Filmed(**vars(BY_NAME.get(name) or _TABLE[name])) for name in _NAMES]
 
 
 def prompts(family, media: list[str], side: str = "right", seed: int = 0) -> tuple[dict, list[dict]]:
@@ -38,26 +46,13 @@ def prompts(family, media: list[str], side: str = "right", seed: int = 0) -> tup
         rows.append(row)
         masks.append(mask)
         tensors.append(own)
-    length = max(map(len, rows))
 
-    def batch_of(numbers: list[int], padded: int) -> dict[str, Tensor]:
-        ids = torch.tensor([pad(rows[n], PAD, padded, side) for n in numbers])
-        batch = {
-            "input_ids": ids,
-            "attention_mask": torch.tensor([pad([1] * len(rows[n]), 0, padded, side) for n in numbers]),
-            "anchor_mask": torch.tensor([pad(masks[n], False, padded, side) for n in numbers]),
-        }
-        everything = [picture for n in numbers for picture in tensors[n]]
-        for key in ("pixel_values", "pixel_values_videos"):
-            if kind := [picture for picture in everything if key in picture]:
-                batch |= family.stack([kind])
-        if not everything:
-            del batch["anchor_mask"]
-        if family.inherits:
-            batch["mm_token_type_ids"] = (ids == IMAGE).long() + 2 * (ids == VIDEO).long()
-        return batch
+    def batch_of(own: slice) -> dict[str, Tensor]:
+        names = ("pixel_values", "pixel_values_videos")
+        kinds = ([[one for one in sample if name in one] for sample in tensors[own]] for name in names)
+        return family.batch(rows[own], masks[own], side, *kinds)
 
-    return batch_of(list(range(len(media))), length), [batch_of([n], len(rows[n])) for n in range(len(media))]
+    return batch_of(slice(None)), [batch_of(slice(n, n + 1)) for n in range(len(media))]
 
 
 def _video(family, generator: torch.Generator) -> tuple[dict[str, Tensor], list[int]]:

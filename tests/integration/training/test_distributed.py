@@ -12,8 +12,9 @@ from pathlib import Path
 import forked
 import pytest
 import torch
+import training_toy
 from tiny import IMAGE, prompts, tiny_llava, with_labels
-from training_toy import lines
+from training_toy import at_the_end_of, before_every_loss, lines, logged
 
 from attanchor_lab.scenes import dataset as scenes
 from attanchor_lab.small_llava import model as small_llava
@@ -21,7 +22,6 @@ from attanchor_vlm import AttAnchorConfig, attach, cli, distributed, load_adapte
 from attanchor_vlm.errors import DataError, SetupError
 from attanchor_vlm.model import load as loading
 from attanchor_vlm.training import run as train
-from attanchor_vlm.training.config import TrainConfig
 from attanchor_vlm.training.lora import add_lora, choose_optimizer, layer_classes
 
 PAGE = Path(__file__).parents[3] / "docs" / "several-gpus.md"
@@ -49,41 +49,21 @@ def world(tmp_path_factory):
 def settings(world, output, data, processes, **more):
     defaults = {"lora_dropout": 0.0, "fraction": 0.3, "hold_fraction": "quantile", "batch_size": 4 // processes}
     defaults |= {"max_steps": 5, "eval_steps": 2, "eval_batch_size": 16 // processes, "calibration_samples": 8}
-    return TrainConfig.from_preset(
-        "small-llava",
-        model=str(small_llava.SHIPPED),
-        data=world / data,
-        images=world / "images",
-        output=output,
-        val_data=world / "val.json",
-        **{**defaults, **more},
-    )
+    return training_toy.settings(world, output, data=world / data, lr=None, **{**defaults, **more})
 
 
 def train_twice(world, output, data, options):
     """In each process: train until one of them is told to end, in the second epoch, then go on."""
-    from attanchor_vlm.training import callbacks, trainer
-
     if options.get("fsdp"):
         _shard_on_cpu()
-    had_image = []
-    original = trainer.AnchorTrainer.compute_loss
+    had_image, said, ends = [], [], []
 
-    def watch(self, model, inputs, *args, **kwargs):
-        if model.training:
-            had_image.append("pixel_values" in inputs)
-        return original(self, model, inputs, *args, **kwargs)
-
-    original_end = callbacks.KeepOnInterrupt.on_step_end
-    said, ends = [], []
-
-    def terminate_one(self, args, state, control, **kwargs):
-        if state.global_step == 4 and not ends and distributed.rank() == 1:
+    def terminate_one():
+        if not ends and distributed.rank() == 1:
             signal.raise_signal(signal.SIGTERM)
-        original_end(self, args, state, control, **kwargs)
 
-    trainer.AnchorTrainer.compute_loss = watch
-    callbacks.KeepOnInterrupt.on_step_end = terminate_one
+    before_every_loss(lambda _, inputs: had_image.append("pixel_values" in inputs))
+    at_the_end_of(4, terminate_one)
     with distributed.session():
         for resume in (False, True):
             chosen = settings(world, output, data, 2, resume=resume, **options)
@@ -111,22 +91,13 @@ def _shard_on_cpu() -> None:
     distributed.can_shard = lambda: True
 
 
-def figures(log):
-    names = ("loss", "eval_loss", "grad_norm", "inserted_share", "anchor_score", "tau")
-    return [
-        (line["step"], name, line[name])
-        for line in log
-        if "train_runtime" not in line
-        for name in names
-        if name in line
-    ]
-
-
 def assert_same_run(output, whole):
-    two, one = figures(lines(output)), figures(whole.log)
-    assert [entry[:2] for entry in two] == [entry[:2] for entry in one]
-    assert [entry[2] for entry in two] == pytest.approx([entry[2] for entry in one], rel=2e-4)
-    assert {entry[0] for entry in two} == {1, 2, 3, 4, 5}
+    names = ("loss", "eval_loss", "grad_norm", "inserted_share", "anchor_score", "tau")
+    two, one = (
+        logged([line for line in log if "train_runtime" not in line], *names) for log in (lines(output), whole.log)
+    )
+    assert two == pytest.approx(one, rel=2e-4)
+    assert {step for step, _ in two} == {1, 2, 3, 4, 5}
 
 
 def assert_same_adapter(output, whole):

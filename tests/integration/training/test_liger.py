@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny import CHATML, byte_level_tokenizer, difference, llava_processor, prompts, tiny_llava, with_labels
+from training_toy import arguments
 
 from attanchor_vlm import AttAnchorConfig, attach, expect_anchors, prepare_inputs
 
@@ -50,8 +51,6 @@ def test_prepared_inputs_have_their_anchors(route):
 
 def test_the_documented_trainer(tmp_path):
     """Evaluation, which computes logits: no kernel of Liger's is needed."""
-    from transformers import TrainingArguments
-
     names: dict = {}
     block = next(
         b for b in re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL) if "Liger" in b
@@ -61,14 +60,11 @@ def test_the_documented_trainer(tmp_path):
     model = patched()
     trainer = names["AnchorLigerTrainer"](
         model,
-        TrainingArguments(
-            str(tmp_path), report_to=[], use_cpu=True, disable_tqdm=True, remove_unused_columns=False,
-            prediction_loss_only=True, per_device_eval_batch_size=1, label_names=["labels"],
-        ),
+        arguments(tmp_path, per_device_eval_batch_size=1),
         eval_dataset=rows,
         data_collator=lambda rows: rows[0],
         processing_class=llava_processor(byte_level_tokenizer(), CHATML),
-    )  # fmt: skip
+    )
     with expect_anchors(model):
         loss = trainer.evaluate()["eval_loss"]
     plain = attach(tiny_llava(), AttAnchorConfig(tau=0.1))

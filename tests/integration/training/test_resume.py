@@ -7,7 +7,6 @@ import errno
 import functools
 import json
 import os
-import resource
 import shutil
 import signal
 from pathlib import Path
@@ -16,24 +15,23 @@ import forked
 import pytest
 import torch
 import training_toy
+from forked import at_most
+from training_toy import at_the_end_of, before_every_loss, lines, logged
 
 from attanchor_lab.scenes import dataset as scenes
 from attanchor_lab.small_llava import model as small_llava
-from attanchor_vlm import cli, distributed
+from attanchor_vlm import cli, distributed, load_settings
 from attanchor_vlm.data.dataset import SKIPPED_FILE, STREAM_SKIPPED_FILE
 from attanchor_vlm.errors import CheckpointError, DataError, SetupError
 from attanchor_vlm.records import alone_in
-from attanchor_vlm.training import callbacks, checkpoints, trainer
+from attanchor_vlm.training import callbacks, checkpoints
 from attanchor_vlm.training import run as train
 from attanchor_vlm.training.config import TrainConfig
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("world")
-    scenes.write_dataset(folder, "train", 8, seed=0)
-    scenes.write_dataset(folder, "val", 2, seed=1)
-    return folder
+    return training_toy.write_world(tmp_path_factory, train=(8, 0), val=(2, 1))
 
 
 settings = functools.partial(training_toy.settings, tau=0.3)
@@ -53,23 +51,12 @@ def output(stopped, tmp_path):
     return Path(shutil.copytree(stopped, tmp_path / "run"))
 
 
-def losses(result_or_folder):
-    lines = getattr(result_or_folder, "log", None)
-    if lines is None:
-        lines = training_toy.lines(result_or_folder)
-    return [(line["step"], key, line[key]) for line in lines for key in ("loss", "eval_loss", "tau") if key in line]
+def losses(log):
+    return logged(log, "loss", "eval_loss", "tau")
 
 
 def die_in_step(chosen: TrainConfig, step: int) -> None:
-    """Train, and be killed at the end of a step, in front of anything that it would write."""
-    original = callbacks.KeepOnInterrupt.on_step_end
-
-    def kill(self, args, state, control, **kwargs):
-        if state.global_step == step:
-            os.kill(os.getpid(), signal.SIGKILL)
-        original(self, args, state, control, **kwargs)
-
-    callbacks.KeepOnInterrupt.on_step_end = kill
+    at_the_end_of(step, lambda: os.kill(os.getpid(), signal.SIGKILL))
     train.run(chosen, say=lambda line: None, progress=False)
 
 
@@ -79,13 +66,15 @@ def test_a_killed_run_loses_the_steps_since_its_checkpoint_and_no_more(world, tm
     assert forked.finish(process) == -signal.SIGKILL
     assert [path.name for path in train.complete_checkpoints(tmp_path / "parts")][-1] == "checkpoint-4"
     assert not (tmp_path / "parts" / "adapter_config.json").exists()
+    state = checkpoints.read_state(tmp_path / "parts" / "checkpoint-4")
+    assert load_settings(tmp_path / "parts" / "checkpoint-4").tau == state["tau"] == state["keeper"]["tau"]
 
     parts = run(world, tmp_path / "parts", resume=True, **options)
     whole = run(world, tmp_path / "whole", **options)
     assert parts.steps == 6
-    assert [one[:2] for one in losses(parts)] == [one[:2] for one in losses(whole)]
-    assert [one[2] for one in losses(parts)] == pytest.approx([one[2] for one in losses(whole)], rel=1e-6)
-    assert losses(tmp_path / "parts") == losses(parts)
+    assert losses(parts.log) == pytest.approx(losses(whole.log), rel=1e-6)
+    assert losses(lines(tmp_path / "parts")) == losses(parts.log)
+    assert len({line["tau"] for line in whole.log if "loss" in line}) > 3  # it follows the scores
 
 
 @pytest.mark.parametrize(
@@ -122,7 +111,7 @@ def test_workers_that_start_anew_do_not_change_what_follows(world, tmp_path):
     whole = run(world, tmp_path / "whole", max_steps=5, **options)
     run(world, tmp_path / "parts", max_steps=2, **options)
     parts = run(world, tmp_path / "parts", max_steps=5, resume=True, **options)
-    assert [one[2] for one in losses(parts)] == pytest.approx([one[2] for one in losses(whole)], rel=1e-6)
+    assert losses(parts.log) == pytest.approx(losses(whole.log), rel=1e-6)
 
 
 @pytest.mark.parametrize("resume", [True, False])
@@ -213,17 +202,6 @@ def test_a_checkpoint_that_a_kill_tore_is_removed_and_made_anew(world, output):
     assert torch.load(torn / "optimizer.pt")
 
 
-@contextlib.contextmanager
-def at_most(size: int):
-    """Every file of this process ends at `size` bytes, as on a disk that is full then."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
@@ -278,8 +256,7 @@ def test_a_full_disk_leaves_no_half_log_line(world, tmp_path, monkeypatch):
     monkeypatch.setattr(callbacks.LogFile, "on_log", full)
     with pytest.raises(CheckpointError, match=r"training stopped: File too large; checkpoint-3 is whole"):
         run(world, tmp_path / "run")
-    lines = training_toy.lines(tmp_path / "run")
-    assert lines[-1]["step"] == 4
+    assert lines(tmp_path / "run")[-1]["step"] == 4
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}"])
@@ -300,7 +277,7 @@ def test_a_damaged_checkpoint_is_one_line_that_names_the_one_before(world, outpu
     assert len(str(caught.value).splitlines()) == 1
 
 
-def test_an_image_that_vanishes_is_one_line_and_leaves_the_checkpoint(world, tmp_path, capsys):
+def test_an_image_that_vanishes_is_one_line_and_leaves_the_checkpoint(tmp_path, capsys):
     folder = tmp_path / "data"
     scenes.write_dataset(folder, "train", 8, seed=0)
     options = ["--model", small_llava.SHIPPED, "--data", folder / "train.json", "--images", folder / "images"]
@@ -328,14 +305,7 @@ def test_an_image_that_vanishes_is_one_line_and_leaves_the_checkpoint(world, tmp
 
 def test_a_terminated_run_saves_before_it_ends(world, tmp_path, monkeypatch):
     """As torchrun and batch systems announce it."""
-    original = callbacks.KeepOnInterrupt.on_step_end
-
-    def terminate(self, args, state, control, **kwargs):
-        if state.global_step == 2:
-            signal.raise_signal(signal.SIGTERM)
-        original(self, args, state, control, **kwargs)
-
-    monkeypatch.setattr(callbacks.KeepOnInterrupt, "on_step_end", terminate)
+    at_the_end_of(2, lambda: signal.raise_signal(signal.SIGTERM), monkeypatch)
     before = signal.getsignal(signal.SIGTERM)
     result = run(world, tmp_path / "run")
     assert result.interrupted
@@ -362,15 +332,12 @@ def test_what_other_programs_left_in_a_folder_is_not_touched(world, tmp_path):
 
 @pytest.mark.parametrize("steps", [0, 3])
 def test_a_gpu_that_is_too_small_is_one_line_that_says_what_to_do(world, tmp_path, monkeypatch, steps):
-    original = trainer.AnchorTrainer.compute_loss
-
-    def full(self, model, inputs, *args, **kwargs):
-        if model.training and self.state.global_step == steps:
+    def full(trainer, inputs):
+        if trainer.state.global_step == steps:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
-        return original(self, model, inputs, *args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer.AnchorTrainer, "compute_loss", full)
+        before_every_loss(full, patch)
         with pytest.raises(SetupError, match=r"^the GPU's memory does not hold a batch of 4 samples; give ") as caught:
             run(world, tmp_path / "run")
     message = str(caught.value)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from training_toy import settings
@@ -10,6 +12,8 @@ from attanchor_vlm.errors import SetupError
 from attanchor_vlm.model import load as loading
 from attanchor_vlm.training.config import SCHEDULERS, Method
 from attanchor_vlm.training.lora import choose_optimizer
+
+STREAM = {"stream": True, "val_data": None}
 
 
 def test_presets_are_the_papers():
@@ -51,7 +55,32 @@ def test_presets_are_the_papers():
         ({"val_fraction": 0.5}, "val_fraction is 0.5 with val_data"),
         ({"shuffle_buffer": 5}, "shuffle_buffer is 5, but there is no stream"),
         ({"calibration_samples": 4}, "calibration_samples is 4, but there is no fraction"),
+        # A fraction that tau is measured for.
+        ({"fraction": 0.0}, "fraction is 0.0; it should be greater than 0"),
+        ({"fraction": 10}, r"fraction is 10; it should be at most 1, which is every text token \(0.1 is a tenth\)"),
+        ({"hold_fraction": "epoch"}, "hold_fraction is 'epoch', but there is no fraction"),
+        ({"fraction": 0.1, "hold_fraction": "always"}, "hold_fraction is 'always'; it should be one of"),
+        ({"calibration_samples": 0}, "calibration_samples is 0"),
+        # A stream.
+        ({**STREAM, "max_steps": None}, "max_steps is not set; a stream has no end"),
+        ({**STREAM, "val_fraction": 0.1}, "val_fraction is 0.1 with stream; give val_data"),
+        ({**STREAM, "group_by_length": True}, "group_by_length is set with stream"),
+        ({**STREAM, "fraction": 0.1, "hold_fraction": "epoch"}, "hold_fraction is 'epoch' with stream"),
+        ({**STREAM, "shuffle_buffer": 0}, "shuffle_buffer is 0"),
+        # Alignment.
         ({"align_temperature": 0.3}, "align_temperature is 0.3, but there is no align_weight"),
+        ({"align_labels": "c.json"}, "align_labels is 'c.json', but there is no align_weight"),
+        ({"align_clip": Path("clip")}, "align_clip is clip, but there is no align_weight"),
+        ({"align_weight": -1.0}, "align_weight is -1.0; it should be at least 0 and finite"),
+        ({"align_weight": float("nan")}, "align_weight is nan"),
+        ({"align_weight": 1.0, "align_temperature": 0.0}, "align_temperature is 0.0; it should be greater than 0"),
+        ({"align_weight": 1.0, "align_clip": "clip"}, "align_clip and align_words belong together"),
+        (
+            {"align_weight": 1.0, "align_clip": "clip", "align_words": "w", "align_labels": "c.json"},
+            "labels come from the one or the other",
+        ),
+        ({"align_weight": 1.0, "batch_size": 1}, "batch_size is 1 with align_labels"),
+        ({"align_weight": 1.0, "align_labels": "c.json", "images": None}, "images are inside the rows"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(tmp_path, change, message):

@@ -20,11 +20,14 @@ from shared import (
     attached,
     both_directions,
     both_sides_and_directions,
+    check_nothing_allowed,
+    check_routes_agree,
+    check_samples_alone,
     every_family,
     every_route,
     tau_for,
 )
-from tiny import difference, own_logits, plain
+from tiny import difference, plain
 from tiny_families import IMAGE
 from torch.nn import functional as F
 
@@ -57,15 +60,7 @@ def test_tau_one_is_the_untouched_model(family):
 @both_sides_and_directions
 @every_route
 def test_nothing_allowed_is_the_untouched_model_but_for_rounding(family, route, side, direction):
-    model, batch = family.model(), family.with_labels(family.prompts(MIXED, side)[0])
-    with torch.no_grad():
-        before = model(**plain(batch))
-        attach(model, AttAnchorConfig(tau=-1, route=route, direction=direction))
-        after = model(**{**batch, "anchor_mask": torch.zeros_like(batch["anchor_mask"])})
-    assert model.attanchor_calls == 1
-    assert not model.attanchor_plan.is_anchor.any()
-    assert difference(before.logits[batch["attention_mask"].bool()], own_logits(model, after.logits)) < 1e-4
-    assert difference(before.loss, after.loss) < 1e-4
+    check_nothing_allowed(family, route, side, direction)
 
 
 @every_route
@@ -113,20 +108,7 @@ def test_hosts_are_the_best_matches_by_the_models_own_features(family, direction
 @both_sides_and_directions
 @pytest.mark.parametrize("family", [family for family in FAMILIES if len(family.routes) > 1], ids=str)
 def test_both_routes_agree(family, side, direction):
-    batch, losses, logits, gradients = family.with_labels(family.prompts(MIXED, side)[0]), [], [], []
-    for route in family.routes:
-        model = attached(family, route, direction)
-        output = model(**batch)
-        output.loss.backward()
-        assert model.attanchor_plan.is_anchor.any()
-        real = model.attanchor_plan.source >= 0
-        losses.append(output.loss)
-        logits.append(output.logits[real])
-        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
-    assert difference(logits[0], logits[1]) < 1e-4
-    assert difference(losses[0], losses[1]) < 1e-5
-    assert gradients[0].abs().max() > 1e-3
-    assert difference(gradients[0], gradients[1]) < 1e-4
+    check_routes_agree(family, side, direction)
 
 
 @pytest.mark.parametrize("family", [family for family in FAMILIES if len(family.routes) == 1], ids=str)
@@ -138,15 +120,7 @@ def test_a_route_that_the_model_cannot_take_is_refused(family):
 @both_sides_and_directions
 @every_route
 def test_a_batch_is_its_samples_alone(family, route, side, direction):
-    model, (batch, alone) = attached(family, route, direction), family.prompts([1, 2, 0, 1], side)
-    with torch.no_grad():
-        together = model(**batch).logits
-        plan, inserted = model.attanchor_plan, 0
-        for row, sample in enumerate(alone):
-            logits = model(**sample).logits[0]
-            inserted += int(model.attanchor_plan.is_anchor.sum()) if model.attanchor_plan else 0
-            assert difference(together[row][plan.source[row] >= 0], logits) < 2e-5
-    assert inserted == int(plan.is_anchor.sum()) > 4
+    check_samples_alone(family, route, side, direction)
 
 
 # --- The page about them. ---

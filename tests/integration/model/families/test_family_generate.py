@@ -3,7 +3,16 @@
 from __future__ import annotations
 
 import torch
-from shared import GREEDY, LOGITS, MIXED, NEW, attached, both_directions, every_route, greedy_by_forward
+from shared import (
+    GREEDY,
+    LOGITS,
+    MIXED,
+    NEW,
+    attached,
+    both_directions,
+    check_cached_generation,
+    every_route,
+)
 from tiny import difference
 from tiny_families import VOCABULARY
 
@@ -11,14 +20,7 @@ from tiny_families import VOCABULARY
 @both_directions
 @every_route
 def test_cached_generation_agrees_with_uncached_forwards(family, route, direction):
-    model, (batch, _) = attached(family, route, direction), family.prompts(MIXED, "left")
-    output = model.generate(**batch, **GREEDY, **LOGITS)
-    assert model.attanchor_plan.is_anchor.any()
-    tokens, logits = greedy_by_forward(family, model, batch)
-    length = batch["input_ids"].shape[1]
-    assert torch.equal(output.sequences[:, :length], batch["input_ids"])
-    assert torch.equal(output.sequences[:, length:], tokens)
-    assert difference(torch.stack(output.logits, 1), logits) < 2e-5
+    check_cached_generation(family, route, direction)
 
 
 @every_route
@@ -31,19 +33,12 @@ def test_a_right_padded_batch_generates_as_its_samples_alone(family, route):
 
 
 @every_route
-def test_the_score_of_beams_is_that_of_an_uncached_forward(family, route):
+def test_the_score_of_beams_is_that_of_an_uncached_forward(family, route, **settings):
     # By ids, image into text lengthens what beams repeat: the features, and the placeholders that tell whose they are.
     direction = "image_into_text" if route == "ids" else "text_into_image"
-    model, (batch, _) = attached(family, route, direction), family.prompts(MIXED, "left")
-    output = model.generate(
-        **batch,
-        **GREEDY,
-        num_beams=3,
-        num_return_sequences=2,
-        length_penalty=0.0,
-        return_dict_in_generate=True,
-        output_scores=True,
-    )
+    model, (batch, _) = attached(family, route, direction, **settings), family.prompts(MIXED, "left")
+    beams = {"num_beams": 3, "num_return_sequences": 2, "length_penalty": 0.0}
+    output = model.generate(**batch, **GREEDY, **beams, return_dict_in_generate=True, output_scores=True)
     for beam in range(2):
         new = output.sequences[beam::2, -NEW:]
         with torch.no_grad():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from builders import BY_NAME, FAMILIES, features
-from shared import GREEDY, LOGITS, NEW, NEWLINES, attached, both_directions, greedy_by_forward
+from shared import NEWLINES, attached, both_directions, check_generates
 from tiny import difference
 from tiny_families import IMAGE, VOCABULARY
 
@@ -55,11 +55,7 @@ def test_onevision_takes_several_images_of_a_sample_as_one_tile_each():
     batch["input_ids"] = torch.tensor([[0] * (length - len(row)) + row for row in rows])
     batch["anchor_mask"] = torch.tensor([[False] * (length - len(mask)) + mask for mask in masks])
     batch["attention_mask"] = (batch["input_ids"] != 0).long()
-    output = model.generate(**batch, **GREEDY, **LOGITS)
-    assert model.attanchor_plan.is_anchor.any()
-    tokens, logits = greedy_by_forward(family, model, batch)
-    assert torch.equal(output.sequences[:, -NEW:], tokens)
-    assert difference(torch.stack(output.logits, 1), logits) < 2e-5
+    check_generates(family, model, batch)
 
 
 # --- Bidirectional masks, videos. ---

@@ -5,19 +5,20 @@ from __future__ import annotations
 import itertools
 
 import pytest
+import test_family_generate
 import torch
 from builders import BY_NAME, FAMILIES, features
 from shared import (
     FLAT,
-    GREEDY,
-    LOGITS,
     MIXED,
     MROPE,
-    NEW,
     attached,
+    check_cached_generation,
+    check_generates,
+    check_routes_agree,
+    check_samples_alone,
     every_family,
     every_route,
-    greedy_by_forward,
     tau_for,
 )
 from tiny import difference, plain
@@ -139,50 +140,30 @@ def test_hosts_stay_and_dropping_more_than_there_is_drops_nothing(family):
         assert left[row, hosts[row][hosts[row] >= 0]].all()
 
 
+# --- What holds without dropping too. ---
+
+
 @every_route
 def test_a_batch_is_its_samples_alone(family, route):
-    model, (batch, alone) = dropping(family, route), family.prompts([1, 2, 0, 1], "left")
-    with torch.no_grad():
-        together, plan = model(**batch).logits, model.attanchor_plan
-        for row, sample in enumerate(alone):
-            logits = model(**sample).logits[0]
-            assert difference(together[row][plan.source[row] >= 0], logits) < 2e-5
+    check_samples_alone(family, route, "left", "text_into_image", keep=KEEP)
 
 
 @every_route
 def test_cached_generation_agrees_with_uncached_forwards(family, route):
-    model, batch = dropping(family, route), family.prompts(MIXED, "left")[0]
-    output = model.generate(**batch, **GREEDY, **LOGITS)
-    assert model.attanchor_plan.source.shape[1] < batch["input_ids"].shape[1]
-    tokens, logits = greedy_by_forward(family, model, batch)
-    assert torch.equal(output.sequences, torch.cat([batch["input_ids"], tokens], 1))
-    assert difference(torch.stack(output.logits, 1), logits) < 2e-5
+    check_cached_generation(family, route, "text_into_image", keep=KEEP)
 
 
 @every_route
 def test_the_score_of_beams_is_that_of_an_uncached_forward(family, route):
-    model, batch = dropping(family, route), family.prompts(MIXED, "left")[0]
-    beams = {"num_beams": 2, "length_penalty": 0.0, "return_dict_in_generate": True, "output_scores": True}
-    output = model.generate(**batch, **GREEDY, **beams)
-    new = output.sequences[:, -NEW:]
-    with torch.no_grad():
-        logits = model(**family.longer(batch, new)).logits[:, -NEW - 1 : -1]
-    expected = logits.log_softmax(-1).gather(2, new[..., None]).sum((1, 2))
-    assert torch.allclose(output.sequences_scores, expected, atol=1e-4)
+    test_family_generate.test_the_score_of_beams_is_that_of_an_uncached_forward(family, route, keep=KEEP)
 
 
 @pytest.mark.parametrize("family", [family for family in FAMILIES if len(family.routes) > 1], ids=str)
 def test_both_routes_agree(family):
-    batch, found = family.with_labels(family.prompts(MIXED, "left")[0]), []
-    for route in family.routes:
-        model = dropping(family, route, direction="image_into_text")
-        output = model(**batch)
-        output.loss.backward()
-        gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
-        found.append((output.logits[model.attanchor_plan.source >= 0], output.loss, gradient))
-        assert model.attanchor_plan.is_anchor.any()
-    assert all(difference(a, b) < 1e-4 for a, b in zip(*found, strict=True))
-    assert found[0][2].abs().max() > 1e-3
+    check_routes_agree(family, "left", "image_into_text", keep=KEEP)
+
+
+# --- Positions, cells, salience. ---
 
 
 @pytest.mark.parametrize("family", MROPE, ids=str)
@@ -213,9 +194,7 @@ def test_one_position_per_token_may_be_inherited(family, implementation):
         assert torch.equal(plan.position_ids[own], counted[own])
         assert difference(logits[real], gathered(family, batch, plan)[real]) < 1e-4
         assert difference(logits[0][real[0]], model(**alone[0]).logits[0]) < 2e-5
-    output = model.generate(**batch, **GREEDY, **LOGITS)
-    tokens, _ = greedy_by_forward(family, model, batch)
-    assert torch.equal(output.sequences[:, -NEW:], tokens)
+    check_generates(family, model, batch)
 
 
 def test_inherited_positions_under_flash_attention_need_insisting(monkeypatch):

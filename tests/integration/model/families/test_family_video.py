@@ -6,8 +6,16 @@ import pytest
 import torch
 import videos
 from PIL import Image
-from shared import GREEDY, LOGITS, NEW, both_directions, both_sides_and_directions
-from tiny import difference, own_logits, plain
+from shared import (
+    NEW,
+    both_directions,
+    both_sides_and_directions,
+    check_cached_generation,
+    check_nothing_allowed,
+    check_routes_agree,
+    check_samples_alone,
+)
+from tiny import difference
 from tiny_families import IMAGE, PAD, START, VIDEO
 from torch.nn import functional as F
 
@@ -36,14 +44,7 @@ def attached(family, **settings):
 @both_sides_and_directions
 @every_route
 def test_nothing_allowed_is_the_untouched_model_but_for_rounding(family, route, side, direction):
-    batch = videos.prompts(family, MIXED, side)[0]
-    real = batch["attention_mask"].bool()
-    with torch.no_grad():
-        before = family.model()(**plain(batch)).logits[real]
-        model = attached(family, route=route, direction=direction)
-        batch["anchor_mask"][:] = False
-        after = own_logits(model, model(**batch).logits)
-    assert difference(before, after) < 1e-4
+    check_nothing_allowed(family, route, side, direction, MIXED)
 
 
 @every_family
@@ -70,45 +71,19 @@ def test_hosts_are_the_best_matches_over_frames_and_images(family):
 @both_sides_and_directions
 @every_route
 def test_a_batch_is_its_samples_alone(family, route, side, direction):
-    batch, alone = videos.prompts(family, MIXED, side)
-    model = attached(family, route=route, direction=direction)
-    with torch.no_grad():
-        logits = model(**batch).logits
-        together, plan = [logits[n][plan_of(model, n)] for n in range(len(alone))], model.attanchor_plan
-        assert plan.is_anchor.any(-1).sum() >= 3
-        for own, sample in zip(together, alone, strict=True):
-            assert difference(own, model(**sample).logits[0]) < 1e-4
-
-
-def plan_of(model, sample):
-    return model.attanchor_plan.attention_mask[sample].bool()
+    # Of Qwen3.5, whose chunks of linear attention lie otherwise in other lengths, more rounding shows.
+    check_samples_alone(family, route, side, direction, MIXED, bound=1e-4, tau=TAU)
 
 
 @both_directions
 @pytest.mark.parametrize("family", [family for family in videos.FAMILIES if len(family.routes) > 1], ids=str)
 def test_both_routes_agree(family, direction):
-    batch, found = family.with_labels(videos.prompts(family, ["iv", "v"])[0]), []
-    for route in family.routes:
-        model = attached(family, route=route, direction=direction)
-        output = model(**batch)
-        output.loss.backward()
-        gradients = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
-        found.append((output.logits[model.attanchor_plan.source >= 0], output.loss, torch.cat(gradients)))
-    for one, other in zip(*found, strict=True):
-        assert difference(one, other) < 1e-4
+    check_routes_agree(family, "right", direction, ["iv", "v"], tau=TAU)
 
 
 @every_route
 def test_cached_generation_agrees_with_uncached_forwards(family, route):
-    batch = videos.prompts(family, MIXED, "left")[0]
-    model = attached(family, route=route)
-    output = model.generate(**batch, **GREEDY, **LOGITS)
-    tokens = output.sequences[:, batch["input_ids"].shape[1] :]
-    with torch.no_grad():
-        for step in range(NEW):
-            logits = model(**batch).logits[:, -1]
-            assert difference(logits, output.logits[step]) < 1e-4
-            batch = family.longer(batch, tokens[:, step : step + 1])
+    check_cached_generation(family, route, "text_into_image", MIXED, tau=TAU)
 
 
 @every_family

@@ -62,13 +62,13 @@ def overlap(box: Box, painted: tuple[int, int, int, int], image: int) -> float:
     return max(across, 0.0) * max(down, 0.0) / ((right - left) * (bottom - top))
 
 
-def check_places(model, processor, images: list[list[Image.Image]], row: int, every: int = 5) -> list[Box]:
+def check_places(model, processor, images: list[list[Image.Image]], row: int) -> list[Box]:
     """Paint every fifth box of a row's images, inside its edges, and look which features change."""
     batch = encode(processor, images)
     boxes, before = patch_boxes(model, processor, batch, row, images), rows_of(model, batch, row)
     assert len(boxes) == len(before) == len(image_slots(model, batch, row))
     painted_boxes = 0
-    for number, box in list(enumerate(boxes))[:: every if len(boxes) > 40 else 2]:
+    for number, box in list(enumerate(boxes))[:: 5 if len(boxes) > 40 else 2]:
         if box.pixels is None:
             continue
         x0, y0, x1, y1 = box.pixels
