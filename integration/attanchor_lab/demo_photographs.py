@@ -55,7 +55,7 @@ _ASKED = (("chelsea", "Is there a cat in the picture?"), ("coffee", "Is there a 
 
 @dataclass(frozen=True)
 class Size:
-    """How much the demo does; the defaults take some six minutes on two quiet cores."""
+    """How much the demo does; the defaults are expected to take six to seven minutes on two quiet cores."""
 
     scenes: int = 360
     test_scenes: int = 24
