@@ -1,5 +1,5 @@
-"""`attanchor demo-photographs`: a language model that was never shown an image learns to see, then answers questions
-with anchors and without."""
+"""`attanchor demo-photographs`: a language model that was never shown an image learns to name what is in it, then
+answers questions with anchors and without."""
 
 from __future__ import annotations
 
@@ -12,19 +12,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import TrainerCallback
 
 from attanchor_lab.accuracy import Accuracy, accuracy
 from attanchor_lab.demo import clear, photograph
 from attanchor_lab.photographs import stamps
 from attanchor_lab.photographs.config import FOLDER, PhotographConfig
-from attanchor_lab.photographs.dataset import read_photographs, write_photographs
+from attanchor_lab.photographs.dataset import read_photographs, talk, write_photographs
 from attanchor_lab.photographs.grounding import grounding
-from attanchor_lab.photographs.wordings import KINDS
+from attanchor_lab.photographs.questions import with_article
 from attanchor_lab.small_vlm import build, parts
 from attanchor_lab.small_vlm.config import BuildConfig
 from attanchor_lab.small_vlm.readings import known_stamps
 from attanchor_vlm.data.batches import message
-from attanchor_vlm.data.rows import Row, load_image, read_rows
+from attanchor_vlm.data.rows import Row, load_image, read_rows, samples
+from attanchor_vlm.evaluation.answers import generate_answers
 from attanchor_vlm.inference.ask import encode_questions
 from attanchor_vlm.inference.explain import explain
 from attanchor_vlm.inference.picture import anchor_picture
@@ -36,29 +38,32 @@ from attanchor_vlm.training import run as train
 from attanchor_vlm.training.config import PRESETS, TrainConfig
 
 PLAIN, ANCHORS, SHORTER = "plain concatenation", "anchors", "anchors, a third of the image tokens"
+_MATCHED = {"fraction": 0.5, "content_words": True, "calibration_samples": 64}
 _ARMS: dict[str, dict[str, Any]] = {
     PLAIN: {"tau": 1.0},
-    ANCHORS: {"fraction": 0.5, "content_words": True},
-    SHORTER: {"fraction": 0.5, "content_words": True, "keep": 1 / 3},
+    ANCHORS: _MATCHED,
+    SHORTER: {**_MATCHED, "keep": 1 / 3},
 }
-_OURS = {"stamps", "data", "unseeing", "readings", "stage1", "model", "runs", "results.json", "anchors.png"}
-_ANSWER = 6  # most tokens
+_OURS = {"stamps", "data", "unseeing", "stage1", "model", "runs", "results.json", "anchors.png"}
+_KINDS = ("existence", "place", "what")  # of questions
+_CORNERS = "What is in the corners?"
+_ANSWER, _CAPTION = 6, 40  # most tokens
+_LOOKS = 3  # at what it names, while it learns to
 _TITLE = "Words of the question at their patches, in photographs"
 _ASKED = (("chelsea", "Is there a cat in the picture?"), ("coffee", "Is there a cup in the picture?"))
 
 
 @dataclass(frozen=True)
 class Size:
-    """How much the demo does; the defaults take a quarter of an hour on two quiet cores."""
+    """How much the demo does; the defaults are expected to take six to seven minutes on two quiet cores."""
 
-    scenes: int = 320
-    test_scenes: int = 40
-    concepts: int | None = 30
-    held_out: float = 0.2
-    reading_steps: int = 60
-    question_steps: int = 12
-    names: int = 24  # asked for, of each split
-    questions: int = 12  # of each kind
+    scenes: int = 360
+    test_scenes: int = 24
+    concepts: int | None = 24
+    held_out: float = 0.25
+    caption_steps: int = 90
+    question_steps: int = 16
+    questions: int = 20  # of each kind
 
 
 def run(
@@ -69,7 +74,7 @@ def run(
     progress: bool = True,
     folder: Path = FOLDER,
 ) -> dict[str, Any]:
-    """Build the model, teach it to read, then questions in three arms; leave `results.json` and `anchors.png`.
+    """Build the model, teach it to see, then questions in three arms; leave `results.json` and `anchors.png`.
 
     Args:
         output: A folder that does not exist, is empty, or holds an earlier demo, which is replaced.
@@ -89,46 +94,57 @@ def run(
     data = output / "data"
     images = data / "images"
     say(f"1. Photographs to {data}")
-    known = known_stamps(folder, output / "stamps")
     world = PhotographConfig(
         output=data, seed=seed, scenes=size.scenes, test_scenes=size.test_scenes, concepts=size.concepts,
-        held_out=size.held_out, stamps=known,
+        held_out=size.held_out, least=4, noise=0.0, kinds=_KINDS, stamps=known_stamps(folder, output / "stamps"),
     )  # fmt: skip
     write_photographs(world, lambda line: say(f"   {line}"))
     held_out = json.loads((data / "world.json").read_text(encoding="utf-8"))["concepts"]["held_out"]
 
     say("2. A language model of 135 M parameters and an image encoder that never met")
-    config = BuildConfig(
-        output=output / "model", world=data, stamps=folder, steps=size.reading_steps, seed=seed,
-    )  # fmt: skip
-    unseeing = BuildConfig(output=output / "unseeing", seed=seed)
-    build.make(unseeing, lambda line: say(f"   {line}"))
+    config = BuildConfig(output=output / "unseeing", seed=seed)
+    build.make(config, lambda line: say(f"   {line}"))
     dtype = choose_dtype(PRESETS["small-vlm"]["dtype"], lambda line: None)
-    before = _sight(unseeing.output, dtype, data, size.names)
-    said = "   {0:.0%} of the things named at their corner ({1:.0%} of kinds held out of training)"
-    said += "; {2:.0%} ({3:.0%}) of the words have their best patch in their thing, by chance {4:.0%}"
-    say(said.format(*before.values()))
+    model, processor = load(str(config.output), dtype=dtype, tau=1.0)
+    matched = grounding(model, processor, read_photographs(data / "test-place-seen.json"), images)
+    say(
+        f"   {matched['hit']:.0%} of the words have their best patch in their thing before anything is trained, "
+        f"by chance {matched['chance']:.0%}"
+    )
 
-    say(f"3. It learns to see: {size.reading_steps} steps of {config.batch_size} scenes")
-    build.stage1(config, data, unseeing.output, output, lambda line: say(f"   {line}")).replace(config.output)
-    after = _sight(config.output, dtype, data, size.names)
-    say(said.format(*after.values()))
+    say(f"3. It learns to see: {size.caption_steps} steps of {config.batch_size} scenes, told what is in each corner")
+    named = {"before": _named(model, processor, data, "seen", "before", say)}
+
+    class Look(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **told: Any) -> None:
+            if state.global_step % (size.caption_steps // _LOOKS) == 0:
+                when = f"after {state.global_step * config.batch_size} scenes"
+                named[when] = _named(told["model"], processor, data, "seen", when, say)
+                told["model"].train()
+
+    teaching = dataclasses.replace(config, output=output / "model", world=data, steps=size.caption_steps)
+    captions = _captions(data, "train-questions")
+    build.taught(teaching, captions, images, config.output, output, lambda line: None, [Look()]).replace(
+        teaching.output
+    )
+    model, processor = load(str(teaching.output), dtype=dtype, tau=1.0)
+    named["held out"] = _named(model, processor, data, "concepts", "things whose names it was never told", say)
 
     rows, kinds = _questions(data, size.questions)
     arms: dict[str, tuple[Accuracy, float, float]] = {}
     for number, (name, chosen) in enumerate(_ARMS.items(), start=4):
         say(f"{number}. {name}: {size.question_steps} steps of questions, then {len(rows)} that it has not seen")
         told = TrainConfig.from_preset(
-            "small-vlm", model=str(config.output), data=data / "train-questions.json", images=images, seed=seed,
+            "small-vlm", model=str(teaching.output), data=data / "train-questions.json", images=images, seed=seed,
             output=output / "runs" / name.replace(", ", "-").replace(" ", "-"), max_steps=size.question_steps,
             val_fraction=0.0, **{"tau": None, **chosen},
         )  # fmt: skip
         trained = train.run(told, lambda line: say(f"   {line}"), progress)
-        model, processor = load(str(config.output), told.output, dtype=dtype)
+        model, processor = load(str(teaching.output), told.output, dtype=dtype)
         arms[name] = (
-            accuracy(model, processor, rows, kinds, 16, _ANSWER),
+            accuracy(model, processor, rows, kinds, 20, _ANSWER),
             trained.seconds,
-            _length(model, processor, rows),
+            _length(model, processor, rows[::4]),
         )
         if name == ANCHORS:
             scenes = [(row.images[0], row.messages[0][1]) for row in rows[: 2 * size.questions : size.questions]]
@@ -140,13 +156,15 @@ def run(
     results = {
         "size": dataclasses.asdict(size) | {"seed": seed},
         "held_out": held_out,
-        "sight": {"before": before, "after": after},
+        "matched": matched,
+        "named": named,
         "arms": {
             name: {"accuracy": test.figures(), "inserted_share": test.inserted_share, "train_seconds": seconds,
                    "answer_seconds": test.seconds, "tokens": tokens}
             for name, (test, seconds, tokens) in arms.items()
         },
         "seconds": time.perf_counter() - started,
+        "processor_seconds": time.process_time(),
         **environment("cpu"),
     }  # fmt: skip
     write_json(output / "results.json", results)
@@ -167,29 +185,40 @@ def table(arms: dict[str, tuple[Accuracy, float, float]]) -> list[str]:
     return [*markdown_table(heads, lines), "", "Accuracy in %, one seed: the intervals are over questions alone."]
 
 
-def _sight(folder: Path, dtype: torch.dtype, data: Path, count: int) -> dict[str, float]:
-    """How many things of new scenes it names, of known concepts and of held-out ones, then the same of `grounding`, and
-    its chance."""
-    model, processor = load(str(folder), dtype=dtype, tau=1.0)
-    named, found, chance = {}, {}, 0.0
-    for split in ("seen", "concepts"):
-        rows, _ = read_rows(data / f"test-what-{split}.json", data / "images")
-        chosen = rows[:count]
-        answered = accuracy(model, processor, chosen, ["what"] * len(chosen), 8, _ANSWER)
-        named[f"named {split}"] = answered.figures()["mean"]
-        asked = read_photographs(data / f"test-place-{split}.json")[:count]
-        matched = grounding(model, processor, asked, data / "images")
-        found[f"matched {split}"], chance = matched["hit"], matched["chance"]
-    return named | found | {"chance": chance}
+def _captions(data: Path, name: str) -> Path:
+    """A row for each scene of a file of questions, whose answer has a line for each corner."""
+    scenes = {row["image"]: row["things"] for row in read_photographs(data / f"{name}.json")}
+    rows = []
+    for number, (image, things) in enumerate(scenes.items()):
+        caption = "\n".join(f"{thing['place']}: {with_article(thing['name'])}" for thing in things)
+        rows.append({"id": str(number), "image": image, "conversations": talk([(_CORNERS, caption)])})
+    write_json(data / f"captions-{name}.json", rows)
+    return data / f"captions-{name}.json"
+
+
+def _named(
+    model: Any, processor: Any, data: Path, split: str, when: str, say: Callable[[str], None]
+) -> dict[str, float]:
+    """The share of the things of new scenes that a model names at their corners, which is also said; `unseen` is how
+    much of the scene before the same captions would name."""
+    rows, _ = read_rows(_captions(data, f"test-what-{split}"), data / "images")
+    found = generate_answers(model, processor, list(samples(rows, "all")), 24, _CAPTION, progress=False)
+    told, right = ([set(text.splitlines()) for text in texts] for texts in (found.predictions, found.references))
+    things = sum(map(len, right))
+    seen, unseen = (
+        sum(len(a & b) for a, b in zip(told, those, strict=True)) / things for those in (right, right[-1:] + right[:-1])
+    )
+    first = found.predictions[0].replace("\n", ", ")
+    say(f"   {when}: {seen:.0%} named ({unseen:.0%} of another scene's). {rows[0].images[0].name}: {first}")
+    return {"named": seen, "unseen": unseen}
 
 
 def _questions(data: Path, count: int) -> tuple[list[Row], list[str]]:
     rows, kinds = [], []
-    for kind in KINDS:
-        if (path := data / f"test-{kind}-seen.json").is_file():
-            found = read_rows(path, data / "images")[0][:count]
-            rows += found
-            kinds += [kind] * len(found)
+    for kind in _KINDS:
+        found = read_rows(data / f"test-{kind}-seen.json", data / "images")[0][:count]
+        rows += found
+        kinds += [kind] * len(found)
     return rows, kinds
 
 

@@ -6,7 +6,7 @@ The outcome is a checkpoint like any other: `attanchor train`, `eval`, `generate
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -110,17 +110,30 @@ def assemble(parts: Parts) -> tuple[LlavaForConditionalGeneration, LlavaProcesso
 
 
 def stage1(config: BuildConfig, world: Path, model: Path, folder: Path, say: Callable[[str], None]) -> Path:
-    """`attanchor train` on the tower's readings, each once, without anchors, merged into the model it began with."""
+    """The model after talks of the tower's readings, each once, in a folder inside `folder`."""
+    tower = sources.read_tower(config.pixels)
+    scenes = config.steps * config.batch_size
+    data = write_readings(world, config.stamps, folder / "readings", scenes, config.pixels, tower, config.seed)
+    return taught(config, data, data.parent, model, folder, say)
+
+
+def taught(
+    config: BuildConfig,
+    data: Path,
+    images: Path,
+    model: Path,
+    folder: Path,
+    say: Callable[[str], None],
+    callbacks: Sequence[Any] = (),
+) -> Path:
+    """`attanchor train` on `data` without anchors, merged into the model it began with, in a folder inside `folder`."""
     from attanchor_vlm import detach, load
     from attanchor_vlm.training import run as training
     from attanchor_vlm.training.config import TrainConfig
 
-    tower = sources.read_tower(config.pixels)
-    scenes = config.steps * config.batch_size
-    data = write_readings(world, config.stamps, folder / "readings", scenes, config.pixels, tower, config.seed)
     settings: dict[str, Any] = {
         "data": data,
-        "images": data.parent,
+        "images": images,
         "output": folder / "stage1",
         "max_steps": config.steps,
         "turns": "all",
@@ -129,7 +142,7 @@ def stage1(config: BuildConfig, world: Path, model: Path, folder: Path, say: Cal
     told = TrainConfig.from_preset(
         "small-vlm", model=str(model), tau=1.0, seed=config.seed, val_fraction=0.0, **settings
     )
-    training.run(told, say, progress=False)
+    training.run(told, say, progress=False, callbacks=callbacks)
     # Into float32, whatever it was trained in.
     adapted, processor = load(str(model), told.output, dtype=torch.float32)
     whole = adapted.merge_and_unload()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -73,7 +73,9 @@ class TrainResult:
     processor: Any = field(repr=False)
 
 
-def run(config: TrainConfig, say: Callable[[str], None] = print, progress: bool = True) -> TrainResult:
+def run(
+    config: TrainConfig, say: Callable[[str], None] = print, progress: bool = True, callbacks: Sequence[Any] = ()
+) -> TrainResult:
     """Train LoRA adapters and save them with their AttAnchor settings to `config.output`.
 
     Everything that can be wrong with the data, the model's name or the settings is found before training starts.
@@ -84,6 +86,7 @@ def run(config: TrainConfig, say: Callable[[str], None] = print, progress: bool 
         config: What to train, on what, and how.
         say: Takes the lines for the user, in the first process.
         progress: Show progress bars.
+        callbacks: Further `TrainerCallback`s of transformers.
 
     Raises:
         ValueError: a setting has no meaning.
@@ -98,10 +101,10 @@ def run(config: TrainConfig, say: Callable[[str], None] = print, progress: bool 
         _check_sharding(config)
         loading.source_of(config.model)  # that there is no such model is said before images are checked
         distributed.on_main(lambda: held.enter_context(alone_in(config.output)))
-        return _run(config, say, progress)
+        return _run(config, say, progress, callbacks)
 
 
-def _run(config: TrainConfig, say: Callable[[str], None], progress: bool) -> TrainResult:
+def _run(config: TrainConfig, say: Callable[[str], None], progress: bool, callbacks: Sequence[Any]) -> TrainResult:
     from transformers import set_seed
 
     anchors = config.anchors()
@@ -134,7 +137,7 @@ def _run(config: TrainConfig, say: Callable[[str], None], progress: bool) -> Tra
     samples = f"{data.count} samples" if data.count else "A stream of samples"
     say(f"{samples} to train, {validation}; {trained:,} of {total:,} parameters are trained")
     say(_described(config, dtype))
-    return _train(config, model, processor, data, dtype, optimizer, checkpoint, say, progress)
+    return _train(config, model, processor, data, dtype, optimizer, checkpoint, say, progress, callbacks)
 
 
 def _described(config: TrainConfig, dtype: torch.dtype) -> str:
@@ -165,6 +168,7 @@ def _train(
     checkpoint: Path | None,
     say: Callable[[str], None],
     progress: bool,
+    callbacks: Sequence[Any],
 ) -> TrainResult:
     # Here and not above: the import takes seconds, and mistakes in the data should show before.
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -178,7 +182,7 @@ def _train(
     known = [] if isinstance(data.train, SampleStream) else data.train
     aligner = aligner_for(config, model, processor, known, progress)
     interrupt, plateau = calls.KeepOnInterrupt(), None
-    listeners = [calls.LogFile(config.output), calls.SameOrderOnResume(), interrupt]
+    listeners = [calls.LogFile(config.output), calls.SameOrderOnResume(), interrupt, *callbacks]
     if len(data.val) and config.patience:
         plateau = calls.StopOnPlateau(config.patience)
         listeners.append(plateau)
