@@ -76,11 +76,31 @@ _assemble_backward = torch.ops.attanchor._assemble_backward.default
 # --- Real implementations: any device, the backend is chosen at run time. -------------------------------------------
 
 
+def _uncompiled(function: Any) -> Any:
+    """Let dynamo compile nothing of a function, nor of what it calls, where it runs in eager mode behind a graph break.
+
+    A mark on its code, since `torch.compiler.disable` would take time at each call.
+    """
+    dynamo: Any = torch._C._dynamo.eval_frame
+    if hasattr(dynamo, "_FrameExecStrategy"):
+        skip = dynamo._FrameAction.SKIP
+        dynamo.set_code_exec_strategy(function.__code__, dynamo._FrameExecStrategy(skip, skip))
+    return function
+
+
+def _implement(name: str, key: str = "CompositeExplicitAutograd") -> Callable[..., Any]:
+    def register(function: Any) -> Any:
+        _library.impl(name, _uncompiled(function), key)
+        return function
+
+    return register
+
+
 def _backend(name: str, tensor: Tensor):
     return backends.load(backends.choose(name, tensor.device, tensor.dtype))
 
 
-@torch.library.impl(_library, "_construct", "CompositeExplicitAutograd")
+@_implement("_construct")
 def _construct_impl(*arguments) -> tuple[Tensor, ...]:
     problem, backend = Problem(*arguments[:-1]), arguments[-1]
     checks.contents(problem)
@@ -88,24 +108,24 @@ def _construct_impl(*arguments) -> tuple[Tensor, ...]:
     return embeds, *plan
 
 
-@torch.library.impl(_library, "_plan", "CompositeExplicitAutograd")
+@_implement("_plan")
 def _plan_impl(*arguments) -> tuple[Tensor, ...]:
     problem, backend = Problem(*arguments[:-1]), arguments[-1]
     checks.contents(problem)
     return tuple(_backend(backend, problem.text).plan(problem))
 
 
-@torch.library.impl(_library, "_plan_trimmed", "CompositeExplicitAutograd")
+@_implement("_plan_trimmed")
 def _plan_trimmed_impl(*arguments) -> tuple[Tensor, ...]:
     return tuple(trimming.trim(Problem(*arguments[:-1]), Plan(*_plan_impl(*arguments))))
 
 
-@torch.library.impl(_library, "_assemble", "CompositeExplicitAutograd")
+@_implement("_assemble")
 def _assemble_impl(image: Tensor, text: Tensor, source: Tensor, places: Tensor, backend: str) -> Tensor:
     return _backend(backend, text).assemble(image, text, source, places)
 
 
-@torch.library.impl(_library, "_assemble_backward", "CompositeExplicitAutograd")
+@_implement("_assemble_backward")
 def _assemble_backward_impl(
     grad: Tensor,
     places: Tensor,
@@ -219,16 +239,15 @@ def _differentiable(name: str, setup, backward) -> Callable[..., Any]:
         setup(ctx, arguments, output)
         return output
 
-    parts = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    parts = {"forward": staticmethod(forward), "backward": staticmethod(_uncompiled(backward))}
     function: Any = type(name, (torch.autograd.Function,), parts)
 
+    @_implement(name, "Autograd")
     def dispatch(*arguments):
         if torch.is_grad_enabled() and (arguments[0].requires_grad or arguments[1].requires_grad):
             return function.apply(*arguments)
         with torch._C._AutoDispatchBelowAutograd():
             return operator(*arguments)
-
-    _library.impl(name, dispatch, "Autograd")
 
     def call(*arguments):
         above = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()

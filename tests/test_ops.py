@@ -219,6 +219,24 @@ def test_a_budget_may_change_under_compilation():
     assert graphs.frame_count == 1
 
 
+def test_implementations_are_not_compiled():
+    """What a compiled function calls in eager mode, behind a graph break: dynamo would trace all of it."""
+    torch._dynamo.reset()
+    graphs = CompileCounterWithBackend("eager")
+    image, text = pair()
+    problem = Problem(image, text, 0.0)
+
+    @torch.compile(backend=graphs)
+    @torch._dynamo.decorators.skip
+    def run(*arguments):
+        embeds, *_ = OPS._construct(*arguments, "reference")
+        embeds.sum().backward()
+
+    run(*problem)
+    assert graphs.frame_count == 0
+    assert image.grad is not None
+
+
 def test_inductor_runs_it():
     """The default compiler, not only its front end. What an earlier version of the operators left in its cache would be
     called with the earlier arguments."""

@@ -19,7 +19,7 @@ from attanchor_kernels.backends.workspace import zeroed
 from attanchor_kernels.problem import Plan, Problem
 
 _state_words = functools.lru_cache(4096)(torch.ops.attanchor_cuda.state_words.default)
-_construct = torch.ops.attanchor_cuda.construct.default
+_construct = torch.ops.attanchor_cuda.construct.default._op  # its `__call__`, in Python, does no more than call this
 _assemble = torch.ops.attanchor_cuda.assemble.default
 _assemble_backward = torch.ops.attanchor_cuda.assemble_backward.default
 

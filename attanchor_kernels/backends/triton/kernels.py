@@ -10,7 +10,7 @@ import triton.language as tl
 from attanchor_kernels.backends import common
 from attanchor_kernels.backends.triton.copy import add_copies, copy_rows, slot_rows, zero_rows
 from attanchor_kernels.backends.triton.keep import choose_survivors
-from attanchor_kernels.backends.triton.match import match_items, match_tile, publish_cut, report_matches
+from attanchor_kernels.backends.triton.match import match_tile, publish_cut, report_matches
 from attanchor_kernels.backends.triton.plan import assemble_tile
 from attanchor_kernels.backends.triton.state import arrive, matched_of
 from attanchor_kernels.backends.triton.types import Rows, Sizes
@@ -20,7 +20,7 @@ LEAST_TAU = tl.constexpr(common.LEAST_TAU)
 LENGTHS = [
     *("batch", "images", "texts", "slots", "features", "movers", "capacity", "axes", "budget"),
     *("image_batch_stride", "image_row_stride", "text_batch_stride", "text_row_stride"),
-    *("image_tiles", "row_tiles", "lag", "keep", "slices", "slice_blocks", "ring"),
+    *("match_items", "row_tiles", "lag", "keep", "slices", "slice_blocks", "ring"),
 ]
 
 
@@ -45,7 +45,7 @@ def construct_kernel(
     image_row_stride,
     text_batch_stride,
     text_row_stride,
-    image_tiles,
+    match_items,
     row_tiles,
     lag,
     keep,
@@ -66,11 +66,11 @@ def construct_kernel(
         tau = tl.load(inputs.tau)
         tau = tl.where(tau < 1, tl.maximum(tau, LEAST_TAU), NEVER)  # NEVER for NaN too
     sizes = Sizes(
-        *(batch, images, texts, slots, movers, capacity, axes, budget, tau, image_tiles, row_tiles),
+        *(batch, images, texts, slots, movers, capacity, axes, budget, tau, match_items, row_tiles),
         *(keep, slices, slice_blocks, ring),
     )
     ticket = tl.atomic_add(state.counters, 1, sem="relaxed")
-    if ticket == batch * (match_items(sizes, config) + row_tiles) - 1:
+    if ticket == batch * (match_items + row_tiles) - 1:
         tl.store(state.counters, 0)
     work(rows, inputs, outputs, state, sizes, config, lag, ticket)
 
@@ -78,8 +78,7 @@ def construct_kernel(
 @triton.jit
 def work(rows, inputs, outputs, state, sizes, config: tl.constexpr, lag, ticket):
     """The work item of a ticket."""
-    parts = sizes.slices if config.split else 1
-    items = match_items(sizes, config)
+    items = sizes.match_items
     both = items + sizes.row_tiles
     head = lag * items
     middle = head + (sizes.batch - lag) * both
@@ -93,10 +92,10 @@ def work(rows, inputs, outputs, state, sizes, config: tl.constexpr, lag, ticket)
         sample = sizes.batch - lag + (ticket - middle) // sizes.row_tiles
         item = items + (ticket - middle) % sizes.row_tiles
     if outputs.source is None:  # all tickets are match tiles
-        if match_tile(rows, inputs, state, sizes, config, sample, item // parts, item % parts):
+        if match_tile(rows, inputs, state, sizes, config, sample, item):
             report_matches(inputs, outputs, state, sizes, config, sample)
     elif item < items:
-        if match_tile(rows, inputs, state, sizes, config, sample, item // parts, item % parts):
+        if match_tile(rows, inputs, state, sizes, config, sample, item):
             if config.drops:
                 choose_survivors(rows, inputs, outputs, state, sizes, config, sample)
                 arrive(matched_of(state, sample), config)

@@ -179,7 +179,7 @@ def _prepare(
         axes=1 if problem.position_ids is None else problem.position_ids.shape[0],
         budget=budget,
         **row_places(image, text),
-        image_tiles=image_tiles,
+        match_items=items,
         row_tiles=row_tiles,
         lag=min(schedule.lag, batch) if assembles else batch,
         keep=problem.keep if drops else None,

@@ -262,31 +262,32 @@ def publish(
 
 
 @triton.jit
-def match_tile(rows, inputs, state, sizes, config: tl.constexpr, sample, tile, part):
-    """Match one tile of image rows; if tiles are split, `part` is the slice of columns to do.
+def match_tile(rows, inputs, state, sizes, config: tl.constexpr, sample, item):
+    """Match one tile of image rows or, if tiles are split, a slice of its columns.
 
     Waits, if ever, for a tile of earlier tickets. Returns whether this was the last match work of the sample.
     """
     M: tl.constexpr = config.block_images
     N: tl.constexpr = config.block_texts
     sample64 = tl.cast(sample, tl.int64)
+    tile = item // sizes.slices if config.split else item
+    part = item % sizes.slices if config.split else 0
     image_rank = tile * M + tl.arange(0, M)
     if config.merges:
         image_slot = find_slots(inputs, sizes, config, sample, tile * M, True, M)
-        first = first_feature_in_turn(inputs, state, sizes, config, sample, (tile == 0) & (part == 0))
+        first = first_feature_in_turn(inputs, state, sizes, config, sample, item == 0)
         index = first + image_rank
         index = tl.where(load_roles(inputs, sizes, config, sample, image_slot) == IMAGE, index, -1)
         index = tl.where(index < rows.features, index, -1)
-        texts = count_ranked(inputs, sizes, config, sample, False)
+        texts = tl.where(tl.max(index) >= 0, count_ranked(inputs, sizes, config, sample, False), 0)
     else:
         image_slot = image_rank
         index = tl.where(image_rank < sizes.images, image_rank, -1)
         index = tl.where(load_roles(inputs, sizes, config, sample, index) == IMAGE, index, -1)
         texts = sizes.texts
 
-    blocks = tl.where(tl.max(index) >= 0, tl.cdiv(texts, N), 0)
     LEAST: tl.constexpr = 1 if config.split else 0  # with nothing to do, a tile still passes its place in the ring on
-    for block in tl.range(0, tl.maximum(blocks, LEAST), disable_licm=True):
+    for block in tl.range(0, tl.maximum(tl.cdiv(texts, N), LEAST), disable_licm=True):
         image_kept = index >= 0
         image_row = image_rows(rows, config, sample, index)
         text_rank = block * N + tl.arange(0, N)
@@ -318,7 +319,7 @@ def match_tile(rows, inputs, state, sizes, config: tl.constexpr, sample, tile, p
             if block == 0:
                 # Partial sums are in a ring of tiles, so that it stays in L2. Each tile counts its place on by its
                 # slices and by one when they have been added; the next tile there waits for that.
-                unit = sample * sizes.image_tiles + tile
+                unit = (sample * sizes.match_items + item) // sizes.slices
                 place = unit % sizes.ring
                 at = state.scratch + tl.cast(place, tl.int64) * sizes.slices * partial_size(config)
                 parts = matched_of(state, sizes.batch) + place
@@ -329,7 +330,7 @@ def match_tile(rows, inputs, state, sizes, config: tl.constexpr, sample, tile, p
                 if arrive(parts, config) == before + sizes.slices - 1:
                     tl.debug_barrier()
                     product, image_square, text_square = add_partials(at, sizes, config)
-                    if unit + sizes.ring < sizes.batch * sizes.image_tiles:
+                    if (unit + sizes.ring) * sizes.slices < sizes.batch * sizes.match_items:
                         arrive(parts, config)
                     else:
                         tl.store(parts, 0)
@@ -366,7 +367,7 @@ def match_tile(rows, inputs, state, sizes, config: tl.constexpr, sample, tile, p
                 config,
             )
 
-    return arrive(matched_of(state, sample), config) == match_items(sizes, config) - 1
+    return arrive(matched_of(state, sample), config) == sizes.match_items - 1
 
 
 @triton.jit
@@ -421,17 +422,9 @@ def image_candidates(sizes, config: tl.constexpr):
 
 
 @triton.jit
-def match_items(sizes, config: tl.constexpr):
-    """Match work items of a sample."""
-    if config.split:
-        return sizes.image_tiles * sizes.slices
-    return sizes.image_tiles
-
-
-@triton.jit
 def arrivals(sizes, config: tl.constexpr, movers):
     """What `matched` counts to before a sample may be assembled."""
-    count = match_items(sizes, config)
+    count = sizes.match_items
     if config.drops:
         count += 1
     elif config.budgeted:

@@ -85,7 +85,7 @@ class Sizes(NamedTuple):
     axes: Any  # P
     budget: Any
     tau: Any
-    image_tiles: Any  # match tiles of a sample
+    match_items: Any  # of a sample: tiles, or their slices
     row_tiles: Any  # assemble tiles of a sample
     keep: Any  # image tokens of a sample that stay
     slices: Any  # of the columns, if they are shared out
