@@ -47,6 +47,12 @@ def test_content_words_of_a_text(text, expected):
     assert contents(text) == expected
 
 
+def test_the_list_holds_words_as_they_are_compared_and_no_content():
+    assert contents(" ".join(FUNCTION_WORDS)) == []
+    said = "two hundred red black colour dog left right"
+    assert contents(said) == said.split()
+
+
 @pytest.mark.parametrize(
     ("text", "words", "expected"),
     [

@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 
 import forked
+import pandas
 import pytest
 import torch
 from lab_toy import TOY
@@ -262,11 +263,47 @@ def test_every_setting_of_the_gpu_size_rehearsed(tmp_path, started):
     assert all(row.get("status", "done") == "done" for row in found)
 
 
-@pytest.mark.parametrize("name", ["long", "share", "placements", "again", "settings"])
-def test_the_plans_in_the_documentation_begin_with_the_weights_of_the_cpu_size(name):
+def factors(setting: settings.Condition) -> dict:
+    """What it is trained with, by dotted name."""
+    tested = ("name", "title", "arms", "more", "seeds", "more_seeds", "blur_test")
+    given = {name: value for name, value in setting.to_dict().items() if name not in tested}
+    return pandas.json_normalize(given).to_dict("records")[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "changed"),
+    [
+        ("long", {"stage2.steps": [3000]}),
+        ("share", {"stage2.share": [0.1, 0.5]}),
+        ("placements", {"alignment": [0.0]}),
+        ("again", {"alignment": [0.0], "stage2.method": ["lora"], "stage2.lr": [0.004]}),
+        (
+            "settings",
+            {
+                "shape.layers": [6],
+                "stage1.steps": [0],
+                "stage2.steps": [1500],
+                "stage2.curriculum": [0.2],
+                "stage2.method": ["lora"],
+                "stage2.lr": [0.004],
+                "stage2.hold_share": [False],
+                "mixture.yes": [0.5],
+                "mixture.negatives": [["random", "popular", "adversarial"]],
+                "blur_train": [0.8],
+            },
+        ),
+    ],
+)
+def test_the_plans_in_the_documentation_vary_what_it_says_of_the_cpu_size_s_main_setting(name, changed):
     made, device = plans.chosen(None, Path(__file__).parents[3] / "docs" / "lab" / f"{name}-plan.json", workers=3)
     assert (device, made.workers, made.size) == ("cpu", 3, name)
-    assert made.settings[0].start_key() == plans.plan("cpu").settings[0].start_key()
+    main, found = plans.plan("cpu").settings[0], {}
+    assert made.settings[0].start_key() == main.start_key()
+    for setting in made.settings:
+        for factor, value in factors(setting).items():
+            if value != factors(main)[factor]:
+                found.setdefault(factor, []).append(value)
+    assert found == changed
 
 
 @pytest.mark.parametrize(

@@ -82,8 +82,10 @@ def before_every_loss(act, patch=None):
 
 
 def logged(log, *names):
-    """{(step, name): value}, which `approx` compares by keys and values."""
-    return {(line["step"], name): line[name] for line in log for name in names if name in line}
+    """{(step, name): value}, which `approx` compares by keys and values; none is there twice."""
+    found = [((line["step"], name), line[name]) for line in log for name in names if name in line]
+    assert len(found) == len(dict(found)) > 0
+    return dict(found)
 
 
 def lines(output):

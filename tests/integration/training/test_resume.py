@@ -62,7 +62,7 @@ def die_in_step(chosen: TrainConfig, step: int) -> None:
 
 def test_a_killed_run_loses_the_steps_since_its_checkpoint_and_no_more(world, tmp_path):
     options = {"save_steps": 2, "fraction": 0.2, "hold_fraction": "quantile", "calibration_samples": 16}
-    process = forked.start(die_in_step, settings(world, tmp_path / "parts", **options), 5)
+    process = forked.start(die_in_step, settings(world, tmp_path / "parts", **options), 6)
     assert forked.finish(process) == -signal.SIGKILL
     assert [path.name for path in train.complete_checkpoints(tmp_path / "parts")][-1] == "checkpoint-4"
     assert not (tmp_path / "parts" / "adapter_config.json").exists()
@@ -299,7 +299,7 @@ def test_an_image_that_vanishes_is_one_line_and_leaves_the_checkpoint(tmp_path, 
     assert "0/4" in "".join(error[:-2])  # the progress bar, which is not on the error's line
     assert error[-2].startswith("error: ")
     assert error[-1] == ""
-    assert "cannot be read: No such file or directory; checkpoint-2 is whole" in error[-2]
+    assert ".png cannot be read: No such file or directory; checkpoint-2 is whole" in error[-2]
     assert [path.name for path in train.complete_checkpoints(tmp_path / "run")] == ["checkpoint-2"]
 
 
