@@ -22,8 +22,9 @@ COMMAND = "python -m benchmarks report"
 LABORATORY = "docs/lab/report.md"
 NAMED = "## The comparisons named before the runs"
 # A pretrained language model, the main one of models trained from nothing, image tokens left out, the longest training.
-README_PLANS = ("photographs", "cpu", "shorter", "long")
-HELD_OUT, RENDERED = "photographs, concepts", "cpu, main"  # of whose first comparisons the headline tells
+README_PLANS = ("photographs", "photographs-placements", "photographs-again", "cpu", "shorter", "long")
+# Of whose first comparisons the headline tells.
+HELD_OUT, INHERITED, RENDERED = "photographs, concepts", "photographs-again, concepts", "cpu, main"
 PAGES = ("README.md", "docs/costs.md", "docs/demo.md", "docs/serve.md", "docs/threads.md")
 LARGE = 576  # image tokens of the prompts that the headline tells of
 README_SIDES = ("plain", "anchors", "keep 1/3")
@@ -252,16 +253,16 @@ def headline_block(rows: list[Row], image: str) -> str:
         )
     head, *lines = _named_comparisons()
     first = {line[0]: dict(zip(head, line, strict=True)) for line in reversed(lines)}
-    photographs, rendered = (
+    photographs, inherited, rendered = (
         f"{line['difference, points']} points of accuracy ({line['compared']}; 95 % interval {line['95 % interval']}, "
         f"{line['seeds']} seeds: {line['verdict']})"
-        for line in (first[HELD_OUT], first[RENDERED])
+        for line in (first[HELD_OUT], first[INHERITED], first[RENDERED])
     )
     said.append(
         "- Do anchors as published (sequential positions) help? In a small model with a pretrained language model, on "
-        f"photographs of things held out of its training, {photographs}. In small models trained from nothing on "
-        f"rendered scenes {rendered}; at random patches next to nothing, and after a long training no difference is "
-        "shown ([does it help?](#does-it-help))."
+        f"photographs of things held out of its training, {photographs}; where copies take the position of their "
+        f"patch, {inherited}. In small models trained from nothing on rendered scenes {rendered}; at random patches "
+        "next to nothing, and after a long training no difference is shown ([does it help?](#does-it-help))."
     )
     return "\n".join(said) + "\n"
 

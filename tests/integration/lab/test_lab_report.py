@@ -181,7 +181,19 @@ def test_two_folders_of_one_plan_are_told_apart(tmp_path, undrawn):
 def test_the_page_in_the_repository_is_what_its_rows_give(tmp_path, undrawn):
     """Plans in the order of the page; its pictures are there, and no other."""
     folders = [
-        PAGES / plan for plan in ("photographs", "cpu", "again", "shorter", "placements", "long", "share", "settings")
+        PAGES / plan
+        for plan in (
+            "photographs",
+            "photographs-placements",
+            "photographs-again",
+            "cpu",
+            "again",
+            "shorter",
+            "placements",
+            "long",
+            "share",
+            "settings",
+        )
     ]
     written = report.write(folders, tmp_path / "report.md")
     assert (tmp_path / "report.md").read_text() == (PAGES / "report.md").read_text()
