@@ -16,7 +16,7 @@ from pathlib import Path
 from attanchor_lab import demo_table
 from attanchor_vlm.records import write_text
 from benchmarks import cpu_reference, plots, same_tokens, store_demo, targets
-from benchmarks.rows import IMAGES, RESULTS, ROOT, Row, latest, of_newest_gpu, ratio, read, table
+from benchmarks.rows import IMAGES, RESULTS, ROOT, Row, latest, of_newest_gpu, ratio, read, span, table
 
 COMMAND = "python -m benchmarks report"
 LABORATORY = "docs/lab/report.md"
@@ -162,7 +162,7 @@ def serve_block(rows: list[Row], image: str) -> str:
         for row in measured
     ]
     loads = [load for row in measured for load in row["load"]]
-    load = f"\nThe load average was {min(loads)} to {max(loads)}, on {measured[0]['cores']} cores.\n"
+    load = f"\nThe load average was {span(str(min(loads)), str(max(loads)))}, on {measured[0]['cores']} cores.\n"
     memory = "".join(
         "\nResident memory of the processes of the server with anchors after "
         + ", ".join(f"{done} requests {size / 1e6:.0f} MB" for done, size in row["resident_bytes"].items())
@@ -241,14 +241,15 @@ def headline_block(rows: list[Row], image: str) -> str:
         if {"plain", "keep 1/3"} <= sides.keys() and sides["plain"]["image"] >= LARGE
     }
     if shorter:
-        ratios = sorted(sides["keep 1/3"]["prefill_ratio"] for sides in shorter.values())
+        ratios = [sides["keep 1/3"]["prefill_ratio"] for sides in shorter.values()]
+        prefill = span(f"{min(ratios):.2f}", f"{max(ratios):.2f}")
         caches = sorted(sides["keep 1/3"]["kv_bytes"] / sides["plain"]["kv_bytes"] for sides in shorter.values())
         *names, last = dict.fromkeys(name for name, *_ in shorter)
         named = f"{', '.join(names)} and {last}" if names else last
         device = next(iter(shorter.values()))["keep 1/3"]["gpu"]
         said.append(
-            f"- Anchors with **a third of the image tokens**: a prefill takes {ratios[0]:.2f} to {ratios[-1]:.2f} of "
-            f"the plain prompt's time, the KV cache {caches[0]:.2f} of its size ({named}, random weights, "
+            f"- Anchors with **a third of the image tokens**: a prefill takes {prefill} of the plain prompt's "
+            f"time, the KV cache {caches[0]:.2f} of its size ({named}, random weights, "
             f"{'a CPU' if device == 'none' else device}; [what it costs](#what-it-costs))."
         )
     head, *lines = _named_comparisons()

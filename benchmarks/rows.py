@@ -67,6 +67,11 @@ def ratio(row: Row, part: str) -> str:
     return f"{middle:.3g} x [{low:.3g}, {high:.3g}]" + (", within the spread" if row[f"{part}_within_spread"] else "")
 
 
+def span(low: str, high: str) -> str:
+    """From the one to the other; once where they read alike."""
+    return low if low == high else f"{low} to {high}"
+
+
 def table(head: list[str], lines: Iterable[list[str]]) -> str:
     """A Markdown table."""
     return "\n".join(markdown_table(head, list(lines), words=len(head))) + "\n"

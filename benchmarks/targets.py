@@ -9,7 +9,7 @@ from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.rows import RESULTS, Row, latest, of_newest_gpu, read, table
+from benchmarks.rows import RESULTS, Row, latest, of_newest_gpu, read, span, table
 
 SHAPES = ("tinyllava-1b", "llava-7b", "qwen2.5-vl-3b", "llava-next-7b")
 LARGE_MODELS = ("llava-7b", "llava-next-7b")
@@ -231,8 +231,7 @@ def summary(verdicts: list[Verdict]) -> str:
         for unit in dict.fromkeys(one.unit for one in group):
             values = [one.predicted for one in group if one.value is None and one.unit == unit]
             if predicted := sorted(value for value in values if value is not None):
-                span = dict.fromkeys(_figure(value) for value in (predicted[0], predicted[-1]))
-                unmeasured += f"; predicted {' to '.join(span)} {unit}"
+                unmeasured += f"; predicted {span(_figure(predicted[0]), _figure(predicted[-1]))} {unit}"
         worst = max((one.outcome for one in group if one.met is False), key=_percent, default="")
         lines.append([target, wanted, str(met), f"{missed} ({worst})" if missed else "0", unmeasured])
     return table(["target", "wanted", "met", "missed", "not measured"], lines)

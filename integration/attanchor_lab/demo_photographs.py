@@ -113,13 +113,14 @@ def run(
     )
 
     say(f"3. It learns to see: {size.caption_steps} steps of {config.batch_size} scenes, told what is in each corner")
-    named = {"before": _named(model, processor, data, "seen", "before", say)}
+    seen, held = (_captions(data, f"test-what-{split}") for split in ("seen", "concepts"))
+    named = {"before": _named(model, processor, seen, images, "before", say)}
 
     class Look(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **told: Any) -> None:
             if state.global_step % (size.caption_steps // _LOOKS) == 0:
                 when = f"after {state.global_step * config.batch_size} scenes"
-                named[when] = _named(told["model"], processor, data, "seen", when, say)
+                named[when] = _named(told["model"], processor, seen, images, when, say)
                 told["model"].train()
 
     teaching = dataclasses.replace(config, output=output / "model", world=data, steps=size.caption_steps)
@@ -128,7 +129,7 @@ def run(
         teaching.output
     )
     model, processor = load(str(teaching.output), dtype=dtype, tau=1.0)
-    named["held out"] = _named(model, processor, data, "concepts", "things whose names it was never told", say)
+    named["held out"] = _named(model, processor, held, images, "things whose names it was never told", say)
 
     rows, kinds = _questions(data, size.questions)
     arms: dict[str, tuple[Accuracy, float, float]] = {}
@@ -197,20 +198,20 @@ def _captions(data: Path, name: str) -> Path:
 
 
 def _named(
-    model: Any, processor: Any, data: Path, split: str, when: str, say: Callable[[str], None]
+    model: Any, processor: Any, captions: Path, images: Path, when: str, say: Callable[[str], None]
 ) -> dict[str, float]:
     """The share of the things of new scenes that a model names at their corners, which is also said; `unseen` is how
     much of the scene before the same captions would name."""
-    rows, _ = read_rows(_captions(data, f"test-what-{split}"), data / "images")
+    rows, _ = read_rows(captions, images)
     found = generate_answers(model, processor, list(samples(rows, "all")), 24, _CAPTION, progress=False)
     told, right = ([set(text.splitlines()) for text in texts] for texts in (found.predictions, found.references))
     things = sum(map(len, right))
-    seen, unseen = (
+    named, unseen = (
         sum(len(a & b) for a, b in zip(told, those, strict=True)) / things for those in (right, right[-1:] + right[:-1])
     )
     first = found.predictions[0].replace("\n", ", ")
-    say(f"   {when}: {seen:.0%} named ({unseen:.0%} of another scene's). {rows[0].images[0].name}: {first}")
-    return {"named": seen, "unseen": unseen}
+    say(f"   {when}: {named:.0%} named ({unseen:.0%} of another scene's). {rows[0].images[0].name}: {first}")
+    return {"named": named, "unseen": unseen}
 
 
 def _questions(data: Path, count: int) -> tuple[list[Row], list[str]]:

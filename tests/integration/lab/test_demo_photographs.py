@@ -62,7 +62,8 @@ def test_things_are_named_where_they_are_and_captions_of_another_scene_are_count
 
     monkeypatch.setattr(demo, "generate_answers", answers)
     lines: list[str] = []
-    found = demo._named(None, None, tmp_path, "seen", "now", lines.append)
+    captions = demo._captions(tmp_path, "test-what-seen")
+    found = demo._named(None, None, captions, tmp_path / "images", "now", lines.append)
     assert found == {"named": 1 / 4, "unseen": 2 / 4}
     assert lines == ["   now: 25% named (50% of another scene's). 0.jpg: top left: an owl, top right: a fox"]
 
