@@ -4,6 +4,7 @@ answers questions with anchors and without."""
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import TrainerCallback
 
@@ -23,7 +25,7 @@ from attanchor_lab.photographs.grounding import grounding
 from attanchor_lab.photographs.questions import with_article
 from attanchor_lab.small_vlm import build, parts
 from attanchor_lab.small_vlm.config import BuildConfig
-from attanchor_lab.small_vlm.readings import known_stamps
+from attanchor_lab.small_vlm.readings import known_stamps, talk_about
 from attanchor_vlm.data.batches import message
 from attanchor_vlm.data.rows import Row, load_image, read_rows, samples
 from attanchor_vlm.evaluation.answers import generate_answers
@@ -38,15 +40,12 @@ from attanchor_vlm.training import run as train
 from attanchor_vlm.training.config import PRESETS, TrainConfig
 
 PLAIN, ANCHORS, SHORTER = "plain concatenation", "anchors", "anchors, a third of the image tokens"
-_MATCHED = {"fraction": 0.5, "content_words": True, "calibration_samples": 64}
-_ARMS: dict[str, dict[str, Any]] = {
-    PLAIN: {"tau": 1.0},
-    ANCHORS: _MATCHED,
-    SHORTER: {**_MATCHED, "keep": 1 / 3},
-}
-_OURS = {"stamps", "data", "unseeing", "stage1", "model", "runs", "results.json", "anchors.png"}
+_WAYS: dict[str, dict[str, Any]] = {PLAIN: {"tau": 1.0}, ANCHORS: {}, SHORTER: {"keep": 1 / 3}}
+_OURS = {"stamps", "data", "unseeing", "stage1", "model", "anchored", "results.json", "anchors.png"}
+_OURS |= {"readings", "runs"}  # of earlier versions
 _KINDS = ("existence", "place", "what")  # of questions
-_CORNERS = "What is in the corners?"
+_CORNERS, _CAPTIONED = "What is in the corners?", "caption"
+_TOLD = (_CAPTIONED, "place", _CAPTIONED, "existence")  # what scenes are talked of, by turns
 _ANSWER, _CAPTION = 6, 40  # most tokens
 _LOOKS = 3  # at what it names, while it learns to
 _TITLE = "Words of the question at their patches, in photographs"
@@ -61,7 +60,7 @@ class Size:
     test_scenes: int = 24
     concepts: int | None = 24
     held_out: float = 0.25
-    caption_steps: int = 90
+    reading_steps: int = 90
     question_steps: int = 16
     questions: int = 20  # of each kind
 
@@ -74,7 +73,7 @@ def run(
     progress: bool = True,
     folder: Path = FOLDER,
 ) -> dict[str, Any]:
-    """Build the model, teach it to see, then questions in three arms; leave `results.json` and `anchors.png`.
+    """Build the model, teach it to see, then ask it in three ways; leave `results.json` and `anchors.png`.
 
     Args:
         output: A folder that does not exist, is empty, or holds an earlier demo, which is replaced.
@@ -112,41 +111,37 @@ def run(
         f"by chance {matched['chance']:.0%}"
     )
 
-    say(f"3. It learns to see: {size.caption_steps} steps of {config.batch_size} scenes, told what is in each corner")
+    say(f"3. It learns to see: {size.reading_steps} steps of {config.batch_size} scenes, told what is where")
     seen, held = (_captions(data, f"test-what-{split}") for split in ("seen", "concepts"))
     named = {"before": _named(model, processor, seen, images, "before", say)}
 
     class Look(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **told: Any) -> None:
-            if state.global_step % (size.caption_steps // _LOOKS) == 0:
+            if state.global_step % (size.reading_steps // _LOOKS) == 0:
                 when = f"after {state.global_step * config.batch_size} scenes"
                 named[when] = _named(told["model"], processor, seen, images, when, say)
                 told["model"].train()
 
-    teaching = dataclasses.replace(config, output=output / "model", world=data, steps=size.caption_steps)
-    captions = _captions(data, "train-questions")
-    build.taught(teaching, captions, images, config.output, output, lambda line: None, [Look()]).replace(
+    teaching = dataclasses.replace(config, output=output / "model", world=data, steps=size.reading_steps)
+    build.taught(teaching, _talks(data, seed), images, config.output, output, lambda line: None, [Look()]).replace(
         teaching.output
     )
     model, processor = load(str(teaching.output), dtype=dtype, tau=1.0)
     named["held out"] = _named(model, processor, held, images, "things whose names it was never told", say)
 
+    say(f"4. It gets used to anchors: {size.question_steps} steps of questions")
+    told = TrainConfig.from_preset(
+        "small-vlm", model=str(teaching.output), data=data / "train-questions.json", images=images, seed=seed,
+        output=output / "anchored", max_steps=size.question_steps, val_fraction=0.0, tau=None, fraction=0.5,
+        content_words=True, calibration_samples=64,
+    )  # fmt: skip
+    train.run(told, lambda line: say(f"   {line}"), progress)
     rows, kinds = _questions(data, size.questions)
-    arms: dict[str, tuple[Accuracy, float, float]] = {}
-    for number, (name, chosen) in enumerate(_ARMS.items(), start=4):
-        say(f"{number}. {name}: {size.question_steps} steps of questions, then {len(rows)} that it has not seen")
-        told = TrainConfig.from_preset(
-            "small-vlm", model=str(teaching.output), data=data / "train-questions.json", images=images, seed=seed,
-            output=output / "runs" / name.replace(", ", "-").replace(" ", "-"), max_steps=size.question_steps,
-            val_fraction=0.0, **{"tau": None, **chosen},
-        )  # fmt: skip
-        trained = train.run(told, lambda line: say(f"   {line}"), progress)
-        model, processor = load(str(teaching.output), told.output, dtype=dtype)
-        arms[name] = (
-            accuracy(model, processor, rows, kinds, 20, _ANSWER),
-            trained.seconds,
-            _length(model, processor, rows[::4]),
-        )
+    say(f"5. {len(rows)} questions about new scenes, asked in three ways")
+    arms: dict[str, tuple[Accuracy, float]] = {}
+    for name, change in _WAYS.items():
+        model, processor = load(str(teaching.output), told.output, dtype=dtype, **change)
+        arms[name] = accuracy(model, processor, rows, kinds, 20, _ANSWER), _length(model, processor, rows[::4])
         if name == ANCHORS:
             scenes = [(row.images[0], row.messages[0][1]) for row in rows[: 2 * size.questions : size.questions]]
             shown = [explain(model, processor, image, asked, _ANSWER) for image, asked in [*scenes, *pictured]]
@@ -160,9 +155,9 @@ def run(
         "matched": matched,
         "named": named,
         "arms": {
-            name: {"accuracy": test.figures(), "inserted_share": test.inserted_share, "train_seconds": seconds,
+            name: {"accuracy": test.figures(), "inserted_share": test.inserted_share,
                    "answer_seconds": test.seconds, "tokens": tokens}
-            for name, (test, seconds, tokens) in arms.items()
+            for name, (test, tokens) in arms.items()
         },
         "seconds": time.perf_counter() - started,
         "processor_seconds": time.process_time(),
@@ -174,27 +169,53 @@ def run(
     return results
 
 
-def table(arms: dict[str, tuple[Accuracy, float, float]]) -> list[str]:
-    """Accuracies of the arms, and how long each took, as lines of text."""
+def table(arms: dict[str, tuple[Accuracy, float]]) -> list[str]:
+    """Accuracies of each way to ask, tokens of a prompt, and how long all answers took, as lines of text."""
     plain, lines = arms[PLAIN][0], []
-    for name, (test, seconds, tokens) in arms.items():
+    for name, (test, tokens) in arms.items():
         difference, error = test.minus(plain)
         change = f"{100 * difference:+.1f} ± {196 * error:.1f}" if test is not plain else ""
         figures = [f"{100 * value:.0f}" for value in test.figures().values()]
-        lines.append([name, *figures, change, f"{tokens:.0f}", f"{seconds:.0f}", f"{test.seconds:.1f}"])
-    heads = ["", *plain.figures(), "change, 95 %", "tokens a prompt", "train s", "answer s"]
-    return [*markdown_table(heads, lines), "", "Accuracy in %, one seed: the intervals are over questions alone."]
+        lines.append([name, *figures, change, f"{tokens:.0f}", f"{test.seconds:.1f}"])
+    heads = ["", *plain.figures(), "change, 95 %", "tokens a prompt", "answer s"]
+    return [
+        *markdown_table(heads, lines),
+        "",
+        "Accuracy in %, one model that was trained with anchors, one seed: the intervals are over questions alone.",
+    ]
+
+
+def _scenes(data: Path, name: str) -> dict[str, list[tuple[str, str]]]:
+    """Of each image of a file of questions, place and name of its things."""
+    rows = read_photographs(data / f"{name}.json")
+    return {row["image"]: [(thing["place"], thing["name"]) for thing in row["things"]] for row in rows}
+
+
+def _caption(things: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    return [(_CORNERS, "\n".join(f"{place}: {with_article(name)}" for place, name in things))]
 
 
 def _captions(data: Path, name: str) -> Path:
     """A row for each scene of a file of questions, whose answer has a line for each corner."""
-    scenes = {row["image"]: row["things"] for row in read_photographs(data / f"{name}.json")}
-    rows = []
-    for number, (image, things) in enumerate(scenes.items()):
-        caption = "\n".join(f"{thing['place']}: {with_article(thing['name'])}" for thing in things)
-        rows.append({"id": str(number), "image": image, "conversations": talk([(_CORNERS, caption)])})
-    write_json(data / f"captions-{name}.json", rows)
-    return data / f"captions-{name}.json"
+    return _write(data, f"captions-{name}", {image: _caption(things) for image, things in _scenes(data, name).items()})
+
+
+def _talks(data: Path, seed: int) -> Path:
+    """A row for each scene to train on: what is in each corner, where each thing is, or whether things are there."""
+    wordings = json.loads((data / "world.json").read_text(encoding="utf-8"))["wordings"]["seen"]
+    generator, before = np.random.default_rng(seed), list[str]()
+    turns = {}
+    for (image, things), kind in zip(_scenes(data, "train-questions").items(), itertools.cycle(_TOLD), strict=False):
+        captioned = kind == _CAPTIONED
+        turns[image] = _caption(things) if captioned else talk_about(kind, things, before, wordings[kind], generator)
+        before += [name for _, name in things]
+    return _write(data, "talks", turns)
+
+
+def _write(data: Path, name: str, turns: dict[str, list[tuple[str, str]]]) -> Path:
+    rows = [{"id": image, "image": image, "conversations": talk(asked)} for image, asked in turns.items()]
+    write_json(data / f"{name}.json", rows)
+    return data / f"{name}.json"
 
 
 def _named(

@@ -88,11 +88,7 @@ def write_readings(world: Path, stamps: Path, folder: Path, scenes: int, pixels:
             if not left_out & {word, word.removesuffix("s")}
         ]
         kind = kinds[generator.integers(len(kinds))]
-        asked, wordings = _asked(kind, readings, before, generator), told["wordings"]["seen"][kind]
-        turns = [
-            (wordings[generator.integers(len(wordings))].format(**asked[number][0]), asked[number][1])
-            for number in generator.permutation(len(asked))
-        ]
+        turns = talk_about(kind, readings, before, told["wordings"]["seen"][kind], generator)
         before += [word for _, word in readings]
         if turns:
             name = f"{len(rows):06d}.jpg"
@@ -104,6 +100,26 @@ def write_readings(world: Path, stamps: Path, folder: Path, scenes: int, pixels:
         raise ValueError(f"the tower reads little but held-out concepts in the stamps of {stamps}; hold out fewer")
     write_json(folder / "readings.json", rows)
     return folder / "readings.json"
+
+
+def talk_about(
+    kind: str,
+    things: Sequence[tuple[str, str]],
+    before: Sequence[str],
+    wordings: Sequence[str],
+    generator: np.random.Generator,
+) -> list[tuple[str, str]]:
+    """Every question of a kind about a scene and its answer, in any order.
+
+    Args:
+        things: Place and name of each.
+        before: Names in other scenes, of which some are asked for here.
+    """
+    asked = _asked(kind, things, before, generator)
+    return [
+        (wordings[int(generator.integers(len(wordings)))].format(**asked[number][0]), asked[number][1])
+        for number in generator.permutation(len(asked))
+    ]
 
 
 def _asked(

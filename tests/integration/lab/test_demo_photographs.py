@@ -25,7 +25,7 @@ def test_the_demonstration_leaves_its_figures_and_a_picture(tmp_path, monkeypatc
     monkeypatch.setattr(parts, "class_names", lambda: [f"{names} {word}" for word in ("cup", "owl", "jug")])
     monkeypatch.setattr(parts, "read_tower", lambda side: (small_vlm_toy.tower(), (torch.zeros(3, 8), torch.zeros(3))))
     size = demo.Size(
-        scenes=8, test_scenes=4, concepts=None, held_out=0.34, caption_steps=3, question_steps=1, questions=1,
+        scenes=8, test_scenes=4, concepts=None, held_out=0.34, reading_steps=3, question_steps=1, questions=1,
     )  # fmt: skip
     said: list[str] = []
     stamps = write_stamps(tmp_path / "stamps")
